@@ -1,0 +1,6 @@
+"""moeconv: Mixture-of-Experts checkpoints from MaxText to Hugging Face, with evidence.
+
+Importing this package imports nothing heavy; every command pulls in only what it needs.
+"""
+
+__version__ = "0.1.0"

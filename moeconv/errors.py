@@ -1,0 +1,59 @@
+"""Every way a user's input can be wrong, each with the exit code its command ends with.
+
+A message is one sentence (or a sentence and a list) that names the file, the field and the fix.
+The table in docs/exit-codes.md is checked against these classes by a test.
+"""
+
+
+class MoeconvError(Exception):
+    """Base of all errors shown to a user without a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(MoeconvError):
+    """The command line itself is wrong (same code as click's own usage errors)."""
+
+    exit_code = 2
+
+
+class NotACheckpointError(MoeconvError):
+    """The path holds no complete MaxText checkpoint (absent, unfinished, or something else)."""
+
+    exit_code = 3
+
+
+class ConfigError(MoeconvError):
+    """The model's description is incomplete, contradicts the shapes, or cannot be read."""
+
+    exit_code = 4
+
+
+class UnsupportedError(MoeconvError):
+    """The model computes something that the target format cannot hold exactly."""
+
+    exit_code = 5
+
+
+class TensorError(MoeconvError):
+    """Parameters are missing, extra, of the wrong shape, corrupt, or not finite."""
+
+    exit_code = 6
+
+
+class OutputError(MoeconvError):
+    """The output cannot be written where it was asked to go (exists, inside CKPT, no space)."""
+
+    exit_code = 7
+
+
+class TokenizerError(MoeconvError):
+    """The tokenizer cannot be read or does not fit the model's vocabulary."""
+
+    exit_code = 8
+
+
+class MemoryLimitError(MoeconvError):
+    """The memory limit lies below what the largest chunk of the checkpoint needs."""
+
+    exit_code = 9
