@@ -1,0 +1,99 @@
+"""What a model is, as one frozen value, and where each of its fields came from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+from moeconv.arch.blocks import BLOCKS
+from moeconv.arch.parameters import LayerKind
+
+
+class Origin(StrEnum):
+    """Who told a field."""
+
+    SHAPE = "shape"
+    SIDECAR = "sidecar"
+    CONFIG = "config file"
+    FLAG = "flag"
+    DEFAULT = "MaxText default"
+    MODEL = "MaxText model"
+    TOKENIZER = "tokenizer"
+    BLOCK = "decoder block"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who told a field, and the exact place."""
+
+    origin: Origin
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.detail}" if self.detail else str(self.origin)
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A decoder-only transformer, in Hugging Face's terms.
+
+    Sizes are counts; `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None when
+    nobody told them. `sources` says for every field where its value came from.
+    """
+
+    decoder_block: str
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    layer_kinds: tuple[LayerKind, ...]
+    intermediate_size: int | None
+    moe_intermediate_size: int | None
+    num_experts: int | None
+    num_experts_per_tok: int | None
+    tie_word_embeddings: bool
+    normalize_embedding_logits: bool
+    rope_type: str
+    rope_theta: float
+    rope_use_scale: bool
+    rms_norm_eps: float
+    max_position_embeddings: int
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    sources: Mapping[str, Provenance] = field(default_factory=dict, compare=False)
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_kinds)
+
+    @property
+    def query_scale_in_kernel(self) -> bool:
+        """See `blocks.Block.query_scale_in_kernel`."""
+        return BLOCKS[self.decoder_block].query_scale_in_kernel
+
+    @property
+    def rotary(self) -> str:
+        """How MaxText orders the rotated halves of a head (layers/embeddings.py).
+
+        `RotaryEmbedding` (`rope_type: default`) rotates halves, as Hugging Face does;
+        `LLaMARotaryEmbedding` (`llama3.1`) rotates neighbours.
+        """
+        return "interleaved" if self.rope_type == "llama3.1" else "half"
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Numbers of the Mixture-of-Experts layers, from 0."""
+        return tuple(n for n, k in enumerate(self.layer_kinds) if k is LayerKind.MOE)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Numbers of the dense layers, from 0."""
+        return tuple(n for n, k in enumerate(self.layer_kinds) if k is LayerKind.DENSE)
+
+    def values(self) -> dict[str, Any]:
+        """Every field but `sources`, as JSON-able values."""
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}
+        return {**named, "layer_kinds": [str(k) for k in self.layer_kinds]}

@@ -1,0 +1,122 @@
+"""The fields that shapes cannot tell, and the config keys that shapes can contradict."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv.arch.parameters import LayerKind
+
+Known = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ToldField:
+    """A field of the description that somebody must tell.
+
+    Attributes:
+        name: Field of `ModelDescription`.
+        key: MaxText config key.
+        parse: Checks and converts a config value; raises ValueError or TypeError.
+        expects: What `parse` accepts, for messages.
+        needed: Whether this model has the field at all, given what is known so far.
+        otherwise: Value where it is not needed.
+    """
+
+    name: str
+    key: str
+    parse: Callable[[Any], Any]
+    expects: str
+    needed: Callable[[Known], bool] = lambda known: True
+    otherwise: Any = None
+
+
+def _positive_float(value: Any) -> float:
+    number = float(value)
+    if isinstance(value, bool) or not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
+def _positive_int(value: Any) -> int:
+    number = int(value)
+    if isinstance(value, bool) or number != float(value) or number < 1:
+        raise ValueError
+    return number
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _rope_type(value: Any) -> str:
+    """MaxText compares by prefix, in lower case (layers/attentions.py `init_rotary_embedding`)."""
+    text = str(value).lower()
+    if text.startswith("llama3.1"):
+        return "llama3.1"
+    if text != "default":
+        raise ValueError
+    return text
+
+
+def _has_moe(known: Known) -> bool:
+    return LayerKind.MOE in known["layer_kinds"]
+
+
+FIELDS: tuple[ToldField, ...] = (
+    ToldField(
+        "num_experts_per_tok", "num_experts_per_tok", _positive_int, "a whole number ≥ 1", _has_moe
+    ),
+    ToldField(
+        "normalize_embedding_logits",
+        "normalize_embedding_logits",
+        _bool,
+        "true or false",
+        lambda known: bool(known["tie_word_embeddings"]),
+        False,
+    ),
+    ToldField("rope_type", "rope_type", _rope_type, "default or llama3.1"),
+    ToldField("rope_theta", "rope_max_timescale", _positive_float, "a number > 0"),
+    ToldField(
+        "rope_use_scale",
+        "rope_use_scale",
+        _bool,
+        "true or false",
+        lambda known: known.get("rope_type", "llama3.1") == "llama3.1",
+        False,
+    ),
+    ToldField("rms_norm_eps", "normalization_layer_epsilon", _positive_float, "a number > 0"),
+    ToldField("max_position_embeddings", "max_target_length", _positive_int, "a whole number ≥ 1"),
+)
+
+# Description field -> the config key (and its scaled form) that must agree with the shapes.
+SHAPE_KEYS: dict[str, tuple[str, ...]] = {
+    "hidden_size": ("emb_dim", "base_emb_dim"),
+    "num_attention_heads": ("num_query_heads", "base_num_query_heads"),
+    "num_key_value_heads": ("num_kv_heads", "base_num_kv_heads"),
+    "head_dim": ("head_dim",),
+    "vocab_size": ("vocab_size",),
+    "num_hidden_layers": ("num_decoder_layers", "base_num_decoder_layers"),
+    "intermediate_size": ("mlp_dim", "base_mlp_dim"),
+    "moe_intermediate_size": ("moe_mlp_dim", "base_moe_mlp_dim"),
+    "num_experts": ("num_experts",),
+    "tie_word_embeddings": ("logits_via_embedding",),
+    "scan_layers": ("scan_layers",),
+}
+
+# Every key that a config may tell, for the packaged defaults and for `--set`.
+TOLD_KEYS: frozenset[str] = frozenset(
+    {
+        "decoder_block",
+        "global_parameter_scale",
+        "inhomogeneous_layer_cycle_interval",
+        "interleave_moe_layer_step",
+        "model_name",
+        "param_scan_axis",
+        "scan_layers",
+        *(f.key for f in FIELDS),
+        *(k for keys in SHAPE_KEYS.values() for k in keys if not k.startswith("base_")),
+        *(k for keys in SHAPE_KEYS.values() for k in keys if k.startswith("base_")),
+    }
+)

@@ -1,0 +1,280 @@
+"""From shapes and from what was told to the description of a model, or to what is still missing."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeconv.arch.blocks import BLOCKS
+from moeconv.arch.description import ModelDescription, Origin, Provenance
+from moeconv.arch.features import verdicts
+from moeconv.arch.fields import FIELDS, SHAPE_KEYS
+from moeconv.arch.layout import Layout, Stacking, StoredParameter
+from moeconv.arch.parameters import EMBEDDING, OUTPUT_HEAD, LayerKind, axis_name
+from moeconv.arch.told import TOKEN_IDS, ToldConfig, maxtext_defaults
+from moeconv.errors import ConfigError, TensorError, UnsupportedError
+
+_AXIS_FIELDS = {
+    "D": "hidden_size",
+    "H": "num_attention_heads",
+    "K": "num_key_value_heads",
+    "h": "head_dim",
+    "V": "vocab_size",
+    "F": "intermediate_size",
+    "F_moe": "moe_intermediate_size",
+    "E": "num_experts",
+}
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What is known of a model, and what is not.
+
+    Attributes:
+        known: Values of description fields.
+        sources: Who told each of them.
+        missing: Config keys that shapes cannot tell and nobody told.
+        refusals: Told semantics that no target can hold, one sentence each.
+        warnings: Things to know, one sentence each.
+    """
+
+    known: Mapping[str, Any]
+    sources: Mapping[str, Provenance]
+    missing: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+
+    def model(self) -> ModelDescription:
+        """The description.
+
+        Raises:
+            ConfigError: Something is still missing; names every key and how to give it.
+            UnsupportedError: The model computes something that cannot be converted.
+        """
+        if self.refusals:
+            raise UnsupportedError(
+                "this model cannot be converted exactly: " + "; ".join(self.refusals)
+            )
+        if self.missing:
+            raise ConfigError(missing_message(self.missing))
+        return ModelDescription(**self.known, sources=self.sources)
+
+
+def missing_message(missing: Sequence[str]) -> str:
+    """Names the keys, MaxText's default for each, and the three ways to tell them."""
+    base = maxtext_defaults()["base"]
+    own = {"decoder_block", *(f.key for f in FIELDS)}
+    lines = [
+        f"\n  {key}" + (f"  (MaxText's default: {base[key]})" if key in base else "")
+        for key in missing
+        if key in own
+    ]
+    rest = [f"{key}={base[key]!r}" for key in missing if key not in own]
+    if rest:
+        lines.append(f"\nand whether the model is a plain one, with {', '.join(rest)}")
+    return (
+        "the checkpoint's shapes cannot tell these fields, and nobody told them:"
+        + "".join(lines)
+        + "\nGive the run's MaxText YAML with --config FILE (keys it leaves out take MaxText's "
+        "defaults), each field with --set KEY=VALUE, or put the run's moeconv.json (its resolved "
+        "config) beside the checkpoint."
+    )
+
+
+def resolve(layout: Layout, told: ToldConfig, *, scan_layers: bool | None = None) -> Resolution:
+    """Puts together what shapes say and what was told.
+
+    Args:
+        layout: The checkpoint's structure.
+        told: Config file or sidecar, and flags.
+        scan_layers: `custom_metadata.scan_layers` of the checkpoint, if it has any.
+
+    Raises:
+        TensorError: Shapes contradict each other.
+        ConfigError: What was told contradicts the shapes, or has no sensible value.
+        UnsupportedError: The decoder block is not one moeconv converts.
+    """
+    known, sources = _from_shapes(layout)
+    missing: list[str] = []
+    block = _block(told, known, sources, missing)
+    _check_against_shapes(layout, told, known, sources, block, scan_layers)
+    for spec in FIELDS:
+        if not spec.needed(known):
+            known[spec.name] = spec.otherwise
+            continue
+        value = told.get(spec.key)
+        if spec.name == "rope_type" and str(told.value("model_name", "")).startswith("llama3.1"):
+            value = told["model_name"]
+        if value is None or value.value is None:
+            missing.append(spec.key)
+            continue
+        try:
+            known[spec.name] = spec.parse(value.value)
+        except (ValueError, TypeError):
+            raise ConfigError(
+                f"{spec.key}={value.value} ({value.provenance}) should be {spec.expects}"
+            ) from None
+        sources[spec.name] = value.provenance
+    experts, chosen = known.get("num_experts"), known.get("num_experts_per_tok")
+    if experts and chosen and chosen > experts:
+        raise ConfigError(
+            f"num_experts_per_tok={chosen} ({sources['num_experts_per_tok']}) is more than the "
+            f"{experts} experts of the checkpoint"
+        )
+    _token_ids(told, known, sources)
+    plain = {key: entry.value for key, entry in told.items()}
+    tied = known["tie_word_embeddings"]
+    refusals, warnings, untold = verdicts(block, plain, tied=tied) if block else ([], [], [])
+    return Resolution(known, sources, tuple(missing + untold), tuple(refusals), tuple(warnings))
+
+
+def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:
+    sizes: dict[str, tuple[int, StoredParameter]] = {}
+    for array in layout.arrays:
+        for axis, size in zip(array.axes, array.shape, strict=True):
+            name = axis_name(array.parameter, axis)
+            if axis == "L":
+                continue
+            seen = sizes.setdefault(name, (size, array))
+            if seen[0] != size:
+                raise TensorError(
+                    f"axis {axis} is {seen[0]} in {seen[1].name} {list(seen[1].shape)} but {size} "
+                    f"in {array.name} {list(array.shape)}; they cannot be of one model"
+                )
+    names = {array.parameter.name for array in layout.arrays}
+    if EMBEDDING.name not in names:
+        raise TensorError(f"the checkpoint lacks {EMBEDDING.name}")
+    known: dict[str, Any] = dict.fromkeys(_AXIS_FIELDS.values())
+    sources: dict[str, Provenance] = {}
+    for axis, (size, array) in sizes.items():
+        known[_AXIS_FIELDS[axis]] = size
+        detail = f"{array.name} {list(array.shape)}"
+        sources[_AXIS_FIELDS[axis]] = Provenance(Origin.SHAPE, detail)
+    if known["num_attention_heads"] % known["num_key_value_heads"]:
+        raise TensorError(
+            f"{known['num_attention_heads']} query heads are no multiple of "
+            f"{known['num_key_value_heads']} key/value heads"
+        )
+    known["layer_kinds"] = layout.kinds
+    sources["layer_kinds"] = Provenance(Origin.SHAPE, layout.describe())
+    known["tie_word_embeddings"] = OUTPUT_HEAD.name not in names
+    there = "absent" if known["tie_word_embeddings"] else "present"
+    sources["tie_word_embeddings"] = Provenance(Origin.SHAPE, f"{OUTPUT_HEAD.name} is {there}")
+    return known, sources
+
+
+def _block(
+    told: ToldConfig,
+    known: dict[str, Any],
+    sources: dict[str, Provenance],
+    missing: list[str],
+) -> str | None:
+    entry = told.get("decoder_block")
+    if entry is None:
+        missing.append("decoder_block")
+        return None
+    block = str(entry.value).lower()
+    if block not in BLOCKS:
+        raise UnsupportedError(
+            f"decoder_block={entry.value} ({entry.provenance}) is not supported; moeconv converts "
+            f"{', '.join(BLOCKS)}"
+        )
+    kinds = set(known["layer_kinds"])
+    foreign = {"mixtral": LayerKind.DENSE, "llama2": LayerKind.MOE}.get(block)
+    if foreign in kinds:
+        raise ConfigError(
+            f"decoder_block={block} ({entry.provenance}) has no {foreign} layers, but the "
+            "checkpoint has; give the config of this run"
+        )
+    known["decoder_block"] = block
+    sources["decoder_block"] = entry.provenance
+    return block
+
+
+def _check_against_shapes(
+    layout: Layout,
+    told: ToldConfig,
+    known: dict[str, Any],
+    sources: dict[str, Provenance],
+    block: str | None,
+    scan_layers: bool | None,
+) -> None:
+    facts = {
+        **known,
+        "num_hidden_layers": len(layout.kinds),
+        "scan_layers": layout.stacking is not Stacking.UNSCANNED,
+    }
+    if scan_layers is not None and scan_layers != facts["scan_layers"]:
+        raise TensorError(
+            f"_CHECKPOINT_METADATA says scan_layers={str(scan_layers).lower()}, but the parameters "
+            f"are {layout.describe()}"
+        )
+    keys = dict(SHAPE_KEYS)
+    if block and BLOCKS[block].moe_width_key == "mlp_dim" and known["num_experts"]:
+        keys["moe_intermediate_size"] = keys["intermediate_size"]
+    for name, aliases in keys.items():
+        fact = facts[name]
+        entry, key = next(((told[k], k) for k in aliases if k in told), (None, ""))
+        if entry is None or not entry.explicit or fact is None:
+            continue
+        value = entry.value
+        if key.startswith("base_"):
+            value = _scaled(key, value, told)
+        if name == "num_hidden_layers":
+            value = _built_layers(layout, value, told)
+        if value != fact and value != -1:
+            where = sources.get(name)
+            raise ConfigError(
+                f"{key}={entry.value} ({entry.provenance}) contradicts the checkpoint, where "
+                f"{name} is {str(fact).lower()}" + (f" ({where})" if where else "") + "; give the "
+                "config of this run"
+            )
+
+
+def _built_layers(layout: Layout, layers: Any, told: ToldConfig) -> Any:
+    """Layers MaxText builds of those configured: a scanned model drops a cut-off last block.
+
+    Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`.
+    """
+    cycle = told.value("inhomogeneous_layer_cycle_interval", 1) or 1
+    if layout.stacking is Stacking.UNSCANNED or not isinstance(layers, int | float):
+        return layers
+    blocks = int(layers // cycle)
+    return blocks * cycle if layout.stacking is Stacking.CYCLED else blocks
+
+
+def _scaled(key: str, value: Any, told: ToldConfig) -> Any:
+    """Widens a base size by `global_parameter_scale`, a power of two.
+
+    Source: MaxText configs/types.py `get_individual_scales`.
+    """
+    scale = told.value("global_parameter_scale", 1) or 1
+    if scale == 1 or not isinstance(value, int | float):
+        return value
+    exponent = int(scale).bit_length() - 1
+    emb, heads, layers = ((exponent + n) // 3 for n in (1, 2, 0))
+    factor = {
+        "base_emb_dim": emb,
+        "base_num_query_heads": heads,
+        "base_num_kv_heads": heads,
+        "base_mlp_dim": heads,
+        "base_moe_mlp_dim": heads,
+        "base_num_decoder_layers": layers,
+    }[key]
+    return int(value) * 2**factor
+
+
+def _token_ids(
+    told: ToldConfig, known: dict[str, Any], sources: dict[str, Provenance]
+) -> None:
+    for name in TOKEN_IDS:
+        entry = told.get(name)
+        if entry is None or entry.value is None:
+            continue
+        token = entry.value
+        if isinstance(token, bool) or int(token) != token or not 0 <= token < known["vocab_size"]:
+            raise ConfigError(
+                f"{name}={token} ({entry.provenance}) is no row of the embedding, which has "
+                f"{known['vocab_size']}"
+            )
+        known[name] = int(token)
+        sources[name] = entry.provenance

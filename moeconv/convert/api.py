@@ -1,0 +1,314 @@
+"""Converting as a library call: `plan_conversion`, then `convert`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moeconv import __version__
+from moeconv.arch.description import ModelDescription, Origin, Provenance
+from moeconv.arch.told import TOKEN_IDS
+from moeconv.convert.engine import Engine, Progress, Result
+from moeconv.convert.journal import Journal
+from moeconv.convert.manifest import (
+    MANIFEST_NAME,
+    FieldRecord,
+    FileRecord,
+    Manifest,
+    SourceRecord,
+    folds,
+    rules,
+)
+from moeconv.convert.plan import Plan, build_plan, index_json
+from moeconv.convert.source import Checkpoint, open_checkpoint
+from moeconv.convert.staging import Staging
+from moeconv.errors import OutputError, UsageError
+from moeconv.hf.config import generation_config, model_config, to_json
+from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
+from moeconv.mapping.edges import expand
+from moeconv.mapping.families import FAMILIES, default_family
+from moeconv.mapping.ops import DTYPES
+from moeconv.mapping.rules import Options
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Everything `moeconv convert` can be told; see the command's help.
+
+    Attributes:
+        config: MaxText YAML.
+        sets: `key=value` pairs.
+        target: A family's name, or `auto`.
+        dtype: Output dtype, or `keep`.
+        max_shard_bytes: Largest safetensors file.
+        untie: Write an explicit output head.
+        tokenizer: Directory, tiktoken ranks file or Hub id.
+        jobs: Workers.
+        max_memory: Bytes the process may use.
+        overwrite: Replace a non-empty OUT.
+        resume: Go on with an interrupted conversion.
+        allow_nonfinite: Copy NaN and Inf instead of refusing them.
+    """
+
+    config: Path | None = None
+    sets: Sequence[str] = ()
+    target: str = "auto"
+    dtype: str = "keep"
+    max_shard_bytes: int = 5 * GB
+    untie: bool = False
+    tokenizer: str | None = None
+    jobs: int = 1
+    max_memory: int = 4 * GIB
+    overwrite: bool = False
+    resume: bool = False
+    allow_nonfinite: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A conversion that is planned and ready to run."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    tokenizer: TokenizerFiles | None
+    options: ConvertOptions
+    notes: list[str] = field(default_factory=list)
+
+
+def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
+    """Reads the checkpoint's metadata and makes the plan; writes nothing.
+
+    Raises:
+        MoeconvError: Any of its subclasses; see `moeconv.errors`.
+    """
+    if options.jobs < 1:
+        raise UsageError("--jobs takes a whole number from 1")
+    if options.target != "auto" and options.target not in FAMILIES:
+        raise UsageError(f"--target {options.target} is none of auto, {', '.join(FAMILIES)}")
+    if options.dtype != "keep" and options.dtype not in DTYPES:
+        raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(ckpt, config=options.config, sets=options.sets)
+    model = checkpoint.resolution.model()
+    warnings = list(checkpoint.resolution.warnings)
+    if checkpoint.step.skipped:
+        warnings.append(
+            f"newer steps are unfinished and were passed over: {', '.join(checkpoint.step.skipped)}"
+        )
+    spec = options.tokenizer or checkpoint.tokenizer
+    tokenizer = None
+    if spec is not None:
+        tokenizer = read_tokenizer(spec, model_max_length=model.max_position_embeddings)
+        warnings += check_fits(tokenizer, model.vocab_size)
+        model = _with_token_ids(model, tokenizer)
+    else:
+        warnings.append(
+            "no tokenizer was given or found beside the run, so none is written and the token ids "
+            "of config.json are null; pass --tokenizer"
+        )
+    choices = Options(untie=options.untie)
+    if options.untie and not model.tie_word_embeddings:
+        warnings.append("--untie changes nothing: the model's output head is its own parameter")
+    family = default_family(model) if options.target == "auto" else FAMILIES[options.target]
+    dtype = None if options.dtype == "keep" else options.dtype
+    dtypes = {name: info.dtype for name, info in checkpoint.arrays.info.items()}
+    edges = expand(family, model, checkpoint.layout, dtypes, dtype=dtype, options=choices)
+    warnings += family.caveats(model, choices)
+    warnings += [f"{name} is left out: {why}" for name, why in checkpoint.dropped.items()]
+    plan = build_plan(
+        model=model,
+        layout=checkpoint.layout,
+        family=family,
+        options=choices,
+        dtype=dtype,
+        edges=edges,
+        arrays=checkpoint.arrays,
+        source=checkpoint.identity,
+        max_shard_bytes=options.max_shard_bytes,
+        warnings=warnings,
+        dropped=checkpoint.dropped,
+    )
+    plan.memory_budget(options.max_memory, options.jobs)
+    return Prepared(checkpoint, plan, tokenizer, options)
+
+
+def convert(
+    prepared: Prepared,
+    out: Path,
+    *,
+    progress: Progress = lambda read, written: None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Manifest:
+    """Carries out a planned conversion; OUT appears whole, or not at all.
+
+    Args:
+        prepared: From `plan_conversion`.
+        out: Directory to make.
+        progress: Called with bytes read and bytes written, from any thread.
+        note: Called with sentences for people.
+
+    Raises:
+        MoeconvError: Nothing is left behind, but for storage errors and interruptions, after which
+            `resume` goes on.
+    """
+    options, plan = prepared.options, prepared.plan
+    out = Path(out).expanduser().absolute()
+    _check_place(out, prepared.checkpoint)
+    staging = Staging(out, overwrite=options.overwrite, resume=options.resume)
+    keep = False
+    try:
+        for text in staging.notes:
+            note(text)
+        staging.check_space(plan.disk_bytes)
+        try:
+            journal = Journal(staging.folder, plan.digest, resume=options.resume)
+        except ValueError:
+            keep = True
+            raise OutputError(
+                f"{staging.folder} holds an unfinished conversion of another checkpoint or with "
+                "other options; repeat those, or leave out --resume to begin anew"
+            ) from None
+        if journal.resumed:
+            note(f"resuming: {len(journal.done)} of {len(plan.units)} units are already written")
+        keep = True
+        engine = Engine(
+            plan,
+            prepared.checkpoint.arrays,
+            staging.folder,
+            jobs=options.jobs,
+            memory=plan.memory_budget(options.max_memory, options.jobs) - _imports(),
+            journal=journal,
+            allow_nonfinite=options.allow_nonfinite,
+            progress=progress,
+        )
+        try:
+            result = engine.run()
+        except OSError as error:
+            raise OutputError(
+                f"writing to {staging.folder} failed: {error.strerror or error}; when that is "
+                "mended, go on with --resume"
+            ) from None
+        except Exception:
+            keep = False
+            raise
+        journal.close()
+        manifest = _write_small_files(prepared, staging, result)
+        keep = False
+        staging.publish()
+        return manifest
+    except BaseException as error:
+        if keep:
+            staging.keep()
+        elif staging.folder.exists():
+            staging.discard()
+        del error
+        raise
+
+
+def _imports() -> int:
+    from moeconv.convert.memory import resident_bytes
+
+    return resident_bytes()
+
+
+def _check_place(out: Path, checkpoint: Checkpoint) -> None:
+    items = checkpoint.step.items.local
+    if items is None:
+        return
+    step = items.parent if items.name == "items" else items
+    for inside in (step.resolve(), items.resolve()):
+        if out.resolve() == inside or inside in out.resolve().parents:
+            raise OutputError(
+                f"OUT {out} lies inside the checkpoint {inside}; choose a directory outside of it"
+            )
+    if out.resolve() in step.resolve().parents and out.is_dir():
+        raise OutputError(f"OUT {out} contains the checkpoint {step}; choose another directory")
+
+
+def _with_token_ids(model: ModelDescription, tokenizer: TokenizerFiles) -> ModelDescription:
+    """Token ids nobody told come from the tokenizer."""
+    where = Provenance(Origin.TOKENIZER, tokenizer.source)
+    found = {
+        name: getattr(tokenizer, name)
+        for name in TOKEN_IDS
+        if getattr(model, name) is None and getattr(tokenizer, name) is not None
+    }
+    sources = {**model.sources, **dict.fromkeys(found, where)}
+    return replace(model, **found, sources=sources)
+
+
+def _write_small_files(prepared: Prepared, staging: Staging, result: Result) -> Manifest:
+    plan = prepared.plan
+    dtype = plan.dtype or _main_dtype(plan)
+    files: dict[str, bytes] = {}
+    if prepared.tokenizer is not None:
+        files |= prepared.tokenizer.files
+    files["config.json"] = to_json(model_config(plan.family, plan.model, dtype, plan.options))
+    files["generation_config.json"] = to_json(generation_config(plan.model))
+    if (index := index_json(plan)) is not None:
+        files["model.safetensors.index.json"] = to_json(index)
+    staging.write(files)
+    manifest = make_manifest(prepared, result, files, dtype)
+    staging.write({MANIFEST_NAME: to_json(manifest.model_dump(mode="json"))})
+    return manifest
+
+
+def _main_dtype(plan: Plan) -> str:
+    """The dtype most bytes have, which config.json names."""
+    weight: dict[str, int] = {}
+    for edge in plan.edges.values():
+        weight[edge.dtype] = weight.get(edge.dtype, 0) + edge.nbytes
+    return max(sorted(weight), key=weight.__getitem__)
+
+
+def make_manifest(
+    prepared: Prepared, result: Result, files: dict[str, bytes], dtype: str
+) -> Manifest:
+    """Puts the manifest together from what was planned and what was done."""
+    import hashlib
+
+    plan, checkpoint = prepared.plan, prepared.checkpoint
+    records = {
+        f.name: FileRecord(size=f.layout.size, sha256=result.files[f.name]) for f in plan.files
+    }
+    records |= {
+        name: FileRecord(size=len(raw), sha256=hashlib.sha256(raw).hexdigest())
+        for name, raw in files.items()
+    }
+    lines = [f"{name} {digest}" for name, digest in sorted(result.arrays.items())]
+    values: dict[str, Any] = plan.model.values()
+    return Manifest(
+        moeconv_version=__version__,
+        source=SourceRecord(
+            path=str(checkpoint.step.items),
+            step=checkpoint.step.number,
+            format=checkpoint.tree.describe(),
+            layout=checkpoint.layout.describe(),
+            digest=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+            arrays=dict(sorted(result.arrays.items())),
+            metadata=checkpoint.identity["metadata"],
+        ),
+        target=plan.family.name,
+        architecture=plan.family.architecture,
+        dtype=dtype,
+        untied=plan.options.untie,
+        model={
+            name: FieldRecord(
+                value=value,
+                source=str(plan.model.sources[name]) if name in plan.model.sources else None,
+            )
+            for name, value in values.items()
+        },
+        rules=rules(plan),
+        folds=folds(plan),
+        dropped=dict(plan.dropped),
+        warnings=list(plan.warnings),
+        tokenizer=prepared.tokenizer.source if prepared.tokenizer else None,
+        plan=plan.digest,
+        files=dict(sorted(records.items())),
+    )
+
+
+__all__ = ["ConvertOptions", "Prepared", "convert", "make_manifest", "plan_conversion"]

@@ -1,0 +1,100 @@
+"""`moeconv.json`: what was converted, how, and the digest of everything read and written."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from moeconv.convert.plan import Plan
+from moeconv.mapping.ops import Scale
+
+MANIFEST_NAME = "moeconv.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceRecord(_Frozen):
+    """What was read.
+
+    `digest` is SHA-256 over the sorted lines `NAME DIGEST` of `arrays`; an array's digest is that of
+    `moeconv.convert.engine.array_digest`. `metadata` has the SHA-256 of the checkpoint's own files.
+    """
+
+    path: str
+    step: int | None
+    format: str
+    layout: str
+    digest: str
+    arrays: dict[str, str]
+    metadata: dict[str, str]
+
+
+class FieldRecord(_Frozen):
+    """A field of the model's description and who told it."""
+
+    value: Any
+    source: str | None
+
+
+class FoldRecord(_Frozen):
+    """A factor that was moved into weights."""
+
+    target: str
+    factor: str
+    value: float
+    exact: bool
+    reason: str
+
+
+class FileRecord(_Frozen):
+    """One file of the output."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(_Frozen):
+    """The file's schema."""
+
+    format: Literal["moeconv"] = "moeconv"
+    version: Literal[1] = 1
+    moeconv_version: str
+    source: SourceRecord
+    target: str
+    architecture: str
+    dtype: str
+    untied: bool
+    model: dict[str, FieldRecord]
+    rules: list[str]
+    folds: list[FoldRecord]
+    dropped: dict[str, str]
+    warnings: list[str]
+    tokenizer: str | None
+    plan: str
+    files: dict[str, FileRecord]
+
+
+def folds(plan: Plan) -> list[FoldRecord]:
+    """The factors a plan moves into weights, once for each rule."""
+    records = {}
+    for edge in plan.edges.values():
+        scale = next((op for op in edge.ops if isinstance(op, Scale)), None)
+        if scale is not None and edge.rule.scale is not None:
+            records[edge.rule.target] = FoldRecord(
+                target=edge.rule.target,
+                factor=scale.why,
+                value=scale.factor,
+                exact=scale.bound(edge.dtype) == 0.0,
+                reason=edge.rule.scale.reason,
+            )
+    return list(records.values())
+
+
+def rules(plan: Plan) -> list[str]:
+    """The rules the plan used, one line each."""
+    used = {id(edge.rule): edge for edge in plan.edges.values()}
+    return [
+        f"{edge.rule.source or edge.ops[0].describe()} -> {edge.rule.target}: {edge.describe()}"
+        for edge in used.values()
+    ]

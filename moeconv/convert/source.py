@@ -1,0 +1,129 @@
+"""Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.resolve import Resolution, resolve
+from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.arch.told import ToldConfig, from_config_file, from_flags, from_mapping
+from moeconv.errors import ConfigError, NotACheckpointError
+from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.locate import Step, locate
+from moeconv.orbax.metadata import Tree, read_tree
+from moeconv.orbax.store import Folder
+
+# Parameters that the model's logits do not use, by their first key; left out, and said so.
+UNUSED = {
+    "mtp_block": "multi-token prediction heads, which the main logits do not use "
+    "(MaxText models/models.py)"
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as moeconv understands it.
+
+    Attributes:
+        step: Where it is.
+        tree: Its leaves.
+        arrays: Its parameters, opened.
+        layout: How layers are stored.
+        told: What config and flags said.
+        resolution: What is known of the model, and what is missing.
+        sidecar: The run's sidecar and its folder, if one was found.
+        dropped: Parameters left out on purpose, with the reason.
+    """
+
+    step: Step
+    tree: Tree
+    arrays: Arrays
+    layout: Layout
+    told: ToldConfig
+    resolution: Resolution
+    sidecar: tuple[RunSidecar, Folder] | None
+    dropped: Mapping[str, str]
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The run's tokenizer directory, if its sidecar names one."""
+        if self.sidecar is None or self.sidecar[0].tokenizer is None:
+            return None
+        return str(self.sidecar[1] / self.sidecar[0].tokenizer)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another: place, step, and digests of its metadata."""
+        parts = {name: self.step.items.read(name) for name in ("_METADATA", "manifest.ocdbt")}
+        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+        return {"path": str(self.step.items), "step": self.step.number, "metadata": digests}
+
+
+def open_checkpoint(
+    spec: str, *, config: Path | None = None, sets: Sequence[str] = ()
+) -> Checkpoint:
+    """Opens CKPT and resolves what is known of its model.
+
+    Args:
+        spec: A run, its `checkpoints/`, a step, a step's `items/`, or a URL of one.
+        config: MaxText YAML; replaces the run's sidecar.
+        sets: `key=value` flags; win over both.
+
+    Raises:
+        NotACheckpointError: There is no complete checkpoint.
+        ConfigError: What was told cannot be read, or contradicts the shapes.
+        TensorError: Parameters are missing, unknown or inconsistent.
+        UnsupportedError: The decoder block or a dtype is not supported.
+    """
+    step = locate(spec)
+    tree = read_tree(step.items)
+    arrays = Arrays(step.items, tree)
+    sidecar = None if config else _find_sidecar(step)
+    flags = from_flags(sets)
+    if config is not None:
+        told = ToldConfig(from_config_file(config), flags)
+    elif sidecar is not None:
+        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
+        told = ToldConfig(from_mapping(sidecar[0].config, where), flags)
+    else:
+        told = ToldConfig(flags)
+    used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
+    dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
+    axis = told.get("param_scan_axis")
+    layout = detect_layout(
+        used, scan_axis=int(axis.value) if axis is not None and axis.explicit else None
+    )
+    scan_layers = step.custom_metadata.get("scan_layers")
+    resolution = resolve(
+        layout, told, scan_layers=scan_layers if isinstance(scan_layers, bool) else None
+    )
+    return Checkpoint(step, tree, arrays, layout, told, resolution, sidecar, dropped)
+
+
+def _find_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
+    for folder in step.beside:
+        try:
+            raw = folder.read(SIDECAR_NAME)
+        except NotACheckpointError:
+            continue  # a remote folder that may not be read is no reason to fail
+        if raw is None:
+            continue
+        try:
+            content = json.loads(raw)
+            if isinstance(content, dict) and content.get("format") == "moeconv":
+                continue  # the manifest of a converted model, not a run's sidecar
+            return RunSidecar.model_validate(content), folder
+        except (ValueError, ValidationError):
+            raise ConfigError(
+                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes; mend it, "
+                "or give the run's config with --config"
+            ) from None
+    return None

@@ -1,0 +1,1 @@
+"""The files of a Hugging Face model: safetensors, configs, tokenizer."""

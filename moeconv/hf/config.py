@@ -1,0 +1,52 @@
+"""config.json and generation_config.json, written whole.
+
+transformers 5's `save_pretrained` drops `rope_theta`, and transformers 4, mlx-lm and llama.cpp then
+load a default one silently; so both spellings of RoPE and of the dtype are written here.
+"""
+
+import json
+from typing import Any
+
+from moeconv.arch.description import ModelDescription
+from moeconv.mapping.rules import Family, Options
+
+# The oldest release that reads every key we write; what loads the file compares it with its own.
+TRANSFORMERS_VERSION = "4.46.0"
+
+
+def model_config(
+    family: Family, model: ModelDescription, dtype: str, options: Options
+) -> dict[str, Any]:
+    """The family's config table for one model, plus what every config has."""
+    config = {
+        key.key: key.value(model, options)
+        for key in family.config
+        if key.when.holds(model, options)
+    }
+    return {
+        **config,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "transformers_version": TRANSFORMERS_VERSION,
+    }
+
+
+def generation_config(model: ModelDescription) -> dict[str, Any]:
+    """Token ids for `generate`; greedy unless the caller asks for sampling."""
+    ids = {
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_id,
+        "pad_token_id": model.pad_token_id,
+    }
+    known = {key: value for key, value in ids.items() if value is not None}
+    return {
+        "_from_model_config": False,
+        **known,
+        "do_sample": False,
+        "transformers_version": TRANSFORMERS_VERSION,
+    }
+
+
+def to_json(content: Any) -> bytes:
+    """JSON as Hugging Face lays it out; the same content gives the same bytes."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

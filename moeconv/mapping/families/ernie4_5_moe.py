@@ -1,0 +1,93 @@
+"""ERNIE 4.5 MoE: the compact target for interleaved models, which writes a dense MLP once.
+
+Its rotary embedding is interleaved, so query and key rows are permuted within each head; its router
+selects by softmax plus a correction bias, here zero, and renormalises over the chosen experts as
+MaxText does (transformers models/ernie4_5_moe/modeling_ernie4_5_moe.py `Ernie4_5_MoeTopKRouter`).
+"""
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import LayerKind
+from moeconv.mapping.families.llama import MLP
+from moeconv.mapping.families.shared import ATTENTION, CONFIG, TRUNK, has_scaled_rope
+from moeconv.mapping.rules import (
+    MOE_LAYERS,
+    ConfigKey,
+    Family,
+    Options,
+    Rule,
+    constant,
+    from_field,
+)
+
+# fmt: off
+EXPERTS = (
+    Rule("MoeBlock_0.gate.kernel", "model.layers.{L}.mlp.gate.weight", "D E -> E D", layers=MOE_LAYERS),
+    Rule(None, "model.layers.{L}.mlp.moe_statics.e_score_correction_bias",
+         "1 E -> 1 E", layers=MOE_LAYERS, fill=0.0),
+    Rule("MoeBlock_0.wi_0", "model.layers.{L}.mlp.experts.{E}.gate_proj.weight",
+         "D F -> F D", layers=MOE_LAYERS),
+    Rule("MoeBlock_0.wi_1", "model.layers.{L}.mlp.experts.{E}.up_proj.weight",
+         "D F -> F D", layers=MOE_LAYERS),
+    Rule("MoeBlock_0.wo",   "model.layers.{L}.mlp.experts.{E}.down_proj.weight",
+         "F D -> D F", layers=MOE_LAYERS),
+)
+# fmt: on
+
+
+def _interval(model: ModelDescription) -> int:
+    """Distance between Mixture-of-Experts layers; 1 when there is one or none."""
+    layers = model.moe_layers
+    return layers[1] - layers[0] if len(layers) > 1 else layers[0] + 1
+
+
+def _requires(model: ModelDescription) -> str | None:
+    layers = model.moe_layers
+    if not layers:
+        return "it has no Mixture-of-Experts layer; use --target llama"
+    step = _interval(model)
+    if layers != tuple(n for n in range(layers[0], layers[-1] + 1) if (n + 1) % step == 0):
+        return (
+            "ERNIE places experts on every n-th layer, and this model has them on layers "
+            f"{', '.join(str(n + 1) for n in layers)}; use --target mixtral"
+        )
+    if has_scaled_rope(model):
+        return "its Llama-3.1 RoPE scaling is not read alike by ERNIE loaders; use --target mixtral"
+    return None
+
+
+def _caveats(model: ModelDescription, options: Options) -> list[str]:
+    return ["ernie4_5_moe needs transformers ≥ 4.57, vLLM or mlx-lm; llama.cpp cannot load it"]
+
+
+ERNIE4_5_MOE = Family(
+    name="ernie4_5_moe",
+    architecture="Ernie4_5_MoeForCausalLM",
+    summary="Writes interleaved dense layers once; transformers ≥ 4.57, vLLM and mlx-lm.",
+    rotary="interleaved",
+    kinds=frozenset(LayerKind),
+    requires=_requires,
+    caveats=_caveats,
+    rules=(*TRUNK, *ATTENTION, *MLP, *EXPERTS),
+    config=(
+        constant("architectures", ["Ernie4_5_MoeForCausalLM"]),
+        constant("model_type", "ernie4_5_moe"),
+        *CONFIG,
+        ConfigKey(
+            "intermediate_size",
+            lambda m, o: m.intermediate_size or m.moe_intermediate_size,
+            "`intermediate_size`",
+        ),
+        from_field("moe_intermediate_size"),
+        from_field("moe_num_experts", "num_experts"),
+        from_field("moe_k", "num_experts_per_tok"),
+        ConfigKey("moe_layer_interval", lambda m, o: _interval(m), "distance of expert layers"),
+        ConfigKey("moe_layer_start_index", lambda m, o: m.moe_layers[0], "first expert layer"),
+        ConfigKey("moe_layer_end_index", lambda m, o: m.moe_layers[-1], "last expert layer"),
+        constant("moe_num_shared_experts", 0),
+        constant("moe_norm_min", 1e-12),
+        constant("moe_use_aux_free", True),
+        constant("use_bias", False),
+        constant("output_router_logits", False),
+        constant("router_aux_loss_coef", 0.0),
+    ),
+)

@@ -1,0 +1,109 @@
+"""Mixtral: the default target, because everything loads it.
+
+A model with dense layers among its Mixture-of-Experts ones fits too, exactly: a dense MLP is copied
+into every expert and the router of that layer is zero, so that the chosen experts get equal weights
+(1/k each, exact for k a power of two) of equal outputs.
+"""
+
+import math
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import LayerKind
+from moeconv.mapping.families.shared import ATTENTION, CONFIG, TRUNK, has_scaled_rope
+from moeconv.mapping.rules import (
+    DENSE_LAYERS,
+    MOE_LAYERS,
+    ConfigKey,
+    Family,
+    Options,
+    Rule,
+    constant,
+    from_field,
+)
+
+# w1 is the gate, w3 the up and w2 the down projection (transformers 4.46
+# models/mixtral/modeling_mixtral.py `MixtralBlockSparseTop2MLP`).
+# fmt: off
+EXPERTS = (
+    Rule("MoeBlock_0.gate.kernel", "model.layers.{L}.block_sparse_moe.gate.weight",
+         "D E -> E D", layers=MOE_LAYERS),
+    Rule("MoeBlock_0.wi_0", "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight",
+         "D F -> F D", layers=MOE_LAYERS),
+    Rule("MoeBlock_0.wo",   "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight",
+         "F D -> D F", layers=MOE_LAYERS),
+    Rule("MoeBlock_0.wi_1", "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight",
+         "D F -> F D", layers=MOE_LAYERS),
+)
+
+DENSE_AS_EXPERTS = (
+    Rule(None,              "model.layers.{L}.block_sparse_moe.gate.weight",
+         "E D -> E D", layers=DENSE_LAYERS, fill=0.0),
+    Rule("mlp.wi_0.kernel", "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight",
+         "D F -> F D", layers=DENSE_LAYERS),
+    Rule("mlp.wo.kernel",   "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight",
+         "F D -> D F", layers=DENSE_LAYERS),
+    Rule("mlp.wi_1.kernel", "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight",
+         "D F -> F D", layers=DENSE_LAYERS),
+)
+# fmt: on
+
+
+def _requires(model: ModelDescription) -> str | None:
+    if not model.moe_layers:
+        return "it has no Mixture-of-Experts layer; use --target llama"
+    return None
+
+
+def _caveats(model: ModelDescription, options: Options) -> list[str]:
+    lines = []
+    if model.dense_layers:
+        lines.append(
+            f"the dense MLP of {len(model.dense_layers)} layers is copied to all "
+            f"{model.num_experts} experts with a zero router; --target ernie4_5_moe writes it once, "
+            "but llama.cpp and older transformers cannot load that"
+        )
+        k = model.num_experts_per_tok or 1
+        if math.frexp(k)[0] != 0.5:
+            lines.append(
+                f"with top-{k} routing the copied dense MLPs are weighted by 1/{k}, which rounds "
+                "in the last place (it is exact for 1, 2, 4, … experts)"
+            )
+    if model.dense_layers and model.intermediate_size != model.moe_intermediate_size:
+        lines.append(
+            f"dense MLPs ({model.intermediate_size}) and experts ({model.moe_intermediate_size}) "
+            "differ in width; the narrower are padded with zeros, which changes no result"
+        )
+    if has_scaled_rope(model):
+        lines.append(
+            "Mixtral with Llama-3.1 RoPE scaling needs transformers ≥ 4.48; older ones ignore it"
+        )
+    return lines
+
+
+MIXTRAL = Family(
+    name="mixtral",
+    architecture="MixtralForCausalLM",
+    summary="Loads in every transformers since 4.36, vLLM, mlx-lm, llama.cpp and mistral.rs.",
+    rotary="half",
+    kinds=frozenset(LayerKind),
+    requires=_requires,
+    pads_width=True,
+    caveats=_caveats,
+    rules=(*TRUNK, *ATTENTION, *EXPERTS, *DENSE_AS_EXPERTS),
+    config=(
+        constant("architectures", ["MixtralForCausalLM"]),
+        constant("model_type", "mixtral"),
+        *CONFIG,
+        ConfigKey(
+            "intermediate_size",
+            lambda m, o: max(m.intermediate_size or 0, m.moe_intermediate_size or 0),
+            "the wider of `intermediate_size` and `moe_intermediate_size`",
+        ),
+        from_field("num_local_experts", "num_experts"),
+        from_field("num_experts_per_tok"),
+        constant("output_router_logits", False),
+        constant("router_aux_loss_coef", 0.0),
+        constant("router_jitter_noise", 0.0),
+        constant("sliding_window", None),
+    ),
+)

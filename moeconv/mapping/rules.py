@@ -1,0 +1,174 @@
+"""The rule table's vocabulary: a rule, a factor, a family.
+
+A family is one readable page in `families/`: its config table and its rule table. Everything else is
+derived from them: the plan, the conversion, the way back, the structure check, the per-layer
+comparison and docs/mapping.md.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import PARAMETERS, LayerKind
+
+Rotary = Literal["half", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Choices of the user that change which tensors a target has.
+
+    Attributes:
+        untie: Write an explicit output head although the model ties it to the embedding.
+    """
+
+    untie: bool = False
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A named constant by which a rule multiplies.
+
+    Attributes:
+        text: How plans and docs print it, e.g. `sqrt(head_dim)`.
+        reason: Why it is there, for docs and the manifest.
+        value: The number for one model, None where the model needs no factor.
+    """
+
+    text: str
+    reason: str
+    value: Callable[[ModelDescription], float | None]
+
+
+QUERY_SCALE = Factor(
+    "sqrt(head_dim)",
+    "the mixtral and llama2 blocks fold 1/sqrt(head_dim) into the query kernel "
+    "(MaxText layers/attentions.py `init_query_w`), Hugging Face divides the scores instead; "
+    "the envy block passes `query_pre_attn_scalar` and needs no factor",
+    lambda m: math.sqrt(m.head_dim) if m.query_scale_in_kernel else None,
+)
+
+LOGIT_SCALE = Factor(
+    "1/sqrt(hidden_size)",
+    "with tied logits and `normalize_embedding_logits` MaxText divides the logits by "
+    "sqrt(hidden_size) (layers/nnx_decoders.py `apply_output_head`), Hugging Face does not; the "
+    "final norm feeds only the output head, so the factor moves into its weight",
+    lambda m: (
+        1.0 / math.sqrt(m.hidden_size)
+        if m.tie_word_embeddings and m.normalize_embedding_logits
+        else None
+    ),
+)
+
+
+@dataclass(frozen=True)
+class When:
+    """A condition on the model and the user's options under which a rule applies."""
+
+    text: str
+    holds: Callable[[ModelDescription, Options], bool]
+
+
+ALWAYS = When("always", lambda m, o: True)
+TIED_BUT_UNTIE = When(
+    "tied, and --untie given", lambda m, o: m.tie_word_embeddings and o.untie
+)
+UNTIED = When("untied", lambda m, o: not m.tie_word_embeddings)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Ties one source parameter to one target tensor pattern.
+
+    Attributes:
+        source: Logical MaxText name (a key of `arch.parameters.PARAMETERS`); None for a tensor that
+            MaxText has no parameter for, which is then filled with `fill`.
+        target: Hugging Face name; `{L}` is the layer, `{E}` the expert. An `{E}` that the source's
+            axes lack replicates the tensor to every expert.
+        place: The rearrangement of one slice, e.g. `D H h -> (H h) D`.
+        scale: Factor, if the values must change.
+        rotary: True where `h` is rotated by RoPE, so that the order of its entries follows the
+            rotary layouts of source and target.
+        layers: Kinds of target layer the rule writes; None for a tensor the model has once.
+        when: Further condition.
+        again: The parameter is read by another rule too, on purpose.
+        fill: Value of a tensor without a source.
+    """
+
+    source: str | None
+    target: str
+    place: str
+    scale: Factor | None = None
+    rotary: bool = False
+    layers: frozenset[LayerKind] | None = None
+    when: When = ALWAYS
+    again: bool = False
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.source is not None and self.source not in PARAMETERS:
+            raise ValueError(f"rule for {self.target}: MaxText has no parameter {self.source}")
+
+
+EVERY_LAYER = frozenset(LayerKind)
+DENSE_LAYERS = frozenset({LayerKind.DENSE})
+MOE_LAYERS = frozenset({LayerKind.MOE})
+
+
+@dataclass(frozen=True)
+class ConfigKey:
+    """One key of `config.json`.
+
+    Attributes:
+        key: Its name.
+        value: Its value for a model.
+        text: Where the value comes from, for docs/mapping.md.
+        when: The key is left out where this does not hold.
+    """
+
+    key: str
+    value: Callable[[ModelDescription, Options], Any]
+    text: str
+    when: When = ALWAYS
+
+
+def from_field(key: str, name: str | None = None, when: When = ALWAYS) -> ConfigKey:
+    """A key that copies a field of the model's description."""
+    source = name or key
+    return ConfigKey(key, lambda m, o: getattr(m, source), f"`{source}`", when)
+
+
+def constant(key: str, value: Any, text: str | None = None) -> ConfigKey:
+    """A key whose value never changes."""
+    return ConfigKey(key, lambda m, o: value, text or f"always `{value!r}`")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A target architecture: one page.
+
+    Attributes:
+        name: Value of `--target`.
+        architecture: Class in transformers.
+        summary: What it is for, one sentence.
+        rotary: Order in which its checkpoints store the rotated halves of a head.
+        kinds: Kinds of layer it can hold.
+        requires: Whether it can hold this model; the reason if not.
+        rules: The rule table.
+        config: The config table.
+        pads_width: Dense and expert MLPs share one width, the narrower is padded with zeros.
+        caveats: Sentences for people about this model on this target.
+    """
+
+    name: str
+    architecture: str
+    summary: str
+    rotary: Rotary
+    kinds: frozenset[LayerKind]
+    rules: tuple[Rule, ...]
+    config: tuple[ConfigKey, ...]
+    requires: Callable[[ModelDescription], str | None] = lambda m: None
+    pads_width: bool = False
+    caveats: Callable[[ModelDescription, Options], list[str]] = lambda m, o: []

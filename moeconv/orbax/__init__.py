@@ -1,0 +1,1 @@
+"""Reading the checkpoints MaxText writes, with tensorstore alone (no jax, no orbax)."""

@@ -1,0 +1,128 @@
+"""Finding the step to convert: CKPT may be a run, its `checkpoints/`, a step, or a step's `items/`.
+
+    <run>/checkpoints/<step>/items/_METADATA
+    <run>/checkpoints/<step>/_CHECKPOINT_METADATA, commit_success.txt
+    <params-only checkpoint>/items/_METADATA, or <params-only checkpoint>/_METADATA
+
+A step is complete once its commit marker is there; on a local disk Orbax renames a finished step
+into place, so its name alone tells (orbax-checkpoint `path/atomicity.py`).
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from moeconv.errors import NotACheckpointError
+from moeconv.orbax.store import Folder
+
+_STEP = re.compile(r"(?:\w+_)?(\d+)\Z")
+_COMMIT = "commit_success.txt"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A complete step of a checkpoint.
+
+    Attributes:
+        items: Folder that holds `_METADATA`.
+        number: Training step, None when the path does not tell.
+        custom_metadata: What MaxText recorded beside it (`scan_layers`).
+        beside: Folders where the run's sidecar may lie, nearest first.
+        skipped: Newer steps passed over because their save is unfinished.
+    """
+
+    items: Folder
+    number: int | None
+    custom_metadata: dict[str, Any]
+    beside: tuple[Folder, ...]
+    skipped: tuple[str, ...] = ()
+
+
+def locate(spec: str) -> Step:
+    """Finds the step that CKPT means: the one named, or the newest complete one.
+
+    Raises:
+        NotACheckpointError: Nothing there, or nothing complete; says what was looked for.
+    """
+    folder = Folder.open(spec)
+    if not folder.exists():
+        what = "is a file" if folder.local and folder.local.is_file() else "does not exist"
+        raise NotACheckpointError(f"{folder} {what}; give a MaxText run, step or items directory")
+    if folder.read("_METADATA") is not None:
+        return _step(folder)
+    if (folder / "items").read("_METADATA") is not None:
+        return _step(folder / "items")
+    names = list(folder.children())
+    for inner in ("checkpoints", *(() if _steps(names) else ())):
+        if inner in names:
+            folder = folder / inner
+            names = list(folder.children())
+    steps = _steps(names)
+    skipped = []
+    for name in steps:
+        items = folder / name / "items"
+        if items.read("_METADATA") is None or _unfinished(items) is not None:
+            skipped.append(name)
+            continue
+        return _step(items, tuple(skipped))
+    if skipped:
+        raise NotACheckpointError(
+            f"{folder} holds only unfinished saves ({', '.join(skipped)}: no commit marker or no "
+            "_METADATA); let the run save once more"
+        )
+    tmp = [n for n in names if "orbax-checkpoint-tmp" in n]
+    if tmp:
+        raise NotACheckpointError(f"{folder} holds only unfinished saves ({', '.join(tmp)})")
+    raise NotACheckpointError(
+        f"{folder} is no MaxText checkpoint: it has no _METADATA, no items/, and no numbered steps "
+        "below it or below checkpoints/"
+    )
+
+
+def _steps(names: list[str]) -> list[str]:
+    """Names that are steps, newest first."""
+    numbered = [(int(m[1]), n) for n in names if (m := _STEP.match(n))]
+    return [name for _, name in sorted(numbered, reverse=True)]
+
+
+def _unfinished(items: Folder) -> str | None:
+    """Why a step's save is not complete; None when it is."""
+    step = items.parent
+    for folder in (items, step):
+        if "orbax-checkpoint-tmp" in folder.name:
+            return f"{folder} is a save in progress (its name says so)"
+    raw = step.read("_CHECKPOINT_METADATA")
+    metadata = _json(step, raw) if raw is not None else {}
+    # Orbax v1 always leaves a marker; before it, local saves were committed by a rename alone and
+    # saves to object stores by the marker (orbax-checkpoint `path/atomicity.py`).
+    handler = json.dumps(metadata.get("item_handlers"))
+    marks = "experimental.v1" in handler or items.local is None or items.read(_COMMIT) is not None
+    if marks and step.read(_COMMIT) is None and (raw is not None or items.read(_COMMIT) is None):
+        return f"{step} has no {_COMMIT}, so its save did not finish"
+    if raw is not None and not metadata.get("commit_timestamp_nsecs", True):
+        return f"{step}/_CHECKPOINT_METADATA has no commit time, so its save did not finish"
+    return None
+
+
+def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(raw)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise NotACheckpointError(f"{folder}/_CHECKPOINT_METADATA is not JSON; the save is damaged")
+    return content
+
+
+def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
+    if (why := _unfinished(items)) is not None:
+        raise NotACheckpointError(f"{why}; name an older step, or let the run save once more")
+    step = items.parent if items.name == "items" else items
+    raw = step.read("_CHECKPOINT_METADATA")
+    custom = _json(step, raw).get("custom_metadata") if raw is not None else None
+    match = _STEP.match(step.name)
+    beside = [step, step.parent]
+    if step.parent.name == "checkpoints":
+        beside.append(step.parent.parent)
+    return Step(items, int(match[1]) if match else None, custom or {}, tuple(beside), skipped)

@@ -1,0 +1,102 @@
+"""Paths that may be local or remote: one small interface over tensorstore's key-value stores."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tensorstore as ts
+
+from moeconv.errors import NotACheckpointError
+
+SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of a checkpoint, local or below a URL that tensorstore reads.
+
+    Attributes:
+        url: `file:///…`, `gs://…`, `s3://…`, `http://…`, without a slash at the end.
+    """
+
+    url: str
+
+    @classmethod
+    def open(cls, spec: str | Path) -> "Folder":
+        """From what the user typed: a path, or one of `SCHEMES`."""
+        text = str(spec)
+        if text.startswith(SCHEMES):
+            return cls(text.rstrip("/"))
+        return cls(f"file://{Path(text).expanduser().resolve()}")
+
+    @property
+    def local(self) -> Path | None:
+        """The path, when the folder is on this machine."""
+        return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
+
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def parent(self) -> "Folder":
+        """The folder above."""
+        return Folder(self.url.rsplit("/", 1)[0])
+
+    def __truediv__(self, name: str) -> "Folder":
+        return Folder(f"{self.url}/{name}")
+
+    def __str__(self) -> str:
+        return str(self.local or self.url)
+
+    def kvstore(self) -> dict[str, Any] | str:
+        """Spec of a tensorstore key-value store rooted here."""
+        return f"{self.url}/"
+
+    def read(self, name: str) -> bytes | None:
+        """Content of a file, None when there is none.
+
+        Raises:
+            NotACheckpointError: The store cannot be read (permissions, network, …).
+        """
+        try:
+            if (local := self.local) is not None:
+                return (local / name).read_bytes()
+            result = _kvstore(self.kvstore()).read(name.encode()).result()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except (OSError, ValueError) as error:
+            raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
+        return bytes(result.value) if result.state == "value" else None
+
+    def children(self) -> Iterator[str]:
+        """Names of files and folders directly below.
+
+        Raises:
+            NotACheckpointError: The store cannot be listed.
+        """
+        try:
+            if (local := self.local) is not None:
+                yield from sorted(p.name for p in local.iterdir())
+                return
+            keys = _kvstore(self.kvstore()).list().result()
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise NotACheckpointError(f"cannot list {self}: {reason(error)}") from None
+        yield from sorted({key.decode().split("/", 1)[0] for key in keys})
+
+    def exists(self) -> bool:
+        """Whether a local folder is there; remote ones are found out by reading."""
+        return self.local is None or self.local.is_dir()
+
+
+def _kvstore(spec: Any) -> Any:
+    return ts.KvStore.open(spec).result()
+
+
+def reason(error: BaseException) -> str:
+    """The first clause of a tensorstore or OS error, without its source locations."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).split(" [source locations")[0].split(" [tensorstore_spec")[0].splitlines()[0]

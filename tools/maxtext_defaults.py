@@ -1,0 +1,87 @@
+"""Writes moeconv/arch/data/maxtext_defaults.json from the installed MaxText.
+
+Run it when a new MaxText is supported, once with each version on the path:
+
+    python tools/maxtext_defaults.py [VERSION=CONFIGS_DIR …]
+
+Each CONFIGS_DIR is the `configs/` folder of one MaxText release, oldest first (default: the
+installed one alone). The keys are those that decide a conversion; releases must agree on every
+default they share, but for base sizes, which shapes tell anyway, and fields without effect.
+"""
+
+import importlib.util
+import json
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from moeconv.arch.blocks import BLOCKS
+from moeconv.arch.features import FEATURES, Verdict
+from moeconv.arch.fields import TOLD_KEYS
+
+TARGET = Path(__file__).parents[1] / "moeconv" / "arch" / "data" / "maxtext_defaults.json"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats, as OmegaConf reads them."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)?\.?\d*([eE][-+]?\d+)$"),
+    list("-+0123456789."),
+)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A YAML file as MaxText reads it; the text None is None."""
+    content = yaml.load(path.read_text(), Loader=_Loader)
+    return {k: None if v == "None" else v for k, v in content.items()}
+
+
+def installed() -> Path:
+    """The installed MaxText's configs folder, found without importing it."""
+    spec = importlib.util.find_spec("maxtext")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("maxtext is not installed")
+    return Path(next(iter(spec.submodule_search_locations))) / "configs"
+
+
+def extract(folders: list[Path], versions: list[str]) -> dict[str, Any]:
+    """The extract; later folders add keys and must not change any."""
+    keys = sorted({*TOLD_KEYS, *(f.key for f in FEATURES)})
+    refusable = {f.key for f in FEATURES if f.verdict is Verdict.REFUSE}
+    harmless = {f.key for f in FEATURES} - refusable
+    base: dict[str, Any] = {}
+    models: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        content = load(folder / "base.yml")
+        for key in keys:
+            if key in content:
+                differs = key in base and base[key] != content[key]
+                if differs and not key.startswith("base_") and key not in harmless:
+                    raise SystemExit(f"{key}: {base[key]} became {content[key]} in {folder}")
+                base[key] = content[key]
+        for path in sorted((folder / "models").glob("*.yml")):
+            model = load(path)
+            if model.get("decoder_block", "llama2") in BLOCKS:
+                models[path.stem] = {k: model[k] for k in keys if k in model}
+    return {"maxtext_versions": versions, "base": dict(sorted(base.items())), "models": models}
+
+
+def main() -> None:
+    """Writes the file."""
+    pairs = [a.partition("=")[::2] for a in sys.argv[1:]]
+    folders = [Path(folder) for _, folder in pairs] or [installed()]
+    versions = [v for v, _ in pairs] or [version("maxtext")]
+    text = json.dumps(extract(folders, versions), indent=1) + "\n"
+    TARGET.write_text(text)
+    print(f"wrote {TARGET}")
+
+
+if __name__ == "__main__":
+    main()
