@@ -1,1 +1,1 @@
-"""What a model is: its description, where each field came from, and how a checkpoint is laid out."""
+"""What a model is: its description, where fields came from, how a checkpoint is laid out."""

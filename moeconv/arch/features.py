@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-
 _IGNORED = "is ignored by this decoder block in MaxText, and so by the converted model"
 
 
@@ -52,9 +51,13 @@ _MOE = ("mixtral", "envy")
 
 FEATURES: tuple[Feature, ...] = (
     Feature("use_qk_norm", _OFF, "normalises queries and keys", blocks=("envy",)),
-    Feature("use_post_ffw_norm", _OFF, "adds a norm behind the MLP", blocks=("envy",), visible=True),
+    Feature(
+        "use_post_ffw_norm", _OFF, "adds a norm behind the MLP", blocks=("envy",), visible=True
+    ),
     Feature("final_logits_soft_cap", _OFF, "caps the tied logits with tanh"),
-    Feature("attn_logits_soft_cap", _OFF, "caps the attention scores with tanh", blocks=("llama2",)),
+    Feature(
+        "attn_logits_soft_cap", _OFF, "caps the attention scores with tanh", blocks=("llama2",)
+    ),
     Feature("mlp_activations", (("silu", "linear"),), "replaces SwiGLU by another activation"),
     Feature("mlp_bias", _OFF, "adds biases to the experts", blocks=_MOE, visible=True),
     Feature("attention_sink", _OFF, "adds attention sinks", visible=True),
@@ -133,7 +136,9 @@ def verdicts(
     Returns:
         Refusals, warnings (both sentences), and keys that nobody told though nothing shows them.
     """
-    refusals, warnings, untold = [], [], []
+    refusals: list[str] = []
+    warnings: list[str] = []
+    untold: list[str] = []
     for feature in FEATURES:
         if feature.blocks is not None and block not in feature.blocks:
             continue

@@ -1,10 +1,10 @@
 """How a checkpoint stores its layers: the three layouts MaxText writes, detected from structure.
 
-    unscanned    decoder.layers_{n}.NAME            one array a layer            scan_layers=false
-    scanned      decoder.layers.NAME                all layers in one array      scan_layers=true
-    cycled       decoder.layers.layers_{j}.NAME     every C-th layer in one      scan_layers=true and
-                                                    array: index i is layer      inhomogeneous_layer_
-                                                    C*i + j                      cycle_interval=C
+    unscanned  decoder.layers_{n}.NAME         one array a layer         scan_layers=false
+    scanned    decoder.layers.NAME             all layers in one array   scan_layers=true
+    cycled     decoder.layers.layers_{j}.NAME  every C-th layer in one   the envy block, scanned, with
+                                               array: index i is layer   inhomogeneous_layer_cycle_
+                                               C*i + j                   interval=C
 
 In the stacked layouts the layer axis stands at `param_scan_axis` (MaxText's default 1) of every
 parameter (layers/nnx_decoders.py `_create_scanned_layers`, `_init_scanned_generic`,

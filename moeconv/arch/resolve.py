@@ -263,9 +263,7 @@ def _scaled(key: str, value: Any, told: ToldConfig) -> Any:
     return int(value) * 2**factor
 
 
-def _token_ids(
-    told: ToldConfig, known: dict[str, Any], sources: dict[str, Provenance]
-) -> None:
+def _token_ids(told: ToldConfig, known: dict[str, Any], sources: dict[str, Provenance]) -> None:
     for name in TOKEN_IDS:
         entry = told.get(name)
         if entry is None or entry.value is None:

@@ -24,7 +24,7 @@ _ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
-# A config (resolved or not) may hold derived keys; `emb_dim` is `base_emb_dim` times a power of two.
+# A resolved config holds derived keys too; `emb_dim` is `base_emb_dim` times a power of two.
 SCALED_KEYS = {
     "emb_dim": "base_emb_dim",
     "num_query_heads": "base_num_query_heads",
@@ -72,7 +72,7 @@ class ToldConfig(Mapping[str, Told]):
 
 @cache
 def maxtext_defaults() -> dict[str, Any]:
-    """The packaged extract of MaxText's base.yml and model files (made by tools/maxtext_defaults.py)."""
+    """The packaged extract of MaxText's YAML files, made by tools/maxtext_defaults.py."""
     path = resources.files("moeconv.arch") / "data" / "maxtext_defaults.json"
     data: dict[str, Any] = json.loads(path.read_text())
     return data
@@ -130,7 +130,9 @@ def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds no `key: value` lines, so it is no MaxText config")
+        raise ConfigError(
+            f"--config {path} holds no `key: value` lines, so it is no MaxText config"
+        )
     parent = content.get("base_config")
     if not parent or Path(parent).name == "base.yml":
         return content
@@ -148,9 +150,9 @@ def from_mapping(content: Mapping[str, Any], provenance: Provenance) -> dict[str
     known by its derived keys, already holds the outcome.
     """
     defaults = maxtext_defaults()
-    versions = ", ".join(defaults["maxtext_versions"])
+    versions = defaults["maxtext_versions"]
     base = {
-        key: Told(value, Provenance(Origin.DEFAULT, f"base.yml of MaxText {versions}"))
+        key: Told(value, Provenance(Origin.DEFAULT, f"base.yml, {versions[0]} to {versions[-1]}"))
         for key, value in defaults["base"].items()
     }
     said = {

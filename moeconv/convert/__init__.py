@@ -1,1 +1,1 @@
-"""Converting: a plan made before the first byte is written, and an engine that only carries it out."""
+"""Converting: a plan made before the first byte is written, and an engine that carries it out."""

@@ -101,7 +101,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     tokenizer = None
     if spec is not None:
         tokenizer = read_tokenizer(spec, model_max_length=model.max_position_embeddings)
-        warnings += check_fits(tokenizer, model.vocab_size)
+        warnings += [*tokenizer.notes, *check_fits(tokenizer, model.vocab_size)]
         model = _with_token_ids(model, tokenizer)
     else:
         warnings.append(

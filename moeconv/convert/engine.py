@@ -26,7 +26,7 @@ from moeconv.convert.work import BLOCK_BYTES, Range, Route, Unit, is_contiguous,
 from moeconv.hf.safetensors import payload
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
-from moeconv.orbax.arrays import Arrays, Reader
+from moeconv.orbax.arrays import Arrays, Box, Reader
 
 Progress = Callable[[int, int], None]
 
@@ -201,7 +201,9 @@ class Engine:
             return
         held = cost
         try:
-            reader = self._arrays.reader(unit.array.name, unit.nbytes + unit.nbytes // 4 + (64 << 20))
+            reader = self._arrays.reader(
+                unit.array.name, unit.nbytes + unit.nbytes // 4 + (64 << 20)
+            )
             digests = self._hash_chunks(unit, reader)
             # Every chunk is decoded now: their compressed bytes are gone.
             self._budget.release(unit.nbytes)
@@ -408,10 +410,10 @@ def _slabs(box: Sequence[Range], itemsize: int) -> Iterator[tuple[slice, ...]]:
             yield (*head, *middle, *rest)
 
 
-def _source_box(unit: Unit, route: Route, ranges: Mapping[str, Range]) -> tuple[object, ...]:
+def _source_box(unit: Unit, route: Route, ranges: Mapping[str, Range]) -> Box:
     """The source's box for a block: fixed entries, and ranges on the other axes."""
     held = dict(zip(route.axes, unit.box, strict=True))
-    box: list[object] = []
+    box: list[slice | int] = []
     for axis in route.axes:
         if axis in route.index:
             box.append(route.index[axis])

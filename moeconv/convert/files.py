@@ -98,7 +98,8 @@ class OutputFiles:
         ends = [*(file.layout.offsets[t] for t in file.tensors[1:]), file.layout.size]
         for tensor, end in zip(file.tensors, ends, strict=True):
             with self._progress:
-                self._progress.wait_for(lambda t=tensor: self._stopped or t in self._complete[number])
+                while not self._stopped and tensor not in self._complete[number]:
+                    self._progress.wait()
                 if self._stopped:
                     return
             yield end

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from moeconv import __version__
@@ -36,7 +35,7 @@ from moeconv.orbax.arrays import ArrayInfo, Arrays
 
 # Source block, transposed block, one temporary of a value op: what a worker holds beside its unit.
 WORKER_BYTES = 4 * BLOCK_BYTES
-# numpy, tensorstore, pydantic, rich: the interpreter before any work, measured at start and rounded.
+# numpy, tensorstore, pydantic, rich: the interpreter before any work, measured and rounded up.
 IMPORT_BYTES = 128 * MIB
 
 
@@ -102,6 +101,11 @@ class Plan:
     def read_bytes(self) -> int:
         """Bytes of the parameters, decoded; each is read once."""
         return sum(u.nbytes for u in self.units)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(e.nbytes for e in self.edges.values())
 
     @property
     def write_bytes(self) -> int:
@@ -254,12 +258,15 @@ def _files(
         max_shard_size=max_shard_bytes,
     )
     order = {name: n for n, name in enumerate(made)}
-    files, places = [], {}
+    files: list[PlannedFile] = []
+    places: dict[str, Place] = {}
     for number, (file, names) in enumerate(sorted(split.filename_to_tensors.items())):
         tensors = sorted(names, key=order.__getitem__)
         specs = [TensorSpec(n, edges[n].dtype, edges[n].shape) for n in tensors]
         layout = lay_out(specs)
-        files.append(PlannedFile(file, tuple(sorted(tensors, key=layout.offsets.get)), layout))
+        files.append(
+            PlannedFile(file, tuple(sorted(tensors, key=layout.offsets.__getitem__)), layout)
+        )
         places |= {n: Place(number, layout.offsets[n]) for n in tensors}
     return tuple(files), places
 
@@ -269,15 +276,7 @@ def index_json(plan: Plan) -> dict[str, Any] | None:
     if len(plan.files) == 1:
         return None
     weights = {name: plan.files[place.file].name for name, place in plan.places.items()}
-    total = sum(edge.nbytes for edge in plan.edges.values())
     return {
-        "metadata": {"total_size": total},
+        "metadata": {"total_size": plan.tensor_bytes},
         "weight_map": dict(sorted(weights.items())),
     }
-
-
-def free_space(path: Path) -> int:
-    """Bytes free for us on the file system that will hold `path`."""
-    import shutil
-
-    return shutil.disk_usage(path).free

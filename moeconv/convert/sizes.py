@@ -38,5 +38,9 @@ def format_size(count: float) -> str:
     """`1.21 GB`, `512 kB`, in powers of ten, as file listings show them."""
     for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:.0f} {unit}"
+            return (
+                f"{count / size:.3g} {unit}"
+                if count < 1000 * size
+                else f"{count / size:.0f} {unit}"
+            )
     return f"{count:.0f} B"

@@ -60,7 +60,9 @@ class Staging:
                     "have gone on with it"
                 )
         if resume and not had:
-            self.notes.append("there is no unfinished conversion to resume; starting from the first byte")
+            self.notes.append(
+                "there is no unfinished conversion to resume; starting from the first byte"
+            )
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -90,7 +92,7 @@ class Staging:
                 os.fsync(file.fileno())
 
     def publish(self) -> None:
-        """Makes the folder OUT, at once: after a crash at any moment OUT is the old, whole or absent.
+        """Makes the folder OUT at once: after a crash at any moment OUT is old, whole or absent.
 
         Where OUT exists, both change places in one system call (`renameat2`); where the file system
         cannot do that, the old one is moved away first.
@@ -99,14 +101,14 @@ class Staging:
             (self.folder / name).unlink(missing_ok=True)
         _sync_folder(self.folder)
         if not self.out.exists() or not any(self.out.iterdir()):
-            os.replace(self.folder, self.out)
+            self.folder.replace(self.out)
         else:
             if not _exchange(self.folder, self.out):
                 old = self.out.parent / f".{self.out.name}.moeconv-old"
                 shutil.rmtree(old, ignore_errors=True)
-                os.replace(self.out, old)
-                os.replace(self.folder, self.out)
-                os.replace(old, self.folder)
+                self.out.replace(old)
+                self.folder.replace(self.out)
+                old.replace(self.folder)
             shutil.rmtree(self.folder)
         _sync_folder(self.out.parent)
         os.close(self._lock)

@@ -155,9 +155,12 @@ def routes_of(edges: Sequence[Edge]) -> dict[str, tuple[Route, ...]]:
                 key = (*key, (edge.target, 0))
             uses.setdefault(key, []).append(edge)
     return {
-        name: tuple(Route(tuple(es), es[0].source.axes, es[0].index) for es in uses.values())
+        name: tuple(
+            Route(tuple(group), source.axes, group[0].index)
+            for group in uses.values()
+            if (source := group[0].source) is not None
+        )
         for name, uses in grouped.items()
-        if all(es[0].source is not None for es in uses.values())
     }
 
 

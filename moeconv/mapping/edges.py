@@ -173,9 +173,9 @@ def _edge(
 ) -> Edge:
     target = rule.target.format(L=layer, E=expert)
     if rule.source is None:
-        axes = flatten(Rearrangement.parse(rule.place).right)
+        filled = flatten(Rearrangement.parse(rule.place).right)
         sizes = {"1": 1, **_model_sizes(model)}
-        fill = Fill(rule.fill, axes)
+        fill = Fill(rule.fill, filled)
         kept = dtypes[_neighbour(finder, layer).name]
         return Edge(target, fill.shape((), sizes), dtype or kept, None, (fill,), sizes, rule, layer)
 
@@ -190,16 +190,17 @@ def _edge(
             ops.append(Slice(axis, axes.index(axis), index))
             axes.remove(axis)
     ops.append(Rearrange(_place(rule, family, model)))
-    if rule.scale is not None and (factor := rule.scale.value(model)) is not None:
-        ops.append(Scale(factor, rule.scale.text))
+    stored = dtypes[source.name]
+    factor = rule.scale.value(model) if rule.scale is not None else None
+    if rule.scale is not None and factor is not None:
+        ops.append(Scale(factor, rule.scale.text, stored, dtype or stored))
     if family.pads_width and "F" in sizes:
         width = max(model.intermediate_size or 0, model.moe_intermediate_size or 0)
         if width != sizes["F"]:
             ops.append(Pad(_axis_of("F", ops), sizes["F"], width))
     if expert is not None and "E" not in source.axes:
         ops.append(Replicate("E", expert, model.num_experts or 1))
-    stored = dtypes[source.name]
-    if dtype is not None and dtype != stored:
+    if factor is None and dtype is not None and dtype != stored:
         ops.append(Cast(stored, dtype))
     shape = tuple(n for a, n in zip(source.axes, source.shape, strict=True) if a in axes)
     for op in ops:

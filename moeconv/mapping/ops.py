@@ -56,7 +56,8 @@ class Slice:
         return (*shape[: self.position], *shape[self.position + 1 :])
 
     def apply(self, array: Array, sizes: Sizes) -> Array:
-        return np.take(array, self.index, axis=self.position)
+        taken: Array = np.take(array, self.index, axis=self.position)
+        return taken
 
     def bound(self, dtype: str) -> float:
         return 0.0
@@ -93,30 +94,37 @@ class Rearrange:
 
 @dataclass(frozen=True)
 class Scale:
-    """Multiplies by a constant, computed in float64 and rounded once to the array's dtype.
+    """Multiplies by a constant in float64 and rounds once, to the target's dtype.
 
-    Exact when the factor is a power of two (but for overflow, which the engine refuses, and
-    underflow to subnormals); otherwise each value is within half a unit in the last place.
+    Exact when the factor is a power of two and the target no narrower than the source (but for
+    overflow, which the engine refuses, and underflow to subnormals); otherwise each value is within
+    half a unit in the last place of the target.
     """
 
     factor: float
     why: str
+    source: str
+    target: str
 
     def describe(self) -> str:
-        return f"× {self.why}"
+        cast = "" if self.source == self.target else f", {self.source} -> {self.target}"
+        return f"× {self.why}{cast}"
 
     def shape(self, shape: tuple[int, ...], sizes: Sizes) -> tuple[int, ...]:
         return shape
 
     def apply(self, array: Array, sizes: Sizes) -> Array:
-        return (array.astype(np.float64) * self.factor).astype(array.dtype)
+        with np.errstate(over="ignore"):  # an overflow becomes Inf, which the engine refuses
+            return (array.astype(np.float64) * self.factor).astype(DTYPES[self.target])
 
     def inverse(self) -> "Scale":
-        return Scale(1.0 / self.factor, f"1/({self.why})")
+        return Scale(1.0 / self.factor, f"1/({self.why})", self.target, self.source)
 
     def bound(self, dtype: str) -> float:
-        exact = self.factor > 0 and math.frexp(self.factor)[0] == 0.5
-        return 0.0 if exact else 2.0 ** -SIGNIFICAND_BITS[dtype]
+        power_of_two = self.factor > 0 and math.frexp(self.factor)[0] == 0.5
+        if power_of_two and self.target in ("float32", self.source):
+            return 0.0
+        return 2.0 ** -SIGNIFICAND_BITS[self.target]
 
 
 @dataclass(frozen=True)
@@ -146,7 +154,7 @@ class Cast:
 
 @dataclass(frozen=True)
 class Replicate:
-    """Copies one tensor to every entry of an axis the source does not have (copy `index` of `n`)."""
+    """Copies one tensor to every entry of an axis the source lacks (copy `index` of `n`)."""
 
     axis: str
     index: int

@@ -1,7 +1,7 @@
 """The rule table's vocabulary: a rule, a factor, a family.
 
-A family is one readable page in `families/`: its config table and its rule table. Everything else is
-derived from them: the plan, the conversion, the way back, the structure check, the per-layer
+A family is one readable page in `families/`: its config table and its rule table. Everything else
+is derived from them: the plan, the conversion, the way back, the structure check, the per-layer
 comparison and docs/mapping.md.
 """
 
@@ -72,9 +72,7 @@ class When:
 
 
 ALWAYS = When("always", lambda m, o: True)
-TIED_BUT_UNTIE = When(
-    "tied, and --untie given", lambda m, o: m.tie_word_embeddings and o.untie
-)
+TIED_BUT_UNTIE = When("tied, and --untie given", lambda m, o: m.tie_word_embeddings and o.untie)
 UNTIED = When("untied", lambda m, o: not m.tie_word_embeddings)
 
 

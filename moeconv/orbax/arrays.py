@@ -18,7 +18,7 @@ from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.metadata import KeyPath, Tree
 from moeconv.orbax.store import Folder, reason
 
-Box = tuple[slice, ...]
+Box = tuple[slice | int, ...]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ class Reader:
         try:
             data = self._store[box].read(order="C").result()
         except (ValueError, OSError) as error:
-            where = ", ".join(f"{s.start}:{s.stop}" for s in box)
+            where = ", ".join(
+                f"{s.start}:{s.stop}" if isinstance(s, slice) else str(s) for s in box
+            )
             raise TensorError(
                 f"{self._arrays.items}: parameter {self.info.name} is damaged at [{where}]: "
                 f"{reason(error)}; use another step of the run"

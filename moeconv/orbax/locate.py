@@ -54,10 +54,9 @@ def locate(spec: str) -> Step:
     if (folder / "items").read("_METADATA") is not None:
         return _step(folder / "items")
     names = list(folder.children())
-    for inner in ("checkpoints", *(() if _steps(names) else ())):
-        if inner in names:
-            folder = folder / inner
-            names = list(folder.children())
+    if "checkpoints" in names:
+        folder = folder / "checkpoints"
+        names = list(folder.children())
     steps = _steps(names)
     skipped = []
     for name in steps:

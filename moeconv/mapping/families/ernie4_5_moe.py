@@ -21,7 +21,8 @@ from moeconv.mapping.rules import (
 
 # fmt: off
 EXPERTS = (
-    Rule("MoeBlock_0.gate.kernel", "model.layers.{L}.mlp.gate.weight", "D E -> E D", layers=MOE_LAYERS),
+    Rule("MoeBlock_0.gate.kernel", "model.layers.{L}.mlp.gate.weight",
+         "D E -> E D", layers=MOE_LAYERS),
     Rule(None, "model.layers.{L}.mlp.moe_statics.e_score_correction_bias",
          "1 E -> 1 E", layers=MOE_LAYERS, fill=0.0),
     Rule("MoeBlock_0.wi_0", "model.layers.{L}.mlp.experts.{E}.gate_proj.weight",

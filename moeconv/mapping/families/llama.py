@@ -6,9 +6,12 @@ from moeconv.mapping.rules import DENSE_LAYERS, Family, Rule, constant, from_fie
 
 # fmt: off
 MLP = (
-    Rule("mlp.wi_0.kernel", "model.layers.{L}.mlp.gate_proj.weight", "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wi_1.kernel", "model.layers.{L}.mlp.up_proj.weight",   "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wo.kernel",   "model.layers.{L}.mlp.down_proj.weight", "F D -> D F", layers=DENSE_LAYERS),
+    Rule("mlp.wi_0.kernel", "model.layers.{L}.mlp.gate_proj.weight",
+         "D F -> F D", layers=DENSE_LAYERS),
+    Rule("mlp.wi_1.kernel", "model.layers.{L}.mlp.up_proj.weight",
+         "D F -> F D", layers=DENSE_LAYERS),
+    Rule("mlp.wo.kernel",   "model.layers.{L}.mlp.down_proj.weight",
+         "F D -> D F", layers=DENSE_LAYERS),
 )
 # fmt: on
 

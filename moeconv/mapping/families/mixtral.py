@@ -59,8 +59,8 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     if model.dense_layers:
         lines.append(
             f"the dense MLP of {len(model.dense_layers)} layers is copied to all "
-            f"{model.num_experts} experts with a zero router; --target ernie4_5_moe writes it once, "
-            "but llama.cpp and older transformers cannot load that"
+            f"{model.num_experts} experts with a zero router; --target ernie4_5_moe writes it "
+            "once, but llama.cpp and older transformers cannot load that"
         )
         k = model.num_experts_per_tok or 1
         if math.frexp(k)[0] != 0.5:

@@ -1,4 +1,4 @@
-"""What all three targets share: attention, norms, embeddings, and the common part of config.json."""
+"""What all targets share: attention, norms, embeddings, the common part of config.json."""
 
 from typing import Any
 

@@ -1,0 +1,70 @@
+"""`moeconv`: the group of commands, imported one at a time, and the one place that meets errors."""
+
+import importlib
+import sys
+
+import click
+
+from moeconv import __version__
+from moeconv.errors import MoeconvError
+
+# Command -> module; a module is imported when its command is used or its help is shown.
+COMMANDS = {
+    "inspect": (
+        "moeconv.cli.inspect",
+        "Show a MaxText checkpoint as moeconv understands it.",
+    ),
+    "convert": (
+        "moeconv.cli.convert",
+        "Convert a MaxText checkpoint to a Hugging Face model.",
+    ),
+}
+
+INTERRUPTED = 130
+
+
+class _Lazy(click.Group):
+    """A group that imports a command only when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(COMMANDS[cmd_name][0])
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moeconv")
+def cli() -> None:
+    """Mixture-of-Experts checkpoints from MaxText to Hugging Face."""
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake ends in one sentence and a documented exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except MoeconvError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("interrupted\n")
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""One output object with three modes: human, quiet, json (data on stdout, all else on stderr)."""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Output:
+    """Where a command's words go."""
+
+    def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet
+
+    def _console(self, *, stderr: bool) -> "Console":
+        from rich.console import Console
+
+        # Into a file or a pipe, tables take the width they need.
+        stream = sys.stderr if stderr else sys.stdout
+        width = None if stream.isatty() else 240
+        return Console(stderr=stderr, highlight=False, width=width)
+
+    def print(self, renderable: Any = "") -> None:
+        """The command's answer, for people; nothing in json or quiet mode."""
+        if not self.json_mode and not self.quiet:
+            self._console(stderr=False).print(
+                renderable, markup=False, soft_wrap=isinstance(renderable, str)
+            )
+
+    def data(self, content: Any) -> None:
+        """The command's answer, for machines; only in json mode."""
+        if self.json_mode:
+            sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def note(self, text: str) -> None:
+        """Something on the way, on stderr."""
+        if not self.quiet:
+            sys.stderr.write(text + "\n")
+
+    def warn(self, text: str) -> None:
+        """A warning, on stderr, in every mode."""
+        sys.stderr.write(f"warning: {text}\n")
+
+    @contextmanager
+    def progress(self, read_bytes: int, write_bytes: int) -> Iterator["Meter"]:
+        """A progress display: a bar on a terminal, a line now and then elsewhere."""
+        meter = Meter(read_bytes, write_bytes)
+        if self.quiet:
+            yield meter
+        elif sys.stderr.isatty():
+            with _bar(self._console(stderr=True), meter):
+                yield meter
+        else:
+            meter.report = self.note
+            yield meter
+            meter.report_now()
+
+
+class Meter:
+    """Counts bytes read and written, from any thread."""
+
+    def __init__(self, read_total: int, write_total: int) -> None:
+        self.read_total, self.write_total = read_total, write_total
+        self.read = self.written = 0
+        self.begun = time.monotonic()
+        self.report: Any = None
+        self.update: Any = None
+        self._last = self.begun
+        self._lock = threading.Lock()
+
+    def __call__(self, read: int, written: int) -> None:
+        """Adds bytes."""
+        with self._lock:
+            self.read += read
+            self.written += written
+            if self.update is not None:
+                self.update(self.read + self.written)
+            due = self.report is not None and time.monotonic() - self._last > 5
+            if due:
+                self._last = time.monotonic()
+        if due:
+            self.report_now()
+
+    def report_now(self) -> None:
+        """One plain line: done, total, rate, time left."""
+        from moeconv.convert.sizes import format_size
+
+        done, total = self.read + self.written, self.read_total + self.write_total
+        seconds = max(1e-3, time.monotonic() - self.begun)
+        rate = done / seconds
+        left = f", {(total - done) / rate:.0f} s left" if 0 < done < total else ""
+        self.report(
+            f"read {format_size(self.read)} of {format_size(self.read_total)}, "
+            f"wrote {format_size(self.written)} of {format_size(self.write_total)} "
+            f"in {seconds:.1f} s ({format_size(rate)}/s{left})"
+        )
+
+
+@contextmanager
+def _bar(console: "Console", meter: Meter) -> Iterator[None]:
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("converting", total=meter.read_total + meter.write_total)
+        meter.update = lambda done: progress.update(task, completed=done)
+        yield
+        meter.update = None

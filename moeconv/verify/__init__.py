@@ -1,0 +1,1 @@
+"""Evidence that a converted model computes what MaxText computes."""

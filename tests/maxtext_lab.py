@@ -1,0 +1,327 @@
+"""Real MaxText checkpoints, small and fast: MaxText builds the model and saves it, the lab only
+chooses the weights.
+
+The weights depend on the seed, the layer and the parameter's name, not on the layout: one seed
+gives one model whether it is scanned or not, sharded or not, a train state or parameters only.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
+import numpy as np
+
+# Every test model differs from this only where it says so.
+BASE: Mapping[str, object] = {
+    "base_emb_dim": 48,
+    "base_num_query_heads": 4,
+    "base_num_kv_heads": 2,
+    "head_dim": 16,
+    "base_mlp_dim": 96,
+    "base_moe_mlp_dim": 96,
+    "base_num_decoder_layers": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 160,
+    "max_target_length": 64,
+    "rope_max_timescale": 500_000,
+    "normalization_layer_epsilon": 1e-5,
+    "dtype": "float32",
+    "weight_dtype": "float32",
+}
+MIXTRAL: Mapping[str, object] = {"decoder_block": "mixtral"}
+ENVY: Mapping[str, object] = {
+    "decoder_block": "envy",
+    "interleave_moe_layer_step": 2,
+    "inhomogeneous_layer_cycle_interval": 2,
+    "use_qk_norm": False,
+    "use_post_ffw_norm": False,
+    "base_mlp_dim": 80,
+}
+LLAMA2: Mapping[str, object] = {"decoder_block": "llama2", "num_experts": 1}
+TIED: Mapping[str, object] = {"logits_via_embedding": True}
+# On CPU; not part of the model, so not part of LabCheckpoint.config.
+_MACHINE: Mapping[str, object] = {
+    "hardware": "cpu",
+    "skip_jax_distributed_system": True,
+    "enable_checkpointing": True,
+    "async_checkpointing": False,
+    "checkpoint_period": 1,
+    "dataset_type": "synthetic",
+    "jax_cache_dir": "",
+    "log_config": False,
+    "per_device_batch_size": 1,
+    "steps": 1000,
+    "attention": "dot_product",
+    "megablox": False,
+    "sparse_matmul": False,
+    "override_model_config": True,
+    "ici_fsdp_parallelism": 1,
+}
+
+
+@dataclass(frozen=True)
+class LabCheckpoint:
+    """A checkpoint on disk, with what went into it."""
+
+    run_dir: Path
+    step_dir: Path
+    # The overrides that made the model, BASE included; as a user's YAML would have them.
+    config: Mapping[str, object]
+    # What MaxText made of them: config.get_keys(), all 865.
+    resolved: Mapping[str, object] = field(repr=False)
+    # What was stored under params.params, by dotted name, in the stored dtype.
+    params: Mapping[str, np.ndarray] = field(repr=False)
+    seconds: float = 0.0
+
+    @property
+    def items(self) -> Path:
+        return self.step_dir / "items"
+
+
+class Lab:
+    """Writes each checkpoint once a session."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._written: dict[str, LabCheckpoint] = {}
+
+    def checkpoint(
+        self,
+        *overrides: Mapping[str, object],
+        full_state: bool = False,
+        step: int = 0,
+        seed: int = 0,
+    ) -> LabCheckpoint:
+        """The checkpoint of BASE with `overrides` (later ones win); do not write into it."""
+        merged = {key: value for part in overrides for key, value in part.items()}
+        key = repr((sorted(merged.items()), full_state, step, seed))
+        if key not in self._written:
+            name = f"{merged.get('decoder_block', 'default')}-{len(self._written):03d}"
+            self._written[key] = write_checkpoint(
+                self.root / name, merged, full_state=full_state, step=step, seed=seed
+            )
+        return self._written[key]
+
+
+def write_checkpoint(
+    run_dir: Path,
+    overrides: Mapping[str, object],
+    *,
+    full_state: bool = False,
+    step: int = 0,
+    seed: int = 0,
+) -> LabCheckpoint:
+    """Write `<run_dir>/checkpoints/<step>/items` by MaxText.
+
+    Args:
+        run_dir: Becomes <base_output_directory>/<run_name>.
+        overrides: MaxText keys over BASE. Those of storage count too: `weight_dtype` (what is
+            stored), `checkpoint_storage_use_ocdbt`, `checkpoint_storage_use_zarr3`,
+            `param_scan_axis`, and `ici_*_parallelism` (as many devices are used; by default one,
+            so that each array is one chunk).
+        full_state: A whole train state (weights, Adam, step, random streams) as training saves it,
+            else parameters only.
+        step: The step's directory, and the optimizer's count.
+        seed: Chooses the model.
+    """
+    import jax
+    from maxtext.common import checkpointing
+    from maxtext.utils import maxtext_utils
+
+    start = time.perf_counter()
+    given = {**BASE, **overrides}
+    with _quiet():
+        config = _resolve(run_dir, given)
+        axes = [value for key, value in {**_MACHINE, **given}.items() if key.startswith("ici_")]
+        count = int(np.prod([int(str(value)) for value in axes]))
+        if len(jax.devices()) < count:
+            raise RuntimeError(f"{count} devices wanted: XLA_FLAGS of tests/conftest.py is missing")
+        mesh = maxtext_utils.get_mesh_from_config(config, jax.devices()[:count])
+        state = _train_state(config, mesh, _Weights(config, seed), step)
+        params = _params(state)
+        step_dir = run_dir / "checkpoints" / str(step)
+        ocdbt, zarr3 = config.checkpoint_storage_use_ocdbt, config.checkpoint_storage_use_zarr3
+        if full_state:
+            manager = checkpointing.create_orbax_checkpoint_manager(
+                config.checkpoint_dir, True, False, 1, use_ocdbt=ocdbt, use_zarr3=zarr3
+            )
+            checkpointing.save_checkpoint(manager, step, state, config, force=True)
+            manager.close()
+        else:
+            checkpointing.save_params_to_path(step_dir, {"params": params}, ocdbt, zarr3)
+    return LabCheckpoint(
+        run_dir=run_dir,
+        step_dir=step_dir,
+        config=given,
+        resolved=dict(config.get_keys()),
+        params={name: np.asarray(value) for name, value in _flat(params)},
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _resolve(run_dir: Path, given: Mapping[str, object]) -> Any:
+    """MaxText's config, as its command line would make it."""
+    from maxtext.configs import pyconfig
+
+    base = Path(pyconfig.__file__).with_name("base.yml")
+    keys = {
+        **_MACHINE,
+        **given,
+        "base_output_directory": str(run_dir.parent),
+        "run_name": run_dir.name,
+    }
+    return pyconfig.initialize(["", str(base)], **keys)
+
+
+def _train_state(config: Any, mesh: Any, weights: "_Weights", step: int) -> Any:
+    """MaxText's train state as its trainer holds it, every leaf filled by us, none initialised."""
+    import jax
+    from flax import nnx
+    from flax.core.spmd import logical_axis_rules
+    from maxtext.common import train_state_nnx
+    from maxtext.utils import maxtext_utils, model_creation_utils, train_utils
+
+    with logical_axis_rules(config.logical_axis_rules):
+        create, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
+        _, optimizer = train_utils.create_training_optimizer(config, model, mesh=mesh)
+
+    def init() -> Any:
+        fresh = create()
+        return train_state_nnx.TrainStateNNX(fresh, nnx.Optimizer(fresh, optimizer, wrt=nnx.Param))
+
+    state, _, _ = maxtext_utils.get_abstract_state_nnx(config, mesh, init)
+    filled = []
+    for path, variable in nnx.to_flat_state(state):
+        leaf = variable.get_value()
+        name = ".".join(map(str, path))
+        if path[0] == "model" and isinstance(variable, nnx.Param):
+            value = weights(name.removeprefix("model."), leaf)
+        elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            value = jax.random.split(jax.random.key(1), leaf.shape) if leaf.shape else _key()
+        elif np.issubdtype(leaf.dtype, np.floating):  # Adam's moments: plausible, never the weights
+            value = np.full(leaf.shape, 1e-3, leaf.dtype)
+        else:  # counters
+            value = np.full(leaf.shape, step, leaf.dtype)
+        filled.append((path, variable.replace(value=jax.device_put(value, leaf.sharding))))
+    return nnx.from_flat_state(filled)
+
+
+@functools.cache
+def _key() -> Any:
+    import jax
+
+    return jax.random.key(0)
+
+
+def _params(state: Any) -> dict[str, Any]:
+    from maxtext.common import train_state_nnx
+
+    tree: dict[str, Any] = train_state_nnx.to_checkpoint_dict(state)["params"]["params"]
+    return tree
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class _Weights:
+    """Values that make every mistake visible.
+
+    Logits come out with a standard deviation near 1, attention and routing are peaked (scores of
+    about 2), and no norm scale is 1, so a wrong theta, scale, order or missing fold shows as a
+    difference of the logits above 0.1.
+    """
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self._seed = seed
+        self._scan_axis = config.param_scan_axis if config.scan_layers else None
+        self._layers = config.num_decoder_layers
+        width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
+        # These blocks fold 1/sqrt(head_dim) into the query kernel, the others scale explicitly.
+        folded = config.decoder_block.value in ("mixtral", "llama2", "mistral")
+        normalized = config.normalize_embedding_logits or not config.logits_via_embedding
+        self._scale = {
+            "query.kernel": 1.5 / np.sqrt(width) / (np.sqrt(head) if folded else 1.0),
+            "key.kernel": 1.5 / np.sqrt(width),
+            "value.kernel": 1.0 / np.sqrt(width),
+            "out.kernel": 1.0 / np.sqrt(heads * head),
+            "gate.kernel": 2.0 / np.sqrt(width),
+            "MoeBlock_0.wi_0": 1.5 / np.sqrt(width),
+            "MoeBlock_0.wi_1": 1.5 / np.sqrt(width),
+            "MoeBlock_0.wo": 1.0 / np.sqrt(config.moe_mlp_dim),
+            "wi_0.kernel": 1.5 / np.sqrt(width),
+            "wi_1.kernel": 1.5 / np.sqrt(width),
+            "wo.kernel": 1.0 / np.sqrt(config.mlp_dim),
+            "logits_dense.kernel": 1.0 / np.sqrt(width),
+            "token_embedder.embedding": 1.0 if normalized else 1.0 / np.sqrt(width),
+        }
+
+    def __call__(self, name: str, leaf: Any) -> np.ndarray:
+        """The values of parameter `name`, which has the shape and dtype of `leaf`."""
+        parts = name.split(".")
+        stacked = self._scan_axis is not None and parts[:2] == ["decoder", "layers"]
+        if stacked:
+            # decoder.layers.layers_1.rest: index i of its stack is layer i * cycle + 1.
+            rest = parts[2:]
+            offset = 0
+            if rest[0].startswith("layers_"):
+                offset, rest = int(rest[0].removeprefix("layers_")), rest[1:]
+            shape = list(leaf.shape)
+            # MaxText stacks parameters of too few axes on axis 0 (layers/nnx_scan.py).
+            axis = self._scan_axis if len(shape) > self._scan_axis else 0
+            length = shape.pop(axis)
+            layers = range(offset, self._layers, self._layers // length)
+            value = np.stack(
+                [self._array(".".join(rest), layer, tuple(shape)) for layer in layers],
+                axis=axis,
+            )
+        elif parts[0] == "decoder" and parts[1].startswith("layers_"):
+            layer = int(parts[1].removeprefix("layers_"))
+            value = self._array(".".join(parts[2:]), layer, leaf.shape)
+        else:
+            value = self._array(name, None, leaf.shape)
+        return value.astype(leaf.dtype)
+
+    def _array(self, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+        seed = (self._seed, zlib.crc32(name.encode()), -1 if layer is None else layer)
+        draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
+        if name.endswith(".scale"):
+            return 1.0 + 0.25 * draw
+        if name.endswith("bias"):
+            return 0.3 * draw
+        suffixes = [suffix for suffix in self._scale if name.endswith(suffix)]
+        if not suffixes:
+            raise NotImplementedError(f"the lab has no scale for {name}")
+        return self._scale[suffixes[0]] * draw
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without MaxText's logs and warnings, and without what its config does to XLA_FLAGS."""
+    import jax
+
+    jax.devices()
+    before, flags = logging.root.manager.disable, os.environ.get("XLA_FLAGS")
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        if flags is None:
+            os.environ.pop("XLA_FLAGS", None)
