@@ -1,10 +1,10 @@
 """How a checkpoint stores its layers: the three layouts MaxText writes, detected from structure.
 
-    unscanned  decoder.layers_{n}.NAME         one array a layer         scan_layers=false
-    scanned    decoder.layers.NAME             all layers in one array   scan_layers=true
-    cycled     decoder.layers.layers_{j}.NAME  every C-th layer in one   the envy block, scanned, with
-                                               array: index i is layer   inhomogeneous_layer_cycle_
-                                               C*i + j                   interval=C
+    unscanned  decoder.layers_{n}.NAME         one array a layer (scan_layers=false)
+    scanned    decoder.layers.NAME             all layers in one array (scan_layers=true)
+    cycled     decoder.layers.layers_{j}.NAME  every C-th layer in one array: index i holds layer
+                                               C*i + j (scanned envy; C is
+                                               inhomogeneous_layer_cycle_interval)
 
 In the stacked layouts the layer axis stands at `param_scan_axis` (MaxText's default 1) of every
 parameter (layers/nnx_decoders.py `_create_scanned_layers`, `_init_scanned_generic`,

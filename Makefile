@@ -1,0 +1,56 @@
+# `make` lists the targets. Everything runs in .venv, which is made when first needed.
+SHELL := bash
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow lint format docs docs-check bench pins clean
+
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+# Two stamps: new pins reinstall the requirements, a new pyproject.toml only the package itself.
+$(VENV)/.requirements: requirements/dev.txt requirements/uv.txt scripts/make_venv.sh
+	@scripts/make_venv.sh $(VENV) requirements/dev.txt
+	@touch $@
+
+$(VENV)/.moeconv: $(VENV)/.requirements pyproject.toml
+	@$(PY) -m pip --disable-pip-version-check install -qq --no-deps --no-build-isolation --no-index -e .
+	@touch $@
+
+venv: $(VENV)/.moeconv ## .venv: pinned requirements (hashes checked) and moeconv itself
+
+demo: venv ## train a tiny MoE, convert it, prove that it is the same model (under 4 minutes)
+	@$(PY) demo/demo.py
+
+test: venv ## the tests of every commit
+	@$(PY) -m pytest
+
+test-slow: venv ## the tests that take minutes
+	@$(PY) -m pytest -m slow
+
+lint: venv ## ruff, mypy and the limits between packages
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+	@$(VENV)/bin/lint-imports --no-logo
+
+format: venv ## let ruff rewrite what it can
+	@$(VENV)/bin/ruff check --fix .
+	@$(VENV)/bin/ruff format .
+
+docs: venv ## regenerate docs/mapping.md and docs/cli.md
+	@$(PY) tools/docs.py
+
+docs-check: venv ## fail if the generated pages are not what the code says
+	@scripts/docs_check.sh $(PY)
+
+bench: venv ## every benchmark, one after the other
+	@set -e; shopt -s nullglob; for bench in benchmarks/[!_]*.py; do echo "== $$bench"; $(PY) "$$bench"; done
+
+pins: venv ## pin the requirements anew (UPGRADE=--upgrade for the newest)
+	@UV=$(VENV)/bin/uv scripts/make_pins.sh $(UPGRADE)
+
+clean: ## remove what was made, the venv too
+	rm -rf $(VENV) demo-out bench-out build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

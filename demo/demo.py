@@ -1,0 +1,175 @@
+"""`make demo`: trains a tiny MoE with MaxText, converts it, and proves that it is the same model.
+
+Everything lies in ./demo-out, which is made anew each time. Needs no network and no GPU.
+"""
+
+import collections
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = Path("demo-out")  # relative to ROOT, so that the commands shown can be copied
+CONFIG = Path("train", "configs", "tiny_cpu.yml")
+RUN = OUT / "tiny"
+MODEL = OUT / "tiny-hf"
+LOG = OUT / "train.log"
+BIN = Path(sys.executable).parent
+
+# With the head's rounding to bfloat16 taken out of MaxText, only the order of fp32 sums differs.
+MAX_DIFFERENCE = 2e-5
+ROWS, LENGTH = 8, 64
+SHOW_EVERY = 25
+STEP = re.compile(r"completed step: (\d+),.* lm_loss: ([\d.]+)")
+PROMPTS = ("Once upon a time", "One day Mia", "It was late, and Tom")
+
+
+def say(text: str = "") -> None:
+    """Prints at once, also into a pipe."""
+    print(text, flush=True)
+
+
+def heading(number: int, text: str) -> None:
+    """Announces a step."""
+    say(f"\n[{number}/6] {text}")
+
+
+def command(*words: str | Path) -> None:
+    """Shows a command, runs it, and ends the demo if it fails."""
+    say("  $ " + " ".join(map(str, words)))
+    code = subprocess.run([BIN / words[0], *words[1:]], cwd=ROOT, check=False).returncode
+    if code:
+        sys.exit(f"demo: `{words[0]} {words[1]}` failed with exit code {code}")
+
+
+def train() -> None:
+    """Shows a line of MaxText's log every so many steps; all of it goes to a file."""
+    words = ["python", "-m", "moeconv_train", str(CONFIG), "--output", str(OUT)]
+    say("  $ " + " ".join(words))
+    say(f"  (importing MaxText and compiling take half a minute; full log: {LOG})")
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONUNBUFFERED": "1"}
+    tail: collections.deque[str] = collections.deque(maxlen=30)
+    shown: set[str] = set()
+    last = None
+    begin = time.monotonic()
+    with (
+        LOG.open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            [sys.executable, *words[1:]],
+            cwd=ROOT,
+            env=os.environ | flags,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout
+        for line in process.stdout:
+            log.write(line)
+            tail.append(line)
+            if last := STEP.search(line) or last:
+                step, loss = last.groups()
+                if int(step) % SHOW_EVERY == 0 and step not in shown:
+                    shown.add(step)
+                    say(f"  step {step:>4}   loss {loss}   after {time.monotonic() - begin:.0f} s")
+    if process.returncode or last is None:
+        say("".join(tail))
+        sys.exit(f"demo: training failed with exit code {process.returncode}; see {LOG}")
+    say(f"  step {last[1]:>4}   loss {last[2]}   and a checkpoint")
+
+
+def compare() -> None:
+    """MaxText's logits and those of the converted model, on stories and on random tokens."""
+    import numpy as np
+    from moeconv_train.data import read_stories
+    from transformers import AutoTokenizer
+
+    from moeconv.verify.logits import compare_logits, hf_logits
+    from moeconv.verify.maxtext import MaxTextModel
+
+    config = json.loads((RUN / "moeconv.json").read_text(encoding="utf-8"))["config"]
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    # Half of the rows as the model was trained, a story from its first token; half any tokens.
+    stories = np.array([tokenizer(story).input_ids[:LENGTH] for story in read_stories()[:ROWS]])
+    noise = np.random.default_rng(0).integers(0, config["vocab_size"], stories.shape)
+    tokens = np.concatenate([stories, noise])
+    step = max((RUN / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    reference = MaxTextModel.load(step / "items", config)
+    converted = hf_logits(MODEL, tokens)
+
+    say("                                  max|Δ|     mean KL (nats)   same top token")
+    found = {}
+    for head, name in (("stock", "MaxText as it is"), ("unrounded", "MaxText, head unrounded")):
+        found[head] = compare_logits(reference.logits(tokens, head=head), converted)
+        say(
+            f"  {name:<30}{found[head].max_abs:>8.1e}     {found[head].kl_mean:>8.1e}"
+            f"         {found[head].top1_agreement:>7.1%}"
+        )
+    say(f"  over {tokens.size} positions; the largest logit is {abs(converted).max():.1f}")
+    worst = found["unrounded"].max_abs
+    if worst > MAX_DIFFERENCE:
+        sys.exit(f"demo: max|Δ| {worst:.1e} is above {MAX_DIFFERENCE:.0e}: not the same model")
+    say(f"  PASS: max|Δ| is within {MAX_DIFFERENCE:.0e}")
+
+
+def generate() -> None:
+    """The converted model by stock transformers: what a user of the Hub would run."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    for prompt in PROMPTS:
+        inputs = tokenizer(prompt, return_tensors="pt")
+        with torch.inference_mode():
+            output = model.generate(
+                input_ids=inputs.input_ids,
+                attention_mask=inputs.attention_mask,
+                max_new_tokens=96,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )[0]
+        story = tokenizer.decode(output, skip_special_tokens=True)
+        say(f"  {prompt} →{story.removeprefix(prompt)}")
+
+
+def main() -> None:
+    """The six steps."""
+    os.chdir(ROOT)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    shutil.rmtree(OUT, ignore_errors=True)
+    OUT.mkdir()
+    begin = time.monotonic()
+    steps = (
+        ("Train a tiny MoE with unmodified MaxText, on two data-parallel CPU devices", train),
+        ("What moeconv sees in the run", lambda: command("moeconv", "inspect", RUN)),
+        ("Convert it", lambda: command("moeconv", "convert", RUN, MODEL)),
+        ("Is it the same model? Logits by MaxText and by transformers", compare),
+        ("Let the converted model tell stories", generate),
+    )
+    for number, (text, step) in enumerate(steps, start=1):
+        start = time.monotonic()
+        heading(number, text)
+        step()
+        say(f"  ({time.monotonic() - start:.0f} s)")
+    heading(6, f"Done in {time.monotonic() - begin:.0f} s")
+    say(f"  MaxText run:         {RUN}")
+    say(f"  Hugging Face model:  {MODEL}")
+    say("  Next: the same on a checkpoint of your own")
+    say("    .venv/bin/moeconv inspect RUN")
+    say("    .venv/bin/moeconv convert RUN OUT")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""pyproject.toml lists the packages by hand; these hold it to what is there."""
+
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def test_every_package_is_listed():
+    there = {".".join(file.parent.relative_to(ROOT).parts) for file in ROOT.glob("moeconv/**/*.py")}
+    assert set(SETUPTOOLS["packages"]) == there | {"moeconv_train"}
+
+
+def test_every_data_file_is_packed():
+    roots = {"moeconv": ROOT / "moeconv", "moeconv_train": ROOT / "train"}
+    for package, root in roots.items():
+        packed = {file for glob in SETUPTOOLS["package-data"][package] for file in root.glob(glob)}
+        there = {
+            file
+            for file in root.rglob("*")
+            if file.is_file() and file.suffix not in (".py", ".pyc")
+        }
+        assert packed == there
+
+
+def test_no_pin_file_names_a_machine_or_an_index():
+    for file in (ROOT / "requirements").glob("*.txt"):
+        text = file.read_text()
+        assert "://" not in text and "--index" not in text and "--find-links" not in text
+        assert "--hash=sha256:" in text

@@ -1,0 +1,235 @@
+"""The tiny run's parts: corpus, tokenizer, rows, config, sidecar, launcher. MaxText stays out."""
+
+import enum
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from moeconv_train import data, launch, make_corpus, sidecar
+from moeconv_train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, train_tokenizer
+
+import moeconv
+
+CONFIG = Path(launch.__file__).parent / "configs" / "tiny_cpu.yml"
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return data.read_stories()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories):
+    return train_tokenizer(stories)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return data.prepare(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return yaml.safe_load(CONFIG.read_text())
+
+
+def test_the_committed_corpus_is_what_the_generator_writes():
+    assert make_corpus.CORPUS.read_text(encoding="utf-8") == make_corpus.make_corpus()
+
+
+def test_stories_are_different_whole_and_plain(stories):
+    assert len(set(stories)) == len(stories) == make_corpus.STORIES
+    for story in stories:
+        assert story.isascii()
+        assert "\n" not in story and "  " not in story
+        assert not set(story) & set("{}")
+        assert " a old" not in story and " A old" not in story
+        assert story[-1] == "."
+
+
+def test_the_tokenizer_gives_every_text_back(tokenizer, stories):
+    texts = [*stories[:20], "", " two  spaces ", "naïve — 日本語 🙂\n\ttab", PAD[:-1]]
+    for text in texts:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_the_tokenizer_is_the_same_each_time(tokenizer, stories):
+    assert train_tokenizer(stories).to_str() == tokenizer.to_str()
+
+
+def test_the_tokenizer_has_as_many_tokens_as_the_model(tokenizer, config):
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE == config["vocab_size"]
+
+
+def test_special_tokens_are_three_and_text_begins_with_one(tokenizer):
+    ids = [tokenizer.token_to_id(token) for token in (BOS, EOS, PAD)]
+    assert ids == [0, 1, 2]
+    assert tokenizer.encode("Hi").ids[0] == 0
+    assert tokenizer.encode("Hi", add_special_tokens=False).ids[0] > 2
+
+
+def test_rows_are_stories_that_fit_the_model(tokenizer, stories, config):
+    rows = data.tokenise(stories, tokenizer)
+    assert max(map(len, rows)) <= config["max_target_length"]
+    for row, story in zip(rows, stories, strict=True):
+        assert (row[0], row[-1]) == (0, 1)
+        # A pad id inside of a row would be masked by MaxText.
+        assert not set(row[1:-1]) & {0, 1, 2}
+        assert tokenizer.decode(row) == story
+
+
+def test_the_array_record_holds_the_rows(dataset, tokenizer, stories):
+    pytest.importorskip("array_record")
+    from array_record.python.array_record_module import ArrayRecordReader
+    from maxtext.input_pipeline.protos import example_pb2
+
+    reader = ArrayRecordReader(str(dataset.train))
+    rows = data.tokenise(stories, tokenizer)
+    assert reader.num_records() == len(rows)
+    for record, row in zip(reader.read_all(), rows, strict=True):
+        example = example_pb2.Example.FromString(record)
+        assert list(example.features.feature["text"].int64_list.value) == row
+
+
+def test_preparing_again_gives_the_same_files(dataset, tmp_path):
+    again = data.prepare(tmp_path)
+    assert again.train.read_bytes() == dataset.train.read_bytes()
+    for file in dataset.tokenizer.iterdir():
+        assert (again.tokenizer / file.name).read_bytes() == file.read_bytes()
+
+
+def test_transformers_loads_the_tokenizer(dataset, tokenizer, stories):
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoTokenizer.from_pretrained(dataset.tokenizer)
+    assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == (BOS, EOS, PAD)
+    assert len(loaded) == VOCAB_SIZE
+    for story in stories[:20]:
+        ids = loaded(story).input_ids
+        assert ids == tokenizer.encode(story).ids
+        assert loaded.decode(ids, skip_special_tokens=True) == story
+    told = json.loads((dataset.tokenizer / "tokenizer_config.json").read_text())
+    assert told["tokenizer_class"] == "PreTrainedTokenizerFast"  # the one that 4.x knows
+
+
+def test_the_config_names_no_place(config):
+    assert not [
+        value for value in config.values() if isinstance(value, str) and value.startswith("/")
+    ]
+    assert not {"base_output_directory", "tokenizer_path", "grain_train_files"} & set(config)
+
+
+class Block(enum.Enum):
+    ENVY = "envy"
+
+
+@pytest.fixture
+def resolved(dataset, tmp_path):
+    return {
+        "base_output_directory": str(tmp_path),
+        "run_name": "r",
+        "tokenizer_path": str(dataset.tokenizer),
+        "decoder_block": Block.ENVY,
+        "dtype": np.dtype("float32"),
+        "num_experts_per_tok": 2,
+        "scan_layers": True,
+        "rope_max_timescale": 500_000,
+        "mesh": (("data", ("fsdp",)), [1, 2]),
+        "dpo": {"beta": 0.1, "reference_path": "elsewhere"},
+        "hf_access_token": "hf_secret",
+        "some_api_key": "secret",
+        "checkpoint_dir": str(tmp_path / "r" / "checkpoints"),
+        "grain_train_files": "relative/also.array_record",
+        "other": "gs://bucket/thing",
+        "home": "~/cache",
+        "nothing": None,
+    }
+
+
+def test_the_sidecar_holds_the_config_without_places_and_secrets(resolved, tmp_path):
+    path = sidecar.write_sidecar(resolved)
+    assert path == tmp_path / "r" / "moeconv.json"
+    written = json.loads(path.read_text())
+    assert written.pop("config") == {
+        "run_name": "r",
+        "decoder_block": "envy",
+        "dtype": "float32",
+        "num_experts_per_tok": 2,
+        "scan_layers": True,
+        "rope_max_timescale": 500_000,
+        "mesh": [["data", ["fsdp"]], [1, 2]],
+        "dpo": {"beta": 0.1},
+        "nothing": None,
+    }
+    assert written.pop("maxtext_version")
+    assert written == {
+        "format": "moeconv-run",
+        "version": 1,
+        "moeconv_version": moeconv.__version__,
+        "tokenizer": "tokenizer",
+    }
+    assert str(tmp_path) not in path.read_text()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["moeconv.json", "tokenizer"]
+
+
+def test_the_sidecar_is_what_moeconv_reads(resolved):
+    from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
+
+    path = sidecar.write_sidecar(resolved)
+    assert path.name == SIDECAR_NAME
+    read = RunSidecar.model_validate_json(path.read_text())
+    assert read.config["decoder_block"] == "envy"
+    assert (path.parent / read.tokenizer / "tokenizer.json").is_file()
+
+
+def test_the_sidecar_of_a_resumed_run_replaces_the_old_one(resolved):
+    sidecar.write_sidecar(resolved)
+    path = sidecar.write_sidecar(resolved | {"num_experts_per_tok": 1})
+    assert json.loads(path.read_text())["config"]["num_experts_per_tok"] == 1
+
+
+def test_a_tokenizer_that_is_no_local_directory_is_not_promised(resolved):
+    path = sidecar.write_sidecar(resolved | {"tokenizer_path": "some-org/some-tokenizer"})
+    assert json.loads(path.read_text())["tokenizer"] is None
+    path = sidecar.write_sidecar(resolved | {"tokenizer_path": None})
+    assert json.loads(path.read_text())["tokenizer"] is None
+
+
+def test_arguments_in_any_order():
+    expected = (CONFIG, Path("out").absolute(), {"steps": "2", "run_name": "a=b"})
+    config = str(CONFIG)
+    assert launch.parse_args([config, "--output", "out", "steps=2", "run_name=a=b"]) == expected
+    assert launch.parse_args([config, "steps=2", "run_name=a=b", "--output", "out"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["absent.yml", "--output", "out"], "there is no config file absent.yml"),
+        ([str(CONFIG), "--output", "out", "steps"], "'steps' is not of the form key=value"),
+        ([str(CONFIG)], "--output"),
+    ],
+)
+def test_wrong_arguments_are_named(argv, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        launch.parse_args(argv)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_devices_are_the_product_of_the_mesh(config):
+    assert launch.host_devices(config) == 2
+    assert launch.host_devices({}) == 1
+    assert launch.host_devices({"ici_data_parallelism": "4", "ici_fsdp_parallelism": -1}) == 4
+
+
+def test_cpu_devices_are_asked_for_once(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("XLA_FLAGS", "--other=1")
+    launch.use_cpu(2)
+    launch.use_cpu(3)
+    import os
+
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    assert os.environ["XLA_FLAGS"] == "--other=1 --xla_force_host_platform_device_count=2"

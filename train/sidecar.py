@@ -1,0 +1,70 @@
+"""The sidecar `moeconv.json` of a run: what its checkpoints do not say about the model.
+
+`moeconv.arch.sidecar.RunSidecar` reads it.
+"""
+
+import enum
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import moeconv
+
+SIDECAR = "moeconv.json"
+TOKENIZER = "tokenizer"
+
+_PRIVATE_KEY = re.compile(
+    r"(token|secret|password|credentials?|api_key|dir|directory|folder|path|files?|bucket|project)$"
+)
+_PRIVATE_VALUE = re.compile(r"^[/~]|://")
+
+
+def plain(value: Any) -> Any:
+    """A config value as JSON can hold it."""
+    match value:
+        case enum.Enum():
+            return plain(value.value)
+        case None | bool() | int() | float() | str():
+            return value
+        case Mapping():
+            return public_config(value)
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case _:
+            return str(value)  # a dtype
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved config without secrets and without this machine's paths."""
+    return {
+        key: plain(value)
+        for key, value in sorted(config.items())
+        if not _PRIVATE_KEY.search(key)
+        and not (isinstance(value, str) and _PRIVATE_VALUE.search(value))
+    }
+
+
+def write_sidecar(config: Mapping[str, Any]) -> Path:
+    """Puts the config and a copy of the tokenizer into the run's directory."""
+    run = Path(config["base_output_directory"], config["run_name"])
+    run.mkdir(parents=True, exist_ok=True)
+    tokenizer = Path(config["tokenizer_path"] or "")
+    has_tokenizer = (tokenizer / "tokenizer.json").is_file()
+    if has_tokenizer:
+        shutil.copytree(tokenizer, run / TOKENIZER, dirs_exist_ok=True)
+    sidecar = {
+        "format": "moeconv-run",
+        "version": 1,
+        "maxtext_version": version("maxtext"),
+        "moeconv_version": moeconv.__version__,
+        "config": public_config(config),
+        "tokenizer": TOKENIZER if has_tokenizer else None,
+    }
+    path = run / SIDECAR
+    partial = path.with_suffix(".json.partial")
+    partial.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
+    return partial.replace(path)
