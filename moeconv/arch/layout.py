@@ -16,7 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from moeconv.arch.parameters import FINAL_NORM, PARAMETERS, LayerKind, Parameter, axis_name
+from moeconv.arch.parameters import (
+    EMBEDDING,
+    FINAL_NORM,
+    PARAMETERS,
+    LayerKind,
+    Parameter,
+    axis_name,
+)
 from moeconv.errors import ConfigError, TensorError
 
 KeyPath = tuple[str, ...]
@@ -126,6 +133,9 @@ def detect_layout(
     """
     places = {path: _place(path) for path in sorted(shapes)}
     _refuse_unknown(places)
+    for needed in (EMBEDDING, FINAL_NORM):
+        if needed.name not in {place.logical for place in places.values()}:
+            raise TensorError(f"the checkpoint lacks {needed.name}")
     stacked = [p for p, place in places.items() if place.stacked]
     numbered = [p for p, place in places.items() if place.layer is not None]
     if not stacked and not numbered:
@@ -266,9 +276,9 @@ def _scan_axis(
     told: int | None,
 ) -> tuple[int, int]:
     """The layer axis and the number of stacked layers: the one way that fits every shape."""
-    final = next((p for p, pl in places.items() if pl.logical == FINAL_NORM.name), None)
-    if final is None or len(shapes[final]) != 1:
-        raise TensorError(f"the checkpoint lacks {FINAL_NORM.name} of shape [D]")
+    final = next(p for p, pl in places.items() if pl.logical == FINAL_NORM.name)
+    if len(shapes[final]) != 1:
+        raise TensorError(f"{FINAL_NORM.name} has shape {list(shapes[final])}, not one axis")
     stacked = [(p, pl.logical) for p, pl in places.items() if pl.stacked]
     fits: dict[int, int] = {}
     problem = ""

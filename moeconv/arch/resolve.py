@@ -9,7 +9,7 @@ from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.features import verdicts
 from moeconv.arch.fields import FIELDS, SHAPE_KEYS
 from moeconv.arch.layout import Layout, Stacking, StoredParameter
-from moeconv.arch.parameters import EMBEDDING, OUTPUT_HEAD, LayerKind, axis_name
+from moeconv.arch.parameters import OUTPUT_HEAD, LayerKind, axis_name
 from moeconv.arch.told import TOKEN_IDS, ToldConfig, maxtext_defaults
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
 
@@ -141,8 +141,6 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
                     f"in {array.name} {list(array.shape)}; they cannot be of one model"
                 )
     names = {array.parameter.name for array in layout.arrays}
-    if EMBEDDING.name not in names:
-        raise TensorError(f"the checkpoint lacks {EMBEDDING.name}")
     known: dict[str, Any] = dict.fromkeys(_AXIS_FIELDS.values())
     sources: dict[str, Provenance] = {}
     for axis, (size, array) in sizes.items():

@@ -75,7 +75,13 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
         )
     if has_scaled_rope(model):
         lines.append(
-            "Mixtral with Llama-3.1 RoPE scaling needs transformers ≥ 4.48; older ones ignore it"
+            "Mixtral with Llama-3.1 RoPE scaling needs transformers ≥ 4.48; older ones ignore the "
+            "scaling and compute something else without a word"
+        )
+    if model.head_dim * model.num_attention_heads != model.hidden_size:
+        lines.append(
+            f"head_dim {model.head_dim} is not hidden_size / heads; transformers before 4.47 refuse "
+            "to load such a Mixtral"
         )
     return lines
 

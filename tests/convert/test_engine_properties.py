@@ -1,0 +1,108 @@
+"""However a checkpoint is cut into chunks, the engine writes what the ops say, byte for byte."""
+
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import orbax_writer
+import pytest
+import yaml
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from models import samples
+from safetensors import safe_open
+
+from moeconv.convert import engine, scatter, work
+from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.mapping.edges import cannot_hold
+from moeconv.mapping.families import FAMILIES
+from moeconv.mapping.ops import DTYPES
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks and units of a few hundred bytes, so that small arrays take every path."""
+    monkeypatch.setattr(work, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(engine, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(scatter, "_STRIP", 3)
+    monkeypatch.setattr("moeconv.convert.plan.UNIT_BYTES", 300)
+
+
+def chunk_of(draw, shape):
+    return tuple(draw(st.integers(1, n)) for n in shape)
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(samples(), st.data())
+def test_engine_writes_what_the_ops_say(small_blocks, sample, data):
+    chunks = {p: chunk_of(data.draw, a.shape) for p, a in sample.arrays.items()}
+    dtype = data.draw(st.sampled_from(["keep", *DTYPES]))
+    family = data.draw(
+        st.sampled_from([f for f in FAMILIES.values() if not cannot_hold(f, sample.model)])
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        step = orbax_writer.write(root / "5", sample.arrays, chunks, ocdbt=data.draw(st.booleans()))
+        (root / "config.yml").write_text(yaml.safe_dump(sample.told))
+        options = ConvertOptions(
+            config=root / "config.yml",
+            sets=("param_scan_axis=%d" % sample.told["param_scan_axis"],),
+            target=family.name,
+            dtype=dtype,
+            jobs=data.draw(st.integers(1, 3)),
+            untie=data.draw(st.booleans()),
+            max_shard_bytes=data.draw(st.sampled_from([3000, 10**9])),
+        )
+        prepared = plan_conversion(str(step), options)
+        event(f"parked arrays: {bool(prepared.plan.parked)}")
+        event(f"files: {min(2, len(prepared.plan.files))}")
+        manifest = convert(prepared, root / "out")
+        seen = set()
+        for file in manifest.files:
+            if not file.endswith(".safetensors"):
+                continue
+            with safe_open(root / "out" / file, framework="np") as opened:
+                for name in opened.keys():
+                    edge = prepared.plan.edges[name]
+                    source = np.empty((), DTYPES[edge.dtype])
+                    if edge.source is not None:
+                        source = sample.arrays[edge.source.path]
+                    expected = edge.apply(source)
+                    got = opened.get_tensor(name)
+                    assert got.shape == expected.shape
+                    assert got.dtype == expected.dtype
+                    assert got.tobytes() == expected.tobytes(), name
+                    seen.add(name)
+        assert seen == set(prepared.plan.edges)
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples(), st.data(), st.integers(1, 2000))
+def test_units_tile_every_array(sample, data, limit):
+    """Units cover every value once, and hold whole chunks."""
+    from moeconv.mapping.edges import expand
+    from moeconv.orbax.arrays import ArrayInfo
+
+    for family in FAMILIES.values():
+        if cannot_hold(family, sample.model):
+            continue
+        routes = work.routes_of(expand(family, sample.model, sample.layout, sample.dtypes))
+        for array in sample.layout.arrays:
+            chunk = chunk_of(data.draw, array.shape)
+            info = ArrayInfo(array.path, array.shape, sample.dtypes[array.name], chunk, "none")
+            boxes = work.unit_boxes(info, array.axes, routes[array.name], limit)
+            count = np.zeros(array.shape, int)
+            chunks = set()
+            for box in boxes:
+                count[tuple(slice(*r) for r in box)] += 1
+                unit = work.Unit(info, box, 0)
+                own = {position for position, _ in unit.chunks()}
+                assert not own & chunks
+                chunks |= own
+            assert (count == 1).all()
+            assert len(chunks) == math.prod(info.grid)

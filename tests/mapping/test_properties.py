@@ -1,0 +1,143 @@
+"""What must hold for every model, not just for those somebody thought of."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import Sample, samples
+
+from moeconv.arch.layout import detect_layout
+from moeconv.errors import MoeconvError, TensorError
+from moeconv.mapping.edges import cannot_hold, expand
+from moeconv.mapping.families import FAMILIES
+from moeconv.mapping.ops import DTYPES, Scale
+from moeconv.mapping.reverse import restore
+from moeconv.mapping.rules import Options
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(f"u{array.itemsize}")
+
+
+def convertible(sample: Sample):
+    return [f for f in FAMILIES.values() if cannot_hold(f, sample.model) is None]
+
+
+def apply_all(edges, sample: Sample) -> dict[str, np.ndarray]:
+    stored = {".".join(path): array for path, array in sample.arrays.items()}
+    return {
+        e.target: e.apply(stored[e.source.name] if e.source else np.empty((), DTYPES[e.dtype]))
+        for e in edges
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(samples(), st.booleans())
+def test_there_and_back_is_the_same_bits(sample, untie):
+    """Every parameter arrives somewhere, and can be had back: exactly, or within its bound."""
+    assert convertible(sample), "some target holds every supported model"
+    for family in convertible(sample):
+        options = Options(untie=untie)
+        edges = expand(family, sample.model, sample.layout, sample.dtypes, options=options)
+        tensors = apply_all(edges, sample)
+        back = restore(edges, tensors.__getitem__)
+        rounded = {e.source.name: e.bound() for e in edges if e.source and e.bound()}
+        assert set(back) == {".".join(path) for path in sample.arrays}
+        for path, array in sample.arrays.items():
+            name = ".".join(path)
+            if name in rounded:
+                exact, got = array.astype(np.float64), back[name].astype(np.float64)
+                assert (abs(got - exact) <= 2.01 * rounded[name] * abs(exact) + 1e-7).all()
+            else:
+                assert np.array_equal(bits(back[name]), bits(array)), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples())
+def test_shapes_are_predicted(sample):
+    for family in convertible(sample):
+        for edge in expand(family, sample.model, sample.layout, sample.dtypes):
+            source = (
+                sample.arrays[edge.source.path] if edge.source else np.empty((), DTYPES[edge.dtype])
+            )
+            made = edge.apply(source)
+            assert made.shape == edge.shape
+            assert made.nbytes == edge.nbytes
+            assert made.flags.c_contiguous
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples(), st.sampled_from(list(DTYPES)))
+def test_errors_stay_within_the_declared_bound(sample, dtype):
+    for family in convertible(sample):
+        plain = expand(family, sample.model, sample.layout, sample.dtypes)
+        cast = expand(family, sample.model, sample.layout, sample.dtypes, dtype=dtype)
+        for one, other in zip(plain, cast, strict=True):
+            source = sample.arrays[one.source.path] if one.source else np.empty((), DTYPES[dtype])
+            factor = next((op.factor for op in one.ops if isinstance(op, Scale)), 1.0)
+            wide = source.astype(np.float64)
+            exact = wide
+            for op in one.ops:
+                if not isinstance(op, Scale):
+                    exact = op.apply(exact, one.sizes)
+            exact = exact * factor
+            got = other.apply(source)
+            assert got.dtype == DTYPES[dtype]
+            # Below the smallest normal number rounding is absolute.
+            tiny = {"float16": 2.0**-24, "bfloat16": 1e-38, "float32": 1e-38}[dtype]
+            bound = other.bound() * (1 + 1e-6)
+            assert (abs(got.astype(np.float64) - exact) <= bound * abs(exact) + tiny).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples(), st.data())
+def test_nothing_missing_goes_unnoticed(sample, data):
+    """Without any one of its arrays a checkpoint is refused, or is visibly another model."""
+    gone = data.draw(st.sampled_from(sorted(sample.arrays)))
+    if gone[-2] == "logits_dense":
+        return  # without it the model is a tied one
+    shapes = {p: a.shape for p, a in sample.arrays.items() if p != gone}
+    axis = sample.told["param_scan_axis"] if sample.stacking == "scanned" else None
+    try:
+        layout = detect_layout(shapes, scan_axis=axis)
+    except MoeconvError as error:
+        assert gone[-1] in str(error) or gone[0] in str(error) or "layers" in str(error)
+        return
+    assert layout.kinds != sample.layout.kinds
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples(), st.data())
+def test_nothing_extra_goes_unnoticed(sample, data):
+    near = data.draw(st.sampled_from(sorted(sample.arrays)))
+    extra = (*near[:-1], data.draw(st.sampled_from(["bias", "scale_2", "lora_a"])))
+    shapes = {p: a.shape for p, a in sample.arrays.items()} | {extra: (3,)}
+    with pytest.raises(TensorError, match=extra[-1]):
+        detect_layout(shapes, scan_axis=sample.told["param_scan_axis"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(samples())
+def test_scanned_and_unscanned_are_one_model(sample):
+    """The layout of the checkpoint does not show in the output."""
+    if sample.stacking != "scanned":
+        return
+    apart = {}
+    for array in sample.layout.arrays:
+        values = sample.arrays[array.path]
+        if not array.layers:
+            apart[array.path] = values
+            continue
+        for entry, layer in enumerate(array.layers):
+            path = ("decoder", f"layers_{layer}", *array.parameter.name.split("."))
+            apart[path] = values.take(entry, axis=array.axes.index("L"))
+    layout = detect_layout({p: a.shape for p, a in apart.items()})
+    assert layout.kinds == sample.layout.kinds
+    dtypes = {".".join(p): str(a.dtype) for p, a in apart.items()}
+    for family in convertible(sample):
+        one = expand(family, sample.model, sample.layout, sample.dtypes)
+        other = expand(family, sample.model, layout, dtypes)
+        made = apply_all(one, sample)
+        for edge in other:
+            values = apart[edge.source.path] if edge.source else np.empty((), DTYPES[edge.dtype])
+            assert np.array_equal(bits(edge.apply(values)), bits(made[edge.target]))
