@@ -51,7 +51,7 @@ def test_engine_writes_what_the_ops_say(small_blocks, sample, data):
         (root / "config.yml").write_text(yaml.safe_dump(sample.told))
         options = ConvertOptions(
             config=root / "config.yml",
-            sets=("param_scan_axis=%d" % sample.told["param_scan_axis"],),
+            sets=(f"param_scan_axis={sample.told['param_scan_axis']}",),
             target=family.name,
             dtype=dtype,
             jobs=data.draw(st.integers(1, 3)),
@@ -67,7 +67,7 @@ def test_engine_writes_what_the_ops_say(small_blocks, sample, data):
             if not file.endswith(".safetensors"):
                 continue
             with safe_open(root / "out" / file, framework="np") as opened:
-                for name in opened.keys():
+                for name in opened:
                     edge = prepared.plan.edges[name]
                     source = np.empty((), DTYPES[edge.dtype])
                     if edge.source is not None:

@@ -80,8 +80,8 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
         )
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         lines.append(
-            f"head_dim {model.head_dim} is not hidden_size / heads; transformers before 4.47 refuse "
-            "to load such a Mixtral"
+            f"head_dim {model.head_dim} is not hidden_size / heads; transformers before 4.47 "
+            "refuse to load such a Mixtral"
         )
     return lines
 
@@ -89,7 +89,7 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
 MIXTRAL = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
-    summary="Loads in every transformers since 4.36, vLLM, mlx-lm, llama.cpp and mistral.rs.",
+    summary="Loads in transformers 4.46 to 5, vLLM, mlx-lm, llama.cpp and mistral.rs.",
     rotary="half",
     kinds=frozenset(LayerKind),
     requires=_requires,

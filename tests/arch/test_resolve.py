@@ -1,0 +1,220 @@
+"""The description: who tells what, what contradicts what, what is still missing."""
+
+import pytest
+
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.layout import Stacking, detect_layout
+from moeconv.arch.parameters import PARAMETERS, LayerKind
+from moeconv.arch.resolve import resolve
+from moeconv.arch.told import ToldConfig, from_flags, from_mapping
+from moeconv.errors import ConfigError, TensorError, UnsupportedError
+
+SIZES = {"V": 32, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4}
+WIDTH = {LayerKind.MOE: 24, LayerKind.DENSE: 40}
+
+
+def shapes(kinds="DM", depth=2, axis=1, tied=True, **sizes):
+    """Shapes of a scanned envy checkpoint."""
+    sizes = SIZES | sizes
+    found = {}
+    for parameter in PARAMETERS.values():
+        name = tuple(parameter.name.split("."))
+        if parameter.layers is None:
+            if parameter.name != "decoder.logits_dense.kernel" or not tied:
+                found[name] = tuple(sizes[a] for a in parameter.axes)
+            continue
+        for slot, letter in enumerate(kinds):
+            kind = {"D": LayerKind.DENSE, "M": LayerKind.MOE}[letter]
+            if kind in parameter.layers:
+                shape = [sizes.get(a, WIDTH[kind]) for a in parameter.axes]
+                at = axis if len(shape) + 1 > axis else 0
+                shape.insert(at, depth)
+                found["decoder", "layers", f"layers_{slot}", *name] = tuple(shape)
+    return found
+
+
+def told(*flags, **config):
+    base = {"decoder_block": "envy", "num_experts_per_tok": 2}
+    where = Provenance(Origin.CONFIG, "run.yml")
+    return ToldConfig(from_mapping(base | config, where), from_flags(flags))
+
+
+def test_shapes_tell_the_sizes():
+    model = resolve(detect_layout(shapes()), told()).model()
+    assert (model.hidden_size, model.num_attention_heads, model.num_key_value_heads) == (16, 4, 2)
+    assert (model.head_dim, model.vocab_size, model.num_experts) == (8, 32, 4)
+    assert (model.intermediate_size, model.moe_intermediate_size) == (40, 24)
+    assert model.layer_kinds == ("dense", "moe", "dense", "moe")
+    assert model.tie_word_embeddings
+    assert model.sources["hidden_size"].origin is Origin.SHAPE
+    assert "token_embedder" in model.sources["vocab_size"].detail
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_every_scan_axis(axis):
+    layout = detect_layout(shapes(axis=axis))
+    assert layout.scan_axis == axis
+    assert layout.stacking is Stacking.CYCLED
+    assert layout.kinds == ("dense", "moe") * 2
+
+
+def test_an_ambiguous_scan_axis_must_be_told():
+    cubes = {
+        path: (16,) * len(shape) if "layers" in path else shape
+        for path, shape in shapes(kinds="D", depth=16).items()
+    }
+    with pytest.raises(ConfigError, match="fit a layer axis at 1 and 0.*--set param_scan_axis=1"):
+        detect_layout(cubes)
+    assert detect_layout(cubes, scan_axis=0).scan_axis == 0
+
+
+def test_a_scan_axis_that_contradicts_the_shapes():
+    with pytest.raises(ConfigError, match="param_scan_axis is 0"):
+        detect_layout(shapes(axis=1), scan_axis=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"base_emb_dim": 32}, "base_emb_dim=32.*hidden_size is 16"),
+        ({"base_num_query_heads": 8}, "num_attention_heads is 4"),
+        ({"num_kv_heads": 4}, "num_key_value_heads is 2"),
+        ({"head_dim": 16}, "head_dim is 8"),
+        ({"vocab_size": 128256}, "vocab_size is 32"),
+        ({"num_experts": 8}, "num_experts is 4"),
+        ({"base_mlp_dim": 24}, "intermediate_size is 40"),
+        ({"base_moe_mlp_dim": 40}, "moe_intermediate_size is 24"),
+        ({"base_num_decoder_layers": 6}, "num_hidden_layers is 4"),
+        ({"logits_via_embedding": False}, "tie_word_embeddings is true"),
+        ({"scan_layers": False}, "scan_layers is true"),
+        ({"num_experts_per_tok": 5}, "more than the 4 experts"),
+        ({"decoder_block": "mixtral"}, "has no dense layers"),
+        ({"decoder_block": "llama2"}, "has no moe layers"),
+        ({"rope_max_timescale": -1}, "rope_max_timescale=-1.*number > 0"),
+        ({"normalization_layer_epsilon": "tiny"}, "number > 0"),
+        ({"num_experts_per_tok": 1.5}, "whole number"),
+        ({"normalize_embedding_logits": "maybe"}, "true or false"),
+        ({"rope_type": "yarn"}, "default or llama3.1"),
+    ],
+)
+def test_contradictions(config, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(detect_layout(shapes()), told(**{"inhomogeneous_layer_cycle_interval": 2} | config))
+
+
+def test_a_default_contradicts_nothing():
+    """A partial config leaves sizes to MaxText's defaults, which are not this model's."""
+    assert told()["base_emb_dim"].value == 2048
+    assert resolve(detect_layout(shapes()), told()).model().hidden_size == 16
+
+
+def test_base_sizes_are_scaled_as_maxtext_scales_them():
+    config = {
+        "global_parameter_scale": 8,
+        "base_emb_dim": 8,
+        "base_num_query_heads": 2,
+        "base_num_kv_heads": 1,
+        "base_mlp_dim": 20,
+        "base_moe_mlp_dim": 12,
+        "base_num_decoder_layers": 2,
+    }
+    resolve(detect_layout(shapes()), told(inhomogeneous_layer_cycle_interval=2, **config)).model()
+    with pytest.raises(ConfigError, match="base_mlp_dim"):
+        resolve(detect_layout(shapes()), told(**config | {"base_mlp_dim": 40}))
+
+
+def test_layers_that_a_scan_drops_are_no_contradiction():
+    """MaxText silently builds 4 layers of 5 when the cycle is 2; the checkpoint is right."""
+    config = {"base_num_decoder_layers": 5, "inhomogeneous_layer_cycle_interval": 2}
+    assert resolve(detect_layout(shapes()), told(**config)).model().num_hidden_layers == 4
+
+
+def test_llama31_model_names_switch_the_rope():
+    told_ = told(model_name="llama3.1-8b", emb_dim=16, num_decoder_layers=4,
+                 inhomogeneous_layer_cycle_interval=2)  # fmt: skip
+    model = resolve(detect_layout(shapes()), told_).model()
+    assert model.rope_type == "llama3.1"
+    assert model.rotary == "interleaved"
+
+
+def test_untold_fields_are_all_named_with_the_three_ways():
+    resolution = resolve(detect_layout(shapes()), ToldConfig(from_flags([])))
+    with pytest.raises(ConfigError) as caught:
+        resolution.model()
+    text = str(caught.value)
+    for key in ("decoder_block", "num_experts_per_tok", "rope_max_timescale", "rope_type",
+                "normalization_layer_epsilon", "normalize_embedding_logits", "max_target_length"):  # fmt: skip
+        assert key in text
+    for way in ("--config", "--set", "moeconv.json"):
+        assert way in text
+
+
+def test_flags_alone_can_tell_everything():
+    flags = {
+        "decoder_block": "envy", "num_experts_per_tok": 2, "normalize_embedding_logits": "true",
+        "rope_type": "default", "rope_max_timescale": 10000, "normalization_layer_epsilon": 1e-5,
+        "max_target_length": 64,
+    }  # fmt: skip
+    pairs = [f"{k}={v}" for k, v in flags.items()]
+    first = resolve(detect_layout(shapes()), ToldConfig(from_flags(pairs)))
+    rest = {"mlp_activations": "[silu, linear]", "engram_layers": "[]", "attention_type": "global",
+            "rope_linear_scaling_factor": 1, "rope_min_timescale": 1, "mhc_expansion_rate": 1,
+            "routed_score_func": "''", "weight_sparsity_n": "null"}  # fmt: skip
+    pairs += [f"{k}={rest.get(k, 'false')}" for k in first.missing]
+    model = resolve(detect_layout(shapes()), ToldConfig(from_flags(pairs))).model()
+    assert model.rope_theta == 10000
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"use_qk_norm": True}, "normalises queries and keys"),
+        ({"final_logits_soft_cap": 30.0}, "caps the tied logits"),
+        ({"routed_score_func": "sigmoid"}, "scores experts"),
+        ({"mlp_activations": ["gelu", "linear"]}, "SwiGLU"),
+        ({"moba": True}, "chosen by a router"),
+        ({"rope_min_timescale": 2}, "shortest timescale"),
+        ({"attention_type": "block_diffusion"}, "otherwise than causally"),
+    ],
+)
+def test_semantics_no_target_holds_are_refused(config, words):
+    with pytest.raises(UnsupportedError, match=words):
+        resolve(detect_layout(shapes()), told(**config)).model()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"capacity_factor": 1.25},
+        {"sliding_window_size": 128},
+        {"shared_experts": 1},
+        {"attn_logits_soft_cap": 50.0},
+        {"quantization": "int8"},
+    ],
+)
+def test_semantics_to_know_of_are_warned_about(config):
+    resolution = resolve(detect_layout(shapes()), told(**config))
+    (key,) = config
+    assert any(text.startswith(key) for text in resolution.warnings)
+    resolution.model()
+
+
+def test_a_soft_cap_on_untied_logits_is_not_applied_by_maxtext_either():
+    resolve(detect_layout(shapes(tied=False)), told(final_logits_soft_cap=30.0)).model()
+
+
+def test_unknown_blocks_are_named():
+    with pytest.raises(UnsupportedError, match="gemma2.*mixtral, envy, llama2"):
+        resolve(detect_layout(shapes()), told(decoder_block="gemma2"))
+
+
+def test_checkpoint_metadata_that_contradicts_the_structure():
+    with pytest.raises(TensorError, match="scan_layers=false"):
+        resolve(detect_layout(shapes()), told(), scan_layers=False)
+
+
+def test_token_ids_must_be_rows_of_the_embedding():
+    with pytest.raises(ConfigError, match="bos_token_id=128000.*32"):
+        resolve(detect_layout(shapes()), told("bos_token_id=128000"))
+    model = resolve(detect_layout(shapes()), told("eos_token_id=3")).model()
+    assert model.eos_token_id == 3

@@ -1,0 +1,153 @@
+"""What a config says: files, model names, defaults, flags."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import yaml
+
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.features import FEATURES, Verdict
+from moeconv.arch.fields import TOLD_KEYS
+from moeconv.arch.told import (
+    ToldConfig,
+    from_config_file,
+    from_flags,
+    from_mapping,
+    maxtext_defaults,
+)
+from moeconv.errors import ConfigError
+
+HERE = Provenance(Origin.CONFIG, "here")
+
+
+def maxtext_configs() -> Path:
+    spec = importlib.util.find_spec("maxtext")
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations))) / "configs"
+
+
+def test_packaged_defaults_are_those_of_the_installed_maxtext():
+    base = yaml.safe_load((maxtext_configs() / "base.yml").read_text())
+    packaged = maxtext_defaults()["base"]
+    keys = {*TOLD_KEYS, *(f.key for f in FEATURES)} & set(base)
+    assert keys <= set(packaged)
+    for key in keys:
+        value = None if base[key] == "None" else base[key]
+        assert packaged[key] == (float(value) if key == "normalization_layer_epsilon" else value), (
+            key
+        )
+
+
+def test_packaged_models_are_those_of_the_installed_maxtext():
+    for name, packaged in maxtext_defaults()["models"].items():
+        model = yaml.safe_load((maxtext_configs() / "models" / f"{name}.yml").read_text())
+        for key, value in packaged.items():
+            assert (
+                value == pytest.approx(float(model[key]))
+                if isinstance(value, float)
+                else (value == model[key])
+            )
+
+
+def test_every_default_is_a_plain_model():
+    """MaxText's own defaults must not refuse a model, or none could be converted."""
+    base = maxtext_defaults()["base"]
+    for feature in FEATURES:
+        if feature.key in base:
+            assert feature.is_neutral(base[feature.key]), feature.key
+
+
+def test_keys_left_out_have_maxtexts_defaults(tmp_path):
+    path = tmp_path / "run.yml"
+    path.write_text("decoder_block: mixtral\nnormalization_layer_epsilon: 1e-6\n")
+    told = from_config_file(path)
+    assert told["normalization_layer_epsilon"].value == 1e-6  # YAML 1.1 reads it as text
+    assert told["decoder_block"].provenance == Provenance(Origin.CONFIG, str(path))
+    assert told["rope_max_timescale"].value == 10_000
+    assert told["rope_max_timescale"].provenance.origin is Origin.DEFAULT
+    assert not told["rope_max_timescale"].explicit
+
+
+def test_a_model_name_wins_over_the_file_as_in_maxtext(tmp_path):
+    path = tmp_path / "run.yml"
+    path.write_text("model_name: mixtral-8x7b\nrope_max_timescale: 123\nmax_target_length: 77\n")
+    told = from_config_file(path)
+    assert told["rope_max_timescale"].value == 1_000_000
+    assert told["rope_max_timescale"].provenance.origin is Origin.MODEL
+    assert told["decoder_block"].value == "mixtral"
+    assert told["max_target_length"].value == 77
+
+
+def test_a_resolved_config_already_holds_the_outcome():
+    told = from_mapping(
+        {"model_name": "mixtral-8x7b", "emb_dim": 64, "rope_max_timescale": 123}, HERE
+    )
+    assert told["rope_max_timescale"].value == 123
+
+
+def test_instruct_names_are_the_base_models(tmp_path):
+    told = from_mapping({"model_name": "llama3.1-8b-Instruct"}, HERE)
+    assert told["rope_max_timescale"].value == 500_000
+
+
+def test_an_unknown_model_name_is_refused():
+    with pytest.raises(ConfigError, match=r"gemma2-2b.*mixtral-8x7b.*resolved config"):
+        from_mapping({"model_name": "gemma2-2b"}, HERE)
+
+
+def test_base_config_chains(tmp_path):
+    (tmp_path / "team.yml").write_text("base_config: base.yml\nrope_max_timescale: 5\n")
+    (tmp_path / "run.yml").write_text("base_config: team.yml\nnum_experts_per_tok: 2\n")
+    told = from_config_file(tmp_path / "run.yml")
+    assert told["rope_max_timescale"].value == 5
+    assert told["num_experts_per_tok"].value == 2
+
+
+def test_a_circle_of_base_configs_ends(tmp_path):
+    (tmp_path / "a.yml").write_text("base_config: b.yml\n")
+    (tmp_path / "b.yml").write_text("base_config: a.yml\n")
+    with pytest.raises(ConfigError, match="base_config"):
+        from_config_file(tmp_path / "a.yml")
+
+
+def test_enums_of_a_logged_config_are_understood():
+    told = from_mapping(
+        {
+            "decoder_block": "DecoderBlockType.MIXTRAL",
+            "rope_type": "RopeType.LLAMA3_1",
+            "quantization": "QuantizationType.NONE",
+        },
+        HERE,
+    )
+    assert told["decoder_block"].value == "mixtral"
+    assert told["rope_type"].value == "llama3.1"
+    assert told["quantization"].value is None
+
+
+def test_flags_win():
+    told = ToldConfig(
+        from_mapping({"rope_max_timescale": 1}, HERE), from_flags(["rope_max_timescale=2e5"])
+    )
+    assert told.value("rope_max_timescale") == 2e5
+    assert told["rope_max_timescale"].provenance.origin is Origin.FLAG
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        ("rope_max_timescale", "key=value"),
+        ("=3", "key=value"),
+        ("learning_rate=3", "no field of that name"),
+        ("rope_type=[", "not a YAML value"),
+    ],
+)
+def test_bad_flags(pair, words):
+    with pytest.raises(ConfigError, match=words):
+        from_flags([pair])
+
+
+def test_refusals_name_what_the_value_does():
+    for feature in FEATURES:
+        assert feature.says
+        assert feature.verdict in (Verdict.REFUSE, Verdict.WARN)
