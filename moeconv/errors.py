@@ -53,6 +53,12 @@ class TokenizerError(MoeconvError):
     exit_code = 8
 
 
+class StorageError(MoeconvError):
+    """The store that holds the checkpoint failed (network, permissions); `--resume` goes on."""
+
+    exit_code = 10
+
+
 class MemoryLimitError(MoeconvError):
     """The memory limit lies below what the largest chunk of the checkpoint needs."""
 

@@ -22,7 +22,7 @@ from moeconv.convert.manifest import (
 from moeconv.convert.plan import Plan, build_plan, index_json
 from moeconv.convert.source import Checkpoint, open_checkpoint
 from moeconv.convert.staging import Staging
-from moeconv.errors import OutputError, UsageError
+from moeconv.errors import OutputError, StorageError, UsageError
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
@@ -190,6 +190,8 @@ def convert(
                 f"writing to {staging.folder} failed: {error.strerror or error}; when that is "
                 "mended, go on with --resume"
             ) from None
+        except StorageError:
+            raise
         except Exception:
             keep = False
             raise

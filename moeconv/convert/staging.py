@@ -1,27 +1,38 @@
-"""All or nothing: everything is written to a hidden folder beside OUT, then renamed into place."""
+"""All or nothing: everything is written to a hidden folder beside OUT, then renamed into place.
+
+    .<OUT>.moeconv-partial   the folder being filled
+    .<OUT>.moeconv-lock      held while a process works on OUT
+    .<OUT>.moeconv-old       the model being replaced, where two folders cannot swap at once
+"""
 
 import contextlib
 import ctypes
 import fcntl
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from moeconv.convert.journal import NAME as JOURNAL
 from moeconv.convert.sizes import format_size
 from moeconv.errors import OutputError
 
-_LOCK = "lock"
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
 
 class Staging:
-    """The hidden folder of one conversion, `.<OUT>.moeconv-partial` beside OUT."""
+    """The hidden folder of one conversion.
+
+    Attributes:
+        folder: Where everything is written.
+        resuming: An earlier process's work is in it, and is taken over.
+        published: OUT is whole and new.
+        notes: Sentences for people.
+    """
 
     def __init__(self, out: Path, *, overwrite: bool, resume: bool) -> None:
-        """Claims OUT.
+        """Claims OUT, which is absolute and no symbolic link.
 
         Raises:
             OutputError: OUT is not empty and `overwrite` was not given, its parent cannot be
@@ -29,45 +40,58 @@ class Staging:
         """
         self.out = out
         self.folder = out.parent / f".{out.name}.moeconv-partial"
+        self.resuming = self.published = False
         self.notes: list[str] = []
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"OUT {out} is a file; give a directory")
-        if out.is_dir() and any(out.iterdir()) and not overwrite:
-            raise OutputError(
-                f"OUT {out} is not empty; pass --overwrite to replace it once the new model is "
-                "whole, or choose another directory"
-            )
-        found = self.folder.exists()
+        self._old = out.parent / f".{out.name}.moeconv-old"
+        self._overwrite = overwrite
+        self._made = [p for p in out.parents if not p.exists()]
+        self._lock = _Lock(out.parent / f".{out.name}.moeconv-lock", out)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+            self._recover()
+            self._check_out()
+            found = self.folder.exists()
+            self.folder.mkdir(exist_ok=True)
+            had = (self.folder / JOURNAL).exists()
+            self.resuming = resume and had
+            if found and not self.resuming:
+                # Without a journal the folder may hold an old model that was swapped out of OUT.
+                self._clear()
         except OSError as error:
+            self._release()
             raise OutputError(f"cannot write beside OUT {out}: {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise OutputError(
-                f"another process is converting to {out} (it holds {self.folder / _LOCK})"
-            ) from None
-        had = (self.folder / JOURNAL).exists()
-        if found and not (resume and had):
-            # Without a journal the folder may hold an old model that was swapped out of OUT.
-            self._clear()
-            if had:
-                self.notes.append(
-                    "an unfinished conversion to this OUT was found and begun anew; --resume would "
-                    "have gone on with it"
-                )
+        except OutputError:
+            self._release()
+            raise
+        if had and not resume:
+            self.notes.append(
+                "an unfinished conversion to this OUT was found and begun anew; --resume would "
+                "have gone on with it"
+            )
         if resume and not had:
             self.notes.append(
                 "there is no unfinished conversion to resume; starting from the first byte"
             )
 
+    def _check_out(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise OutputError(f"OUT {self.out} is a file; give a directory")
+        if os.path.ismount(self.out):
+            raise OutputError(
+                f"OUT {self.out} is a mount point, which nothing can be renamed to; give a "
+                "directory below it"
+            )
+        if self._out_holds_something() and not self._overwrite:
+            raise OutputError(
+                f"OUT {self.out} is not empty; pass --overwrite to replace it once the new model "
+                "is whole, or choose another directory"
+            )
+
+    def _out_holds_something(self) -> bool:
+        return self.out.is_dir() and any(self.out.iterdir())
+
     def _clear(self) -> None:
         for path in self.folder.iterdir():
-            if path.name != _LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def check_space(self, needed: int) -> None:
         """Refuses to start without room for the whole output.
@@ -91,37 +115,100 @@ class Staging:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def publish(self) -> None:
+    def publish(self, names: Collection[str]) -> None:
         """Makes the folder OUT at once: after a crash at any moment OUT is old, whole or absent.
 
         Where OUT exists, both change places in one system call (`renameat2`); where the file system
-        cannot do that, the old one is moved away first.
+        cannot do that, the old one is moved away first, and back again after a crash.
+
+        Args:
+            names: The files that belong to the model; what else an earlier process left goes.
+
+        Raises:
+            OutputError: Somebody filled OUT meanwhile.
         """
-        for name in (JOURNAL, _LOCK):
-            (self.folder / name).unlink(missing_ok=True)
+        if self._out_holds_something() and not self._overwrite:
+            raise OutputError(
+                f"OUT {self.out} was filled by somebody else during the conversion; the new model "
+                f"waits in {self.folder}: go on with --resume and --overwrite, or once OUT is empty"
+            )
+        for path in self.folder.iterdir():
+            if path.name not in names:
+                path.unlink()
         _sync_folder(self.folder)
-        if not self.out.exists() or not any(self.out.iterdir()):
+        if not self._out_holds_something():
             self.folder.replace(self.out)
-        else:
-            if not _exchange(self.folder, self.out):
-                old = self.out.parent / f".{self.out.name}.moeconv-old"
-                shutil.rmtree(old, ignore_errors=True)
-                self.out.replace(old)
-                self.folder.replace(self.out)
-                old.replace(self.folder)
-            shutil.rmtree(self.folder)
+        elif not _exchange(self.folder, self.out):
+            self.out.replace(self._old)
+            self.folder.replace(self.out)
+        self.published = True
         _sync_folder(self.out.parent)
-        os.close(self._lock)
+        self.discard()
 
     def keep(self) -> None:
         """Leaves everything for `--resume`."""
-        os.close(self._lock)
+        self._recover()
+        self._lock.release()
 
     def discard(self) -> None:
-        """Removes everything."""
-        with contextlib.suppress(FileNotFoundError):
+        """Removes everything but OUT."""
+        self._recover()
+        if self.folder.exists():
             shutil.rmtree(self.folder)
-        os.close(self._lock)
+        self._release()
+
+    def _recover(self) -> None:
+        """Undoes, or ends, a replacement that stopped between its two renames."""
+        if not self._old.exists():
+            return
+        if self.out.exists():
+            shutil.rmtree(self._old)
+        else:
+            self._old.replace(self.out)
+
+    def _release(self) -> None:
+        self._lock.release()
+        for path in self._made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+class _Lock:
+    """A file that one process at a time holds; it goes when the process does."""
+
+    def __init__(self, path: Path, out: Path) -> None:
+        """Takes the lock.
+
+        Raises:
+            OutputError: Another process holds it, or it cannot be made.
+        """
+        self._path = path
+        self._fd: int | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while self._fd is None:
+                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    # Its last holder may have removed it between our two calls.
+                    if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                        self._fd = fd
+                finally:
+                    if self._fd is None:
+                        os.close(fd)
+        except BlockingIOError:
+            raise OutputError(
+                f"another process is converting to {out} (it holds {path})"
+            ) from None
+        except OSError as error:
+            raise OutputError(f"cannot write beside OUT {out}: {error.strerror}") from None
+
+    def release(self) -> None:
+        """Gives it back; does nothing the second time."""
+        if self._fd is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._fd)
+            self._fd = None
 
 
 def _exchange(one: Path, other: Path) -> bool:

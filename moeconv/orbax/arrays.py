@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
+from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.metadata import KeyPath, Tree
 from moeconv.orbax.store import Folder, reason
+
+# How tensorstore begins a message about data that was read but makes no sense.
+_DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 
 Box = tuple[slice | int, ...]
 
@@ -134,6 +137,7 @@ class Reader:
 
         Raises:
             TensorError: A chunk is missing, truncated or corrupt; names the array and the place.
+            StorageError: A remote store failed.
         """
         try:
             data = self._store[box].read(order="C").result()
@@ -141,9 +145,14 @@ class Reader:
             where = ", ".join(
                 f"{s.start}:{s.stop}" if isinstance(s, slice) else str(s) for s in box
             )
+            what = f"{self._arrays.items}: parameter {self.info.name} [{where}]"
+            if self._arrays.items.local is None and not str(error).startswith(_DAMAGE):
+                raise StorageError(
+                    f"{what} cannot be read: {reason(error)}; when the store answers again, go on "
+                    "with --resume"
+                ) from None
             raise TensorError(
-                f"{self._arrays.items}: parameter {self.info.name} is damaged at [{where}]: "
-                f"{reason(error)}; use another step of the run"
+                f"{what} is damaged: {reason(error)}; use another step of the run"
             ) from None
         return np.asarray(data)
 

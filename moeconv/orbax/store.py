@@ -83,7 +83,9 @@ class Folder:
                 return
             keys = _kvstore(self.kvstore()).list().result()
         except (OSError, ValueError, NotImplementedError) as error:
-            raise NotACheckpointError(f"cannot list {self}: {reason(error)}") from None
+            raise NotACheckpointError(
+                f"cannot list {self} ({reason(error)}); give the address of a step"
+            ) from None
         yield from sorted({key.decode().split("/", 1)[0] for key in keys})
 
     def exists(self) -> bool:

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.parameters import PARAMETERS, LayerKind
 from moeconv.arch.resolve import resolve
 from moeconv.arch.told import ToldConfig, from_flags, from_mapping
-from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.mapping.ops import DTYPES
 
 KeyPath = tuple[str, ...]
