@@ -100,9 +100,22 @@ class Arrays:
         try:
             return future.result()
         except (ValueError, OSError) as error:
+            self.check_store(error, f"{self.items}: parameter {'.'.join(path)}")
             raise NotACheckpointError(
                 f"{self.items}: parameter {'.'.join(path)} cannot be opened, so the save is "
                 f"incomplete or damaged: {reason(error)}"
+            ) from None
+
+    def check_store(self, error: Exception, what: str) -> None:
+        """Tells a remote store that failed from data that is damaged.
+
+        Raises:
+            StorageError: It was the store.
+        """
+        if self.items.local is None and not str(error).startswith(_DAMAGE):
+            raise StorageError(
+                f"{what} cannot be read: {reason(error)}; when the store answers again, go on with "
+                "--resume"
             ) from None
 
     def _describe(self, path: KeyPath, store: Any) -> ArrayInfo:
@@ -146,11 +159,7 @@ class Reader:
                 f"{s.start}:{s.stop}" if isinstance(s, slice) else str(s) for s in box
             )
             what = f"{self._arrays.items}: parameter {self.info.name} [{where}]"
-            if self._arrays.items.local is None and not str(error).startswith(_DAMAGE):
-                raise StorageError(
-                    f"{what} cannot be read: {reason(error)}; when the store answers again, go on "
-                    "with --resume"
-                ) from None
+            self._arrays.check_store(error, what)
             raise TensorError(
                 f"{what} is damaged: {reason(error)}; use another step of the run"
             ) from None
