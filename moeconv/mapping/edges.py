@@ -99,11 +99,9 @@ def expand(
     options = options or Options()
     if reason := cannot_hold(family, model):
         raise UnsupportedError(f"--target {family.name} cannot hold this model: {reason}")
-    finder = _Finder(layout)
-    edges: list[Edge] = []
-    for rule in family.rules:
-        if rule.when.holds(model, options):
-            edges += _expand_rule(rule, family, model, finder, dtypes, dtype)
+    expander = _Expander(family, model, layout, dtypes, dtype)
+    rules = [rule for rule in family.rules if rule.when.holds(model, options)]
+    edges = [edge for rule in rules for edge in expander.edges(rule)]
     _check_totality(edges, layout)
     return tuple(edges)
 
@@ -116,10 +114,21 @@ def cannot_hold(family: Family, model: ModelDescription) -> str | None:
     return family.requires(model)
 
 
-class _Finder:
-    """Finds the array, and the entry of its layer axis, that holds a parameter of a layer."""
+class _Expander:
+    """Expands rules for one model on one checkpoint."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(
+        self,
+        family: Family,
+        model: ModelDescription,
+        layout: Layout,
+        dtypes: Mapping[str, str],
+        dtype: str | None,
+    ) -> None:
+        self._family = family
+        self._model = model
+        self._dtypes = dtypes
+        self._dtype = dtype
         self._held: dict[tuple[str, int | None], tuple[StoredParameter, int | None]] = {}
         for array in layout.arrays:
             for entry, layer in enumerate(array.layers):
@@ -128,100 +137,87 @@ class _Finder:
             if not array.layers:
                 self._held[array.parameter.name, None] = (array, None)
 
-    def find(self, source: str, layer: int | None) -> tuple[StoredParameter, int | None]:
+    def edges(self, rule: Rule) -> Iterator[Edge]:
+        """One edge for every layer and expert that the rule writes."""
+        model = self._model
+        layers: list[int | None] = [None]
+        if rule.layers is not None:
+            layers = [n for n, kind in enumerate(model.layer_kinds) if kind in rule.layers]
+        for layer in layers:
+            for expert in range(model.num_experts or 0) if "{E}" in rule.target else [None]:
+                target = rule.target.format(L=layer, E=expert)
+                if rule.source is None:
+                    yield self._filled(rule, target, layer)
+                else:
+                    yield self._moved(rule, rule.source, target, layer, expert)
+
+    def _find(self, source: str, layer: int | None) -> tuple[StoredParameter, int | None]:
+        """The array that holds a parameter of a layer, and the entry of its layer axis."""
         try:
             return self._held[source, layer]
         except KeyError:
             where = f" of layer {layer}" if layer is not None else ""
             raise TensorError(f"the checkpoint lacks {source}{where}") from None
 
+    def _filled(self, rule: Rule, target: str, layer: int | None) -> Edge:
+        """A tensor without a source; its dtype is that of the layer's feed-forward norm."""
+        model = self._model
+        sizes = {"1": 1, "D": model.hidden_size, "E": model.num_experts or 0}
+        fill = Fill(rule.fill, flatten(Rearrangement.parse(rule.place).right))
+        beside, _ = self._find("post_self_attention_layer_norm.scale", layer)
+        dtype = self._dtype or self._dtypes[beside.name]
+        return Edge(target, fill.shape((), sizes), dtype, None, (fill,), sizes, rule, layer)
 
-def _place(rule: Rule, family: Family, model: ModelDescription) -> Rearrangement:
-    place = rule.place
-    if rule.rotary and model.rotary != family.rotary:
-        left, right = place.split("->")
-        source, target = ROTARY_LAYOUTS[model.rotary], ROTARY_LAYOUTS[family.rotary].strip("()")
-        place = f"{left.replace('h', source)}->{right.replace('h', target)}"
-    return Rearrangement.parse(place)
+    def _moved(
+        self, rule: Rule, name: str, target: str, layer: int | None, expert: int | None
+    ) -> Edge:
+        """A tensor made from one entry of a source array."""
+        source, entry = self._find(name, layer)
+        sizes = dict(zip(source.axes, source.shape, strict=True))
+        if "h" in sizes:
+            sizes |= {"rotary": 2, "pair": sizes["h"] // 2}
+        ops: list[Op] = []
+        axes = list(source.axes)
+        for axis, index in (("L", entry), ("E", expert)):
+            if index is not None and axis in axes:
+                ops.append(Slice(axis, axes.index(axis), index))
+                axes.remove(axis)
+        place = self._place(rule)
+        ops.append(Rearrange(place))
+        ops += self._values(rule, self._dtypes[source.name])
+        if (width := self._width()) is not None and sizes.get("F", width) != width:
+            ops.append(Pad(place.right.index(("F",)), sizes["F"], width))
+        if expert is not None and "E" not in source.axes:
+            ops.append(Replicate("E", expert, self._model.num_experts or 1))
+        shape = tuple(sizes[axis] for axis in axes)
+        for op in ops:
+            if not isinstance(op, Slice):
+                shape = op.shape(shape, sizes)
+        dtype = self._dtype or self._dtypes[source.name]
+        return Edge(target, shape, dtype, source, tuple(ops), sizes, rule, layer)
 
+    def _values(self, rule: Rule, stored: str) -> list[Op]:
+        """The value op of a rule, if any: at most one, so that values are rounded at most once."""
+        dtype = self._dtype or stored
+        factor = rule.scale.value(self._model) if rule.scale is not None else None
+        if rule.scale is not None and factor is not None:
+            return [Scale(factor, rule.scale.text, stored, dtype)]
+        return [Cast(stored, dtype)] if dtype != stored else []
 
-def _expand_rule(
-    rule: Rule,
-    family: Family,
-    model: ModelDescription,
-    finder: _Finder,
-    dtypes: Mapping[str, str],
-    dtype: str | None,
-) -> Iterator[Edge]:
-    layers: list[int | None] = [None]
-    if rule.layers is not None:
-        layers = [n for n, kind in enumerate(model.layer_kinds) if kind in rule.layers]
-    for layer in layers:
-        for expert in range(model.num_experts or 0) if "{E}" in rule.target else [None]:
-            yield _edge(rule, family, model, finder, dtypes, dtype, layer, expert)
+    def _place(self, rule: Rule) -> Rearrangement:
+        """The rule's rearrangement, with the rotary order of source and target where they differ."""
+        place, source, target = rule.place, self._model.rotary, self._family.rotary
+        if rule.rotary and source != target:
+            left, right = place.split("->")
+            inner = ROTARY_LAYOUTS[target].strip("()")
+            place = f"{left.replace('h', ROTARY_LAYOUTS[source])}->{right.replace('h', inner)}"
+        return Rearrangement.parse(place)
 
-
-def _edge(
-    rule: Rule,
-    family: Family,
-    model: ModelDescription,
-    finder: _Finder,
-    dtypes: Mapping[str, str],
-    dtype: str | None,
-    layer: int | None,
-    expert: int | None,
-) -> Edge:
-    target = rule.target.format(L=layer, E=expert)
-    if rule.source is None:
-        filled = flatten(Rearrangement.parse(rule.place).right)
-        sizes = {"1": 1, **_model_sizes(model)}
-        fill = Fill(rule.fill, filled)
-        kept = dtypes[_neighbour(finder, layer).name]
-        return Edge(target, fill.shape((), sizes), dtype or kept, None, (fill,), sizes, rule, layer)
-
-    source, entry = finder.find(rule.source, layer)
-    sizes = dict(zip(source.axes, source.shape, strict=True))
-    if "h" in sizes:
-        sizes |= {"rotary": 2, "pair": sizes["h"] // 2}
-    ops: list[Op] = []
-    axes = list(source.axes)
-    for axis, index in (("L", entry), ("E", expert)):
-        if index is not None and axis in axes and (axis == "L" or "{E}" in rule.target):
-            ops.append(Slice(axis, axes.index(axis), index))
-            axes.remove(axis)
-    ops.append(Rearrange(_place(rule, family, model)))
-    stored = dtypes[source.name]
-    factor = rule.scale.value(model) if rule.scale is not None else None
-    if rule.scale is not None and factor is not None:
-        ops.append(Scale(factor, rule.scale.text, stored, dtype or stored))
-    if family.pads_width and "F" in sizes:
-        width = max(model.intermediate_size or 0, model.moe_intermediate_size or 0)
-        if width != sizes["F"]:
-            ops.append(Pad(_axis_of("F", ops), sizes["F"], width))
-    if expert is not None and "E" not in source.axes:
-        ops.append(Replicate("E", expert, model.num_experts or 1))
-    if factor is None and dtype is not None and dtype != stored:
-        ops.append(Cast(stored, dtype))
-    shape = tuple(n for a, n in zip(source.axes, source.shape, strict=True) if a in axes)
-    for op in ops:
-        if not isinstance(op, Slice):
-            shape = op.shape(shape, sizes)
-    return Edge(target, shape, dtype or stored, source, tuple(ops), sizes, rule, layer)
-
-
-def _axis_of(axis: str, ops: list[Op]) -> int:
-    """Position of an axis in the arrangement the ops have reached."""
-    place = next(op.by for op in ops if isinstance(op, Rearrange))
-    return next(i for i, group in enumerate(place.right) if group == (axis,))
-
-
-def _model_sizes(model: ModelDescription) -> dict[str, int]:
-    return {"D": model.hidden_size, "V": model.vocab_size, "E": model.num_experts or 0}
-
-
-def _neighbour(finder: _Finder, layer: int | None) -> StoredParameter:
-    """The array whose dtype a filled tensor takes: the layer's feed-forward norm."""
-    return finder.find("post_self_attention_layer_norm.scale", layer)[0]
+    def _width(self) -> int | None:
+        """The MLP width that every layer of the target has, None where they may differ."""
+        if not self._family.pads_width:
+            return None
+        return max(self._model.intermediate_size or 0, self._model.moe_intermediate_size or 0)
 
 
 def _check_totality(edges: list[Edge], layout: Layout) -> None:
