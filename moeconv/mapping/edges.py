@@ -205,7 +205,7 @@ class _Expander:
         return [Cast(stored, dtype)] if dtype != stored else []
 
     def _place(self, rule: Rule) -> Rearrangement:
-        """The rule's rearrangement, with the rotary order of source and target where they differ."""
+        """The rule's rearrangement, between rotary orders where source and target differ."""
         place, source, target = rule.place, self._model.rotary, self._family.rotary
         if rule.rotary and source != target:
             left, right = place.split("->")
