@@ -1,5 +1,6 @@
 """Tables of tensors for people: ranges of layers and experts folded into one line."""
 
+import math
 import re
 from collections.abc import Hashable, Iterable
 
@@ -19,13 +20,27 @@ def fold[Rest: Hashable](items: Iterable[tuple[str, Rest]]) -> list[tuple[str, R
     for name, rest in items:
         numbers = tuple(int(n) for n in _NUMBER.findall(name))
         groups.setdefault((_NUMBER.sub("#", name), rest), []).append(numbers)
-    lines = []
-    for (pattern, rest), found in groups.items():
-        text = pattern
-        for column in zip(*found, strict=True):
-            text = text.replace("#", _range(sorted(set(column))), 1)
-        lines.append((text, rest, len(found)))
-    return lines
+    return [
+        (_fill(pattern, block), rest, len(block))
+        for (pattern, rest), found in groups.items()
+        for block in _blocks(found)
+    ]
+
+
+def _blocks(found: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """Splits numbers into blocks that are whole products of their columns."""
+    columns = [set(column) for column in zip(*found, strict=True)]
+    if math.prod(map(len, columns)) == len(found):
+        return [found]
+    split = next(i for i, column in enumerate(columns) if len(column) > 1)
+    parts = [[f for f in found if f[split] == value] for value in sorted(columns[split])]
+    return [block for part in parts for block in _blocks(part)]
+
+
+def _fill(pattern: str, block: list[tuple[int, ...]]) -> str:
+    for column in zip(*block, strict=True):
+        pattern = pattern.replace("#", _range(sorted(set(column))), 1)
+    return pattern
 
 
 def _range(numbers: list[int]) -> str:
