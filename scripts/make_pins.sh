@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Pins what pyproject.toml asks for, with hashes, into requirements/. Arguments go to uv
-# (`--upgrade`, `--upgrade-package NAME`); without them the pins that still fit stay.
+# Pins what pyproject.toml and the consumers of tests/consumers ask for, with hashes, into
+# requirements/. Arguments go to uv (`--upgrade`, `--upgrade-package NAME`); without them the pins
+# that still fit stay.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 uv=${UV:-.venv/bin/uv}
@@ -21,3 +22,6 @@ pin() { # pin NAME SOURCE [uv arguments]
 pin dev pyproject.toml --extra verify --extra train --extra dev "$@"
 pin convert pyproject.toml --constraint requirements/dev.txt "$@"
 echo uv | pin uv - "$@"
+for source in requirements/consumers/*.in; do
+  pin "consumers/$(basename "$source" .in)" "$source" "$@"
+done

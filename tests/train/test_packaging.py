@@ -25,7 +25,7 @@ def test_every_data_file_is_packed():
 
 
 def test_no_pin_file_names_a_machine_or_an_index():
-    for file in (ROOT / "requirements").glob("*.txt"):
+    for file in (ROOT / "requirements").rglob("*.txt"):
         text = file.read_text()
         assert "://" not in text and "--index" not in text and "--find-links" not in text
         assert "--hash=sha256:" in text

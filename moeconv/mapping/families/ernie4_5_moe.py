@@ -57,7 +57,10 @@ def _requires(model: ModelDescription) -> str | None:
 
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
-    return ["ernie4_5_moe needs transformers ≥ 4.57, vLLM or mlx-lm; llama.cpp cannot load it"]
+    return [
+        "ernie4_5_moe needs transformers ≥ 4.57, vLLM or mlx-lm; llama.cpp and mistral.rs cannot "
+        "load it"
+    ]
 
 
 ERNIE4_5_MOE = Family(

@@ -60,7 +60,7 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
         lines.append(
             f"the dense MLP of {len(model.dense_layers)} layers is copied to all "
             f"{model.num_experts} experts with a zero router; --target ernie4_5_moe writes it "
-            "once, but llama.cpp and older transformers cannot load that"
+            "once, but llama.cpp, mistral.rs and older transformers cannot load that"
         )
         k = model.num_experts_per_tok or 1
         if math.frexp(k)[0] != 0.5:
@@ -75,13 +75,13 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
         )
     if has_scaled_rope(model):
         lines.append(
-            "Mixtral with Llama-3.1 RoPE scaling needs transformers ≥ 4.48; older ones ignore the "
-            "scaling and compute something else without a word"
+            "transformers before 4.48, mlx-lm and mistral.rs ignore the Llama-3.1 RoPE scaling of "
+            "a Mixtral, and compute something else without a word"
         )
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         lines.append(
-            f"head_dim {model.head_dim} is not hidden_size / heads; transformers before 4.47 "
-            "refuse to load such a Mixtral"
+            f"head_dim {model.head_dim} is not hidden_size / heads; transformers before 4.47, "
+            "mlx-lm and mistral.rs refuse to load such a Mixtral"
         )
     return lines
 

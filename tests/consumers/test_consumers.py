@@ -1,0 +1,213 @@
+"""What `moeconv convert` writes is read alike by transformers 4 and 5, mlx-lm and mistral.rs.
+
+Each consumer runs in an environment of its own, made from requirements/consumers/ and kept in the
+user's cache directory; only transformers 5 is that of the tests. The reference is MaxText itself.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from consumer import PROMPT, STEPS, reference_of
+from helpers import run, tokens_for
+from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
+
+from moeconv.convert.manifest import Manifest
+from moeconv.verify.maxtext import MaxTextModel
+
+# Environments are made here, which is downloading where no cache has the packages.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+HERE = Path(__file__).parent
+REQUIREMENTS = HERE.parents[1] / "requirements" / "consumers"
+
+# The script of each consumer, and the largest difference from MaxText's logits (of std about 1)
+# that its arithmetic leaves: 1.5e-5 was measured, and 3e-3 in mistral.rs, which rounds more.
+CONSUMERS: dict[str, tuple[str, float]] = {
+    "transformers-4.46": ("run_transformers.py", 1e-4),
+    "transformers-4.57": ("run_transformers.py", 1e-4),
+    "transformers-5": ("run_transformers.py", 1e-4),
+    "mlx-lm": ("run_mlx_lm.py", 1e-4),
+    "mistral.rs": ("run_mistralrs.py", 1e-2),
+}
+
+# head_dim (16) is hidden_size / heads, and a byte-level tokenizer fits.
+SIZES = {"base_emb_dim": 64, "vocab_size": 384}
+LLAMA31 = {"rope_type": "llama3.1", "max_target_length": 96}
+MODELS: dict[str, tuple[tuple[dict, ...], dict[str, Any]]] = {
+    "mixtral": ((MIXTRAL,), {}),
+    "mixtral-tied": ((MIXTRAL, TIED), {}),
+    "envy": ((ENVY, TIED), {}),
+    "envy-untied-by-us": ((ENVY, TIED), {"untie": True}),
+    "envy-wide-dense": ((ENVY, TIED, {"base_mlp_dim": 128}), {}),
+    "envy-bfloat16-in-shards": (
+        (ENVY, TIED, {"weight_dtype": "bfloat16"}),
+        {"max_shard_bytes": 200_000},
+    ),
+    "envy-as-ernie": ((ENVY, TIED), {"target": "ernie4_5_moe"}),
+    "llama2-llama3.1-rope": ((LLAMA2, TIED, LLAMA31), {}),
+    "mixtral-llama3.1-rope": ((MIXTRAL, LLAMA31), {}),
+    "mixtral-head-dim-24": ((MIXTRAL, {"head_dim": 24}), {}),
+}
+
+# What a consumer cannot do, held here so that what we say of it stays true.
+REFUSED = {
+    ("transformers-4.46", "envy-as-ernie"): "does not recognize this architecture",
+    ("mistral.rs", "envy-as-ernie"): "Unsupported Hugging Face Transformers -CausalLM model class",
+    ("transformers-4.46", "mixtral-head-dim-24"): "size mismatch for model.layers.0.self_attn",
+    ("mlx-lm", "mixtral-head-dim-24"): "Expected shape (64, 64) but received shape (96, 64)",
+    ("mistral.rs", "mixtral-head-dim-24"): "shape mismatch for model.layers.0.self_attn",
+}
+MISREAD = [
+    ("transformers-4.46", "mixtral-llama3.1-rope"),
+    ("mlx-lm", "mixtral-llama3.1-rope"),
+    ("mistral.rs", "mixtral-llama3.1-rope"),
+]
+READ_ALIKE = [
+    (consumer, model)
+    for consumer in CONSUMERS
+    for model in MODELS
+    if (consumer, model) not in {*REFUSED, *MISREAD}
+]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted model, beside MaxText's."""
+
+    directory: Path
+    manifest: Manifest
+    maxtext: MaxTextModel
+    # Two rows as long as the model's context.
+    tokens: np.ndarray
+    prompt: list[int]
+
+    def logits_along(self, ids: list[int]) -> np.ndarray:
+        """MaxText's logits at each step of generating `ids` after the prompt."""
+        tokens = np.zeros_like(self.tokens)
+        start, end = len(self.prompt), len(self.prompt) + len(ids)
+        tokens[:, :end] = [*self.prompt, *ids]
+        return self.maxtext.logits(tokens, head="unrounded")[0, start - 1 : end - 1]
+
+
+@pytest.fixture(scope="module")
+def converted(maxtext_lab, tmp_path_factory) -> dict[str, Converted]:
+    """Every model, converted, with MaxText's logits beside it."""
+    from moeconv_train.data import read_stories
+    from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
+
+    root = tmp_path_factory.mktemp("consumers")
+    tokenizer = train_tokenizer(read_stories(), SIZES["vocab_size"])
+    save_tokenizer(tokenizer, root / "tokenizer")
+    models = {}
+    for name, (parts, options) in MODELS.items():
+        checkpoint = maxtext_lab.checkpoint(*parts, SIZES)
+        manifest = run(checkpoint, root / name, tokenizer=str(root / "tokenizer"), **options)
+        maxtext = MaxTextModel.load(checkpoint.items, checkpoint.config)
+        tokens = tokens_for(checkpoint)
+        logits = maxtext.logits(tokens, head="unrounded")
+        assert 0.3 < logits.std() < 30, "the test model must have logits that mistakes would move"
+        np.savez(reference_of(root / name), tokens=tokens, logits=logits)
+        prompt = tokenizer.encode(PROMPT).ids
+        models[name] = Converted(root / name, manifest, maxtext, tokens, prompt)
+    return models
+
+
+@pytest.fixture(scope="module")
+def found(converted) -> Callable[[str], dict[str, dict[str, Any]]]:
+    """What a consumer finds in each model; it is run once, when first asked."""
+    findings: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def ask(consumer: str) -> dict[str, dict[str, Any]]:
+        if consumer not in findings:
+            script, _ = CONSUMERS[consumer]
+            # Their Pythons are to find nothing of ours.
+            env = {**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "RUST_LOG": "off"}
+            words = [python_of(consumer), HERE / script, *(m.directory for m in converted.values())]
+            findings[consumer] = json.loads(output(words, env).splitlines()[-1])
+        return findings[consumer]
+
+    return ask
+
+
+def python_of(consumer: str) -> Path:
+    """The Python of the consumer's environment, which is made when first needed."""
+    if consumer == "transformers-5":
+        return Path(sys.executable)
+    pins = REQUIREMENTS / f"{consumer}.txt"
+    key = hashlib.sha256(pins.read_bytes() + sys.version.encode()).hexdigest()[:12]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    environment = cache / "moeconv-tests" / f"{consumer}-{key}"
+    python, complete = environment / "bin" / "python", environment / "complete"
+    if not complete.exists():
+        output([uv(), "venv", "--quiet", "--clear", "--python", sys.executable, environment])
+        output([uv(), "pip", "sync", "--quiet", "--require-hashes", "--python", python, pins])
+        complete.touch()
+    return python
+
+
+def uv() -> str | Path:
+    """The uv that `make venv` installs, or one on PATH, where a shim may not run."""
+    for candidate in (os.environ.get("UV"), Path(sys.prefix, "bin", "uv"), "uv"):
+        with suppress(OSError, subprocess.CalledProcessError):
+            if candidate:
+                output([candidate, "--version"])
+                return candidate
+    pytest.fail("there is no uv; `make venv` installs it, and UV=/path/to/uv names another")
+
+
+def output(words: list[str | Path], env: dict[str, str] | None = None) -> str:
+    """Stdout of a command; if it fails, pytest shows its stderr."""
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    print(done.stderr)
+    done.check_returncode()
+    return done.stdout
+
+
+def difference(model: Converted, finding: dict[str, Any]) -> float:
+    """How far a consumer's numbers lie from MaxText's."""
+    ids = finding["greedy"]
+    logits = model.logits_along(ids)
+    if "logprobs" in finding:
+        logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        # The median of the steps: rounding alone can send a token to another expert.
+        return float(np.median(np.abs(logprobs - finding["logprobs"]).max(axis=-1)))
+    # Of two tokens that are as likely either may come first, so it counts by how much one does not.
+    greedy = (logits.max(axis=-1) - logits[np.arange(len(ids)), ids]).max() / 2
+    return max(finding["max_abs"], float(greedy))
+
+
+@pytest.mark.parametrize(("consumer", "name"), READ_ALIKE)
+def test_read_alike(converted, found, consumer, name):
+    finding = found(consumer)[name]
+    assert "error" not in finding
+    assert finding["prompt"] == converted[name].prompt
+    assert 1 <= len(finding["greedy"]) <= STEPS
+    assert difference(converted[name], finding) <= CONSUMERS[consumer][1]
+
+
+@pytest.mark.parametrize(("consumer", "name"), REFUSED)
+def test_refused(converted, found, consumer, name):
+    assert REFUSED[consumer, name] in found(consumer)[name].get("error", "it was read")
+    assert warned(converted[name], consumer)
+
+
+@pytest.mark.parametrize(("consumer", "name"), MISREAD)
+def test_misread(converted, found, consumer, name):
+    """Read without a word, and as another model: scaled RoPE is ignored."""
+    assert difference(converted[name], found(consumer)[name]) > 2 * CONSUMERS[consumer][1]
+    assert warned(converted[name], consumer)
+
+
+def warned(model: Converted, consumer: str) -> bool:
+    """Whether converting said something of this consumer."""
+    return any(consumer.partition("-4")[0] in text for text in model.manifest.warnings)
