@@ -64,7 +64,7 @@ def read_tree(items: Folder) -> Tree:
         leaves = tuple(
             tuple(str(key["key"]) for key in entry["key_metadata"])
             for entry in entries
-            if entry["value_metadata"].get("value_type") != "None"
+            if not _is_empty(entry["value_metadata"])
         )
     except (ValueError, KeyError, TypeError, AttributeError):
         raise NotACheckpointError(
@@ -86,3 +86,11 @@ def read_tree(items: Folder) -> Tree:
             "MaxText train state or parameters-only checkpoint"
         )
     return tree
+
+
+def _is_empty(value: dict[str, Any]) -> bool:
+    """Whether an entry is an empty container (a `None`, a `{}`), which has no array.
+
+    The parameters-only checkpoints of MaxText 0.1.0 have `opt_state: {}` this way.
+    """
+    return bool(value.get("skip_deserialize")) or value.get("value_type") == "None"
