@@ -1,16 +1,21 @@
 """Checkpoints in Orbax's layout, written with tensorstore: any shapes, any chunks, in milliseconds.
 
-For properties that need arbitrary chunking. What MaxText itself writes is in `maxtext_lab`.
+For properties that need arbitrary chunking, and for damage. What MaxText itself writes is in
+`maxtext_lab`; `test_robustness.py` holds the two against each other.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
 KeyPath = tuple[str, ...]
+
+# Orbax's: metadata of arrays lies in the tree, only chunks in data files.
+_OCDBT = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 
 
 def write(
@@ -19,40 +24,99 @@ def write(
     chunks: Mapping[KeyPath, tuple[int, ...]] | None = None,
     *,
     ocdbt: bool = True,
+    zarr3: bool = True,
+    scan_layers: bool | None = None,
+    beside: Mapping[KeyPath, np.ndarray] | None = None,
 ) -> Path:
-    """Writes `<step>/items` with the arrays below `params.params`; returns the step."""
+    """Writes a complete step with the arrays below `params.params`; returns the step.
+
+    Args:
+        step: The step's directory.
+        arrays: Parameters.
+        chunks: Chunk shapes; whole arrays by default.
+        ocdbt: One OCDBT store, else a folder an array.
+        zarr3: zarr v3, else v2.
+        scan_layers: What `custom_metadata` says.
+        beside: Leaves outside of `params`.
+    """
     items = step / "items"
     items.mkdir(parents=True)
-    context = ts.Context()
-    metadata = {}
-    for path, array in arrays.items():
-        full = ("params", "params", *path)
-        name = ".".join(full)
-        kvstore = (
-            {"driver": "ocdbt", "base": f"file://{items}/", "path": f"{name}/"}
-            if ocdbt
-            else f"file://{items}/{name}/"
-        )
-        chunk = (chunks or {}).get(path, array.shape)
-        store = ts.open(
-            {"driver": "zarr3", "kvstore": kvstore},
-            create=True,
-            dtype=array.dtype,
-            shape=array.shape,
-            chunk_layout=ts.ChunkLayout(chunk_shape=chunk),
-            codec=ts.CodecSpec({"driver": "zarr3", "codecs": [{"name": "zstd"}]}),
-            context=context,
-        ).result()
-        store.with_transaction(None)[...].write(array).result()
-        metadata[str(full)] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in full],
-            "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
+    leaves = {("params", "params", *path): array for path, array in arrays.items()}
+    shapes = {("params", "params", *path): chunk for path, chunk in (chunks or {}).items()}
+    leaves.update(beside or {})
+    transaction = ts.Transaction()
+    writes = []
+    for path, array in leaves.items():
+        name = ".".join(path)
+        kvstore: object = {"driver": "file", "path": f"{items}/{name}/"}
+        if ocdbt:
+            base = {"driver": "file", "path": f"{items}/"}
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "config": _OCDBT}
+        chunk = list(shapes.get(path, array.shape))
+        spec = {
+            "driver": "zarr3" if zarr3 else "zarr",
+            "kvstore": kvstore,
+            "metadata": _zarr3(array, chunk) if zarr3 else _zarr2(array, chunk),
+            "store_data_equal_to_fill_value": True,
         }
+        where = transaction if ocdbt else None
+        store = ts.open(spec, create=True, open=True, transaction=where).result()
+        writes.append(store.write(array))
+    for written in writes:
+        written.result()
+    transaction.commit_sync()
     content = {
-        "tree_metadata": metadata,
+        "tree_metadata": {str(path): _entry(path, array) for path, array in leaves.items()},
         "use_ocdbt": ocdbt,
-        "use_zarr3": True,
-        "store_array_data_equal_to_fill_value": False,
+        "use_zarr3": zarr3,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
     }
     (items / "_METADATA").write_text(json.dumps(content))
+    (step / "commit_success.txt").write_text("")
+    content = {
+        "item_handlers": {"items": "orbax.checkpoint.experimental.v1._src.PyTreeHandler"},
+        "init_timestamp_nsecs": 1,
+        "commit_timestamp_nsecs": 2,
+        "custom_metadata": {} if scan_layers is None else {"scan_layers": scan_layers},
+    }
+    (step / "_CHECKPOINT_METADATA").write_text(json.dumps(content))
+    (step / "commit_success.txt").write_text(f"Checkpoint commit was successful to {step}")
     return step
+
+
+def _entry(path: KeyPath, array: np.ndarray) -> dict[str, object]:
+    return {
+        "key_metadata": [{"key": key, "key_type": 2} for key in path],
+        "value_metadata": {
+            "value_type": "jax.Array",
+            "skip_deserialize": False,
+            "write_shape": list(array.shape),
+        },
+    }
+
+
+def _zarr3(array: np.ndarray, chunk: list[int]) -> dict[str, object]:
+    little = {"name": "bytes", "configuration": {"endian": "little"}}
+    shard = {
+        "chunk_shape": chunk,
+        "codecs": [little, {"name": "zstd", "configuration": {"level": 3}}],
+        "index_codecs": [little, {"name": "crc32c"}],
+    }
+    return {
+        "shape": list(array.shape),
+        "data_type": array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [{"name": "sharding_indexed", "configuration": shard}],
+    }
+
+
+def _zarr2(array: np.ndarray, chunk: list[int]) -> dict[str, object]:
+    return {
+        "shape": list(array.shape),
+        "dtype": "bfloat16" if array.dtype == ml_dtypes.bfloat16 else array.dtype.str,
+        "chunks": chunk,
+        "compressor": {"id": "zstd", "level": 1},
+        "dimension_separator": ".",
+        "fill_value": None,
+    }

@@ -39,7 +39,7 @@ def _positive_float(value: Any) -> float:
 
 def _positive_int(value: Any) -> int:
     number = int(value)
-    if isinstance(value, bool) or number != float(value) or number < 1:
+    if isinstance(value, bool) or number != float(value) or not 1 <= number < 2**63:
         raise ValueError
     return number
 

@@ -109,7 +109,7 @@ def resolve(layout: Layout, told: ToldConfig, *, scan_layers: bool | None = None
             continue
         try:
             known[spec.name] = spec.parse(value.value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise ConfigError(
                 f"{spec.key}={value.value} ({value.provenance}) should be {spec.expects}"
             ) from None
@@ -233,8 +233,8 @@ def _built_layers(layout: Layout, layers: Any, told: ToldConfig) -> Any:
 
     Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`.
     """
-    cycle = told.value("inhomogeneous_layer_cycle_interval", 1) or 1
-    if layout.stacking is Stacking.UNSCANNED or not isinstance(layers, int | float):
+    cycle = _count(told, "inhomogeneous_layer_cycle_interval")
+    if layout.stacking is Stacking.UNSCANNED or not _is_whole(layers):
         return layers
     blocks = int(layers // cycle)
     return blocks * cycle if layout.stacking is Stacking.CYCLED else blocks
@@ -245,10 +245,10 @@ def _scaled(key: str, value: Any, told: ToldConfig) -> Any:
 
     Source: MaxText configs/types.py `get_individual_scales`.
     """
-    scale = told.value("global_parameter_scale", 1) or 1
-    if scale == 1 or not isinstance(value, int | float):
+    scale = _count(told, "global_parameter_scale")
+    if scale == 1 or not _is_whole(value):
         return value
-    exponent = int(scale).bit_length() - 1
+    exponent = scale.bit_length() - 1
     emb, heads, layers = ((exponent + n) // 3 for n in (1, 2, 0))
     factor = {
         "base_emb_dim": emb,
@@ -261,13 +261,26 @@ def _scaled(key: str, value: Any, told: ToldConfig) -> Any:
     return int(value) * 2**factor
 
 
+def _is_whole(value: Any) -> bool:
+    """Whether a config value is a whole number, be it written as 4 or as 4.0."""
+    return not isinstance(value, bool) and isinstance(value, int | float) and value % 1 == 0
+
+
+def _count(told: ToldConfig, key: str) -> int:
+    """A key that counts something, 1 where nobody told it."""
+    value = told.value(key, 1) or 1
+    if not _is_whole(value) or value < 1:
+        raise ConfigError(f"{key}={value} ({told[key].provenance}) should be a whole number ≥ 1")
+    return int(value)
+
+
 def _token_ids(told: ToldConfig, known: dict[str, Any], sources: dict[str, Provenance]) -> None:
     for name in TOKEN_IDS:
         entry = told.get(name)
         if entry is None or entry.value is None:
             continue
         token = entry.value
-        if isinstance(token, bool) or int(token) != token or not 0 <= token < known["vocab_size"]:
+        if not _is_whole(token) or not 0 <= token < known["vocab_size"]:
             raise ConfigError(
                 f"{name}={token} ({entry.provenance}) is no row of the embedding, which has "
                 f"{known['vocab_size']}"

@@ -22,6 +22,9 @@ from moeconv.errors import ConfigError
 
 _ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
 
+# ValueError: bytes that are no text, or dates and numbers that only look like ones.
+_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # A resolved config holds derived keys too; `emb_dim` is `base_emb_dim` times a power of two.
@@ -97,8 +100,9 @@ def from_flags(pairs: Sequence[str]) -> dict[str, Told]:
             )
         try:
             value = _plain(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {text!r} is not a YAML value ({error})") from None
+        except _NOT_YAML as error:
+            line = str(error).splitlines()[0]
+            raise ConfigError(f"--set {key}: {text!r} is not a YAML value ({line})") from None
         told[key] = Told(value, Provenance(Origin.FLAG, f"--set {pair}"))
     return told
 
@@ -124,7 +128,7 @@ def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _NOT_YAML as error:
         line = str(error).splitlines()[0]
         raise ConfigError(f"--config {path} is not YAML: {line}") from None
     if content is None:
@@ -134,9 +138,9 @@ def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
             f"--config {path} holds no `key: value` lines, so it is no MaxText config"
         )
     parent = content.get("base_config")
-    if not parent or Path(parent).name == "base.yml":
+    if not parent or Path(str(parent)).name == "base.yml":
         return content
-    above = path.parent / parent
+    above = path.parent / str(parent)
     if above.resolve() in seen or not above.is_file():
         raise ConfigError(f"--config {path}: its base_config {parent} is not at {above}")
     return _load(above, {*seen, path.resolve()}) | content

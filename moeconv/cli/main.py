@@ -1,6 +1,8 @@
 """`moeconv`: the group of commands, imported one at a time, and the one place that meets errors."""
 
 import importlib
+import io
+import os
 import sys
 
 import click
@@ -49,8 +51,12 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence and a documented exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # of letters that a terminal does not know
     try:
         code = cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except MoeconvError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
@@ -60,9 +66,9 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.stderr.write("interrupted\n")
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(0)
+    except BrokenPipeError:  # nobody reads our output; click ends with the same code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

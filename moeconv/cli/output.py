@@ -37,7 +37,7 @@ class Output:
     def data(self, content: Any) -> None:
         """The command's answer, for machines; only in json mode."""
         if self.json_mode:
-            sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
     def note(self, text: str) -> None:
         """Something on the way, on stderr."""

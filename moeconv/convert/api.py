@@ -153,60 +153,71 @@ def convert(
         MoeconvError: Nothing is left behind, but for storage errors and interruptions, after which
             `resume` goes on.
     """
-    options, plan = prepared.options, prepared.plan
-    out = Path(out).expanduser().absolute()
-    _check_place(out, prepared.checkpoint)
+    options = prepared.options
+    out = _place(out, prepared.checkpoint)
     staging = Staging(out, overwrite=options.overwrite, resume=options.resume)
-    keep = False
     try:
         for text in staging.notes:
             note(text)
-        staging.check_space(plan.disk_bytes)
-        try:
-            journal = Journal(staging.folder, plan.digest, resume=options.resume)
-        except ValueError:
-            keep = True
-            raise OutputError(
-                f"{staging.folder} holds an unfinished conversion of another checkpoint or with "
-                "other options; repeat those, or leave out --resume to begin anew"
-            ) from None
-        if journal.resumed:
-            note(f"resuming: {len(journal.done)} of {len(plan.units)} units are already written")
-        keep = True
-        engine = Engine(
-            plan,
-            prepared.checkpoint.arrays,
-            staging.folder,
-            jobs=options.jobs,
-            memory=plan.memory_budget(options.max_memory, options.jobs) - _imports(),
-            journal=journal,
-            allow_nonfinite=options.allow_nonfinite,
-            progress=progress,
-        )
-        try:
-            result = engine.run()
-        except OSError as error:
-            raise OutputError(
-                f"writing to {staging.folder} failed: {error.strerror or error}; when that is "
-                "mended, go on with --resume"
-            ) from None
-        except StorageError:
-            raise
-        except Exception:
-            keep = False
-            raise
-        journal.close()
-        manifest = _write_small_files(prepared, staging, result)
-        keep = False
-        staging.publish()
-        return manifest
-    except BaseException as error:
-        if keep:
+        manifest = _carry_out(prepared, staging, progress, note)
+        staging.publish([MANIFEST_NAME, *manifest.files])
+    except OutputError:
+        # What an earlier process did, or what is done but for the last step, is not lost.
+        if staging.resuming or (staging.folder / MANIFEST_NAME).exists():
             staging.keep()
-        elif staging.folder.exists():
+        else:
             staging.discard()
-        del error
         raise
+    except OSError as error:
+        staging.keep()
+        raise OutputError(
+            f"writing to {staging.folder} failed: {error.strerror or error}; when that is "
+            "mended, go on with --resume"
+        ) from None
+    except StorageError:
+        staging.keep()
+        raise
+    except Exception:
+        staging.discard()
+        raise
+    except BaseException:
+        if not staging.published:
+            staging.keep()
+            raise
+        staging.discard()  # only the cleaning up was interrupted
+    return manifest
+
+
+def _carry_out(
+    prepared: Prepared, staging: Staging, progress: Progress, note: Callable[[str], None]
+) -> Manifest:
+    """Fills the staging folder; the manifest is written last."""
+    options, plan = prepared.options, prepared.plan
+    staging.check_space(plan.disk_bytes)
+    # A resumed conversion must not inherit units that were let pass.
+    identity = f"{plan.digest}, NaN and Inf {'copied' if options.allow_nonfinite else 'refused'}"
+    try:
+        journal = Journal(staging.folder, identity, resume=options.resume)
+    except ValueError:
+        raise OutputError(
+            f"{staging.folder} holds an unfinished conversion of another checkpoint or with "
+            "other options; repeat those, or leave out --resume to begin anew"
+        ) from None
+    if journal.resumed:
+        note(f"resuming: {len(journal.done)} of {len(plan.units)} units are already written")
+    engine = Engine(
+        plan,
+        prepared.checkpoint.arrays,
+        staging.folder,
+        jobs=options.jobs,
+        memory=plan.memory_budget(options.max_memory, options.jobs) - _imports(),
+        journal=journal,
+        allow_nonfinite=options.allow_nonfinite,
+        progress=progress,
+    )
+    result = engine.run()
+    journal.close()
+    return _write_small_files(prepared, staging, result)
 
 
 def _imports() -> int:
@@ -215,18 +226,24 @@ def _imports() -> int:
     return resident_bytes()
 
 
-def _check_place(out: Path, checkpoint: Checkpoint) -> None:
+def _place(out: Path, checkpoint: Checkpoint) -> Path:
+    """OUT as an absolute path without symbolic links, outside of the checkpoint."""
+    try:
+        place = Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
+        raise OutputError(f"OUT {out} is no path that can be written: {error}") from None
     items = checkpoint.step.items.local
     if items is None:
-        return
-    step = items.parent if items.name == "items" else items
-    for inside in (step.resolve(), items.resolve()):
-        if out.resolve() == inside or inside in out.resolve().parents:
+        return place
+    step = (items.parent if items.name == "items" else items).resolve()
+    for inside in (step, items.resolve()):
+        if place == inside or inside in place.parents:
             raise OutputError(
                 f"OUT {out} lies inside the checkpoint {inside}; choose a directory outside of it"
             )
-    if out.resolve() in step.resolve().parents and out.is_dir():
+    if place in step.parents:
         raise OutputError(f"OUT {out} contains the checkpoint {step}; choose another directory")
+    return place
 
 
 def _with_token_ids(model: ModelDescription, tokenizer: TokenizerFiles) -> ModelDescription:

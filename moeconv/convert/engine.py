@@ -21,7 +21,8 @@ from moeconv.convert.files import OutputFiles, Scratch
 from moeconv.convert.journal import Journal
 from moeconv.convert.memory import Budget
 from moeconv.convert.plan import Plan
-from moeconv.convert.scatter import arrange, check_finite, nonfinite_message, overflow_message
+from moeconv.convert.scatter import arrange, check_finite, check_overflow, nonfinite_message
+from moeconv.convert.threads import Thread
 from moeconv.convert.work import BLOCK_BYTES, Range, Route, Unit, is_contiguous, pieces
 from moeconv.hf.safetensors import payload
 from moeconv.mapping.axes import Array
@@ -96,7 +97,7 @@ class Engine:
             OutputError: The disk is full.
             KeyboardInterrupt: The user stopped it; finished units stay in the journal.
         """
-        self._output = OutputFiles(self._folder, self._plan.files, keep=self._journal.resumed)
+        self._output = OutputFiles(self._folder, self._plan.files, keep=bool(self._journal.done))
         try:
             self._restore()
             self._fill_constants()
@@ -137,25 +138,24 @@ class Engine:
             if u.number not in self._journal.done or u.number in names.get(u.array.name, ())
         ]
         pending = iter(todo)
-        syncer = threading.Thread(target=self._sync_loop, daemon=True)
+        syncer = Thread(self._sync_loop)
         workers = [
-            threading.Thread(target=self._worker, args=(pending,), daemon=True)
-            for _ in range(min(self._jobs, max(1, len(todo))))
+            Thread(lambda: self._worker(pending)) for _ in range(min(self._jobs, max(1, len(todo))))
         ]
-        for thread in (syncer, *workers):
-            thread.start()
         try:
+            for thread in (syncer, *workers):
+                thread.start()
             for thread in workers:
-                while thread.is_alive():
-                    thread.join(0.2)
+                thread.wait()
+            self._to_sync.put(None)
+            syncer.wait()
         except BaseException:
             self._abort(None)
-            raise
-        finally:
             for thread in workers:
-                thread.join()
+                thread.see_off()
             self._to_sync.put(None)
-            syncer.join()
+            syncer.see_off()
+            raise
         if self._failure is not None:
             raise self._failure
 
@@ -252,11 +252,10 @@ class Engine:
             if self._stop.is_set():
                 return
             part = {**ranges, route.lead: (first, min(first + route.rows_per_block, stop))}
-            values = arrange(reader.read(_source_box(unit, route, part)), route, part)
-            if not self._allow_nonfinite and (route.cast or route.scale):
-                names = [e.target for e in route.edges]
-                dtype = route.edges[0].dtype
-                check_finite(values, dtype, overflow_message(unit.array.name, names, dtype))
+            block = reader.read(_source_box(unit, route, part))
+            values = arrange(block, route, part)
+            if route.cast or route.scale:
+                check_overflow(block, unit.array, values, route, copied=self._allow_nonfinite)
             if lot is not None and parking is not None and parking.scratch is not None:
                 offset = lot[0] + (first - start) * (values.nbytes // values.shape[0])
                 parking.scratch.write(offset, payload(values))
@@ -291,7 +290,8 @@ class Engine:
             if waiting:
                 return
         self._settle(name)
-        self._to_sync.put(lambda: self._journal.settle(name))
+        if not self._stop.is_set():  # it may have stopped half way
+            self._to_sync.put(lambda: self._journal.settle(name))
 
     # --- parked arrays --------------------------------------------------------------------------
 

@@ -1,14 +1,17 @@
 """The files being written: preallocated, filled in any order, hashed and synced as they fill."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from moeconv.convert.plan import PlannedFile
 from moeconv.convert.sizes import format_size
+from moeconv.convert.threads import Thread
 from moeconv.errors import OutputError
 
 _HASH_BLOCK = 1 << 20
@@ -27,33 +30,39 @@ class OutputFiles:
         """Opens, or with `keep` reopens, and preallocates the files.
 
         Raises:
-            OutputError: The disk has no room.
+            OutputError: The disk has no room, or a file to reopen is not there as it was left.
         """
         self._files = files
         self._descriptors: list[int] = []
         self._progress = threading.Condition()
         self._complete: list[set[str]] = [set() for _ in files]
         self._stopped = False
-        self._hashers: list[threading.Thread] = []
+        self._hashers: list[Thread] = []
         self._slots = threading.BoundedSemaphore(_HASHERS)
         self._digests: dict[str, str] = {}
+        self._failure: OSError | None = None
         for file in files:
+            path = folder / file.name
+            if keep and not (path.is_file() and path.stat().st_size == file.layout.size):
+                self.close()
+                raise OutputError(
+                    f"{path} of the unfinished conversion is gone or cut; begin anew without "
+                    "--resume"
+                )
             flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
-            fd = os.open(folder / file.name, flags, 0o644)
+            fd = os.open(path, flags, 0o644)
             self._descriptors.append(fd)
             try:
                 os.posix_fallocate(fd, 0, file.layout.size)
             except OSError as error:
                 self.close()
                 raise OutputError(
-                    f"cannot reserve {format_size(file.layout.size)} for {folder / file.name}: "
+                    f"cannot reserve {format_size(file.layout.size)} for {path}: "
                     f"{error.strerror}; free some space or choose another OUT"
                 ) from None
             os.ftruncate(fd, file.layout.size)
             os.pwrite(fd, file.layout.header, 0)
-        self._hashers = [
-            threading.Thread(target=self._hash, args=(n,), daemon=True) for n in range(len(files))
-        ]
+        self._hashers = [Thread(partial(self._hash, n)) for n in range(len(files))]
 
     def start_hashing(self) -> None:
         """Begins to hash what is complete."""
@@ -76,9 +85,15 @@ class OutputFiles:
             os.fdatasync(fd)
 
     def finish(self) -> dict[str, str]:
-        """Waits for the hashes; SHA-256 of every file by name."""
+        """Waits for the hashes; SHA-256 of every file by name.
+
+        Raises:
+            OSError: A file could not be read back.
+        """
         for thread in self._hashers:
-            thread.join()
+            thread.wait()
+        if self._failure is not None:
+            raise self._failure
         return self._digests
 
     def close(self) -> None:
@@ -87,8 +102,7 @@ class OutputFiles:
             self._stopped = True
             self._progress.notify_all()
         for thread in self._hashers:
-            if thread.ident is not None:
-                thread.join()
+            thread.see_off()
         while self._descriptors:
             os.close(self._descriptors.pop())
 
@@ -105,6 +119,12 @@ class OutputFiles:
             yield end
 
     def _hash(self, number: int) -> None:
+        try:
+            self._digest(number)
+        except OSError as error:
+            self._failure = error
+
+    def _digest(self, number: int) -> None:
         digest = hashlib.sha256()
         position = 0
         for end in self._ready(number):
@@ -113,6 +133,8 @@ class OutputFiles:
                 while position < end:
                     part = buffer[: min(len(buffer), end - position)]
                     count = os.preadv(self._descriptors[number], [part], position)
+                    if count == 0:
+                        raise OSError(errno.EIO, "a file being written was cut by somebody else")
                     digest.update(part[:count])
                     position += count
         if position == self._files[number].layout.size:

@@ -3,7 +3,7 @@
 Everything here works on one block of at most a few MiB, so that it stays in the cache.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from moeconv.convert.work import Range, Route
 from moeconv.errors import TensorError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
+from moeconv.orbax.arrays import ArrayInfo
 
 # Rows of the source's outermost axis moved at a time when it becomes the target's innermost one:
 # 16 values of 4 bytes are a cache line, which makes a transposition four to eight times as fast.
@@ -71,16 +72,46 @@ def _transpose(source: Array, target: Array) -> None:
 
 
 def check_finite(array: Array, dtype: str, what: str) -> None:
-    """Refuses NaN and Inf, by the bits of the exponent, which is fast for every dtype.
+    """Refuses NaN and Inf.
 
     Raises:
         TensorError: Names what holds them.
     """
+    if any(_nonfinite(array, dtype)):
+        raise TensorError(what)
+
+
+def check_overflow(
+    source: Array, info: ArrayInfo, values: Array, route: Route, *, copied: bool
+) -> None:
+    """Refuses numbers that became Inf in the target's dtype.
+
+    Args:
+        source: The block as read.
+        info: Its array.
+        values: What `arrange` made of it.
+        route: Where it goes.
+        copied: NaN and Inf of the source are allowed, so that only new ones count.
+
+    Raises:
+        TensorError: Names the parameter and the tensors.
+    """
+    dtype = route.edges[0].dtype
+    found = sum(_nonfinite(values, dtype)) if copied else any(_nonfinite(values, dtype))
+    if found and not (copied and found == sum(_nonfinite(source, info.dtype))):
+        targets = listing([edge.target for edge in route.edges])
+        raise TensorError(
+            f"values of parameter {info.name} overflow {dtype}; convert with --dtype bfloat16 or "
+            f"float32. Tensors:{targets}"
+        )
+
+
+def _nonfinite(array: Array, dtype: str) -> Iterator[int]:
+    """Number of NaN and Inf, part by part, by the bits of the exponent: fast for every dtype."""
     bits = array.reshape(-1).view(f"u{DTYPES[dtype].itemsize}")
     mask = bits.dtype.type(_EXPONENT[dtype])
     for start in range(0, bits.size, 1 << 18):
-        if ((bits[start : start + (1 << 18)] & mask) == mask).any():
-            raise TensorError(what)
+        yield int(np.count_nonzero((bits[start : start + (1 << 18)] & mask) == mask))
 
 
 def nonfinite_message(source: str, where: str) -> str:
@@ -88,12 +119,4 @@ def nonfinite_message(source: str, where: str) -> str:
     return (
         f"parameter {source} holds NaN or Inf{where}; the run diverged or overflowed. Convert an "
         "earlier step, or pass --allow-nonfinite to copy the values as they are"
-    )
-
-
-def overflow_message(source: str, targets: list[str], dtype: str) -> str:
-    """The sentence for a value that the output dtype cannot hold."""
-    return (
-        f"values of parameter {source} overflow {dtype}; convert with --dtype bfloat16 or float32. "
-        f"Tensors:{listing(targets)}"
     )

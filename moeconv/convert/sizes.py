@@ -28,7 +28,10 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text)
     if not match or match[2].lower() not in _UNITS:
         raise UsageError(f"{text!r} is not a size such as 5GB, 512MiB or 4GiB")
-    size = int(float(match[1]) * _UNITS[match[2].lower()])
+    number = float(match[1]) * _UNITS[match[2].lower()]
+    if number > 2**63:
+        raise UsageError(f"{text!r} is not a size that a file can have")
+    size = int(number)
     if size < 1:
         raise UsageError(f"{text!r} is not a size above zero")
     return size

@@ -97,15 +97,24 @@ def open_checkpoint(
         told = ToldConfig(flags)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
-    axis = told.get("param_scan_axis")
-    layout = detect_layout(
-        used, scan_axis=int(axis.value) if axis is not None and axis.explicit else None
-    )
+    layout = detect_layout(used, scan_axis=_scan_axis(told))
     scan_layers = step.custom_metadata.get("scan_layers")
     resolution = resolve(
         layout, told, scan_layers=scan_layers if isinstance(scan_layers, bool) else None
     )
     return Checkpoint(step, tree, arrays, layout, told, resolution, sidecar, dropped)
+
+
+def _scan_axis(told: ToldConfig) -> int | None:
+    """`param_scan_axis`, where somebody wrote it down for this run."""
+    axis = told.get("param_scan_axis")
+    if axis is None or not axis.explicit:
+        return None
+    if isinstance(axis.value, bool) or axis.value not in range(8):
+        raise ConfigError(
+            f"param_scan_axis={axis.value} ({axis.provenance}) should be a whole number from 0"
+        )
+    return int(axis.value)
 
 
 def _find_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
@@ -121,7 +130,7 @@ def _find_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
             if isinstance(content, dict) and content.get("format") == "moeconv":
                 continue  # the manifest of a converted model, not a run's sidecar
             return RunSidecar.model_validate(content), folder
-        except (ValueError, ValidationError):
+        except (ValueError, RecursionError, ValidationError):
             raise ConfigError(
                 f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes; mend it, "
                 "or give the run's config with --config"

@@ -1,8 +1,8 @@
 """All or nothing: everything is written to a hidden folder beside OUT, then renamed into place.
 
-    .<OUT>.moeconv-partial   the folder being filled
-    .<OUT>.moeconv-lock      held while a process works on OUT
-    .<OUT>.moeconv-old       the model being replaced, where two folders cannot swap at once
+Beside OUT lie, while it is being made, `.<OUT>.moeconv-partial` (the folder being filled),
+`.<OUT>.moeconv-lock` (held by the process that works on OUT) and, where two folders cannot swap at
+once, for a moment `.<OUT>.moeconv-old` (the model being replaced).
 """
 
 import contextlib
@@ -44,9 +44,12 @@ class Staging:
         self.notes: list[str] = []
         self._old = out.parent / f".{out.name}.moeconv-old"
         self._overwrite = overwrite
-        self._made = [p for p in out.parents if not p.exists()]
-        self._lock = _Lock(out.parent / f".{out.name}.moeconv-lock", out)
+        self._lock = _Lock(out.parent / f".{out.name}.moeconv-lock")
+        self._made: list[Path] = []
         try:
+            self._made = [p for p in out.parents if not p.exists()]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.take()
             self._recover()
             self._check_out()
             found = self.folder.exists()
@@ -56,6 +59,10 @@ class Staging:
             if found and not self.resuming:
                 # Without a journal the folder may hold an old model that was swapped out of OUT.
                 self._clear()
+        except BlockingIOError:
+            raise OutputError(
+                f"another process is converting to {out} (it holds {self._lock.path})"
+            ) from None
         except OSError as error:
             self._release()
             raise OutputError(f"cannot write beside OUT {out}: {error.strerror}") from None
@@ -153,8 +160,7 @@ class Staging:
     def discard(self) -> None:
         """Removes everything but OUT."""
         self._recover()
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
         self._release()
 
     def _recover(self) -> None:
@@ -174,39 +180,34 @@ class Staging:
 
 
 class _Lock:
-    """A file that one process at a time holds; it goes when the process does."""
+    """A file that one process at a time holds; it is free again when the process dies."""
 
-    def __init__(self, path: Path, out: Path) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd: int | None = None
+
+    def take(self) -> None:
         """Takes the lock.
 
         Raises:
-            OutputError: Another process holds it, or it cannot be made.
+            BlockingIOError: Another process holds it.
+            OSError: It cannot be made.
         """
-        self._path = path
-        self._fd: int | None = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while self._fd is None:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-                try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # Its last holder may have removed it between our two calls.
-                    if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                        self._fd = fd
-                finally:
-                    if self._fd is None:
-                        os.close(fd)
-        except BlockingIOError:
-            raise OutputError(
-                f"another process is converting to {out} (it holds {path})"
-            ) from None
-        except OSError as error:
-            raise OutputError(f"cannot write beside OUT {out}: {error.strerror}") from None
+        while self._fd is None:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its last holder may have removed the file between the two calls.
+                if self.path.exists() and os.path.samestat(os.fstat(fd), self.path.stat()):
+                    self._fd = fd
+            finally:
+                if self._fd is None:
+                    os.close(fd)
 
     def release(self) -> None:
-        """Gives it back; does nothing the second time."""
+        """Gives it back; does nothing where it was not taken."""
         if self._fd is not None:
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
             os.close(self._fd)
             self._fd = None
 

@@ -84,14 +84,15 @@ class Arrays:
     def _spec(self, path: KeyPath) -> dict[str, Any]:
         name = ".".join(("params", "params", *path))
         if self.tree.use_ocdbt:
-            kvstore: Any = {"driver": "ocdbt", "base": self.items.url + "/", "path": name + "/"}
+            kvstore: Any = {"driver": "ocdbt", "base": self.items.kvstore(), "path": f"{name}/"}
         else:
-            kvstore = f"{self.items.url}/{name}/"
+            kvstore = (self.items / name).kvstore()
         return {"driver": "zarr3" if self.tree.use_zarr3 else "zarr", "kvstore": kvstore}
 
     def _open(self, path: KeyPath, context: Any) -> Any:
+        # What is in the cache is not asked for again with every box: a store may be far away.
+        spec = {**self._spec(path), "recheck_cached_data": False}
         # A missing chunk reads as zeros unless tensorstore is told that none may be missing.
-        spec = self._spec(path)
         if self.tree.zeros_stored:
             spec["fill_missing_data_reads"] = False
         return ts.open(spec, open=True, read=True, context=context)
@@ -125,7 +126,7 @@ class Arrays:
                 f"parameter {'.'.join(path)} is stored as {dtype}; moeconv converts "
                 f"{', '.join(DTYPES)} (a quantized checkpoint has to be trained or saved in one)"
             )
-        chunk = store.chunk_layout.read_chunk.shape
+        chunk = store.chunk_layout.read_chunk.shape or ()  # None for a scalar
         shape = tuple(int(n) for n in store.shape)
         clipped = tuple(min(int(c), n) if n else 1 for c, n in zip(chunk, shape, strict=True))
         return ArrayInfo(path, shape, dtype, clipped, _codec(store))

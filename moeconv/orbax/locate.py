@@ -107,7 +107,7 @@ def _unfinished(items: Folder) -> str | None:
 def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
     try:
         content = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise NotACheckpointError(f"{folder}/_CHECKPOINT_METADATA is not JSON; the save is damaged")
@@ -120,8 +120,9 @@ def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
     step = items.parent if items.name == "items" else items
     raw = step.read("_CHECKPOINT_METADATA")
     custom = _json(step, raw).get("custom_metadata") if raw is not None else None
+    custom = custom if isinstance(custom, dict) else {}
     match = _STEP.match(step.name)
     beside = [step, step.parent]
     if step.parent.name == "checkpoints":
         beside.append(step.parent.parent)
-    return Step(items, int(match[1]) if match else None, custom or {}, tuple(beside), skipped)
+    return Step(items, int(match[1]) if match else None, custom, tuple(beside), skipped)

@@ -64,9 +64,9 @@ def read_tree(items: Folder) -> Tree:
         leaves = tuple(
             tuple(str(key["key"]) for key in entry["key_metadata"])
             for entry in entries
-            if not _is_empty(entry["value_metadata"])
+            if entry["key_metadata"] and not _is_empty(entry["value_metadata"])
         )
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise NotACheckpointError(
             f"{items}/_METADATA is not the tree metadata that Orbax writes; the save is damaged"
         ) from None

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import tensorstore as ts
 
@@ -17,18 +18,30 @@ class Folder:
     """A folder of a checkpoint, local or below a URL that tensorstore reads.
 
     Attributes:
-        url: `file:///…`, `gs://…`, `s3://…`, `http://…`, without a slash at the end.
+        url: `file://PATH` (the path as it is, without escapes), `gs://…`, `s3://…`, `http://…`,
+            without a slash at the end.
     """
 
     url: str
 
     @classmethod
     def open(cls, spec: str | Path) -> "Folder":
-        """From what the user typed: a path, or one of `SCHEMES`."""
+        """From what the user typed: a path, or one of `SCHEMES`.
+
+        Raises:
+            NotACheckpointError: It can be no path.
+        """
         text = str(spec)
-        if text.startswith(SCHEMES):
+        if text.startswith(SCHEMES) and not text.startswith("file://"):
             return cls(text.rstrip("/"))
-        return cls(f"file://{Path(text).expanduser().resolve()}")
+        try:
+            if text.startswith("file://"):
+                path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
+            else:
+                path = Path(text).expanduser()
+            return cls(f"file://{path.resolve()}")
+        except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
+            raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
 
     @property
     def local(self) -> Path | None:
@@ -53,6 +66,8 @@ class Folder:
 
     def kvstore(self) -> dict[str, Any] | str:
         """Spec of a tensorstore key-value store rooted here."""
+        if (local := self.local) is not None:
+            return {"driver": "file", "path": f"{local}/"}
         return f"{self.url}/"
 
     def read(self, name: str) -> bytes | None:

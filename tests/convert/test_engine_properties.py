@@ -67,7 +67,8 @@ def test_engine_writes_what_the_ops_say(small_blocks, sample, data):
             if not file.endswith(".safetensors"):
                 continue
             with safe_open(root / "out" / file, framework="np") as opened:
-                for name in opened:
+                names = opened.keys()
+                for name in names:
                     edge = prepared.plan.edges[name]
                     source = np.empty((), DTYPES[edge.dtype])
                     if edge.source is not None:

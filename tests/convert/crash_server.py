@@ -1,0 +1,78 @@
+"""Runs moeconv in forked children, which may die at the n-th change they make to the disk.
+
+Reads one JSON request a line, `{"argv": […], "die": N or [NAME, N] or null, "swap": true}`, answers
+with one line: the exit status (negative: the signal) and the names of the calls that were made. The
+child dies instead of call N (from 0) of all, or of those to NAME. With `swap` false, the file
+system is one that cannot exchange two folders. Only functions of `os` are counted, which is what
+moeconv writes with; forking spares each run the imports.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+
+CALLS = ("mkdir", "open", "posix_fallocate", "ftruncate", "pwrite", "fdatasync", "fsync",
+         "unlink", "rmdir", "rename", "replace")  # fmt: skip
+
+
+def watch(die: int | tuple[str, int] | None, log: int) -> None:
+    """Notes every call in `log`, and dies instead of the one that `die` names."""
+    lock, made = threading.Lock(), []
+
+    def watched(name):
+        original = getattr(os, name)
+
+        def call(*args, **kwargs):
+            with lock:
+                if die in (len(made), (name, made.count(name))):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                made.append(name)
+                os.write(log, f"{name}\n".encode())
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, watched(name))
+
+
+def serve() -> None:
+    from moeconv.cli.main import main
+
+    for name in ("cli.convert", "convert.api", "convert.engine", "convert.staging", "hf.tokenizer"):
+        importlib.import_module(f"moeconv.{name}")
+    importlib.import_module("huggingface_hub.serialization")
+    for line in sys.stdin:
+        request = json.loads(line)
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(read)
+            silence = os.open(os.devnull, os.O_RDWR)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            if not request.get("swap", True):
+                sys.modules["moeconv.convert.staging"]._exchange = lambda one, other: False
+            die = request["die"]
+            watch(tuple(die) if isinstance(die, list) else die, write)
+            sys.argv = ["moeconv", *request["argv"]]
+            try:
+                main()
+            except SystemExit as end:
+                os._exit(end.code or 0)
+            finally:
+                os._exit(99)
+        os.close(write)
+        with os.fdopen(read) as calls:
+            made = calls.read().split()
+        _, status = os.waitpid(child, 0)
+        answer = {"code": os.waitstatus_to_exitcode(status), "calls": made}
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()
