@@ -25,6 +25,7 @@ def write(
     *,
     ocdbt: bool = True,
     zarr3: bool = True,
+    zeros: bool = True,
     scan_layers: bool | None = None,
     beside: Mapping[KeyPath, np.ndarray] | None = None,
 ) -> Path:
@@ -33,6 +34,7 @@ def write(
     Args:
         step: The step's directory.
         arrays: Parameters.
+        zeros: Whether chunks of zeros are stored, as Orbax does today and did not once.
         chunks: Chunk shapes; whole arrays by default.
         ocdbt: One OCDBT store, else a folder an array.
         zarr3: zarr v3, else v2.
@@ -57,7 +59,7 @@ def write(
             "driver": "zarr3" if zarr3 else "zarr",
             "kvstore": kvstore,
             "metadata": _zarr3(array, chunk) if zarr3 else _zarr2(array, chunk),
-            "store_data_equal_to_fill_value": True,
+            "store_data_equal_to_fill_value": zeros,
         }
         where = transaction if ocdbt else None
         store = ts.open(spec, create=True, open=True, transaction=where).result()
@@ -69,11 +71,10 @@ def write(
         "tree_metadata": {str(path): _entry(path, array) for path, array in leaves.items()},
         "use_ocdbt": ocdbt,
         "use_zarr3": zarr3,
-        "store_array_data_equal_to_fill_value": True,
+        "store_array_data_equal_to_fill_value": zeros,
         "custom_metadata": None,
     }
     (items / "_METADATA").write_text(json.dumps(content))
-    (step / "commit_success.txt").write_text("")
     content = {
         "item_handlers": {"items": "orbax.checkpoint.experimental.v1._src.PyTreeHandler"},
         "init_timestamp_nsecs": 1,

@@ -217,6 +217,12 @@ def _carry_out(
     )
     result = engine.run()
     journal.close()
+    if result.zeros:
+        note(
+            "warning: these parameters hold whole chunks of zeros; the Orbax that wrote the "
+            "checkpoint stores none, so a lost chunk would look the same: "
+            + ", ".join(result.zeros)
+        )
     return _write_small_files(prepared, staging, result)
 
 

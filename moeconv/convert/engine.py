@@ -7,27 +7,37 @@ that a later `--resume` trusts only what is on disk.
 """
 
 import hashlib
-import itertools
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from moeconv.convert.digest import array_digest, chunk_digests
 from moeconv.convert.files import OutputFiles, Scratch
 from moeconv.convert.journal import Journal
 from moeconv.convert.memory import Budget
 from moeconv.convert.plan import Plan
 from moeconv.convert.scatter import arrange, check_finite, check_overflow, nonfinite_message
 from moeconv.convert.threads import Thread
-from moeconv.convert.work import BLOCK_BYTES, Range, Route, Unit, is_contiguous, pieces
+from moeconv.convert.work import (
+    Range,
+    Route,
+    Unit,
+    is_contiguous,
+    piece_bytes,
+    piece_shape,
+    pieces,
+    source_box,
+)
 from moeconv.hf.safetensors import payload
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
-from moeconv.orbax.arrays import Arrays, Box, Reader
+from moeconv.orbax.arrays import Arrays, Reader
 
 Progress = Callable[[int, int], None]
 
@@ -39,10 +49,13 @@ class Result:
     Attributes:
         files: SHA-256 of every safetensors file, by name.
         arrays: Digest of every source array as it was read, by name (see `array_digest`).
+        zeros: Arrays with a chunk of nothing but zeros, in a checkpoint of an older Orbax, which
+            stores no such chunk, so that a lost one reads the same.
     """
 
     files: Mapping[str, str]
     arrays: Mapping[str, str]
+    zeros: tuple[str, ...] = ()
 
 
 @dataclass
@@ -87,6 +100,7 @@ class Engine:
         self._parking = self._lay_out_parking()
         self._waiting: dict[str, set[int]] = {}
         self._left: dict[str, int] = {n: e.nbytes for n, e in plan.edges.items()}
+        self._zeros: dict[tuple[str, tuple[int, ...]], bool] = {}
         self._to_sync: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def run(self) -> Result:
@@ -110,7 +124,9 @@ class Engine:
                 if parking.scratch is not None:
                     parking.scratch.close()
             self._output.close()
-        return Result(digests, {n: self._array_digest(n) for n in self._plan.routes})
+        zeros = {name for (name, _), zero in self._zeros.items() if zero}
+        arrays = {n: self._array_digest(n) for n in self._plan.routes}
+        return Result(digests, arrays, tuple(sorted(zeros)))
 
     # --- scheduling -----------------------------------------------------------------------------
 
@@ -125,7 +141,7 @@ class Engine:
                 self._note_chunks(unit, done[unit.number])
                 for number, ranges in pieces(unit, self._plan.routes[name]):
                     route = self._plan.routes[name][number]
-                    self._written(route, _piece_bytes(route, ranges))
+                    self._written(route, piece_bytes(route, ranges))
                 self._progress(unit.nbytes, 0)
             elif name in self._parking:
                 self._waiting.setdefault(name, set()).add(unit.number)
@@ -204,7 +220,7 @@ class Engine:
             reader = self._arrays.reader(
                 unit.array.name, unit.nbytes + unit.nbytes // 4 + (64 << 20)
             )
-            digests = self._hash_chunks(unit, reader)
+            digests = chunk_digests(unit, reader, partial(self._take, unit))
             # Every chunk is decoded now: their compressed bytes are gone.
             self._budget.release(unit.nbytes)
             held -= unit.nbytes
@@ -219,23 +235,20 @@ class Engine:
         self._note_chunks(unit, digests)
         self._finish(unit, digests)
 
-    def _hash_chunks(self, unit: Unit, reader: Reader) -> dict[tuple[int, ...], str]:
-        """SHA-256 of every chunk, decoded, in C order; refuses NaN and Inf."""
-        digests = {}
-        for position, box in unit.chunks():
-            digest = hashlib.sha256()
-            for part in _slabs(box, unit.array.itemsize):
-                if self._stop.is_set():
-                    break
-                data = reader.read(part)
-                digest.update(payload(data))
-                if not self._allow_nonfinite:
-                    where = f" at [{', '.join(f'{s.start}:{s.stop}' for s in part)}]"
-                    message = nonfinite_message(unit.array.name, where)
-                    check_finite(data, unit.array.dtype, message)
-                self._progress(data.nbytes, 0)
-            digests[position] = digest.hexdigest()
-        return digests
+    def _take(
+        self, unit: Unit, position: tuple[int, ...], part: tuple[slice, ...], data: Array
+    ) -> bool:
+        """Looks at each part of a unit while it is hashed; False stops the hashing."""
+        if not self._arrays.tree.zeros_stored:
+            chunk = (unit.array.name, position)
+            with self._lock:
+                self._zeros[chunk] = self._zeros.get(chunk, True) and not data.any()
+        if not self._allow_nonfinite:
+            where = f" at [{', '.join(f'{s.start}:{s.stop}' for s in part)}]"
+            message = nonfinite_message(unit.array.name, where)
+            check_finite(data, unit.array.dtype, message)
+        self._progress(data.nbytes, 0)
+        return not self._stop.is_set()
 
     def _do_piece(
         self,
@@ -252,7 +265,7 @@ class Engine:
             if self._stop.is_set():
                 return
             part = {**ranges, route.lead: (first, min(first + route.rows_per_block, stop))}
-            block = reader.read(_source_box(unit, route, part))
+            block = reader.read(source_box(unit, route, part))
             values = arrange(block, route, part)
             if route.cast or route.scale:
                 check_overflow(block, unit.array, values, route, copied=self._allow_nonfinite)
@@ -307,7 +320,7 @@ class Engine:
                 route = self._plan.routes[name][number]
                 if not is_contiguous(route, ranges):
                     lots.lots[unit.number, number] = (lots.size, dict(ranges))
-                    lots.size += _piece_bytes(route, ranges)
+                    lots.size += piece_bytes(route, ranges)
         return parking
 
     def _settle(self, name: str) -> None:
@@ -342,7 +355,7 @@ class Engine:
     ) -> None:
         """Copies the rows of one parked piece that a block holds."""
         assert parking.scratch is not None
-        shape = _piece_shape(route, ranges)
+        shape = piece_shape(route, ranges)
         start = ranges[route.lead][0]
         low, high = max(first, start), min(first + out.shape[0], start + shape[0])
         if low >= high:
@@ -377,60 +390,3 @@ class Engine:
     def _array_digest(self, name: str) -> str:
         info = self._arrays.info[name]
         return array_digest(info.dtype, info.shape, info.chunk, self._chunks[name])
-
-
-def array_digest(
-    dtype: str,
-    shape: Sequence[int],
-    chunk: Sequence[int],
-    chunks: Mapping[tuple[int, ...], str],
-) -> str:
-    """Digest of an array as read: SHA-256 over its dtype, shape, chunk shape and chunks' SHA-256.
-
-    A chunk's SHA-256 is over its decoded values in C order, cut to the array's bounds; chunks come
-    in the order of the grid.
-    """
-    lines = [f"{dtype} {list(shape)} {list(chunk)}", *(chunks[p] for p in sorted(chunks))]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _slabs(box: Sequence[Range], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Cuts a box into parts of a few MiB that follow each other in C order."""
-    cut, inner = len(box) - 1, itemsize
-    while cut > 0 and inner * (box[cut][1] - box[cut][0]) <= BLOCK_BYTES:
-        inner *= box[cut][1] - box[cut][0]
-        cut -= 1
-    step = max(1, BLOCK_BYTES // inner)
-    outer = [[slice(i, i + 1) for i in range(*r)] for r in box[:cut]]
-    rest = tuple(slice(*r) for r in box[cut + 1 :])
-    for head in itertools.product(*outer):
-        start, stop = box[cut] if box else (0, 1)
-        for first in range(start, stop, step):
-            middle = (slice(first, min(first + step, stop)),) if box else ()
-            yield (*head, *middle, *rest)
-
-
-def _source_box(unit: Unit, route: Route, ranges: Mapping[str, Range]) -> Box:
-    """The source's box for a block: fixed entries, and ranges on the other axes."""
-    held = dict(zip(route.axes, unit.box, strict=True))
-    box: list[slice | int] = []
-    for axis in route.axes:
-        if axis in route.index:
-            box.append(route.index[axis])
-        else:
-            start, stop = ranges.get(axis, held[axis])
-            box.append(slice(start, stop))
-    return tuple(box)
-
-
-def _piece_shape(route: Route, ranges: Mapping[str, Range]) -> tuple[int, ...]:
-    """Shape of a piece as `arrange` makes it: padding comes with the last values of its axis."""
-    sizes = route.edges[0].sizes
-    return tuple(
-        (full if ranges[a][1] == sizes[a] else ranges[a][1]) - ranges[a][0]
-        for a, full in zip(route.target_axes, route.target_shape, strict=True)
-    )
-
-
-def _piece_bytes(route: Route, ranges: Mapping[str, Range]) -> int:
-    return math.prod(_piece_shape(route, ranges)) * DTYPES[route.edges[0].dtype].itemsize

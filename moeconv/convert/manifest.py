@@ -18,7 +18,7 @@ class SourceRecord(_Frozen):
     """What was read.
 
     `digest` is SHA-256 over the sorted lines `NAME DIGEST` of `arrays`; an array's digest is that
-    of `moeconv.convert.engine.array_digest`. `metadata` has the SHA-256 of the
+    of `moeconv.convert.digest.array_digest`. `metadata` has the SHA-256 of the
     checkpoint's own files.
     """
 

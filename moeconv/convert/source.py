@@ -86,7 +86,7 @@ def open_checkpoint(
     step = locate(spec)
     tree = read_tree(step.items)
     arrays = Arrays(step.items, tree)
-    sidecar = None if config else _find_sidecar(step)
+    sidecar = _find_sidecar(step, needed=config is None)
     flags = from_flags(sets)
     if config is not None:
         told = ToldConfig(from_config_file(config), flags)
@@ -117,7 +117,8 @@ def _scan_axis(told: ToldConfig) -> int | None:
     return int(axis.value)
 
 
-def _find_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
+def _find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | None:
+    """The run's sidecar; a damaged one is an error only where its config is needed."""
     for folder in step.beside:
         try:
             raw = folder.read(SIDECAR_NAME)
@@ -131,6 +132,8 @@ def _find_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
                 continue  # the manifest of a converted model, not a run's sidecar
             return RunSidecar.model_validate(content), folder
         except (ValueError, RecursionError, ValidationError):
+            if not needed:
+                return None
             raise ConfigError(
                 f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes; mend it, "
                 "or give the run's config with --config"

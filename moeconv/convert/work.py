@@ -17,7 +17,7 @@ from functools import cached_property
 from moeconv.mapping.axes import flatten
 from moeconv.mapping.edges import Edge
 from moeconv.mapping.ops import DTYPES, Cast, Pad, Rearrange, Replicate, Scale
-from moeconv.orbax.arrays import ArrayInfo
+from moeconv.orbax.arrays import ArrayInfo, Box
 
 MIB = 2**20
 BLOCK_BYTES = 8 * MIB  # of a target tensor, transposed and written at a time
@@ -224,3 +224,30 @@ def is_contiguous(route: Route, ranges: Mapping[str, Range]) -> bool:
     """
     sizes = route.edges[0].sizes
     return all(ranges[a] == (0, sizes[a]) for a in route.target_axes[1:])
+
+
+def source_box(unit: Unit, route: Route, ranges: Mapping[str, Range]) -> Box:
+    """The source's box for a block: fixed entries, and ranges on the other axes."""
+    held = dict(zip(route.axes, unit.box, strict=True))
+    box: list[slice | int] = []
+    for axis in route.axes:
+        if axis in route.index:
+            box.append(route.index[axis])
+        else:
+            start, stop = ranges.get(axis, held[axis])
+            box.append(slice(start, stop))
+    return tuple(box)
+
+
+def piece_shape(route: Route, ranges: Mapping[str, Range]) -> tuple[int, ...]:
+    """Shape of a piece as `arrange` makes it: padding comes with the last values of its axis."""
+    sizes = route.edges[0].sizes
+    return tuple(
+        (full if ranges[a][1] == sizes[a] else ranges[a][1]) - ranges[a][0]
+        for a, full in zip(route.target_axes, route.target_shape, strict=True)
+    )
+
+
+def piece_bytes(route: Route, ranges: Mapping[str, Range]) -> int:
+    """Bytes of a piece as `arrange` makes it."""
+    return math.prod(piece_shape(route, ranges)) * DTYPES[route.edges[0].dtype].itemsize

@@ -14,7 +14,9 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from moeconv.errors import TensorError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
 
@@ -69,6 +71,38 @@ def lay_out(tensors: Sequence[TensorSpec]) -> FileLayout:
     header = len(text).to_bytes(8, "little") + text
     offsets = {name: len(header) + start for name, start in relative.items()}
     return FileLayout(header, offsets, len(header) + position)
+
+
+def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """Reads a file's header: every tensor with the absolute offset of its first byte.
+
+    Raises:
+        TensorError: It is not a safetensors file, holds a dtype that moeconv does not write, or its
+            tensors do not fill the payload exactly.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size, 100_000_000):
+                raise ValueError("the header is longer than the file")
+            table = json.loads(file.read(length))
+        names = {code: name for name, code in _CODES.items()}
+        found = {}
+        position = 8 + length
+        entries = [(n, e) for n, e in table.items() if n != "__metadata__"]
+        for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
+            spec = TensorSpec(name, names[entry["dtype"]], tuple(entry["shape"]))
+            start, stop = (8 + length + o for o in entry["data_offsets"])
+            if start != position or stop - start != spec.nbytes:
+                raise ValueError(f"tensor {name} does not lie where its shape says")
+            found[name] = (spec, start)
+            position = stop
+        if position != size:
+            raise ValueError(f"it has {size} bytes where its header says {position}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TensorError(f"{path} is not a whole safetensors file: {error}") from None
+    return found
 
 
 def payload(array: Array) -> memoryview:

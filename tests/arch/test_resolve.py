@@ -63,7 +63,7 @@ def test_an_ambiguous_scan_axis_must_be_told():
         path: (16,) * len(shape) if "layers" in path else shape
         for path, shape in shapes(kinds="D", depth=16).items()
     }
-    with pytest.raises(ConfigError, match="fit a layer axis at 1 and 0.*--set param_scan_axis=1"):
+    with pytest.raises(ConfigError, match=r"fit a layer axis at 1 and 0.*--set param_scan_axis=1"):
         detect_layout(cubes)
     assert detect_layout(cubes, scan_axis=0).scan_axis == 0
 
@@ -142,8 +142,15 @@ def test_untold_fields_are_all_named_with_the_three_ways():
     with pytest.raises(ConfigError) as caught:
         resolution.model()
     text = str(caught.value)
-    for key in ("decoder_block", "num_experts_per_tok", "rope_max_timescale", "rope_type",
-                "normalization_layer_epsilon", "normalize_embedding_logits", "max_target_length"):  # fmt: skip
+    for key in (
+        "decoder_block",
+        "num_experts_per_tok",
+        "rope_max_timescale",
+        "rope_type",
+        "normalization_layer_epsilon",
+        "normalize_embedding_logits",
+        "max_target_length",
+    ):
         assert key in text
     for way in ("--config", "--set", "moeconv.json"):
         assert way in text
@@ -204,7 +211,7 @@ def test_a_soft_cap_on_untied_logits_is_not_applied_by_maxtext_either():
 
 
 def test_unknown_blocks_are_named():
-    with pytest.raises(UnsupportedError, match="gemma2.*mixtral, envy, llama2"):
+    with pytest.raises(UnsupportedError, match=r"gemma2.*mixtral, envy, llama2"):
         resolve(detect_layout(shapes()), told(decoder_block="gemma2"))
 
 
@@ -214,7 +221,7 @@ def test_checkpoint_metadata_that_contradicts_the_structure():
 
 
 def test_token_ids_must_be_rows_of_the_embedding():
-    with pytest.raises(ConfigError, match="bos_token_id=128000.*32"):
+    with pytest.raises(ConfigError, match=r"bos_token_id=128000.*32"):
         resolve(detect_layout(shapes()), told("bos_token_id=128000"))
     model = resolve(detect_layout(shapes()), told("eos_token_id=3")).model()
     assert model.eos_token_id == 3

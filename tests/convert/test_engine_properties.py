@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from models import samples
 from safetensors import safe_open
 
-from moeconv.convert import engine, scatter, work
+from moeconv.convert import digest, scatter, work
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.mapping.edges import cannot_hold
 from moeconv.mapping.families import FAMILIES
@@ -24,7 +24,7 @@ from moeconv.mapping.ops import DTYPES
 def small_blocks(monkeypatch):
     """Blocks and units of a few hundred bytes, so that small arrays take every path."""
     monkeypatch.setattr(work, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(engine, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(digest, "BLOCK_BYTES", 256)
     monkeypatch.setattr(scatter, "_STRIP", 3)
     monkeypatch.setattr("moeconv.convert.plan.UNIT_BYTES", 300)
 
