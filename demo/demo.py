@@ -36,7 +36,7 @@ def say(text: str = "") -> None:
 
 def heading(number: int, text: str) -> None:
     """Announces a step."""
-    say(f"\n[{number}/6] {text}")
+    say(f"\n[{number}/7] {text}")
 
 
 def command(*words: str | Path) -> None:
@@ -141,7 +141,7 @@ def generate() -> None:
 
 
 def main() -> None:
-    """The six steps."""
+    """The seven steps."""
     os.chdir(ROOT)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -155,6 +155,10 @@ def main() -> None:
         ("Train a tiny MoE with unmodified MaxText, on two data-parallel CPU devices", train),
         ("What moeconv sees in the run", lambda: command("moeconv", "inspect", RUN)),
         ("Convert it", lambda: command("moeconv", "convert", RUN, MODEL)),
+        (
+            "Is it the same model? Every value, taken back",
+            lambda: command("moeconv", "verify", MODEL),
+        ),
         ("Is it the same model? Logits by MaxText and by transformers", compare),
         ("Let the converted model tell stories", generate),
     )
@@ -163,12 +167,13 @@ def main() -> None:
         heading(number, text)
         step()
         say(f"  ({time.monotonic() - start:.0f} s)")
-    heading(6, f"Done in {time.monotonic() - begin:.0f} s")
+    heading(7, f"Done in {time.monotonic() - begin:.0f} s")
     say(f"  MaxText run:         {RUN}")
     say(f"  Hugging Face model:  {MODEL}")
     say("  Next: the same on a checkpoint of your own")
     say("    .venv/bin/moeconv inspect RUN")
     say("    .venv/bin/moeconv convert RUN OUT")
+    say("    .venv/bin/moeconv verify OUT")
 
 
 if __name__ == "__main__":

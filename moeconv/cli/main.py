@@ -20,6 +20,10 @@ COMMANDS = {
         "moeconv.cli.convert",
         "Convert a MaxText checkpoint to a Hugging Face model.",
     ),
+    "verify": (
+        "moeconv.cli.verify",
+        "Prove a converted model against its checkpoint: files, structure, every weight.",
+    ),
 }
 
 INTERRUPTED = 130

@@ -1,0 +1,65 @@
+"""What a check found: pass, warn, fail or skipped, with the numbers and the tensors it is about."""
+
+from collections.abc import Iterable
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Level = Literal["structure", "weights", "logits", "layers"]
+
+
+class Status(StrEnum):
+    """A graded verdict; the worst of several is theirs together."""
+
+    PASS = "pass"
+    WARN = "warn"
+    FAIL = "fail"
+    SKIP = "skipped"
+
+
+_RANK = {Status.SKIP: 0, Status.PASS: 1, Status.WARN: 2, Status.FAIL: 3}
+
+
+class Check(BaseModel):
+    """One thing that was looked at.
+
+    Attributes:
+        level: The level it belongs to.
+        name: Short, stable, e.g. `sha256`.
+        status: The verdict.
+        summary: One sentence with the numbers.
+        tensors: Tensors at fault, or files.
+        layer: First layer at fault, where there is one.
+        metrics: Numbers for machines.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    level: Level
+    name: str
+    status: Status
+    summary: str
+    tensors: list[str] = []
+    layer: int | None = None
+    metrics: dict[str, Any] = {}
+
+
+def worst(checks: Iterable[Check]) -> Status:
+    """The verdict of several checks together; nothing checked is nothing passed."""
+    return max((c.status for c in checks), key=_RANK.__getitem__, default=Status.SKIP)
+
+
+def passed(level: Level, name: str, summary: str, **more: Any) -> Check:
+    """A check that found nothing wrong."""
+    return Check(level=level, name=name, status=Status.PASS, summary=summary, **more)
+
+
+def failed(level: Level, name: str, summary: str, **more: Any) -> Check:
+    """A check that found something wrong."""
+    return Check(level=level, name=name, status=Status.FAIL, summary=summary, **more)
+
+
+def skipped(level: Level, name: str, why: str) -> Check:
+    """A check that could not be made here."""
+    return Check(level=level, name=name, status=Status.SKIP, summary=why)

@@ -1,0 +1,139 @@
+"""What is being verified: an output directory, its manifest, and the checkpoint it came from.
+
+The expectation is built anew, from the manifest's description of the model and the structure of the
+source: nothing that the conversion computed is taken over but what it claims.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.parameters import LayerKind
+from moeconv.convert.manifest import MANIFEST_NAME, Manifest
+from moeconv.convert.source import UNUSED
+from moeconv.errors import ConfigError, NotACheckpointError
+from moeconv.hf.safetensors import TensorSpec, read_header
+from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.families import FAMILIES
+from moeconv.mapping.rules import Family, Options
+from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.locate import locate
+from moeconv.orbax.metadata import read_tree
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the output: its file and how its bytes are laid out."""
+
+    file: Path
+    spec: TensorSpec
+    offset: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An output directory under verification.
+
+    Attributes:
+        out: The directory.
+        manifest: What it claims.
+        source: The checkpoint to compare with: the manifest's own, or another one.
+    """
+
+    out: Path
+    manifest: Manifest
+    source: str
+
+    @classmethod
+    def open(cls, out: Path, *, source: str | None = None) -> "Subject":
+        """Reads the manifest.
+
+        Raises:
+            NotACheckpointError: OUT is no output of `moeconv convert`.
+            ConfigError: The manifest is damaged.
+        """
+        path = out / MANIFEST_NAME
+        try:
+            content = json.loads(path.read_text())
+            manifest = Manifest.model_validate(content)
+        except FileNotFoundError:
+            raise NotACheckpointError(
+                f"{out} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
+            ) from None
+        except (OSError, ValueError, ValidationError):
+            raise ConfigError(
+                f"{path} is not a manifest that this moeconv can read; convert again"
+            ) from None
+        return cls(out, manifest, source or manifest.source.path)
+
+    @cached_property
+    def model(self) -> ModelDescription:
+        """The model that the manifest claims."""
+        values = {name: field.value for name, field in self.manifest.model.items()}
+        values["layer_kinds"] = tuple(LayerKind(kind) for kind in values["layer_kinds"])
+        return ModelDescription(**values)
+
+    @property
+    def family(self) -> Family:
+        """The target that was written."""
+        return FAMILIES[self.manifest.target]
+
+    @property
+    def options(self) -> Options:
+        """The choices about tensors."""
+        return Options(untie=self.manifest.untied)
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """The source's parameters, opened."""
+        step = locate(self.source)
+        return Arrays(step.items, read_tree(step.items))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the source keeps them."""
+        used = {i.path: i.shape for i in self.arrays.info.values() if i.path[0] not in UNUSED}
+        try:
+            return detect_layout(used)
+        except ConfigError:
+            # The shapes leave the scan axis open; the manifest says which one was taken.
+            text = self.manifest.source.layout
+            axis = int(text.split("on axis ")[1].split(")")[0].split(",")[0])
+            return detect_layout(used, scan_axis=axis)
+
+    @cached_property
+    def edges(self) -> Mapping[str, Edge]:
+        """What every tensor should be, by name."""
+        dtypes = {name: info.dtype for name, info in self.arrays.info.items()}
+        stored = {e.spec.dtype for e in self.tensors.values()}
+        dtype = self.manifest.dtype if stored == {self.manifest.dtype} else None
+        edges = expand(
+            self.family, self.model, self.layout, dtypes, dtype=dtype, options=self.options
+        )
+        return {edge.target: edge for edge in edges}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json` as it lies there."""
+        content: dict[str, Any] = json.loads((self.out / "config.json").read_text())
+        return content
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor of every safetensors file, from the headers.
+
+        Raises:
+            TensorError: A header cannot be read.
+        """
+        found = {}
+        for file in sorted(self.out.glob("*.safetensors")):
+            for name, (spec, offset) in read_header(file).items():
+                found[name] = Stored(file, spec, offset)
+        return found

@@ -1,0 +1,262 @@
+"""Levels structure and weights: what is right passes, and every way of being wrong is found."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import orbax_writer
+import pytest
+import yaml
+from click.testing import CliRunner
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import samples
+
+from moeconv.arch.parameters import PARAMETERS
+from moeconv.cli.verify import command
+from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.hf.safetensors import read_header
+from moeconv.mapping.edges import cannot_hold
+from moeconv.mapping.families import FAMILIES
+from moeconv.verify.outcome import Status, worst
+from moeconv.verify.structure import check_structure
+from moeconv.verify.subject import Subject
+from moeconv.verify.weights import check_weights
+
+SIZES = {"V": 32, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4, "F": 24}
+GIB = 2**30
+
+
+def weights(out: Path):
+    return check_weights(Subject.open(out), jobs=2, memory=GIB)
+
+
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(samples(), st.data())
+def test_every_conversion_passes_and_every_flipped_bit_is_named(sample, data):
+    family = data.draw(
+        st.sampled_from([f for f in FAMILIES.values() if not cannot_hold(f, sample.model)])
+    )
+    chunks = {
+        p: tuple(data.draw(st.integers(1, n)) for n in a.shape) for p, a in sample.arrays.items()
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        step = orbax_writer.write(root / "1", sample.arrays, chunks)
+        (root / "config.yml").write_text(yaml.safe_dump(sample.told))
+        options = ConvertOptions(
+            config=root / "config.yml",
+            sets=(f"param_scan_axis={sample.told['param_scan_axis']}",),
+            target=family.name,
+            dtype=data.draw(st.sampled_from(["keep", "float32", "bfloat16"])),
+            untie=data.draw(st.booleans()),
+        )
+        convert(plan_conversion(str(step), options), root / "out")
+        assert worst(weights(root / "out")) is Status.PASS
+        header = read_header(root / "out" / "model.safetensors")
+        name = data.draw(st.sampled_from(sorted(header)))
+        spec, offset = header[name]
+        bit = data.draw(st.integers(0, spec.nbytes * 8 - 1))
+        with (root / "out" / "model.safetensors").open("r+b") as file:
+            file.seek(offset + bit // 8)
+            byte = file.read(1)[0]
+            file.seek(offset + bit // 8)
+            file.write(bytes([byte ^ (1 << bit % 8)]))
+        values = weights(root / "out")[-1]
+        assert values.status is Status.FAIL
+        assert values.tensors == [name]
+        assert sum(values.metrics["differing"].values()) == 1
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory):
+    """A right conversion of an interleaved model, with square matrices."""
+    root = tmp_path_factory.mktemp("right")
+    rng = np.random.default_rng(1)
+    sizes = SIZES | {"F": 16, "H": 2, "K": 2}
+    arrays = {}
+    for parameter in PARAMETERS.values():
+        name = tuple(parameter.name.split("."))
+        shape = [sizes[a] for a in parameter.axes]
+        if parameter.layers is None:
+            if parameter.name != "decoder.logits_dense.kernel":
+                arrays[name] = rng.standard_normal(shape).astype(np.float32)
+            continue
+        for slot, kind in enumerate(("dense", "moe")):
+            if kind in parameter.layers:
+                stacked = [shape[0], 3, *shape[1:]]
+                path = ("decoder", "layers", f"layers_{slot}", *name)
+                arrays[path] = rng.standard_normal(stacked).astype(np.float32)
+    step = orbax_writer.write(root / "run" / "checkpoints" / "9", arrays)
+    (root / "config.yml").write_text("decoder_block: envy\nnum_experts_per_tok: 2\n")
+    options = ConvertOptions(config=root / "config.yml")
+    convert(plan_conversion(str(step), options), root / "out")
+    return root / "out"
+
+
+def edit(out: Path, **changes) -> None:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | changes))
+
+
+def tensor(out: Path, name: str) -> np.ndarray:
+    spec, offset = read_header(out / "model.safetensors")[name]
+    return np.memmap(out / "model.safetensors", np.float32, "r+", offset=offset, shape=spec.shape)
+
+
+def swap(out: Path, one: str, other: str) -> None:
+    a, b = tensor(out, one), tensor(out, other)
+    a[:], b[:] = b.copy(), a.copy()
+
+
+def scale(out: Path, name: str, factor: float) -> None:
+    tensor(out, name)[:] *= np.float32(factor)
+
+
+def change(out: Path, name: str, by) -> None:
+    values = tensor(out, name)
+    values[:] = by(values.copy())
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+LAYER = "model.layers.{}."
+MOE = LAYER.format(3) + "block_sparse_moe."
+ATTENTION = LAYER.format(2) + "self_attn."
+
+# What is broken; how; the check that must fail; the layer it must name.
+MUTATIONS = {
+    "query scale doubled": (lambda o: scale(o, ATTENTION + "q_proj.weight", 2), "values", 2),
+    "query scale missing": (
+        lambda o: scale(o, ATTENTION + "q_proj.weight", 8**-0.5), "values", 2),
+    "logit scale missing": (lambda o: scale(o, "model.norm.weight", 4), "values", None),
+    "w1 and w3 swapped": (
+        lambda o: swap(o, MOE + "experts.1.w1.weight", MOE + "experts.1.w3.weight"), "values", 3),
+    "two experts swapped": (
+        lambda o: swap(o, MOE + "experts.0.w2.weight", MOE + "experts.2.w2.weight"), "values", 3),
+    "router columns permuted": (
+        lambda o: change(o, MOE + "gate.weight", lambda v: v[::-1]), "values", 3),
+    "one layer off": (
+        lambda o: swap(o, LAYER.format(0) + "input_layernorm.weight",
+                       LAYER.format(2) + "input_layernorm.weight"), "values", 0),
+    "interleave shifted": (
+        lambda o: swap(o, LAYER.format(0) + "self_attn.o_proj.weight",
+                       LAYER.format(1) + "self_attn.o_proj.weight"), "values", 0),
+    "transpose of a square matrix missing": (
+        lambda o: change(o, ATTENTION + "o_proj.weight", np.transpose), "values", 2),
+    "query rows permuted within heads": (
+        lambda o: change(o, ATTENTION + "q_proj.weight",
+                         lambda v: v.reshape(2, 2, 4, 16).swapaxes(1, 2).reshape(v.shape)),
+        "values", 2),
+    "key and value swapped": (
+        lambda o: swap(o, ATTENTION + "k_proj.weight", ATTENTION + "v_proj.weight"), "values", 2),
+    "heads misordered": (
+        lambda o: change(o, ATTENTION + "k_proj.weight",
+                         lambda v: v.reshape(2, 8, 16)[::-1].reshape(v.shape)), "values", 2),
+    "final norm of another layer": (
+        lambda o: change(o, "model.norm.weight",
+                         lambda v: tensor(o, LAYER.format(5) + "input_layernorm.weight")),
+        "values", None),
+    "one expert zeroed": (
+        lambda o: scale(o, MOE + "experts.2.w1.weight", 0), "values", 3),
+    "copies of a dense MLP differ": (
+        lambda o: scale(o, LAYER.format(4) + "block_sparse_moe.experts.3.w1.weight", 2),
+        "values", 4),
+    "router of a dense layer not zero": (
+        lambda o: change(o, LAYER.format(4) + "block_sparse_moe.gate.weight", lambda v: v + 1),
+        "values", 4),
+    "bf16-rounded weights claimed as fp32": (
+        lambda o: change(o, "model.embed_tokens.weight", bfloat16), "values", None),
+    "wrong theta": (lambda o: edit(o, rope_theta=1e6), "config", None),
+    "theta in one place only": (lambda o: edit(o, rope_parameters=None), "config", None),
+    "wrong epsilon": (lambda o: edit(o, rms_norm_eps=1e-6), "config", None),
+    "wrong top-k": (lambda o: edit(o, num_experts_per_tok=1), "config", None),
+    "tie flag wrong": (lambda o: edit(o, tie_word_embeddings=False), "tying", None),
+    "an expert more": (lambda o: edit(o, num_local_experts=5), "transformers", None),
+    "wider MLP": (lambda o: edit(o, intermediate_size=32), "transformers", None),
+    "a NaN": (lambda o: change(o, MOE + "gate.weight", lambda v: v * np.nan), "finite", None),
+    "a file cut": (
+        lambda o: (o / "model.safetensors").write_bytes(
+            (o / "model.safetensors").read_bytes()[:-4]), "tensors", None),
+    "a file gone": (lambda o: (o / "generation_config.json").unlink(), "files", None),
+}  # fmt: skip
+
+
+def test_the_right_one_passes(right):
+    checks = check_structure(Subject.open(right)) + weights(right)
+    assert worst(checks) is Status.PASS
+    assert {c.name for c in checks if c.status is Status.SKIP} == {"tokenizer"}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_every_mistake_is_found(right, tmp_path, name):
+    break_it, check, layer = MUTATIONS[name]
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    break_it(out)
+    subject = Subject.open(out)
+    found = {c.name: c for c in check_structure(subject)}
+    assert found["files"].status is Status.FAIL, "the manifest's sha256 sees any change"
+    if check == "values":
+        found |= {c.name: c for c in weights(out)}
+        assert found["source"].status is Status.PASS
+    assert found[check].status is Status.FAIL
+    assert found[check].layer == layer
+
+
+def test_the_command_writes_a_bound_verdict(right, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    result = CliRunner().invoke(command, [str(out)])
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "verify.json").read_text())
+    assert report["verdict"] == "pass"
+    assert report["levels"] == {"structure": "pass", "weights": "pass"}
+    manifest = json.loads((out / "moeconv.json").read_text())
+    assert report["source"] == manifest["source"]["digest"]
+    for name, record in manifest["files"].items():
+        assert report["files"][name] == record["sha256"]
+    assert "moeconv.json" in report["files"]
+
+
+def test_the_command_fails_with_one(right, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    scale(out, "model.norm.weight", 2)
+    result = CliRunner().invoke(command, [str(out), "--level", "weights", "--json"])
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["verdict"] == "fail"
+    assert report["checks"][-1]["tensors"] == ["model.norm.weight"]
+
+
+def test_another_checkpoint_is_told_apart(right, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(right.parent / "run", run)
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    other = {p: a + 1 for p, a in _arrays(run).items()}
+    shutil.rmtree(run)
+    step = orbax_writer.write(run / "checkpoints" / "9", other)
+    result = CliRunner().invoke(command, [str(out), "--source", str(step), "--level", "weights"])
+    assert result.exit_code == 1
+    assert "are not those that were converted" in result.output
+
+
+def _arrays(run: Path):
+    from moeconv.convert.source import open_checkpoint
+
+    opened = open_checkpoint(str(run), sets=("decoder_block=envy",))
+    found = {}
+    for info in opened.arrays.info.values():
+        reader = opened.arrays.reader(info.name, 1 << 20)
+        found[info.path] = reader.read(tuple(slice(0, n) for n in info.shape)).copy()
+    return found
