@@ -1,6 +1,11 @@
 """The test session's environment, set before anything imports jax, and its MaxText lab."""
 
 import os
+import signal
+
+# A job in the background ignores Ctrl-C, and so would every process that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Four host devices, so that checkpoints can be sharded.
 _FLAGS = "--xla_force_host_platform_device_count=4"
