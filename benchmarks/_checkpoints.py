@@ -1,8 +1,10 @@
-"""What is measured with, made at run time: `python _checkpoints.py {maxtext RUN SPEC|tokenizer DIR}`.
+"""What is measured with, made at run time, in a process of its own: it needs jax and much memory.
 
-A process of its own, because it needs jax and much memory. MaxText builds the model and saves it
-(tests/maxtext_lab.py); the weights are random, which compresses as little as trained ones do. Beside
-`checkpoints/` lies `config.yml`, the run's config.
+python _checkpoints.py maxtext RUN_DIR SPEC   a checkpoint, and beside it config.yml, its config
+python _checkpoints.py tokenizer FOLDER       a tokenizer
+
+MaxText builds the model and saves it (tests/maxtext_lab.py). The weights are random, which
+compresses as little as trained ones do.
 """
 
 import json

@@ -13,16 +13,18 @@ BLOCK = 8 << 20
 
 
 def read(items: Path) -> None:
-    """As plain as it gets: no cache, no second look at anything, nothing kept."""
+    """As fast as tensorstore can: files mapped, no cache, no second look, nothing kept."""
     import tensorstore as ts
 
+    context = ts.Context({"file_io_mode": {"mode": "memmap"}})
     metadata = json.loads((items / "_METADATA").read_text())
     driver = "zarr3" if metadata["use_zarr3"] else "zarr"
     for entry in metadata["tree_metadata"].values():
         keys = [key["key"] for key in entry["key_metadata"]]
         if keys[0] == "params":
             store = {"driver": "ocdbt", "base": f"file://{items}/", "path": ".".join(keys) + "/"}
-            ts.open({"driver": driver, "kvstore": store}, open=True).result().read().result()
+            spec = {"driver": driver, "kvstore": store}
+            ts.open(spec, open=True, context=context).result().read().result()
 
 
 def write(folder: Path, sizes: list[int]) -> None:

@@ -396,8 +396,8 @@ def main() -> None:
 
     others = [run.others for run in bench.runs]
     say(
-        f"\nmeanwhile other processes kept {statistics.median(others):.1f} processors busy (median; "
-        f"at most {max(others):.1f} of {os.cpu_count()})"
+        f"\nmeanwhile other processes kept {statistics.median(others):.1f} of {os.cpu_count()} "
+        f"processors busy (median; at most {max(others):.1f})"
     )
     if told.json:
         told.json.write_text(json.dumps(report, indent=2) + "\n")

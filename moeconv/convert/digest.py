@@ -34,6 +34,7 @@ def chunk_digests(
             digest.update(payload(data))
             if not see(position, part, data):
                 return digests
+            del data  # before the next is made
         digests[position] = digest.hexdigest()
     return digests
 

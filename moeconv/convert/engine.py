@@ -1,8 +1,9 @@
 """Carrying out a plan: every chunk read and decoded once, scattered to its places, within memory.
 
-Workers take units in the plan's order. A unit is hashed chunk by chunk, then cut into blocks of a
-few MiB; each block is cast, transposed and written at its offset. Bytes do not depend on the number
-of workers. A background thread syncs what is written and records finished units in the journal, so
+Workers take units in the plan's order, passing over those that memory has no room for yet. Once a
+unit is decoded, one thread hashes it chunk by chunk while another cuts it into blocks of a few MiB;
+each block is cast, transposed and written at its offset. Bytes do not depend on the number of
+workers. A background thread syncs what is written and records finished units in the journal, so
 that a later `--resume` trusts only what is on disk.
 """
 
@@ -10,7 +11,8 @@ import hashlib
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -153,11 +155,10 @@ class Engine:
             for u in self._plan.units
             if u.number not in self._journal.done or u.number in names.get(u.array.name, ())
         ]
-        pending = iter(todo)
+        jobs = min(self._jobs, max(1, len(todo)))
+        hashers = ThreadPoolExecutor(jobs)
         syncer = Thread(self._sync_loop)
-        workers = [
-            Thread(lambda: self._worker(pending)) for _ in range(min(self._jobs, max(1, len(todo))))
-        ]
+        workers = [Thread(lambda: self._worker(todo, hashers)) for _ in range(jobs)]
         try:
             for thread in (syncer, *workers):
                 thread.start()
@@ -172,17 +173,15 @@ class Engine:
             self._to_sync.put(None)
             syncer.see_off()
             raise
+        finally:
+            hashers.shutdown()
         if self._failure is not None:
             raise self._failure
 
-    def _worker(self, pending: Iterator[Unit]) -> None:
+    def _worker(self, todo: list[Unit], hashers: Executor) -> None:
         try:
-            while not self._stop.is_set():
-                with self._lock:
-                    unit = next(pending, None)
-                if unit is None:
-                    return
-                self._do(unit)
+            while (unit := self._budget.take(todo, self._plan.unit_cost)) is not None:
+                self._do(unit, hashers)
         except BaseException as error:
             self._abort(error)
 
@@ -211,27 +210,32 @@ class Engine:
 
     # --- one unit -------------------------------------------------------------------------------
 
-    def _do(self, unit: Unit) -> None:
-        cost = self._plan.unit_cost(unit)
-        if not self._budget.acquire(cost):
-            return
-        held = cost
+    def _do(self, unit: Unit, hashers: Executor) -> None:
+        held = self._plan.unit_cost(unit)
         try:
             reader = self._arrays.reader(
                 unit.array.name, unit.nbytes + unit.nbytes // 4 + (64 << 20)
             )
-            digests = chunk_digests(unit, reader, partial(self._take, unit))
-            # Every chunk is decoded now: their compressed bytes are gone.
-            self._budget.release(unit.nbytes)
-            held -= unit.nbytes
-            routes = self._plan.routes[unit.array.name]
-            for number, ranges in pieces(unit, routes):
-                self._do_piece(unit, number, routes[number], ranges, reader)
+            for _, box in unit.chunks():
                 if self._stop.is_set():
                     return
+                reader.decode(box)
+            # The compressed bytes are gone.
+            self._budget.release(unit.nbytes)
+            held -= unit.nbytes
+            hashing = hashers.submit(chunk_digests, unit, reader, partial(self._take, unit))
+            try:
+                routes = self._plan.routes[unit.array.name]
+                for number, ranges in pieces(unit, routes):
+                    self._do_piece(unit, number, routes[number], ranges, reader)
+            finally:
+                # It uses the reader too; and a NaN that it finds explains an overflow found here.
+                digests = hashing.result()
             del reader
         finally:
             self._budget.release(held)
+        if self._stop.is_set():
+            return  # perhaps half way
         self._note_chunks(unit, digests)
         self._finish(unit, digests)
 
@@ -274,6 +278,7 @@ class Engine:
                 parking.scratch.write(offset, payload(values))
             else:
                 self._write(route, first, values)
+            del block, values  # before the next are made
 
     def _write(self, route: Route, row: int, values: Array) -> None:
         """Writes whole rows of the target, to every copy."""

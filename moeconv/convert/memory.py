@@ -1,11 +1,13 @@
 """Keeping concurrent work within a byte budget."""
 
 import threading
+from bisect import bisect_left
+from collections.abc import Callable
 from pathlib import Path
 
 
 class Budget:
-    """A counting semaphore over bytes; a request larger than all of it waits to be alone."""
+    """A counting semaphore over bytes; what needs more than all of them waits to be alone."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -22,6 +24,27 @@ class Budget:
             if not self._closed:
                 self._used += count
             return not self._closed
+
+    def take[Item](self, wanted: list[Item], cost: Callable[[Item], int]) -> Item | None:
+        """Removes the first item that there is room for; waits until there is one.
+
+        Args:
+            wanted: The most expensive first; while threads share it, nobody else changes it.
+            cost: Bytes that an item needs, to be released when it is done.
+
+        Returns:
+            The item; None when all are taken, or the budget was closed.
+        """
+        with self._changed:
+            while wanted and not self._closed:
+                room = self.total - self._used
+                first = bisect_left(wanted, -room, key=lambda i: -cost(i)) if self._used else 0
+                if first < len(wanted):
+                    item = wanted.pop(first)
+                    self._used += cost(item)
+                    return item
+                self._changed.wait()
+        return None
 
     def release(self, count: int) -> None:
         """Gives bytes back."""

@@ -5,7 +5,7 @@ decoded once however many boxes are cut from it. The cache is dropped with the r
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,10 @@ class Arrays:
     def reader(self, name: str, cache_bytes: int) -> "Reader":
         """A reader whose cache holds `cache_bytes` of decoded chunks."""
         info = self.info[name]
-        context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
+        # Local files are mapped, not copied: a chunk may be gigabytes, and new memory is not free.
+        context = ts.Context(
+            {"cache_pool": {"total_bytes_limit": cache_bytes}, "file_io_mode": {"mode": "memmap"}}
+        )
         return Reader(self, info, self._result(info.path, self._open(info.path, context)))
 
 
@@ -153,8 +156,21 @@ class Reader:
             TensorError: A chunk is missing, truncated or corrupt; names the array and the place.
             StorageError: A remote store failed.
         """
+        return np.asarray(self._result(box, self._store[box].read(order="C")))
+
+    def decode(self, box: Sequence[tuple[int, int]]) -> None:
+        """Fetches and decodes the chunk with these bounds; later reads find it in the cache.
+
+        Raises:
+            TensorError: It is missing, truncated or corrupt; names the array and the place.
+            StorageError: A remote store failed.
+        """
+        corner = tuple(slice(start, min(start + 1, stop)) for start, stop in box)
+        self._result(tuple(slice(*ends) for ends in box), self._store[corner].read())
+
+    def _result(self, box: Box, future: Any) -> Any:
         try:
-            data = self._store[box].read(order="C").result()
+            return future.result()
         except (ValueError, OSError) as error:
             where = ", ".join(
                 f"{s.start}:{s.stop}" if isinstance(s, slice) else str(s) for s in box
@@ -164,7 +180,6 @@ class Reader:
             raise TensorError(
                 f"{what} is damaged: {reason(error)}; use another step of the run"
             ) from None
-        return np.asarray(data)
 
 
 def _codec(store: Any) -> str:

@@ -174,14 +174,18 @@ def _compare_block(
     with findings.lock:
         findings.values += block.size
     if value_op is None or (isinstance(value_op, Cast) and value_op.bound(edge.dtype) == 0.0):
-        narrowed = restored if value_op is None else value_op.inverse().apply(restored, {})
-        wrong = _bits(narrowed) != _bits(expected)
+        # Widened values are compared wide: narrowing them would round a wrong low bit away.
+        wide = expected if value_op is None else value_op.apply(expected, {})
+        wrong = _bits(restored) != _bits(wide)
     else:
         factor = value_op.factor if isinstance(value_op, Scale) else 1.0
         exact = expected.astype(np.float64) * factor
         # Half a unit in the last place, and the rounding of this very product in float64.
-        bound = 0.5 * _ulp(exact, edge.dtype) + np.abs(exact) * 2.0**-51
-        wrong = ~(np.abs(restored.astype(np.float64) - exact) <= bound)
+        half, slack = 0.5 * _ulp(exact, edge.dtype), np.abs(exact) * 2.0**-51
+        apart = np.abs(restored.astype(np.float64) - exact)
+        odd = (_bits(restored) & 1).astype(bool).reshape(restored.shape)
+        # A value half way between two numbers goes to the even one.
+        wrong = ~(apart <= half + slack) | (odd & (apart >= half) & (slack < half))
     if wrong.any():
         moved = wrong.transpose(route.place.by.permutation)
         findings.note(edge, moved, [s.start for s in place])

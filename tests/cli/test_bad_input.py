@@ -509,6 +509,17 @@ def test_overflow_of_float16(tmp_path, flags):
     assert convert(checkpoint, "--dtype", "bfloat16").code == 0
 
 
+def test_nan_is_not_called_an_overflow(tmp_path):
+    """Though the thread that casts may see it before the thread that looks for it."""
+
+    def spoil(arrays):
+        arrays[WI_0][0, 0, 0, 0] = np.nan
+
+    checkpoint = changed(tmp_path, spoil)
+    ran = convert(checkpoint, "--dtype", "float16")
+    refused(ran, TensorError, WI_0, "holds NaN or Inf", out=out_of(checkpoint))
+
+
 def test_infinities_of_the_source_are_no_overflow(tmp_path):
     def spoil(arrays):
         arrays[WI_0][1, 2, 3, 4] = np.inf

@@ -22,7 +22,7 @@ from cli_runner import moeconv
 from maxtext_lab import ENVY, TIED
 from safetensors import safe_open
 
-from moeconv.convert import engine, scatter, staging, work
+from moeconv.convert import digest, scatter, staging, work
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.convert.engine import Engine
 from moeconv.errors import MemoryLimitError, OutputError
@@ -69,7 +69,7 @@ def small_units(monkeypatch):
     """A unit is one chunk, and a block a few rows, so that a small array takes every path."""
     monkeypatch.setattr("moeconv.convert.plan.UNIT_BYTES", 1)
     monkeypatch.setattr(work, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(engine, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(digest, "BLOCK_BYTES", 256)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +288,8 @@ def test_killed_at_any_call(crashes, tiny, tmp_path, tail, count):
             assert second["code"] == 0
             assert contents(out) == expected, die
             assert beside(out) == [], die
-    assert killed >= 0.6 * len(points)  # calls to sync are a few more or fewer
+    # How often the background thread syncs depends on the machine, so late points may not exist.
+    assert killed >= len(points) // 4
 
 
 @pytest.mark.parametrize(
@@ -799,7 +800,7 @@ def test_sharded_arrays_give_the_same_tensors(tmp_path, small_units, target):
 def test_every_chunk_is_read_once(tmp_path, monkeypatch, kind, storage):
     """Counted in the bytes that tensorstore fetches."""
     monkeypatch.setattr("moeconv.convert.plan.UNIT_BYTES", 1)
-    monkeypatch.setattr(engine, "BLOCK_BYTES", MIB)
+    monkeypatch.setattr(digest, "BLOCK_BYTES", MIB)
     monkeypatch.setattr(work, "BLOCK_BYTES", MIB)
     sizes = {"L": 2, "V": 8192, "D": 512, "M": 512, "F": 512, "h": 64}
     split = {"D": 2} if kind == "parked" else {}
@@ -820,10 +821,14 @@ def test_every_chunk_is_read_once(tmp_path, monkeypatch, kind, storage):
 
 def fetched() -> tuple[int, int]:
     """Bytes that were read, and questions whether a cached chunk is still the stored one."""
-    [size] = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    metrics = ts.experimental_collect_matching_metrics
+    read = [
+        *metrics("/tensorstore/kvstore/file/bytes_read"),
+        *metrics("/tensorstore/file/mmap_bytes"),
+    ]
     [reads] = ts.experimental_collect_matching_metrics("/tensorstore/cache/kvs_cache_read")
     unchanged = [v["value"] for v in reads["values"] if v["category"] == "unchanged"]
-    return size["values"][0]["value"], sum(unchanged)
+    return sum(v["value"] for m in read for v in m["values"]), sum(unchanged)
 
 
 MEASURED = """
