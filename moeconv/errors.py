@@ -63,3 +63,9 @@ class MemoryLimitError(MoeconvError):
     """The memory limit lies below what the largest chunk of the checkpoint needs."""
 
     exit_code = 9
+
+
+class MissingPackageError(MoeconvError):
+    """A command needs a package that is not installed; the message says which extra brings it."""
+
+    exit_code = 11

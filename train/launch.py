@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from moeconv_train.data import prepare
+from moeconv_train.data import prepare, read_stories
 from moeconv_train.sidecar import write_sidecar
+
+# Stories that lie beside the run, for `moeconv verify`.
+SAMPLED = 32
 
 
 def parse_args(argv: list[str]) -> tuple[Path, Path, dict[str, str]]:
@@ -54,15 +57,17 @@ def train(config_file: Path, output: Path, overrides: dict[str, str]) -> None:
     settings = {**yaml.safe_load(config_file.read_text(encoding="utf-8")), **overrides}
     if settings.get("hardware") == "cpu":
         use_cpu(host_devices(settings))
+    sample: list[str] = []
     if settings.get("dataset_type") == "grain" and not settings.get("grain_train_files"):
         overrides = {**prepare(output / "data").overrides(), **overrides}
+        sample = read_stories()[:SAMPLED]
     overrides = {"base_output_directory": str(output), **overrides}
 
     from maxtext.trainers.pre_train import train as maxtext
 
     argv = ["", str(config_file), *(f"{key}={value}" for key, value in overrides.items())]
     config, recorder = maxtext.initialize(argv)
-    write_sidecar(config.get_keys())
+    write_sidecar(config.get_keys(), sample)
     maxtext.get_train_func(config, recorder, argv)()
 
 

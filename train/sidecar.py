@@ -7,7 +7,7 @@ import enum
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import moeconv
 
 SIDECAR = "moeconv.json"
 TOKENIZER = "tokenizer"
+SAMPLE = "sample.txt"
 
 _PRIVATE_KEY = re.compile(
     r"(token|secret|password|credentials?|api_key|dir|directory|folder|path|files?|bucket|project)$"
@@ -48,14 +49,21 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_sidecar(config: Mapping[str, Any]) -> Path:
-    """Puts the config and a copy of the tokenizer into the run's directory."""
+def write_sidecar(config: Mapping[str, Any], sample: Sequence[str] = ()) -> Path:
+    """Puts the config, a copy of the tokenizer and some of the text into the run's directory.
+
+    Args:
+        config: MaxText's resolved config.
+        sample: Documents of the corpus; `moeconv verify` runs both models on them.
+    """
     run = Path(config["base_output_directory"], config["run_name"])
     run.mkdir(parents=True, exist_ok=True)
     tokenizer = Path(config["tokenizer_path"] or "")
     has_tokenizer = (tokenizer / "tokenizer.json").is_file()
     if has_tokenizer:
         shutil.copytree(tokenizer, run / TOKENIZER, dirs_exist_ok=True)
+    if sample:
+        (run / SAMPLE).write_text("\n\n".join(sample) + "\n", encoding="utf-8")
     sidecar = {
         "format": "moeconv-run",
         "version": 1,
@@ -63,6 +71,7 @@ def write_sidecar(config: Mapping[str, Any]) -> Path:
         "moeconv_version": moeconv.__version__,
         "config": public_config(config),
         "tokenizer": TOKENIZER if has_tokenizer else None,
+        "text_sample": SAMPLE if sample else None,
     }
     path = run / SIDECAR
     partial = path.with_suffix(".json.partial")

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 from moeconv.arch.parameters import (
     EMBEDDING,
@@ -81,6 +82,20 @@ class Layout:
     cycle: int
     kinds: tuple[LayerKind, ...]
     arrays: tuple[StoredParameter, ...]
+
+    @cached_property
+    def places(self) -> Mapping[tuple[str, int | None], tuple[StoredParameter, int | None]]:
+        """The array that holds a parameter of a layer (None: of the model), and its entry there.
+
+        The entry is that of the array's `L` axis, None where it has none.
+        """
+        found: dict[tuple[str, int | None], tuple[StoredParameter, int | None]] = {}
+        for array in self.arrays:
+            for entry, layer in enumerate(array.layers):
+                found[array.parameter.name, layer] = (array, entry if "L" in array.axes else None)
+            if not array.layers:
+                found[array.parameter.name, None] = (array, None)
+        return found
 
     def describe(self) -> str:
         """One line for people."""

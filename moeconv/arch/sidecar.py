@@ -22,3 +22,6 @@ class RunSidecar(BaseModel):
     maxtext_version: str | None = None
     moeconv_version: str | None = None
     tokenizer: str | None = Field(default=None, description="directory, relative to the sidecar")
+    text_sample: str | None = Field(
+        default=None, description="text of the training corpus, relative to the sidecar"
+    )

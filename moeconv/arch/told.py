@@ -120,7 +120,16 @@ def from_config_file(path: Path) -> dict[str, Told]:
         ConfigError: The file or the one it builds on cannot be read or is no YAML mapping, or it
             names a model that MaxText does not ship.
     """
-    return from_mapping(_load(path, set()), Provenance(Origin.CONFIG, str(path)))
+    return from_mapping(load_config_file(path), Provenance(Origin.CONFIG, str(path)))
+
+
+def load_config_file(path: Path) -> dict[str, Any]:
+    """The keys of a MaxText YAML and of the files it builds on, as they stand there.
+
+    Raises:
+        ConfigError: A file cannot be read, or is no YAML mapping.
+    """
+    return _load(path, set())
 
 
 def _load(path: Path, seen: set[Path]) -> dict[str, Any]:

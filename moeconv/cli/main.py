@@ -22,7 +22,11 @@ COMMANDS = {
     ),
     "verify": (
         "moeconv.cli.verify",
-        "Prove a converted model against its checkpoint: files, structure, every weight.",
+        "Prove a converted model against its checkpoint: files, weights, logits, layers.",
+    ),
+    "data": (
+        "moeconv.cli.data",
+        "Prepare the data that a model is trained on.",
     ),
 }
 

@@ -3,13 +3,17 @@
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moeconv.cli.options import JSON, output_of
 
-LEVELS = ("structure", "weights")
-FAILED = 1
+if TYPE_CHECKING:
+    from moeconv.cli.output import Output
+    from moeconv.verify.report import Report
+
+FAILED, COULD_NOT_RUN = 1, 2
 
 
 @click.command("verify")
@@ -20,19 +24,63 @@ FAILED = 1
     help="Checkpoint to compare with. Default: the one that OUT's manifest names.",
 )
 @click.option(
+    "--config",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="MaxText YAML that the reference is built from. Default: the run's sidecar, else what "
+    "the manifest says the conversion was told.",
+)
+@click.option(
+    "--against",
+    metavar="maxtext|hf:DIR",
+    default="maxtext",
+    show_default=True,
+    help="What logits and layers are compared with: MaxText itself on the checkpoint, or another "
+    "Hugging Face model.",
+)
+@click.option(
     "--level",
-    type=click.Choice([*LEVELS, "all"]),
+    type=click.Choice(["structure", "weights", "logits", "layers", "all"]),
     default="all",
     show_default=True,
     help="structure: files, tensors, config and tokenizer, without the checkpoint; weights: every "
-    "value against the checkpoint.",
+    "value against the checkpoint; logits: whole models, side by side; layers: the same one layer "
+    "at a time, for models larger than memory. `all` skips, and says so, what cannot run here.",
+)
+@click.option(
+    "--prompts",
+    metavar="FILE",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Text to run, documents separated by empty lines. Default: a sample of the run's own "
+    "corpus if its sidecar names one, else a text that comes with moeconv.",
+)
+@click.option(
+    "--tokens",
+    type=click.IntRange(8),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Positions of text, and as many of random ids, in rows as long as the context allows.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="What the converted model is computed in; MaxText is always computed in float32.",
 )
 @click.option(
     "--report",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Folder for verify.json. Default: OUT.",
+    help="Folder for verify.json, verify.md and the plots. Default: OUT.",
 )
-@click.option("--max-memory", default="4GiB", show_default=True, metavar="SIZE")
+@click.option(
+    "--max-memory",
+    default="4GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="What level weights may take.",
+)
 @click.option(
     "--jobs",
     type=click.IntRange(1),
@@ -44,40 +92,62 @@ FAILED = 1
 def command(
     out: Path,
     source: str | None,
+    config: Path | None,
+    against: str,
     level: str,
+    prompts: Path | None,
+    tokens: int,
+    dtype: str,
     report: Path | None,
     max_memory: str,
     jobs: int,
     json_mode: bool,
 ) -> None:
-    """Verify a converted model: exit 0 pass, 1 fail, 2 and above could not run.
+    """Verify a converted model: exit 0 pass, 1 fail, 2 could not run.
 
-    The verdict is written to verify.json, bound to the SHA-256 of every file.
+    The verdict is written to verify.json, bound to the SHA-256 of every file, and for people to
+    verify.md with its plots.
     """
     from moeconv.convert.sizes import parse_size
-    from moeconv.hf.config import to_json
+    from moeconv.errors import MoeconvError
+    from moeconv.verify.markdown import verdict_line
     from moeconv.verify.outcome import Status
-    from moeconv.verify.report import REPORT_NAME, make_report
-    from moeconv.verify.structure import check_structure
-    from moeconv.verify.subject import Subject
-    from moeconv.verify.weights import check_weights
+    from moeconv.verify.run import LEVELS, VerifyOptions, verify
+    from moeconv.verify.settings import ParityOptions, parse_against
+    from moeconv.verify.written import write_report
 
     output = output_of(json_mode)
-    subject = Subject.open(out, source=source)
-    checks = []
-    if level in ("structure", "all"):
-        checks += check_structure(subject)
-    if level in ("weights", "all"):
-        checks += check_weights(subject, jobs=jobs, memory=parse_size(max_memory))
-    verdict = make_report(subject, checks)
-    content = verdict.model_dump(mode="json")
-    folder = report or out
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / REPORT_NAME).write_bytes(to_json(content))
-    output.data(content)
-    for check in checks:
+    try:
+        options = VerifyOptions(
+            levels=[name for name in LEVELS if level in (name, "all")],
+            jobs=jobs,
+            memory=parse_size(max_memory),
+            parity=ParityOptions(
+                tokens=tokens,
+                prompts=prompts,
+                dtype=dtype,
+                against=parse_against(against),
+                config=config,
+            ),
+            skip=level == "all",
+        )
+        found = verify(out, source=source, options=options, note=output.note)
+        files = write_report(found, report or out)
+    except MoeconvError as error:
+        # One code for every reason: scripts ask whether there is a verdict.
+        sys.stderr.write(f"error: no verdict: {error}\n")
+        sys.exit(COULD_NOT_RUN)
+    output.data(found.model_dump(mode="json"))
+    _print(output, found)
+    output.print(verdict_line(found))
+    output.print(f"report: {', '.join(map(str, files))}")
+    sys.exit(FAILED if found.verdict is Status.FAIL else 0)
+
+
+def _print(output: "Output", report: "Report") -> None:
+    from moeconv.verify.outcome import Status
+
+    for check in report.checks:
         output.print(f"{check.status:8} {check.level:10} {check.name:13} {check.summary}")
         for name in check.tensors[:10] if check.status is not Status.PASS else ():
             output.print(f"{'':33}{name}")
-    output.print(f"{verdict.verdict}: {folder / REPORT_NAME}")
-    sys.exit(FAILED if verdict.verdict is Status.FAIL else 0)

@@ -86,7 +86,7 @@ def open_checkpoint(
     step = locate(spec)
     tree = read_tree(step.items)
     arrays = Arrays(step.items, tree)
-    sidecar = _find_sidecar(step, needed=config is None)
+    sidecar = find_sidecar(step, needed=config is None)
     flags = from_flags(sets)
     if config is not None:
         told = ToldConfig(from_config_file(config), flags)
@@ -117,7 +117,7 @@ def _scan_axis(told: ToldConfig) -> int | None:
     return int(axis.value)
 
 
-def _find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | None:
+def find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | None:
     """The run's sidecar; a damaged one is an error only where its config is needed."""
     for folder in step.beside:
         try:

@@ -129,13 +129,7 @@ class _Expander:
         self._model = model
         self._dtypes = dtypes
         self._dtype = dtype
-        self._held: dict[tuple[str, int | None], tuple[StoredParameter, int | None]] = {}
-        for array in layout.arrays:
-            for entry, layer in enumerate(array.layers):
-                stacked = entry if "L" in array.axes else None
-                self._held[array.parameter.name, layer] = (array, stacked)
-            if not array.layers:
-                self._held[array.parameter.name, None] = (array, None)
+        self._held = layout.places
 
     def edges(self, rule: Rule) -> Iterator[Edge]:
         """One edge for every layer and expert that the rule writes."""

@@ -1,153 +1,256 @@
-"""Comparing two models by their logits, and the logits of a converted model."""
+"""Level `logits`: the converted model in transformers against MaxText's own forward pass.
 
-import importlib.util
-from collections.abc import Iterator
-from dataclasses import dataclass
+Both are whole in memory, one after the other. MaxText's forward is its own, scan and all; its
+router logits come from the same weights taken layer by layer, which must give the very logits of
+the whole. `--against hf:DIR` puts another Hugging Face model in MaxText's place.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from moeconv.errors import ConfigError, MoeconvError, TensorError, UsageError
+from moeconv.errors import TensorError, UnsupportedError
+from moeconv.mapping.axes import Array
+from moeconv.verify.grading import LOGITS
+from moeconv.verify.greedy import greedy_check
+from moeconv.verify.hf_model import HfLayers, HfModel, rounding_between
+from moeconv.verify.maxtext import MaxTextModel
+from moeconv.verify.maxtext_layers import MaxTextLayers
+from moeconv.verify.metrics import Positions, compare_logits, join
+from moeconv.verify.outcome import Check, passed
+from moeconv.verify.parity import Parity, parity_checks
+from moeconv.verify.reference import reference_config
+from moeconv.verify.rounding import roundings
+from moeconv.verify.routing import Routing, compare_routing
+from moeconv.verify.settings import Note, ParityOptions
+from moeconv.verify.sides import Side
+from moeconv.verify.subject import Subject
+from moeconv.verify.tokens import Rows
+from moeconv.verify.walk import Walked, blocks, moved, parameters_of, walk
 
-_TOP = 5
-# Rows taken together: at 128k tokens a block's float64 copies are some 100 MB.
-_BLOCK = 32
+_TAIL = 8
 
 
 @dataclass(frozen=True)
-class LogitDifference:
-    """How far a candidate's logits lie from the reference's, over all rows (positions).
+class _Reference:
+    """What the right model computes, and what rounding alone does to it.
 
-    KL is that of the candidate's distribution from the reference's, in nats. `top5_agreement` is
-    the mean share of the reference's five likeliest tokens that are among the candidate's.
+    Attributes:
+        name: The model's name.
+        origin: Where its config came from.
+        independent: See `ReferenceConfig`.
+        logits: Of each row, the tied head not rounded.
+        stock: Of each row, as MaxText is; None where that is the same.
+        routers: Router logits [B, T, E] by layer.
+        rounded: See `Parity.rounding`.
+        rounded_routers: Router logits of the same.
+        forward: Logits [1, T, V] of other tokens [1, T].
     """
 
-    max_abs: float
-    mean_abs: float
-    kl_max: float
-    kl_mean: float
-    top1_agreement: float
-    top5_agreement: float
-    std_reference: float
+    name: str
+    origin: str
+    independent: bool
+    logits: list[Array]
+    stock: list[Array] | None
+    routers: Mapping[int, Array]
+    forward: Callable[[Array], Array]
+    rounded: Positions | None = None
+    rounded_routers: Mapping[int, Array] = field(default_factory=dict)
 
 
-def compare_logits(reference: np.ndarray, candidate: np.ndarray) -> LogitDifference:
-    """Compare logits [..., V] in float64."""
-    if reference.shape != candidate.shape or reference.ndim < 1 or not reference.size:
-        raise UsageError(
-            "Only logits of one shape can be compared, "
-            f"not {list(reference.shape)} with {list(candidate.shape)}."
+def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Note) -> list[Check]:
+    """Compares the whole models.
+
+    Args:
+        subject: What is verified.
+        rows: What is run.
+        options: The reference and its config, and the dtype of the computation.
+        note: Called with what is being done.
+
+    Raises:
+        MoeconvError: As `MaxTextModel.load` and `HfModel.load`.
+    """
+    if options.against is not None:
+        reference = _hf_reference(subject, rows, options, options.against, note)
+    else:
+        reference = _maxtext_reference(subject, rows, options, note)
+    note(f"transformers: {subject.out}, forward over {rows.tokens.size} positions")
+    candidate = HfModel.load(subject.out, dtype=options.dtype)
+    parity = _compare(subject, rows, reference, candidate)
+    told = "" if reference.independent else ", so what was told wrong there is wrong here too"
+    checks = [
+        passed(
+            "logits",
+            "reference",
+            f"{reference.name}, by {reference.origin}{told}",
+            metrics={"config": reference.origin, "independent": reference.independent},
+        ),
+        *parity_checks("logits", parity, reference=reference.name),
+    ]
+    note("greedy generation with the KV cache")
+    # What passes may differ by so much, and so may the two likeliest tokens of a step.
+    tie = 2 * max(
+        float(p.max_abs.max()) for p in (parity.unrounded, parity.rounding) if p is not None
+    )
+    checks.append(
+        greedy_check(
+            candidate,
+            rows.tokens[0],
+            {
+                "without it": lambda tokens: candidate.run(tokens)[0],
+                f"by {reference.name}": reference.forward,
+            },
+            tie=tie,
         )
-    vocabulary = reference.shape[-1]
-    top = min(_TOP, vocabulary)
-    absolute, divergence, first, shared = [], [], [], []
-    total = squares = 0.0
-    # The variance is summed about a value of the sample, lest large offsets cancel.
-    origin = float(reference.reshape(-1)[0])
-    for left, right in _blocks(reference, candidate):
-        difference = np.abs(left - right)
-        absolute.append((difference.max(), difference.sum()))
-        log_left, log_right = _log_softmax(left), _log_softmax(right)
-        divergence.append((np.exp(log_left) * (log_left - log_right)).sum(axis=-1))
-        first.append(left.argmax(axis=-1) == right.argmax(axis=-1))
-        shared.append(_shared(left, right, top))
-        total += float((left - origin).sum())
-        squares += float(((left - origin) ** 2).sum())
-    size = reference.size
-    # Rounding can leave a divergence of 0 slightly negative.
-    kl = np.maximum(np.concatenate(divergence), 0.0)
-    return LogitDifference(
-        max_abs=float(max(largest for largest, _ in absolute)),
-        mean_abs=float(sum(part for _, part in absolute) / size),
-        kl_max=float(kl.max()),
-        kl_mean=float(kl.mean()),
-        top1_agreement=float(np.concatenate(first).mean()),
-        top5_agreement=float(np.concatenate(shared).mean()),
-        std_reference=float(np.sqrt(max(squares / size - (total / size) ** 2, 0.0))),
+    )
+    return checks
+
+
+def _compare(subject: Subject, rows: Rows, reference: _Reference, candidate: HfModel) -> Parity:
+    unrounded, stock, head, routers = [], [], [], []
+    for row, targets in enumerate(rows.targets):
+        logits, seen = candidate.run(rows.tokens[row : row + 1])
+        routers.append(seen)
+        unrounded.append(compare_logits(reference.logits[row], logits, targets))
+        if reference.stock is not None:
+            stock.append(compare_logits(reference.stock[row], logits, targets))
+            head.append(compare_logits(reference.stock[row], reference.logits[row], targets))
+    joined = {layer: np.concatenate([one[layer] for one in routers]) for layer in routers[0]}
+    rounded = None
+    if reference.rounded is not None:
+        rounded = _routing(subject, rows, reference, reference.rounded_routers, rounded=True)
+    return Parity(
+        rows=rows,
+        unrounded=join(unrounded),
+        stock=join(stock) if stock else None,
+        head=join(head) if head else None,
+        routing=_routing(
+            subject, rows, reference, joined, rounded=rounded is not None, rounding=rounded
+        ),
+        rounding=reference.rounded,
+        rounding_routing=rounded,
     )
 
 
-def _blocks(
-    reference: np.ndarray, candidate: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    vocabulary = reference.shape[-1]
-    left, right = reference.reshape(-1, vocabulary), candidate.reshape(-1, vocabulary)
-    for start in range(0, len(left), _BLOCK):
-        pair = (
-            left[start : start + _BLOCK].astype(np.float64),
-            right[start : start + _BLOCK].astype(np.float64),
+def _routing(
+    subject: Subject,
+    rows: Rows,
+    reference: _Reference,
+    routers: Mapping[int, Array],
+    *,
+    rounded: bool,
+    rounding: Routing | None = None,
+) -> Routing:
+    return compare_routing(
+        reference.routers,
+        routers,
+        top_k=subject.model.num_experts_per_tok or 1,
+        shape=(rows.tokens.shape[0], rows.tokens.shape[1]),
+        rounded=rounded,
+        rounding=rounding,
+    )
+
+
+def _maxtext_reference(
+    subject: Subject, rows: Rows, options: ParityOptions, note: Note
+) -> _Reference:
+    """MaxText as a whole, and its layers for the routers."""
+    if subject.items is None:
+        raise UnsupportedError(
+            f"level logits needs the checkpoint on a local disk, not at {subject.step.items}; "
+            "level layers reads it where it is"
         )
-        for name, block in zip(("reference", "candidate"), pair, strict=True):
-            if not np.isfinite(block).all():
-                raise TensorError(f"The logits of the {name} model are not all finite.")
-        yield pair
+    layout = subject.layout
+    config = reference_config(subject.model, layout, subject.step, options.config)
+    note(f"MaxText: {subject.items}, by {config.origin}")
+    model = MaxTextModel.load(subject.items, config.keys)
+    note(f"MaxText: forward over {rows.tokens.size} positions")
+    begin = time.monotonic()
+    each = [rows.tokens[row : row + 1] for row in range(len(rows.tokens))]
+    logits = [model.logits(row, head="unrounded") for row in each]
+    tied = model.config.logits_via_embedding
+    stock = [model.logits(row, head="stock") for row in each] if tied else None
+    read = parameters_of(model, layout)
+    layers = MaxTextLayers(config.keys, read)
+    walked = walk(layers, rows.tokens)
+    _check_order(layers, walked, logits)
+    note(f"MaxText: done in {time.monotonic() - begin:.0f} s")
+    rounded, rounded_routers = None, {}
+    weights = roundings(subject.edges.values())
+    if weights or options.dtype != "float32":
+        note("MaxText: the same with its weights moved as the output rounds them")
+        side = MaxTextLayers(config.keys, moved(read, layout, weights), dtype=options.dtype)
+        other = walk(side, rows.tokens)
+        flat = np.concatenate([one.reshape(-1, one.shape[-1]) for one in logits])
+        rounded, rounded_routers = _against(side, other, flat, rows), dict(other.routers)
+    return _Reference(
+        name=f"MaxText {model.version}",
+        origin=config.origin,
+        independent=config.independent,
+        logits=logits,
+        stock=stock,
+        routers=walked.routers,
+        forward=lambda tokens: model.logits(tokens, head="unrounded"),
+        rounded=rounded,
+        rounded_routers=rounded_routers,
+    )
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
-
-
-def _shared(left: np.ndarray, right: np.ndarray, top: int) -> np.ndarray:
-    """Per row, the share of the `top` likeliest tokens of `left` that are so in `right` too."""
-    likeliest = [np.argpartition(-logits, top - 1, axis=-1)[:, :top] for logits in (left, right)]
-    both = (likeliest[0][:, :, None] == likeliest[1][:, None, :]).any(axis=-1)
-    result: np.ndarray = both.mean(axis=-1)
-    return result
-
-
-def hf_logits(
-    model_dir: str | Path, tokens: np.ndarray, *, dtype: str = "float32", device: str = "cpu"
-) -> np.ndarray:
-    """Return the float32 logits [B, T, V] of a Hugging Face model directory, by transformers.
-
-    Attention and experts run in their plain implementations. Nothing is fetched, no code of the
-    directory is run, and a parameter that transformers would make up or leave out is an error.
-    """
-    model_dir = Path(model_dir)
-    if not (model_dir / "config.json").is_file():
-        raise ConfigError(f"{model_dir} is not a Hugging Face model: it has no config.json.")
-    if not any(model_dir.glob("*.safetensors")):
-        raise TensorError(f"{model_dir} is not a Hugging Face model: it has no *.safetensors.")
-    if not all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
-        raise MoeconvError('transformers is not installed: pip install "moeconv[verify]".')
-    import torch
-    import transformers
-    from transformers.utils import logging
-
-    tokens = np.asarray(tokens)
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UsageError(
-            f"Tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}."
-        )
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            dtype=getattr(torch, dtype),
-            attn_implementation="eager",
-            experts_implementation="eager",
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # of transformers, torch and safetensors
-        raise TensorError(f"transformers cannot load {model_dir}: {error}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
+def _check_order(layers: MaxTextLayers, walked: Walked, whole: list[Array]) -> None:
+    """The layers taken one at a time are those of the whole, in the same order."""
+    tail = layers.logits(layers.norm(walked.hidden[:, -_TAIL:]), "unrounded")
+    expected = np.concatenate([logits[:, -_TAIL:] for logits in whole])
+    apart = float(np.abs(tail - expected).max() / np.abs(expected).max())
+    if not apart <= LOGITS.passing:
         raise TensorError(
-            f"transformers does not load {model_dir} whole: "
-            + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
+            f"MaxText's layers one at a time give other logits than MaxText as a whole ({apart:.1e}"
+            " of the largest): the layers are not in the order that the checkpoint's layout says"
         )
-    model.to(device).eval()
-    with torch.inference_mode():
-        ids = torch.from_numpy(tokens.astype(np.int64)).to(device)
-        logits = model(input_ids=ids, use_cache=False).logits
-    result: np.ndarray = logits.float().cpu().numpy()
-    return result
+
+
+def _against(side: Side, walked: Walked, reference: Array, rows: Rows) -> Positions:
+    """Logits of walked layers against [N, V], block by block."""
+    parts, start = [], 0
+    targets = rows.targets.reshape(-1)
+    for block in blocks(walked.hidden):
+        logits = side.logits(side.norm(block), "unrounded")[0]
+        span = slice(start, start + len(logits))
+        parts.append(compare_logits(reference[span], logits, targets[span]))
+        start += len(logits)
+    return join(parts)
+
+
+def _hf_reference(
+    subject: Subject, rows: Rows, options: ParityOptions, folder: Path, note: Note
+) -> _Reference:
+    """Another Hugging Face model."""
+    note(f"transformers: {folder}, forward over {rows.tokens.size} positions")
+    model = HfModel.load(folder)
+    each = [rows.tokens[row : row + 1] for row in range(len(rows.tokens))]
+    runs = [model.run(row) for row in each]
+    logits = [found for found, _ in runs]
+    rounded, rounded_routers = None, {}
+    rounding = rounding_between(folder, subject.out)
+    if rounding is not None or options.dtype != "float32":
+        side = HfLayers(folder, dtype=options.dtype, rounding=rounding)
+        other = walk(side, rows.tokens)
+        flat = np.concatenate([one.reshape(-1, one.shape[-1]) for one in logits])
+        rounded, rounded_routers = _against(side, other, flat, rows), dict(other.routers)
+    return _Reference(
+        name=str(folder),
+        origin="its own config.json",
+        independent=True,
+        logits=logits,
+        stock=None,
+        routers=_joined([seen for _, seen in runs]),
+        forward=lambda tokens: model.run(tokens)[0],
+        rounded=rounded,
+        rounded_routers=rounded_routers,
+    )
+
+
+def _joined(found: list[dict[int, Array]]) -> dict[int, Array]:
+    return {layer: np.concatenate([one[layer] for one in found]) for layer in found[0]}

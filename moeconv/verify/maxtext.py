@@ -2,131 +2,30 @@
 
 Nothing here knows how a model is mapped: the model is built by MaxText from MaxText's keys, the
 weights are restored by MaxText's own loader, and no parameter is ever initialised, so logits can
-come from the checkpoint only. The one liberty taken with MaxText is `_unrounded_head`.
+come from the checkpoint only. The one liberty taken with MaxText is `unrounded_head`.
 """
 
 import contextlib
-import enum
 import importlib.metadata
 import importlib.util
-import inspect
-import io
-import logging
-import os
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from moeconv.errors import (
     ConfigError,
+    MissingPackageError,
     MoeconvError,
     NotACheckpointError,
     TensorError,
     UnsupportedError,
     UsageError,
 )
-
-Head = Literal["stock", "unrounded"]
-
-# The groups of MaxText's config (classes of maxtext.configs.types) that say what is computed ...
-_MODEL_GROUPS = (
-    "ModelArchitecture",
-    "Engram",
-    "MTP",
-    "LogitsAndLoss",
-    "Attention",
-    "MlaAttention",
-    "MoBa",
-    "CompressedAttention",
-    "AttentionIndexer",
-    "Llama4Attention",
-    "DeepSeekMoE",
-    "Qwen3Next",
-    "ManifoldConstrainedHyperConnections",
-    "PositionalEmbedding",
-    "Rope",
-    "YarnRope",
-)
-# ... with the members that say how fast, and on what, which stay at MaxText's defaults ...
-_MACHINE_KEYS = frozenset(
-    {
-        "attention",
-        "use_ragged_attention",
-        "ragged_block_size",
-        "use_tokamax_splash",
-        "use_jax_splash",
-        "force_q_layout",
-        "use_qk_clip",
-        "num_vocab_tiling",
-        "vocab_tiling_ag_once",
-        "defer_small_all_reduces",
-        "log_moe_bias_norms",
-        "log_step_diagnostics",
-        "use_batch_split_schedule",
-        "batch_split_factor",
-        "use_lineage",
-        "routed_bias_update_rate",
-        "use_mhc_pallas_kernel",
-    }
-)
-# ... and the members of mixed groups that belong to the model.
-_MODEL_KEYS = frozenset(
-    {
-        "model_name",
-        "vocab_size",
-        "scan_layers",
-        "param_scan_axis",
-        "inhomogeneous_layer_cycle_interval",
-        "max_target_length",
-        "num_experts",
-        "num_experts_per_tok",
-        "capacity_factor",
-        "base_moe_mlp_dim",
-        "padded_base_moe_mlp_dim",
-        "moe_expert_input_dim",
-        "interleave_moe_layer_step",
-        "norm_topk_prob",
-        "float32_weight_sum",
-        "float32_gate_logits",
-        "prefuse_moe_weights",
-        "fuse_expert_scales",
-    }
-)
-# Derived by MaxText from base_* and global_parameter_scale; if given, they must come out the same.
-_DERIVED_DIMENSIONS = (
-    "emb_dim",
-    "num_query_heads",
-    "num_kv_heads",
-    "mlp_dim",
-    "moe_mlp_dim",
-    "num_decoder_layers",
-)
-# An enum's member as str() writes it: DecoderBlockType.MIXTRAL, for mixtral.
-_ENUM = re.compile(r"[A-Z][A-Za-z]+Type\.([A-Z0-9_]+)")
-# One CPU device, every expert for every token, full fp32 products; nothing read, nothing written.
-_EVALUATION = {
-    "override_model_config": True,
-    "hardware": "cpu",
-    "skip_jax_distributed_system": True,
-    "run_name": "moeconv-verify",
-    "base_output_directory": "/nonexistent/moeconv-verify",
-    "enable_checkpointing": False,
-    "dataset_type": "synthetic",
-    "jax_cache_dir": "",
-    "log_config": False,
-    "per_device_batch_size": 1,
-    "attention": "dot_product",
-    "megablox": False,
-    "sparse_matmul": False,
-    "matmul_precision": "highest",
-    "weight_dtype": "float32",
-    "enable_dropout": False,
-    "cast_logits_to_fp32": True,
-}
+from moeconv.verify.maxtext_config import build_config, quiet
+from moeconv.verify.maxtext_head import Head, unrounded_head
 
 
 class MaxTextModel:
@@ -159,16 +58,31 @@ class MaxTextModel:
                 f"{items} is not the items directory of a MaxText checkpoint: it has no _METADATA."
             )
         if importlib.util.find_spec("maxtext") is None:
-            raise MoeconvError('MaxText is not installed: pip install "moeconv[train]".')
+            raise MissingPackageError('MaxText is not installed: pip install "moeconv[train]".')
         import jax
 
         # XLA reads its flags and its log level once, here, before MaxText changes both.
         jax.devices()
-        with _quiet():
-            built = _build_config(config, dtype)
-            mesh, graph, abstract = _abstract_model(built)
+        with quiet():
+            built = build_config(config, dtype)
+            mesh, graph, abstract = abstract_model(built)
             state = _restore(items, abstract)
         return cls(built, mesh, graph, state)
+
+    @property
+    def version(self) -> str:
+        """MaxText's own version."""
+        return importlib.metadata.version("maxtext")
+
+    def parameter(self, name: str) -> np.ndarray:
+        """A parameter by its dotted name below `params.params`, in float32."""
+        return np.asarray(self._parameters[name].get_value(), np.float32)
+
+    @cached_property
+    def _parameters(self) -> dict[str, Any]:
+        from flax import nnx
+
+        return {dotted(path): variable for path, variable in nnx.to_flat_state(self._state)}
 
     def logits(self, tokens: np.ndarray, *, head: Head = "stock") -> np.ndarray:
         """Return the float32 logits [B, T, V] of `tokens` [B, T]: causal, one segment a row.
@@ -199,7 +113,7 @@ class MaxTextModel:
             self._forwards[head] = jax.jit(_forward(self._graph, head))
         rules = logical_axis_rules(self.config.logical_axis_rules)
         precision = jax.default_matmul_precision("highest")
-        with _quiet(), precision, jax.set_mesh(self._mesh), rules:
+        with quiet(), precision, jax.set_mesh(self._mesh), rules:
             result = self._forwards[head](self._state, jnp.asarray(tokens, jnp.int32))
         return np.asarray(result, np.float32)
 
@@ -211,7 +125,7 @@ def _forward(graph: Any, head: Head) -> Callable[[Any, Any], Any]:
 
     def forward(state: Any, tokens: Any) -> Any:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        with _unrounded_head() if head == "unrounded" else contextlib.nullcontext():
+        with unrounded_head() if head == "unrounded" else contextlib.nullcontext():
             return nnx.merge(graph, state)(
                 decoder_input_tokens=tokens,
                 decoder_positions=positions,
@@ -222,52 +136,7 @@ def _forward(graph: Any, head: Head) -> Callable[[Any, Any], Any]:
     return forward
 
 
-def _build_config(config: Mapping[str, object], dtype: str) -> Any:
-    """MaxText's resolved config for evaluating the model that `config` describes."""
-    from maxtext.configs import pyconfig, types
-
-    if config.get("quantization"):
-        raise UnsupportedError(
-            f"The run's config has quantization: {config['quantization']}; "
-            "only models that compute unquantised can be evaluated."
-        )
-    wanted = set(_MODEL_KEYS)
-    for group in _MODEL_GROUPS:
-        wanted |= set(getattr(types, group).model_fields)
-    wanted = (wanted - _MACHINE_KEYS) & set(types.MaxTextConfig.model_fields)
-    overrides = {key: _plain(value) for key, value in config.items() if key in wanted}
-    overrides |= _EVALUATION | {"dtype": dtype}
-    base = str(Path(pyconfig.__file__).with_name("base.yml"))
-    try:
-        with _flags_kept():
-            built = pyconfig.initialize(["", base], **overrides)
-    except (Exception, SystemExit) as error:  # outside of pytest MaxText exits
-        cause = (error.__context__ or error) if isinstance(error, SystemExit) else error
-        raise ConfigError(f"MaxText does not accept the run's config: {cause}") from cause
-    wrong = [
-        f"{key}: {config[key]} given, {built.get_keys()[key]} derived"
-        for key in _DERIVED_DIMENSIONS
-        if config.get(key) is not None and config[key] != built.get_keys()[key]
-    ]
-    if wrong:
-        raise ConfigError(
-            "The run's config contradicts itself; give the base_* keys: " + "; ".join(wrong)
-        )
-    return built
-
-
-def _plain(value: object) -> object:
-    """A value of MaxText's resolved config as its YAML would have it."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, str) and (member := _ENUM.fullmatch(value)):
-        return member[1].lower()
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _abstract_model(config: Any) -> tuple[Any, Any, Any]:
+def abstract_model(config: Any) -> tuple[Any, Any, Any]:
     """The mesh of one CPU device, the model's graph, and its state as shapes only."""
     import jax
     from flax import nnx
@@ -289,9 +158,9 @@ def _restore(items: Path, abstract: Any) -> Any:
     from maxtext.common import checkpointing
 
     parameters, streams, rest = nnx.split_state(abstract, nnx.Param, nnx.RngState, ...)
-    if unknown := [_dotted(path) for path, _ in nnx.to_flat_state(rest)]:
+    if unknown := [dotted(path) for path, _ in nnx.to_flat_state(rest)]:
         raise UnsupportedError(f"The model keeps state besides parameters: {', '.join(unknown)}.")
-    wanted = {_dotted(path) for path, _ in nnx.to_flat_state(parameters)}
+    wanted = {dotted(path) for path, _ in nnx.to_flat_state(parameters)}
     try:
         stored = _stored_parameters(items)
         restored = checkpointing.load_params_from_path(
@@ -310,8 +179,8 @@ def _restore(items: Path, abstract: Any) -> Any:
     for path, variable in nnx.to_flat_state(restored):
         value = variable.get_value()
         if not isinstance(value, jax.Array):
-            raise TensorError(f"{items} holds no {_dotted(path)}.")
-    return nnx.merge_state(restored, jax.tree.map(_zeros, streams))
+            raise TensorError(f"{items} holds no {dotted(path)}.")
+    return nnx.merge_state(restored, jax.tree.map(zeros, streams))
 
 
 def _stored_parameters(items: Path) -> set[str]:
@@ -326,85 +195,22 @@ def _stored_parameters(items: Path) -> set[str]:
     if not isinstance(collections, Mapping) or "params" not in collections:
         raise NotACheckpointError(f"{items} holds no params.params, so it is not from MaxText.")
     return {
-        _dotted(path)
+        dotted(path)
         for collection in collections.values()
         for path in nnx.traversals.flatten_mapping(collection)
     }
 
 
-def _dotted(path: tuple[object, ...]) -> str:
+def dotted(path: tuple[object, ...]) -> str:
+    """A key path as one name."""
     return ".".join(str(part) for part in path)
 
 
-def _zeros(leaf: Any) -> Any:
+def zeros(leaf: Any) -> Any:
+    """Zeros, or a fixed key, of a leaf's shape."""
     import jax
     import jax.numpy as jnp
 
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return jnp.broadcast_to(jax.random.key(0), leaf.shape)
     return jnp.zeros(leaf.shape, leaf.dtype)
-
-
-@contextlib.contextmanager
-def _unrounded_head() -> Iterator[None]:
-    """While the forward is traced, take the rounding of the tied table out of the output matmul.
-
-    MaxText's `attend_on_embedding` casts the table to bfloat16 whatever `dtype` is; the decoder
-    calls it by the name that it imported, the one place replaced here. A patch that no longer bites
-    would make the two heads agree for the wrong reason: so the cast must be where it was, and the
-    replacement must be called.
-    """
-    import jax.numpy as jnp
-    from maxtext.layers import embeddings, nnx_decoders
-
-    stock = embeddings.attend_on_embedding
-    calls = 0
-
-    def attend(query: Any, table: Any, dtype: Any, config: Any, out_sharding: Any = None) -> Any:
-        nonlocal calls
-        calls += 1
-        return jnp.dot(query, jnp.asarray(table, dtype).T, preferred_element_type=dtype)
-
-    moved = UnsupportedError(
-        f"MaxText {importlib.metadata.version('maxtext')} computes its tied output head differently"
-        " from 0.2.5: the rounding to bfloat16 cannot be taken out. Install maxtext==0.2.5."
-    )
-    source = inspect.getsource(stock)
-    if (
-        source.count("bfloat16") != 1
-        or "jnp.asarray(embedding_table, jnp.bfloat16).T" not in source
-    ):
-        raise moved
-    if getattr(nnx_decoders, stock.__name__, None) is not stock:
-        raise moved
-    nnx_decoders.attend_on_embedding = attend
-    try:
-        yield
-    finally:
-        nnx_decoders.attend_on_embedding = stock
-    if calls != 1:
-        raise moved
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence logs below CRITICAL, stdout and warnings: MaxText and Orbax report every step."""
-    before = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
-@contextlib.contextmanager
-def _flags_kept() -> Iterator[None]:
-    """Undo MaxText's config setting XLA_FLAGS, where none were set, to dump into /tmp/xla_dump."""
-    before = os.environ.get("XLA_FLAGS")
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop("XLA_FLAGS", None)

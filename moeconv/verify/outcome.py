@@ -50,6 +50,11 @@ def worst(checks: Iterable[Check]) -> Status:
     return max((c.status for c in checks), key=_RANK.__getitem__, default=Status.SKIP)
 
 
+def worse(one: Status, other: Status) -> Status:
+    """The graver of two verdicts."""
+    return max(one, other, key=_RANK.__getitem__)
+
+
 def passed(level: Level, name: str, summary: str, **more: Any) -> Check:
     """A check that found nothing wrong."""
     return Check(level=level, name=name, status=Status.PASS, summary=summary, **more)

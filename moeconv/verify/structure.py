@@ -23,7 +23,15 @@ from moeconv.verify.subject import Stored, Subject
 _HASH_BLOCK = 1 << 20
 _SCAN_BLOCK = 1 << 22
 _EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
-_IGNORED = ("verify.json", "verify.md", "README.md", ".gitattributes")
+_IGNORED = (
+    "verify.json",
+    "verify.md",
+    "verify_kl_by_position.png",
+    "verify_error_by_layer.png",
+    "verify_logits.png",
+    "README.md",
+    ".gitattributes",
+)
 _SAMPLE = (
     "Once upon a time there was a little mixture of experts. It said: «Good morning!»",
     "  Two spaces, a tab\tand a line\nbreak; 3.14159 × 10⁻⁵, naïve café, 日本語, 🙂",
@@ -62,9 +70,7 @@ def _files(subject: Subject) -> Check:
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*subject.manifest.files, MANIFEST_NAME, *_IGNORED}
-    extra = sorted(
-        p.name for p in subject.out.iterdir() if p.name not in known and p.suffix != ".png"
-    )
+    extra = sorted(p.name for p in subject.out.iterdir() if p.name not in known)
     if wrong:
         return failed(
             "structure", "files", f"{len(wrong)} files are not as they were written", tensors=wrong

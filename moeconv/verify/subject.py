@@ -24,7 +24,7 @@ from moeconv.mapping.edges import Edge, expand
 from moeconv.mapping.families import FAMILIES
 from moeconv.mapping.rules import Family, Options
 from moeconv.orbax.arrays import Arrays
-from moeconv.orbax.locate import locate
+from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
 
 
@@ -91,10 +91,19 @@ class Subject:
         return Options(untie=self.manifest.untied)
 
     @cached_property
+    def step(self) -> Step:
+        """The source, found."""
+        return locate(self.source)
+
+    @property
+    def items(self) -> Path | None:
+        """The source's `items` directory, None when it is remote."""
+        return self.step.items.local
+
+    @cached_property
     def arrays(self) -> Arrays:
         """The source's parameters, opened."""
-        step = locate(self.source)
-        return Arrays(step.items, read_tree(step.items))
+        return Arrays(self.step.items, read_tree(self.step.items))
 
     @cached_property
     def layout(self) -> Layout:

@@ -50,7 +50,7 @@ def reference(checkpoint, tokens: np.ndarray, head: str = "unrounded") -> np.nda
 
 def assert_same_model(checkpoint, out: Path, limit: float = PARITY) -> None:
     """The converted model in transformers gives MaxText's logits."""
-    from moeconv.verify.logits import hf_logits
+    from moeconv.verify.hf_model import hf_logits
 
     tokens = tokens_for(checkpoint)
     expected = reference(checkpoint, tokens)

@@ -81,7 +81,7 @@ def test_without_a_config_only_shapes_are_known(run_dir):
 
 
 def test_converted(run_dir, tmp_path):
-    from moeconv.verify.logits import hf_logits
+    from moeconv.verify.hf_model import hf_logits
 
     options = ConvertOptions(config=run_dir / "config.yml", dtype="float32")
     manifest = convert(plan_conversion(str(run_dir), options), tmp_path / "out")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,8 +19,15 @@ from moeconv.errors import (
     UnsupportedError,
     UsageError,
 )
-from moeconv.verify.logits import compare_logits, hf_logits
+from moeconv.verify.hf_model import hf_logits
 from moeconv.verify.maxtext import MaxTextModel
+from moeconv.verify.metrics import compare_logits as compare_positions
+
+
+def compare_logits(reference, candidate):
+    """The summary of all positions, by attribute."""
+    return SimpleNamespace(**compare_positions(reference, candidate).summary())
+
 
 TOKENS = np.random.default_rng(7).integers(0, 160, (2, 24), dtype=np.int32)
 # fp32 against float64 on logits of std 1; a mistake in the mathematics is 0.1 and more.
@@ -468,7 +476,8 @@ def test_compare_logits_measures():
     reference = rng.standard_normal((70, 50)).astype(np.float32) + 1000
     same = compare_logits(reference, reference)
     assert (same.max_abs, same.kl_max, same.top1_agreement, same.top5_agreement) == (0, 0, 1, 1)
-    assert same.std_reference == pytest.approx(reference.astype(np.float64).std(), rel=1e-9)
+    variance = reference.astype(np.float64).var(axis=-1).mean()
+    assert same.std_reference == pytest.approx(np.sqrt(variance), rel=1e-9)
     # An offset of all logits changes them, but no probability.
     shifted = compare_logits(reference, reference + 1)
     assert shifted.max_abs == pytest.approx(1) == shifted.mean_abs

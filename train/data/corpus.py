@@ -1,4 +1,4 @@
-"""Turns the embedded corpus into what MaxText reads offline: tokenised rows in an ArrayRecord.
+"""The embedded corpus as what MaxText reads offline: a small tokenizer and tokenised rows.
 
 One story a row, `BOS story EOS`, so no story attends to another, and `dataset_type=grain` can
 resume exactly. MaxText pads the rows.
@@ -7,6 +7,7 @@ resume exactly. MaxText pads the rows.
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeconv_train.data.records import TEXT, write_shard
 from moeconv_train.make_corpus import CORPUS
 from moeconv_train.tokenizer import EOS, save_tokenizer, train_tokenizer
 from tokenizers import Tokenizer
@@ -14,7 +15,7 @@ from tokenizers import Tokenizer
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where a prepared dataset lies, as MaxText's config keys want it."""
+    """Where the prepared corpus lies, as MaxText's config keys want it."""
 
     tokenizer: Path
     train: Path
@@ -39,24 +40,11 @@ def tokenise(stories: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     return [[*encoding.ids, eos] for encoding in tokenizer.encode_batch(stories)]
 
 
-def write_rows(rows: list[list[int]], path: Path) -> None:
-    """Writes rows of token ids as `tf.train.Example`s with the one column `text`."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-    from maxtext.input_pipeline.protos import example_pb2
-
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for row in rows:
-        example = example_pb2.Example()
-        example.features.feature["text"].int64_list.value.extend(row)
-        writer.write(example.SerializeToString())
-    writer.close()
-
-
 def prepare(directory: Path) -> Dataset:
     """Trains the tokenizer on the embedded corpus and writes both into `directory`."""
     dataset = Dataset(directory / "tokenizer", directory / "stories.array_record")
     stories = read_stories()
     tokenizer = train_tokenizer(stories)
     save_tokenizer(tokenizer, dataset.tokenizer)
-    write_rows(tokenise(stories, tokenizer), dataset.train)
+    write_shard(dataset.train, [{TEXT: row} for row in tokenise(stories, tokenizer)])
     return dataset

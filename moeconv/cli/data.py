@@ -1,0 +1,245 @@
+"""`moeconv data prepare`: stories to the tokenised, packed and counted rows that MaxText reads."""
+
+import importlib
+import importlib.util
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.cli.output import Output
+from moeconv.errors import MissingPackageError, UsageError
+
+_REPORT_EVERY = 5.0
+
+
+@click.group("data")
+def command() -> None:
+    """Prepare the data that a model is trained on."""
+
+
+@command.command("prepare")
+@click.argument("source", required=False)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Becomes the dataset; the same command goes on where it was interrupted.",
+)
+@click.option(
+    "--tokenizer",
+    default="llama3",
+    show_default=True,
+    metavar="DIR|llama3|HUB_ID",
+    help="A directory with a tokenizer.json, a file of tiktoken ranks, llama3 (needs no network), "
+    "or a repository on the Hub (with HF_TOKEN from the environment).",
+)
+@click.option(
+    "--seq-length",
+    "sequence_length",
+    type=int,
+    default=2048,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a row: MaxText's max_target_length.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["packed", "contiguous", "stories"]),
+    default="packed",
+    show_default=True,
+    help="packed: whole stories, several a row, none sees another. contiguous: one stream cut into "
+    "rows; stories see those before them. stories: one a row, the rest padding.",
+)
+@click.option(
+    "--too-long",
+    type=click.Choice(["split", "truncate"]),
+    default="split",
+    show_default=True,
+    help="What becomes of a story that is longer than a row.",
+)
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    metavar="train=GLOB|validation=GLOB",
+    help="Which files of SOURCE are which split; default: what their names say.",
+)
+@click.option(
+    "--validation-fraction",
+    type=float,
+    default=0.01,
+    show_default=True,
+    metavar="F",
+    help="Share of the stories to hold out where SOURCE has no validation split.",
+)
+@click.option(
+    "--column",
+    default="text",
+    show_default=True,
+    metavar="NAME",
+    help="Column (parquet) or field (jsonl) of the text.",
+)
+@click.option(
+    "--separator",
+    default="<|endoftext|>",
+    show_default=True,
+    metavar="TEXT",
+    help=r"What stands between the stories of a text file; \n is a line's end.",
+)
+@click.option("--revision", metavar="REV", help="Commit, branch or tag of a dataset on the Hub.")
+@click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Fixes the order of the rows in training (data_shuffle_seed) and which stories are held "
+    "out.",
+)
+@click.option(
+    "--workers",
+    type=int,
+    default=lambda: os.cpu_count() or 1,
+    show_default="number of processors",
+    metavar="N",
+    help="Processes; 0 works in this one. The bytes written do not depend on it.",
+)
+@click.option(
+    "--shard-characters",
+    type=int,
+    default=1 << 25,
+    show_default=True,
+    metavar="N",
+    help="Text that goes into one file, about.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the dataset that is in DIR.")
+@JSON
+@QUIET
+def prepare(
+    source: str | None,
+    out: Path,
+    splits: tuple[str, ...],
+    separator: str,
+    json_mode: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Tokenise SOURCE into ArrayRecord shards for MaxText's grain pipeline.
+
+    SOURCE is a dataset on the Hugging Face Hub (default: roneneldan/TinyStories), or a parquet,
+    jsonl or text file (the last two also .gz or .zst), or a folder of them. DIR gets the shards,
+    the tokenizer, and data.json with all counts and SHA-256s.
+    """
+    if importlib.util.find_spec("array_record") is None:
+        raise MissingPackageError('preparing data needs array_record: pip install "moeconv[train]"')
+    data = importlib.import_module("moeconv_train.data")
+    output = output_of(json_mode, quiet)
+    settings = data.PrepareOptions(
+        splits=_patterns(splits),
+        separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
+        **options,
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    report = _Report(output)
+    try:
+        dataset = data.prepare_dataset(
+            source or data.DEFAULT_SOURCE,
+            out,
+            settings,
+            progress=report,
+            note=output.note,
+            quiet=quiet or json_mode,
+        )
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted: the same command goes on from what is in {out}\n")
+        sys.exit(130)
+    report.last()
+    output.data(describe(dataset))
+    _print(output, dataset)
+
+
+def describe(dataset: Any) -> dict[str, Any]:
+    """A dataset as data: everything in data.json but the shards, and what follows from it."""
+    return {
+        "out": str(dataset.directory),
+        "digest": dataset.digest,
+        **dataset.manifest.model_dump(mode="json", exclude={"shards"}),
+        "fill": {split: dataset.fill(split) for split in dataset.manifest.splits},
+        "shards": len(dataset.manifest.shards),
+        "bytes": sum(shard.bytes for shard in dataset.manifest.shards),
+        "overrides": dataset.overrides(),
+    }
+
+
+class _Report:
+    """Progress as a line now and then on stderr."""
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._last = time.monotonic()
+        self._state: Any = None
+
+    def __call__(self, state: Any) -> None:
+        self._state = state
+        if time.monotonic() - self._last > _REPORT_EVERY:
+            self._last = time.monotonic()
+            self._line(state)
+
+    def last(self) -> None:
+        """The final count, if anything was done."""
+        if self._state is not None and self._state.fresh_tokens:
+            self._line(self._state)
+
+    def _line(self, state: Any) -> None:
+        self._output.note(
+            f"{state.files} of {state.of_files} files, {state.stories:,} stories, "
+            f"{state.tokens:,} tokens ({state.rate:,.0f} tokens/s)"
+        )
+
+
+def _patterns(splits: tuple[str, ...]) -> dict[str, str]:
+    patterns = {}
+    for text in splits:
+        name, equals, pattern = text.partition("=")
+        if not equals or not pattern or name in patterns:
+            raise UsageError(
+                f"--split {text}: give train=GLOB and, if there is one, validation=GLOB, each once"
+            )
+        patterns[name] = pattern
+    return patterns
+
+
+def _print(output: Output, dataset: Any) -> None:
+    from moeconv.convert.sizes import format_size
+
+    request = dataset.manifest.request
+    size = sum(shard.bytes for shard in dataset.manifest.shards)
+    output.print(
+        f"{dataset.directory}: {request.layout} rows of {request.sequence_length} tokens, "
+        f"{len(dataset.manifest.shards)} shards, {format_size(size)}"
+    )
+    for split, counts in dataset.manifest.splits.items():
+        if not counts.rows:
+            continue
+        line = (
+            f"{split}: {counts.stories:,} stories, {counts.tokens:,} tokens in {counts.rows:,} "
+            f"rows, {dataset.fill(split):.2%} of the positions are targets"
+        )
+        if counts.cut:
+            line += f"; {counts.cut:,} stories were longer than a row"
+        if counts.dropped:
+            line += f" and lost {counts.dropped:,} tokens"
+        if counts.empty:
+            line += f"; {counts.empty:,} empty ones left out"
+        output.print(line)
+    output.print(
+        f"one epoch is {dataset.steps_for_epochs(1, 8):,} steps of 8 rows, two are "
+        f"{dataset.steps_for_epochs(2, 8):,}; vocab_size must be at least {request.tokenizer.size}"
+    )

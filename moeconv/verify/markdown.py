@@ -1,0 +1,149 @@
+"""`verify.md`: the report for people, with every number from verify.json."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.verify.grading import LIMITS, PASS_ROUNDING, WARN_ROUNDING
+from moeconv.verify.outcome import Check, Status
+from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, find
+from moeconv.verify.report import Report
+
+_FIGURES = (
+    ("positions", "positions"),
+    ("max_abs", "largest difference of a logit"),
+    ("mean_abs", "mean difference of a logit"),
+    ("largest_logit", "largest logit"),
+    ("kl_mean", "KL mean (nats)"),
+    ("kl_median", "KL median (nats)"),
+    ("kl_max", "KL largest (nats)"),
+    ("top1_agreement", "same top token"),
+    ("top5_agreement", "shared top five"),
+    ("perplexity_reference", "perplexity, reference"),
+    ("perplexity_candidate", "perplexity, converted"),
+)
+_COLUMNS = (("text", "text"), ("random", "random ids"), ("rounding", "rounding alone"))
+_PARTS = ("attention", "router", "experts", "output")
+
+
+def verdict_line(report: Report) -> str:
+    """The verdict in one sentence."""
+    ran = [name for name, status in report.levels.items() if status is not Status.SKIP]
+    if report.verdict is Status.PASS:
+        return f"PASS: the converted model is the one that was trained (levels {', '.join(ran)})."
+    if report.verdict is Status.SKIP:
+        return "SKIPPED: nothing could be checked here."
+    check = next(c for c in report.checks if c.status is report.verdict)
+    where = f", layer {check.layer}" if check.layer is not None else ""
+    tensors = f" ({', '.join(check.tensors[:3])})" if check.tensors else ""
+    word = "FAIL" if report.verdict is Status.FAIL else "WARN"
+    return f"{word}: {check.level}/{check.name}{where}: {check.summary}{tensors}"
+
+
+def to_markdown(report: Report, plots: Iterable[Path]) -> str:
+    """The whole page."""
+    drawn = {path.name for path in plots}
+    parts = [
+        "# Verification",
+        f"**{verdict_line(report)}**",
+        f"moeconv {report.moeconv_version}; checkpoint digest `{report.source}`; bound to the "
+        f"SHA-256 of {len(report.files)} files in verify.json: a change of one byte voids it.",
+        "## Checks",
+        _table(
+            ("level", "check", "verdict", "what was found"),
+            [(c.level, c.name, c.status.value, c.summary) for c in report.checks],
+        ),
+    ]
+    if wrong := [c for c in report.checks if c.tensors and c.status is not Status.PASS]:
+        rows = [(f"{c.level}/{c.name}", f"`{t}`") for c in wrong for t in c.tensors[:10]]
+        parts += ["## Tensors and files at fault", _table(("check", "name"), rows)]
+    for level in ("logits", "layers"):
+        if (parity := find(report, level, "parity")) is not None:
+            parts += _parity(report, level, parity)
+    if (hidden := find(report, "layers", "hidden")) is not None:
+        parts += ["## Hidden states, layer by layer", _hidden(hidden)]
+    parts += [f"![{name}]({name})" for name in (KL_PLOT, ERROR_PLOT, LOGIT_PLOT) if name in drawn]
+    parts += ["## Limits", limits_table()]
+    return "\n\n".join(parts) + "\n"
+
+
+def limits_table() -> str:
+    """The limits, as docs/parity.md and every report print them."""
+    rows = [(li.name, f"{li.passing:g}", f"{li.warning:g}", li.meaning) for li in LIMITS]
+    note = (
+        f"\n\nA rounded output, or a computation below fp32, may differ by {PASS_ROUNDING:g} times "
+        f"(warning: {WARN_ROUNDING:g} times) what rounding alone does to the reference besides; "
+        "that is measured in the same run."
+    )
+    return _table(("figure", "passes up to", "warns up to", "meaning"), rows) + note
+
+
+def _parity(report: Report, level: str, parity: Check) -> list[str]:
+    columns: list[tuple[str, Mapping[str, float]]] = [
+        (name, parity.metrics[key])
+        for key, name in (
+            ("text", "text"),
+            ("random", "random ids"),
+            ("rounding", "rounding alone"),
+        )
+        if isinstance(parity.metrics.get(key), Mapping)
+    ]
+    if (stock := find(report, level, "stock")) is not None:
+        columns.append(("MaxText as it is", stock.metrics["all"]))
+        columns.append(("its head's rounding alone", stock.metrics["head_rounding"]))
+    rows = [(text, *(_number(c.get(key)) for _, c in columns)) for key, text in _FIGURES]
+    parts = [
+        f"## Logits (level {level})",
+        f"Text: {parity.metrics['origin']}.",
+        _table(("", *(name for name, _ in columns)), rows),
+    ]
+    if (router := find(report, level, "router")) is not None:
+        rows = [
+            (
+                str(one["layer"]),
+                f"{one['agreement']:.2%}",
+                str(one["flips"]),
+                _number(one["margin"]),
+                _number(one["difference"]),
+            )
+            for one in router.metrics["layers"]
+        ]
+        heads = ("layer", "same experts", "flips", "smallest margin (std)", "largest Δ (std)")
+        parts += [f"### Routers (level {level})", _table(heads, rows)]
+    return parts
+
+
+def _hidden(hidden: Check) -> str:
+    """One row a layer: what arises in each part, and what has grown."""
+    by_layer: dict[str, dict[str, Any]] = {}
+    for place in hidden.metrics["places"]:
+        layer = place["part"] if place["layer"] is None else str(place["layer"])
+        part = "output" if place["layer"] is None else place["part"]
+        by_layer.setdefault(layer, {})[part] = place
+    rows = []
+    for layer, parts in by_layer.items():
+        cells = [_cell(parts.get(part)) for part in _PARTS]
+        rounding = parts["output"]["rounding"]
+        grown = _number(parts["output"]["own"]["largest"])
+        rows.append((layer, *cells, grown, _number(rounding["largest"] if rounding else None)))
+    return _table(("layer", *_PARTS, "grown so far", "rounding alone"), rows)
+
+
+def _cell(place: Mapping[str, Any] | None) -> str:
+    if place is None:
+        return "—"
+    mark = "" if place["status"] == Status.PASS else f" **{place['status']}**"
+    return _number(place["local"]["largest"]) + mark
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.3g}"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,98 @@
+"""The MaxText config that the reference is built from: the run's own where there is one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.layout import Layout, Stacking
+from moeconv.arch.parameters import LayerKind
+from moeconv.arch.told import load_config_file
+from moeconv.convert.source import find_sidecar
+from moeconv.orbax.locate import Step
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """MaxText keys and who told them.
+
+    Attributes:
+        keys: For `MaxTextModel.load`.
+        origin: For people.
+        independent: Whether they were told by somebody else than the conversion: a reference built
+            from what the conversion believed cannot find out that it was told wrong.
+    """
+
+    keys: Mapping[str, Any]
+    origin: str
+    independent: bool
+
+
+def reference_config(
+    model: ModelDescription, layout: Layout, step: Step, config: Path | None
+) -> ReferenceConfig:
+    """The config of the run.
+
+    Args:
+        model: The model that the manifest claims.
+        layout: How the checkpoint stores it.
+        step: The checkpoint.
+        config: A MaxText YAML given by the user; sizes that it leaves out come from the shapes.
+
+    Raises:
+        ConfigError: The user's file or the run's sidecar cannot be read.
+    """
+    if config is not None:
+        told = load_config_file(config)
+        return ReferenceConfig({**_sizes(model, layout), **told}, str(config), True)
+    if (sidecar := find_sidecar(step, needed=True)) is not None:
+        return ReferenceConfig(sidecar[0].config, f"the run's sidecar in {sidecar[1]}", True)
+    keys = {**_sizes(model, layout), **_semantics(model)}
+    return ReferenceConfig(keys, "the description in the output's manifest", False)
+
+
+def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
+    """What the shapes say, as MaxText's keys."""
+    dense, moe = model.intermediate_size, model.moe_intermediate_size
+    keys: dict[str, Any] = {
+        "base_emb_dim": model.hidden_size,
+        "base_num_query_heads": model.num_attention_heads,
+        "base_num_kv_heads": model.num_key_value_heads,
+        "head_dim": model.head_dim,
+        "base_num_decoder_layers": model.num_hidden_layers,
+        "base_mlp_dim": dense or moe,
+        "vocab_size": model.vocab_size,
+        "logits_via_embedding": model.tie_word_embeddings,
+        "max_target_length": model.max_position_embeddings,
+        "decoder_block": model.decoder_block,
+        "scan_layers": layout.stacking is not Stacking.UNSCANNED,
+    }
+    if layout.scan_axis is not None:
+        keys["param_scan_axis"] = layout.scan_axis
+    if model.num_experts:
+        keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
+    if model.decoder_block == "envy":
+        step = model.layer_kinds.index(LayerKind.MOE) + 1 if model.moe_layers else 0
+        keys |= {
+            "interleave_moe_layer_step": step,
+            "inhomogeneous_layer_cycle_interval": layout.cycle if layout.cycle > 1 else step,
+            # Shapes say so too: neither has parameters in any checkpoint that is converted.
+            "use_qk_norm": False,
+            "use_post_ffw_norm": False,
+        }
+    return keys
+
+
+def _semantics(model: ModelDescription) -> dict[str, Any]:
+    """What shapes cannot say, as the conversion understood it."""
+    keys: dict[str, Any] = {
+        "normalize_embedding_logits": model.normalize_embedding_logits,
+        "rope_type": model.rope_type,
+        "rope_max_timescale": model.rope_theta,
+        "rope_use_scale": model.rope_use_scale,
+        "normalization_layer_epsilon": model.rms_norm_eps,
+    }
+    if model.num_experts_per_tok:
+        keys["num_experts_per_tok"] = model.num_experts_per_tok
+    return keys

@@ -1,0 +1,120 @@
+"""`verify`: the levels in order, each with what it needs, and one report."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError
+from moeconv.verify.outcome import Check, Level, skipped
+from moeconv.verify.report import Report, make_report
+from moeconv.verify.settings import Note, ParityOptions
+from moeconv.verify.structure import check_structure
+from moeconv.verify.subject import Subject
+from moeconv.verify.tokens import Rows, find_sample, make_rows
+from moeconv.verify.weights import check_weights
+
+LEVELS: tuple[Level, ...] = ("structure", "weights", "logits", "layers")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What is verified, and with how much.
+
+    Attributes:
+        levels: Which ones.
+        jobs: Chunks worked on at the same time.
+        memory: Bytes that level weights may take.
+        parity: Of the levels logits and layers.
+        skip: Whether a level whose packages are missing, or that cannot read the checkpoint where
+            it is, is skipped; otherwise that is an error.
+    """
+
+    levels: Sequence[Level] = LEVELS
+    jobs: int = 2
+    memory: int = 4 << 30
+    parity: ParityOptions = field(default_factory=ParityOptions)
+    skip: bool = False
+
+
+def verify(
+    out: Path, *, source: str | None, options: VerifyOptions, note: Note = lambda text: None
+) -> Report:
+    """Verifies an output of `convert`.
+
+    Args:
+        out: The output.
+        source: Its checkpoint, None for the one that the manifest names.
+        options: What to do.
+        note: Called with what is being done.
+
+    Raises:
+        MoeconvError: Something needed is missing or cannot be read: there is no verdict.
+    """
+    subject = Subject.open(out, source=source)
+    checks: list[Check] = []
+    rows: Rows | None = None
+    for level in (level for level in LEVELS if level in options.levels):
+        note(f"level {level}")
+        try:
+            if level == "structure":
+                checks += check_structure(subject)
+            elif level == "weights":
+                checks += check_weights(subject, jobs=options.jobs, memory=options.memory)
+            else:
+                _require(level, options.parity)
+                rows = rows or _rows(subject, options.parity)
+                checks += _parity_level(level, subject, rows, options.parity, note)
+        except (MissingPackageError, UnsupportedError) as error:
+            if not options.skip:
+                raise
+            checks.append(skipped(level, level, str(error)))
+    return make_report(subject, checks)
+
+
+def _parity_level(
+    level: Level, subject: Subject, rows: Rows, options: ParityOptions, note: Note
+) -> list[Check]:
+    # Imported here: structure and weights need neither.
+    if level == "logits":
+        from moeconv.verify.logits import check_logits
+
+        return check_logits(subject, rows, options, note)
+    from moeconv.verify.layers import check_layers
+
+    return check_layers(subject, rows, options, note)
+
+
+def _require(level: Level, options: ParityOptions) -> None:
+    """The packages of a level.
+
+    Raises:
+        MissingPackageError: One is not installed.
+    """
+    packages = {"torch": "verify", "transformers": "verify", "tokenizers": "verify"}
+    if options.against is None:
+        packages["maxtext"] = "train"
+    missing = {p: extra for p, extra in packages.items() if importlib.util.find_spec(p) is None}
+    if missing:
+        extras = ",".join(sorted(set(missing.values()), reverse=True))
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingPackageError(
+            f"level {level} compares two running models, but {' and '.join(missing)} {verb} not "
+            f'installed: pip install "moeconv[{extras}]"'
+        )
+
+
+def _rows(subject: Subject, options: ParityOptions) -> Rows:
+    try:
+        step = subject.step
+    except MoeconvError:
+        if options.against is None:
+            raise
+        step = None  # two Hugging Face models are compared without the checkpoint
+    return make_rows(
+        subject.out,
+        find_sample(options.prompts, step),
+        count=options.tokens,
+        vocab_size=subject.model.vocab_size,
+        context=subject.model.max_position_embeddings,
+    )

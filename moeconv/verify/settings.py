@@ -1,0 +1,47 @@
+"""What the user chose about the comparison of logits and layers."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeconv.errors import UsageError
+
+# Called with what is being done, for people who wait.
+Note = Callable[[str], None]
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ParityOptions:
+    """See `moeconv verify --help`.
+
+    Attributes:
+        tokens: Positions of running text, and as many of random ids.
+        prompts: Text to run instead of the run's own.
+        dtype: What the converted model is computed in.
+        against: A Hugging Face model to compare with, None for MaxText.
+        config: MaxText YAML of the run, None for its sidecar or the manifest.
+        scratch: Where layers are laid out, None for the system's temporary folder.
+    """
+
+    tokens: int = 512
+    prompts: Path | None = None
+    dtype: str = "float32"
+    against: Path | None = None
+    config: Path | None = None
+    scratch: Path | None = None
+
+
+def parse_against(text: str) -> Path | None:
+    """`maxtext` (None) or `hf:DIR`.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if text == "maxtext":
+        return None
+    kind, separator, folder = text.partition(":")
+    if kind != "hf" or not separator or not folder:
+        raise UsageError(f"--against {text} is neither maxtext nor hf:DIR")
+    return Path(folder)

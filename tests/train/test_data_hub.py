@@ -1,0 +1,264 @@
+"""A dataset on the Hub, by a small local server that speaks the few endpoints needed."""
+
+import hashlib
+import http.server
+import json
+import threading
+import urllib.parse
+from dataclasses import dataclass, field
+
+import cli_runner
+import pytest
+from moeconv_train.data import DataSet, read_stories
+from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
+
+pytest.importorskip("array_record")
+
+STORIES = read_stories()[:120]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_notarealtokenbutasecret"
+
+
+@dataclass
+class Hub:
+    """What the server has, whom it lets in, and what it was asked."""
+
+    files: dict[str, bytes]
+    # Status and X-Error-Code instead of an answer, for the listing and for the files.
+    refuse_listing: tuple[int, str] | None = None
+    refuse_files: tuple[int, str] | None = None
+    wants: str | None = None
+    # The connection breaks after so many bytes of a body, once.
+    break_after: int | None = None
+    head: str = COMMIT
+    # Sent instead of what is listed.
+    damaged: dict[str, bytes] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    tokens: set[str | None] = field(default_factory=set)
+    endpoint: str = ""
+
+
+def handler(hub):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_HEAD(self):
+            self.do_GET(body=False)
+
+        def do_GET(self, body=True):
+            path = urllib.parse.unquote(self.path.split("?")[0])
+            hub.asked.append(f"{self.command} {path}")
+            hub.tokens.add(self.headers.get("Authorization"))
+            listing = path.startswith("/api/")
+            refused = hub.refuse_listing if listing else hub.refuse_files
+            if hub.wants and self.headers.get("Authorization") != f"Bearer {hub.wants}":
+                refused = refused or (401, "RepoNotFound")
+            if refused:
+                self.answer(refused[0], b"{}", {"X-Error-Code": refused[1]}, body)
+            elif listing:
+                self.answer(200, json.dumps(self.info()).encode(), {}, body)
+            else:
+                name = path.split(f"/resolve/{COMMIT}/", 1)[1]
+                self.send_file(hub.damaged.get(name, hub.files[name]), body)
+
+        def info(self):
+            siblings = [
+                {
+                    "rfilename": name,
+                    "size": len(content),
+                    "blobId": hashlib.sha1(content).hexdigest(),
+                    "lfs": {
+                        "size": len(content),
+                        "sha256": hashlib.sha256(content).hexdigest(),
+                        "pointerSize": 130,
+                    },
+                }
+                for name, content in hub.files.items()
+            ]
+            return {"id": "some/stories", "sha": hub.head, "siblings": siblings}
+
+        def send_file(self, content, body):
+            etag = f'"{hashlib.sha256(content).hexdigest()}"'
+            headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            begin = 0
+            if wanted := self.headers.get("Range"):
+                begin = int(wanted.removeprefix("bytes=").split("-")[0])
+                headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
+            self.answer(206 if wanted else 200, content[begin:], headers, body)
+
+        def answer(self, status, content, headers, body):
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if not body:
+                return
+            if "ETag" in headers and hub.break_after is not None and len(content) > hub.break_after:
+                content, hub.break_after = content[: hub.break_after], None
+                self.close_connection = True
+            self.wfile.write(content)
+
+    return Handler
+
+
+def parquet(stories):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": stories}), sink, row_group_size=10)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.fixture
+def hub():
+    """Laid out as roneneldan/TinyStories is: parquet in data/, the same as text beside it."""
+    files = {
+        ".gitattributes": b"",
+        "README.md": b"# Stories",
+        "Stories-train.txt": b"not to be read",
+        "data/train-00000-of-00002-2d5a1467fff1081b.parquet": parquet(STORIES[:50]),
+        "data/train-00001-of-00002-5852b56a2bd28fd9.parquet": parquet(STORIES[50:100]),
+        "data/validation-00000-of-00001-869c898b519ad725.parquet": parquet(STORIES[100:]),
+    }
+    served = Hub(files)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler(served))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    served.endpoint = f"http://127.0.0.1:{server.server_port}"
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_tokenizer(STORIES), directory)
+    return directory
+
+
+def prepare(hub, out, tokenizer, *more, source="some/stories", **environment):
+    return cli_runner.run(
+        *("data", "prepare", source, "--out", out, "--tokenizer", tokenizer, "--workers", 0),
+        *("--seq-length", 128, *more),
+        **{
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(out.parent / "hf-home"),
+            "HF_TOKEN": "",
+            **environment,
+        },
+    )
+
+
+def test_a_dataset_is_fetched_file_by_file_and_pinned(hub, tmp_path, tokenizer):
+    hub.wants = TOKEN
+    out = tmp_path / "out"
+    ran = prepare(hub, out, tokenizer, "--json", HF_TOKEN=TOKEN)
+    assert ran.code == 0, ran.err
+    report = json.loads(ran.out)
+    assert report["request"]["source"]["revision"] == COMMIT
+    assert {f["path"]: f["digest"] for f in report["request"]["source"]["files"]} == {
+        name: hashlib.sha256(content).hexdigest()
+        for name, content in hub.files.items()
+        if name.endswith("parquet")
+    }
+    assert report["splits"]["train"]["stories"] == 100
+    assert report["splits"]["validation"]["stories"] == 20
+    assert "train: data/train-00000" in ran.err and "(2 files)" in ran.err
+    assert TOKEN not in ran.err + ran.out + (out / "data.json").read_text()
+    assert not [name for name in hub.asked if "txt" in name or "README" in name]
+    # Nothing of the download stays.
+    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".parquet"]
+    assert not (out / ".prepare").exists()
+    # A second time nothing is asked, and a moved branch changes nothing.
+    hub.asked.clear()
+    hub.head = "f" * 40
+    again = prepare(hub, out, tokenizer, "--json", HF_HUB_OFFLINE="1")
+    assert again.code == 0, again.err
+    assert json.loads(again.out) == report and not hub.asked
+
+
+def test_a_damaged_file_is_fetched_anew_at_the_same_commit(hub, tmp_path, tokenizer):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert prepare(hub, whole, tokenizer).code == 0
+    second = next(name for name in hub.files if "train-00001" in name)
+    hub.damaged[second] = hub.files[second][:-9] + b"!" * 9
+    ran = prepare(hub, out, tokenizer)
+    assert ran.code == 10 and "train-00001" in ran.error
+    assert "did not arrive as the Hub lists it" in ran.error
+    hub.damaged.clear()
+    hub.head = "f" * 40  # the branch has moved on meanwhile
+    hub.asked.clear()
+    assert prepare(hub, out, tokenizer).code == 0
+    assert not [asked for asked in hub.asked if "/api/" in asked or "train-00000" in asked]
+    for file in whole.rglob("*"):
+        if file.is_file():
+            assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
+
+
+def test_a_connection_that_breaks_is_taken_up_again(hub, tmp_path, tokenizer):
+    hub.break_after = 1000
+    ran = prepare(hub, tmp_path / "out", tokenizer, "--json")
+    assert ran.code == 0, ran.err
+    assert hub.break_after is None
+    assert len([asked for asked in hub.asked if asked.startswith("GET /datasets/")]) == 4
+    assert json.loads(ran.out)["splits"]["train"]["stories"] == 100
+
+
+@pytest.mark.parametrize(
+    ("refuse", "token", "message"),
+    [
+        ((401, "GatedRepo"), "", "this dataset is gated; accept its terms on {hub}/datasets/some/"),
+        ((403, "GatedRepo"), TOKEN, "this dataset is gated; accept its terms on"),
+        ((401, "RepoNotFound"), "", "no dataset on the Hub that you may read; check the id, and"),
+        ((401, "RepoNotFound"), TOKEN, "set HF_TOKEN to one that may read it"),
+        ((404, "RepoNotFound"), "", "no such file or folder, and no dataset on the Hub"),
+        ((404, "RevisionNotFound"), "", "has no revision"),
+        ((403, ""), TOKEN, "the Hub refuses your token (403); set HF_TOKEN to a token that may"),
+        ((400, ""), "", "the Hub answers with 400; try again later"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    hub, tmp_path, tokenizer, monkeypatch, refuse, token, message
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.refuse_listing = refuse
+    ran = cli_runner.moeconv(
+        *("data", "prepare", "some/stories", "--out", tmp_path / "out", "--tokenizer", tokenizer)
+    )
+    assert ran.code == 10, ran.err
+    assert message.replace("{hub}", hub.endpoint) in ran.error
+    assert ran.error.count("\n") == 0 and ran.error.startswith("some/stories: ")
+    assert TOKEN not in ran.err
+    assert not (tmp_path / "out").exists()
+    assert hub.tokens == {f"Bearer {token}" if token else None}
+
+
+def test_a_gated_dataset_that_lists_but_does_not_give(hub, tmp_path, tokenizer):
+    hub.refuse_files = (403, "GatedRepo")
+    ran = prepare(hub, tmp_path / "out", tokenizer, HF_TOKEN=TOKEN)
+    assert ran.code == 10 and "this dataset is gated" in ran.error
+    with pytest.raises(Exception, match="no prepared dataset"):
+        DataSet.read(tmp_path / "out")
+    hub.refuse_files = None
+    assert prepare(hub, tmp_path / "out", tokenizer, HF_TOKEN=TOKEN).code == 0
+
+
+def test_no_hub_and_no_such_dataset(hub, tmp_path, tokenizer):
+    ran = prepare(hub, tmp_path / "a", tokenizer, HF_ENDPOINT="http://127.0.0.1:9")
+    assert ran.code == 10 and "the Hub at http://127.0.0.1:9 cannot be reached" in ran.error
+    ran = prepare(hub, tmp_path / "b", tokenizer, source="./no/such/folder")
+    assert ran.code == 2 and "not the id of a dataset on the Hub" in ran.error
+    hub.files = {"README.md": b"", "pictures.zip": b""}
+    ran = prepare(hub, tmp_path / "c", tokenizer)
+    assert ran.code == 2 and "has no parquet, jsonl or text file to train on" in ran.error

@@ -1,0 +1,276 @@
+"""`data.json`: what a prepared dataset holds, how it was made, and how MaxText is to read it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from moeconv_train.data.packing import Layout, TooLong
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moeconv.errors import ConfigError, UsageError
+
+NAME = "data.json"
+TOKENIZER = "tokenizer"
+TRAIN, VALIDATION = "train", "validation"
+SPLITS = (TRAIN, VALIDATION)
+
+
+class Record(BaseModel):
+    """Read and written whole: nothing unknown, nothing changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceFile(Record):
+    """A file that was read, with what tells it from any other content."""
+
+    path: str
+    size: int | None
+    digest: str | None
+    split: Literal["train", "validation"]
+
+
+class Source(Record):
+    """Where the stories came from; a local source by its name only."""
+
+    kind: Literal["hub", "local"]
+    name: str
+    revision: str | None
+    column: str
+    separator: str
+    files: tuple[SourceFile, ...]
+
+
+class TokenizerRecord(Record):
+    """The tokenizer: `digest` is the SHA-256 of its tokenizer.json, which lies beside the data."""
+
+    source: str
+    digest: str
+    size: int
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+
+
+class Request(Record):
+    """All that decides the bytes of the shards; a resumed `prepare` must ask for the same."""
+
+    source: Source
+    tokenizer: TokenizerRecord
+    layout: Layout
+    sequence_length: int
+    too_long: TooLong
+    validation_fraction: float
+    seed: int
+    shard_characters: int
+
+
+class Counts(Record):
+    """What is in a shard or a split.
+
+    Attributes:
+        rows: Rows of `sequence_length` positions.
+        stories: Stories, the empty ones left out.
+        tokens: Tokens of the stories, BOS and EOS counted.
+        targets: Positions that count in the loss, once an epoch.
+        cut: Stories longer than a row.
+        dropped: Tokens that truncating them left out.
+        empty: Texts that were null or white space, and were left out.
+    """
+
+    rows: int = 0
+    stories: int = 0
+    tokens: int = 0
+    targets: int = 0
+    cut: int = 0
+    dropped: int = 0
+    empty: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in COUNTED})
+
+
+COUNTED = tuple(Counts.model_fields)
+
+
+class Shard(Record):
+    """One ArrayRecord file."""
+
+    name: str
+    split: Literal["train", "validation"]
+    bytes: int
+    sha256: str
+    counts: Counts
+
+
+class Manifest(Record):
+    """The whole of `data.json`."""
+
+    format: Literal["moeconv-data"] = "moeconv-data"
+    version: Literal[1] = 1
+    moeconv_version: str
+    request: Request
+    splits: dict[str, Counts]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A prepared dataset on disk."""
+
+    directory: Path
+    manifest: Manifest
+
+    @classmethod
+    def read(cls, directory: Path) -> "DataSet":
+        """Opens what `prepare` wrote, checking that every shard is there in its full size.
+
+        Raises:
+            ConfigError: There is no whole dataset.
+        """
+        path = directory / NAME
+        try:
+            manifest = Manifest.model_validate_json(path.read_bytes())
+        except OSError:
+            raise ConfigError(
+                f"{directory}: no prepared dataset, as it has no {NAME}; "
+                "run moeconv data prepare --out with it"
+            ) from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise ConfigError(
+                f"{path}: {where}: {first['msg']}; prepare the data anew with --overwrite"
+            ) from None
+        for shard in manifest.shards:
+            file = directory / shard.name
+            if not file.is_file() or file.stat().st_size != shard.bytes:
+                raise ConfigError(
+                    f"{file}: absent or not of the {shard.bytes} bytes that {NAME} says; "
+                    "prepare the data anew with --overwrite"
+                )
+        return cls(directory, manifest)
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 over how the data was made and every shard's, the same on every machine."""
+        request = self.manifest.request.model_dump(mode="json")
+        shards = [(shard.name, shard.sha256) for shard in self.manifest.shards]
+        content = json.dumps([request, shards], sort_keys=True).encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def counts(self, split: str = TRAIN) -> Counts:
+        """What a split holds; zeros if there is none."""
+        return self.manifest.splits.get(split, Counts())
+
+    def fill(self, split: str = TRAIN) -> float:
+        """The share of a split's positions that count in the loss."""
+        counts = self.counts(split)
+        return counts.targets / max(1, counts.rows * self.manifest.request.sequence_length)
+
+    def overrides(self, epochs: int | None = None) -> dict[str, str]:
+        """The MaxText settings that read this dataset; the rows' order is fixed by the seed.
+
+        `grain_worker_count=0` reads in the trainer's own process (rows are tokenised, so there is
+        next to nothing to do). With workers each makes its own batches, so that order and number
+        of batches depend on how many there are.
+        """
+        request = self.manifest.request
+        settings = {
+            "dataset_type": "grain",
+            "grain_file_type": "arrayrecord",
+            "grain_train_files": str(self.directory / f"{TRAIN}-*.array_record"),
+            "grain_worker_count": "0",
+            "grain_worker_count_eval": "0",
+            "tokenizer_type": "huggingface",
+            "tokenizer_path": str(self.directory / TOKENIZER),
+            "tokenize_train_data": "false",
+            "tokenize_eval_data": "false",
+            "packing": "false",
+            "max_target_length": str(request.sequence_length),
+            "enable_data_shuffling": "true",
+            "data_shuffle_seed": str(request.seed),
+        }
+        if self.counts(VALIDATION).rows:
+            settings["grain_eval_files"] = str(self.directory / f"{VALIDATION}-*.array_record")
+        if epochs is not None:
+            settings["num_epoch"] = str(epochs)
+        return settings
+
+    def reading(self) -> AbstractContextManager[None]:
+        """The block in which MaxText must create its iterators; see packed.py."""
+        from moeconv_train.data.packed import reading
+
+        return reading(self.manifest.request.layout)
+
+    def check(self, *, max_target_length: int, vocab_size: int) -> None:
+        """Refuses a model that these rows do not fit.
+
+        Raises:
+            ConfigError: Rows are of another length, or some token has no row in the embedding:
+                MaxText then reads the last row for it and gives it no loss, and says nothing.
+        """
+        request = self.manifest.request
+        if max_target_length != request.sequence_length:
+            raise ConfigError(
+                f"{self.directory}: has rows of {request.sequence_length} tokens and "
+                f"max_target_length is {max_target_length}; "
+                f"prepare the data with --seq-length {max_target_length}"
+            )
+        if vocab_size < request.tokenizer.size:
+            raise ConfigError(
+                f"{self.directory}: its tokenizer has {request.tokenizer.size} ids and vocab_size "
+                f"is {vocab_size}; train with vocab_size={request.tokenizer.size}"
+            )
+
+    def steps_for_epochs(
+        self, epochs: int, global_batch: int, *, processes: int = 1, workers: int = 0
+    ) -> int:
+        """The steps in which every training row is seen exactly `epochs` times.
+
+        The last batch may hold rows of padding, which count for nothing. A run of more steps would
+        end early and without its last checkpoint.
+
+        Args:
+            epochs: MaxText's `num_epoch`.
+            global_batch: Rows a step over all devices (`global_batch_size_to_load`).
+            processes: Hosts that load data.
+            workers: MaxText's `grain_worker_count`.
+        """
+        rows = epochs * self.counts(TRAIN).rows
+        return batches(rows, global_batch, processes=processes, workers=workers)
+
+    def eval_batches(self, global_batch: int, *, processes: int = 1, workers: int = 0) -> int:
+        """Batches of one whole evaluation (MaxText's `eval_steps=-1`)."""
+        rows = self.counts(VALIDATION).rows
+        return batches(rows, global_batch, processes=processes, workers=workers)
+
+    def shards(self, split: str) -> Iterator[Path]:
+        """The files of a split, in the order in which they are read."""
+        for shard in self.manifest.shards:
+            if shard.split == split:
+                yield self.directory / shard.name
+
+
+def batches(rows: int, global_batch: int, *, processes: int = 1, workers: int = 0) -> int:
+    """How many batches MaxText's grain iterator delivers, on the host that has the fewest.
+
+    Each host takes every `processes`-th row (grain_data_processing.py,
+    `_apply_mapdataset_transforms`), each worker of it every `workers`-th of those, and a worker's
+    last batch is filled up with padding.
+
+    Raises:
+        UsageError: The batch cannot be divided among the hosts.
+    """
+    if global_batch < 1 or processes < 1 or global_batch % processes:
+        raise UsageError(
+            f"a global batch of {global_batch} rows cannot be divided among {processes} processes"
+        )
+    size = global_batch // processes
+    fewest = rows // processes  # every host has this many or one more
+    taken = [len(range(worker, fewest, max(1, workers))) for worker in range(max(1, workers))]
+    return sum(-(-count // size) for count in taken)

@@ -1,0 +1,166 @@
+"""How tokenised stories become rows, in three layouts, and what that costs.
+
+A story is `BOS … EOS`; each of its tokens but BOS is to be a training target exactly once an epoch.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from moeconv_train.data.records import LENGTHS, TEXT, TOKENS, Row
+
+Layout = Literal["packed", "contiguous", "stories"]
+TooLong = Literal["split", "truncate"]
+LAYOUTS: tuple[Layout, ...] = ("packed", "contiguous", "stories")
+
+# How many of the next stories a gap at a row's end may be filled from. 1024 leave 0.3 % of the
+# positions empty on TinyStories' lengths, 4096 hardly less.
+LOOK_AHEAD = 1024
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows, and what became of the stories.
+
+    Attributes:
+        rows: Columns of each row, in order.
+        targets: Positions of all rows that count in the loss.
+        cut: Stories longer than a row, which were split or truncated.
+        dropped: Tokens that truncation left out.
+    """
+
+    rows: list[Row]
+    targets: int
+    cut: int
+    dropped: int
+
+
+def pack(
+    stories: Sequence[np.ndarray], length: int, layout: Layout, too_long: TooLong = "split"
+) -> Packed:
+    """Puts `stories` (`BOS … EOS` each) into rows of `length` positions."""
+    if layout == "contiguous":
+        return _contiguous(stories, length)
+    # A story of n tokens has n - 1 inputs and n - 1 targets. MaxText's own pipeline makes targets
+    # by shifting a row, so there a row of `length` tokens has one target fewer.
+    inputs = length if layout == "packed" else length - 1
+    pieces: list[np.ndarray] = []
+    cut = dropped = 0
+    for story in stories:
+        if len(story) - 1 > inputs:
+            cut += 1
+            if too_long == "truncate":
+                dropped += len(story) - 1 - inputs
+                story = story[: inputs + 1]
+        pieces += windows(story, inputs)
+    sizes = np.array([len(piece) - 1 for piece in pieces], np.int64)
+    rows: list[Row]
+    if layout == "stories":
+        rows = [{TEXT: piece} for piece in pieces]
+    else:
+        rows = [
+            {
+                TOKENS: np.concatenate([pieces[i] for i in row]),
+                LENGTHS: np.array([len(pieces[i]) for i in row]),
+            }
+            for row in fill_rows(sizes, length)
+        ]
+    return Packed(rows, int(sizes.sum()), cut, dropped)
+
+
+def windows(tokens: np.ndarray, inputs: int) -> Iterator[np.ndarray]:
+    """Pieces of at most `inputs + 1` tokens; each begins with the last token of the one before.
+
+    So every token but the first is a target once: it is predicted from inputs in its own piece.
+    """
+    for start in range(0, len(tokens) - 1, inputs):
+        yield tokens[start : start + inputs + 1]
+
+
+def fill_rows(sizes: np.ndarray, length: int) -> Iterator[list[int]]:
+    """Which pieces go into which row: in order, gaps filled from a little further on.
+
+    The next piece goes in while it fits; what is left of the row gets the longest one that fits
+    among the following LOOK_AHEAD, until none does. So rows hold neighbours of the source in their
+    order, but for the fillers, whatever the machine.
+
+    Args:
+        sizes: Positions that each piece takes, from 1 to `length`.
+        length: Positions of a row.
+
+    Yields:
+        Indices into `sizes`; each occurs once.
+    """
+    placed = np.zeros(len(sizes), bool)
+    head = 0
+    while head < len(sizes):
+        row: list[int] = []
+        gap = length
+        while head < len(sizes):
+            if placed[head]:
+                head += 1
+                continue
+            chosen = head
+            if sizes[head] > gap:
+                ahead = slice(head, head + LOOK_AHEAD)
+                fitting = np.where(placed[ahead] | (sizes[ahead] > gap), 0, sizes[ahead])
+                chosen = head + int(fitting.argmax())
+                if not fitting[chosen - head]:
+                    break
+            placed[chosen] = True
+            row.append(chosen)
+            gap -= int(sizes[chosen])
+        if row:
+            yield row
+
+
+def _contiguous(stories: Sequence[np.ndarray], length: int) -> Packed:
+    """All stories as one stream, cut into rows of `length` tokens that overlap by one."""
+    if not stories:
+        return Packed([], 0, 0, 0)
+    stream = np.concatenate(stories)
+    rows: list[Row] = [{TEXT: row} for row in windows(stream, length - 1)]
+    borders = np.cumsum([len(story) for story in stories])
+    first, last = (
+        (borders - [len(s) for s in stories]) // (length - 1),
+        (borders - 2) // (length - 1),
+    )
+    return Packed(rows, len(stream) - 1, int((first != last).sum()), 0)
+
+
+def unpack(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """A packed row as the batch columns that MaxText's train step takes.
+
+    Inputs are a piece without its last token, targets the same without its first, so each position
+    predicts the next token of its own story. Segments count from 1 and padding is 0 in every
+    column: MaxText attends only within a segment (attentions.py, `generate_attention_mask`), and a
+    target counts where `targets_segmentation` is not 0 (train.py, `loss_fn`), never by its value.
+    """
+    tokens, lengths = row[TOKENS], row[LENGTHS]
+    used = int((lengths - 1).sum())
+    if used > length or int(lengths.sum()) != len(tokens):
+        raise ValueError(
+            f"a packed row takes {used} positions and max_target_length is {length}; "
+            "prepare the data with that --seq-length"
+        )
+    last = np.cumsum(lengths) - 1
+    first = last - lengths + 1
+    begins = np.cumsum(lengths - 1) - (lengths - 1)
+    columns = {
+        "inputs": np.delete(tokens, last),
+        "targets": np.delete(tokens, first),
+        "segmentation": np.repeat(np.arange(1, len(lengths) + 1), lengths - 1),
+        "position": np.arange(used) - np.repeat(begins, lengths - 1),
+    }
+    padded = {name: np.zeros(length, np.int32) for name in columns}
+    for name, values in columns.items():
+        padded[name][:used] = values
+    segmentation, position = padded.pop("segmentation"), padded.pop("position")
+    return {
+        **padded,
+        "inputs_segmentation": segmentation,
+        "targets_segmentation": segmentation.copy(),
+        "inputs_position": position,
+        "targets_position": position.copy(),
+    }

@@ -1,0 +1,178 @@
+"""Texts to token ids, `BOS text EOS`, with the tokenizer that goes into the data's directory."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from moeconv_train.data.packing import Layout
+from tokenizers import Tokenizer
+
+from moeconv.errors import TokenizerError
+from moeconv.hf.tokenizer import TokenizerFiles, read_tokenizer
+
+LLAMA3 = "llama3"
+# Ships with maxtext; the digest is of the file that Meta published and 0.2.5 holds.
+_LLAMA3_RANKS = ("assets", "tokenizers", "tokenizer_llama3.tiktoken")
+_LLAMA3_SHA256 = "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55"
+# Texts a call: enough to amortise it, few enough that their encodings stay small.
+_BATCH = 2048
+
+
+@dataclass(frozen=True)
+class DataTokenizer:
+    """A tokenizer as data is prepared with it.
+
+    Attributes:
+        source: What was asked for.
+        files: What is written into the data's directory, by name.
+        size: Rows that the model's embedding needs.
+        bos, eos: Ids around each story.
+        pad: The id that MaxText's own pipeline would pad with and mask everywhere.
+        notes: What differs from the source and why.
+    """
+
+    source: str
+    files: Mapping[str, bytes]
+    size: int
+    bos: int
+    eos: int
+    pad: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over `tokenizer.json`, the file that decides every id."""
+        return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
+
+
+def load(spec: str, layout: Layout) -> DataTokenizer:
+    """Reads the tokenizer that `--tokenizer` names, checked for `layout`.
+
+    Args:
+        spec: `llama3` (offline, from the ranks file that ships with maxtext), a directory with a
+            `tokenizer.json`, a file of tiktoken ranks, or a repository on the Hub.
+        layout: What the tokens will be written as.
+
+    Raises:
+        TokenizerError: It cannot be read, names no BOS or EOS, or MaxText's pipeline would mask
+            tokens of the stories as padding.
+    """
+    read = read_tokenizer(str(_llama3()) if spec == LLAMA3 else spec, model_max_length=None)
+    read = replace(read, source=spec)
+    missing = [
+        name
+        for name, value in (("bos_token", read.bos_token_id), ("eos_token", read.eos_token_id))
+        if value is None
+    ]
+    if missing or read.bos_token_id is None or read.eos_token_id is None:
+        raise TokenizerError(
+            f"{spec}: tokenizer_config.json names no {' and no '.join(missing)}; stories are "
+            "written as BOS story EOS, so add it"
+        )
+    if layout != "packed":
+        read = _with_pad(read)
+    return DataTokenizer(
+        source=spec,
+        files=read.files,
+        size=read.size,
+        bos=read.bos_token_id,
+        eos=read.eos_token_id,
+        pad=pad_of(read),
+        notes=read.notes,
+    )
+
+
+def pad_of(tokenizer: TokenizerFiles) -> int:
+    """The id MaxText pads with: pad, else unk, else 0 (data_processing_utils.py)."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
+    unk = config.get("unk_token")
+    if unk is None:
+        return 0
+    text = unk["content"] if isinstance(unk, dict) else unk
+    found = Tokenizer.from_buffer(tokenizer.files["tokenizer.json"]).token_to_id(text)
+    return 0 if found is None else int(found)
+
+
+def _with_pad(tokenizer: TokenizerFiles) -> TokenizerFiles:
+    """Gives a tokenizer without a padding token a reserved one, so that no story has it.
+
+    MaxText's pipeline masks every token that equals the pad id, as an input and as a target
+    (input_pipeline_utils.py, `PadOrTrimToMaxLength` and `shift_and_refine`). Llama-3 names none:
+    it would be 0, the exclamation mark, which a model then never learns to write.
+    """
+    source = tokenizer.source
+    if tokenizer.pad_token_id is not None:
+        if tokenizer.pad_token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            raise TokenizerError(
+                f"{source}: pad_token is also BOS or EOS, which MaxText would then mask in every "
+                "story; give the tokenizer a pad_token of its own, or use --layout packed"
+            )
+        return tokenizer
+    content = json.loads(tokenizer.files["tokenizer.json"])
+    reserved = [
+        (token["id"], token["content"])
+        for token in content.get("added_tokens") or []
+        if token.get("special") and "reserved" in token["content"]
+    ]
+    if not reserved:
+        raise TokenizerError(
+            f"{source}: names no pad_token, and MaxText would take id 0 for it and mask that token "
+            "in every story; give the tokenizer a pad_token, or use --layout packed"
+        )
+    pad, text = min(reserved)
+    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")) | {"pad_token": text}
+    files = dict(tokenizer.files)
+    files["tokenizer_config.json"] = (
+        json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+    ).encode()
+    if "special_tokens_map.json" in files:
+        names = json.loads(files["special_tokens_map.json"]) | {"pad_token": text}
+        files["special_tokens_map.json"] = (
+            json.dumps(names, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
+        ).encode()
+    note = f"{source}: names no pad_token; {text} (id {pad}) written as one, as MaxText masks by id"
+    return replace(tokenizer, files=files, pad_token_id=pad, notes=(*tokenizer.notes, note))
+
+
+class Encoder:
+    """A tokenizer at work."""
+
+    def __init__(self, tokenizer: DataTokenizer) -> None:
+        self._tokenizer = Tokenizer.from_buffer(tokenizer.files["tokenizer.json"])
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        # `<|end_of_text|>` in a text is text, as for MaxText (tokenizer.py, `encode`).
+        self._tokenizer.encode_special_tokens = True
+        self._bos, self._eos = tokenizer.bos, tokenizer.eos
+
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text as `BOS … EOS`, int32."""
+        stories = []
+        for start in range(0, len(texts), _BATCH):
+            batch = list(texts[start : start + _BATCH])
+            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                stories.append(np.array([self._bos, *encoding.ids, self._eos], np.int32))
+        return stories
+
+
+def _llama3() -> Path:
+    found = importlib.util.find_spec("maxtext")
+    places = found.submodule_search_locations if found else None
+    if not places:
+        raise TokenizerError(
+            'llama3: its ranks ship with maxtext, which is not installed: pip install "moeconv'
+            '[train]", or give a directory with a tokenizer.json'
+        )
+    path = Path(next(iter(places)), *_LLAMA3_RANKS)
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != _LLAMA3_SHA256:
+        raise TokenizerError(
+            "llama3: the installed maxtext does not hold the ranks file of 0.2.5; "
+            "install maxtext==0.2.5, or give a directory with a tokenizer.json"
+        )
+    return path
