@@ -1,0 +1,150 @@
+"""Loss scaling in every way the step can be built, and through MaxText's own training loop."""
+
+import json
+
+import fp16_lab
+import numpy as np
+import pytest
+from moeconv_train import fp16_head, loss_scaling
+from moeconv_train.loss_scaling import LossScaleSettings
+
+from moeconv.errors import ConfigError, MoeconvError
+
+pytestmark = pytest.mark.slow
+
+KEYS = {"base_num_decoder_layers": 2, "vocab_size": 16384, "gradient_clipping_threshold": 0.0}
+SETTINGS = LossScaleSettings(growth_interval=2)
+# 16 rows a step in each: batches are per device of the four that conftest.py makes.
+WAYS = {
+    "scanned": {"scan_layers": True},
+    "rematerialised": {"remat_policy": "minimal_with_context"},
+    "accumulated": {"gradient_accumulation_steps": 2, "per_device_batch_size": 2},
+    "two devices": {"ici_data_parallelism": 2},
+    "accumulated on two devices": {
+        "ici_data_parallelism": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_batch_size": 2,
+    },
+    "vocabulary in tiles": {"num_vocab_tiling": 4},
+    "fp32 logits": {"logits_dot_in_fp32": True},
+    "untied": {"logits_via_embedding": False},
+    "all MoE": {"decoder_block": "mixtral"},
+    "adam_pax": {"opt_type": "adam_pax"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_overflow_and_resume(way, tmp_path):
+    """The gradient is fp32's, an overflow changes nothing, a restored run goes on to the bit."""
+    keys = {**KEYS, **WAYS[way], "enable_checkpointing": True}
+    reference = fp16_lab.Stepper.make({**fp16_lab.FP32, **KEYS, **WAYS[way]}, tmp_path).gradient()
+    keys = {**fp16_lab.FP16, **keys}
+    with loss_scaling.install(SETTINGS), fp16_head.install():
+        whole = fp16_lab.Stepper.make(keys, tmp_path, "whole")
+        gradient = whole.gradient(loss_scale=2.0**15)
+    assert set(gradient) == set(reference) != set()
+    assert fp16_lab.error(gradient, reference) < 0.01
+    assert fp16_lab.flushed(gradient, reference) < 1e-3
+
+    whole.set(loss_scale=2.0**60)
+    before = whole.leaves()
+    assert whole.step(seed=1)["learning/overflow"] == 1
+    after = whole.leaves()
+    changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
+    assert {name.rsplit(".", 1)[-1] for name in changed} == {
+        "step", "loss_scale", "good_steps", "skipped_steps"
+    }  # fmt: skip
+
+    whole.set(loss_scale=2.0**14)
+    whole.step(seed=2)
+    whole.save()
+    with loss_scaling.install(SETTINGS), fp16_head.install():
+        resumed = fp16_lab.Stepper.make(keys, tmp_path, "whole", like=whole)
+        assert resumed.scaling() == whole.scaling() == (2.0**14, 1, 1)
+    for seed in (3, 4):
+        whole.step(seed)
+        resumed.step(seed)
+    expected, found = whole.leaves(), resumed.leaves()
+    assert whole.scaling() == (2.0**15, 1, 1)
+    assert {n for n in expected if expected[n].tobytes() != found[n].tobytes()} == set()
+
+
+def loop(keys, directory, run, settings):
+    """MaxText's own loop to its end; the metrics it wrote."""
+    from maxtext.trainers.pre_train import train
+
+    log = directory / f"{run}.jsonl"
+    keys = {**keys, "metrics_file": str(log), "enable_checkpointing": True}
+    config = fp16_lab.resolve(keys, directory, run)
+    with loss_scaling.install(settings), fp16_head.install():
+        train.train_loop(config, None)
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def test_maxtexts_loop_logs_evaluates_and_resumes(tmp_path, monkeypatch):
+    """Synthetic data are one batch again and again, so a resumed run sees what it would have."""
+    monkeypatch.chdir(tmp_path)
+    settings = LossScaleSettings(initial=2.0**26, max=2.0**26, growth_interval=2)
+    keys = {
+        **fp16_lab.FP16,
+        "base_num_decoder_layers": 2,
+        "ici_data_parallelism": 4,
+        "per_device_batch_size": 2,
+        "steps": 10,
+        "checkpoint_period": 5,
+        "eval_interval": 4,
+        "eval_steps": 1,
+        "save_checkpoint_on_completion": True,
+        # The same schedule whatever `steps` is.
+        "learning_rate_schedule_steps": 10,
+    }
+    whole = loop(keys, tmp_path, "whole", settings)
+    steps = [row for row in whole if "learning/loss_scale" in row]
+    scales = [row["learning/loss_scale"] for row in steps]
+    skipped = [row["learning/overflow"] for row in steps]
+    assert scales[0] == 2.0**26 and skipped[0] == 1 and 0 in skipped
+    assert [row["learning/skipped_steps"] for row in steps] == np.cumsum(skipped).tolist()
+    for scale, overflow, following in zip(scales, skipped, scales[1:], strict=False):
+        assert following == scale / 2 if overflow else following in (scale, 2 * scale)
+    assert all(np.isfinite(row["learning/loss"]) for row in steps)
+    assert any("eval/avg_loss" in row for row in whole)
+
+    loop({**keys, "steps": 5}, tmp_path, "parts", settings)
+    loop(keys, tmp_path, "parts", settings)
+    last = tmp_path.glob("*/checkpoints/9/items")
+    first, second = (params(items) for items in sorted(last))
+    assert set(first) == set(second)
+    assert any("loss_scale" in name for name in first)
+    assert {n for n in first if first[n].tobytes() != second[n].tobytes()} == set()
+
+    with pytest.raises(ConfigError, match="was saved with a loss scale"):
+        loop({**keys, "steps": 12}, tmp_path, "whole", LossScaleSettings(mode="off"))
+
+
+def params(items):
+    """Every array of a checkpoint but the random streams', by dotted name."""
+    from orbax.checkpoint import v1 as ocp
+
+    tree = ocp.load(items.parent, checkpointable_name="items")
+    flat = {}
+
+    def walk(node, name):
+        children = node.items() if isinstance(node, dict) else enumerate(node)
+        for key, child in children:
+            path = f"{name}.{key}"
+            if isinstance(child, (dict, list, tuple)):
+                walk(child, path)
+            elif child is not None:
+                flat[path] = np.asarray(child)
+
+    tree.pop("nnx_aux", None)
+    walk(tree, "")
+    return flat
+
+
+def test_a_hopeless_run_ends_with_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    keys = {**fp16_lab.FP16, "base_num_decoder_layers": 2, "ici_data_parallelism": 4, "steps": 30}
+    hopeless = LossScaleSettings(mode="static", initial=2.0**60, max=2.0**60, patience=4)
+    with pytest.raises(MoeconvError, match="of 4 steps in a row were not finite"):
+        loop(keys, tmp_path, "hopeless", hopeless)

@@ -1,0 +1,193 @@
+"""What the Hub and W&B may answer, each from a small local server, becomes one sentence."""
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from moeconv_train.preflight import T4X2, RunSettings
+from moeconv_train.preflight.case import Case
+from moeconv_train.preflight.reach import check_reach
+
+TOKEN = "hf_secret_of_the_test"
+KEY = "wandb_secret_of_the_test"
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """auth-check of the Hub and the viewer query of W&B."""
+
+    def do_GET(self) -> None:
+        known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        stranger = "Authorization" in self.headers and not known
+        name = self.path.removeprefix("/api/datasets/").removeprefix("/api/models/")
+        name, _, rest = name.partition("/auth-check")
+        if stranger:
+            message = {"X-Error-Message": "Invalid credentials in Authorization header"}
+            return self._answer(401, message)
+        if name.startswith("open/") and rest != "/write":
+            return self._answer(200)
+        if name.startswith("mine/") and known:
+            return self._answer(200)
+        if name.startswith("gated/"):
+            return self._answer(403 if known else 401, {"X-Error-Code": "GatedRepo"})
+        if name.startswith("private/") and not known:
+            return self._answer(401, {"X-Error-Code": "RepoNotFound"})
+        if name.startswith("broken/"):
+            return self._answer(500)
+        if rest == "/write" and name.startswith("open/"):
+            return self._answer(403)
+        return self._answer(404, {"X-Error-Code": "RepoNotFound"})
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        import base64
+
+        known = base64.b64encode(f"api:{KEY}".encode()).decode() in self.headers["Authorization"]
+        viewer = {"username": "me"} if known else None
+        self._answer(200, body=json.dumps({"data": {"viewer": viewer}}).encode())
+
+    def _answer(self, code: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
+        self.send_response(code)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[str]:
+    import huggingface_hub.constants
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield url
+    server.shutdown()
+    server.server_close()
+
+
+def findings(*, online: bool = True, **settings: object) -> dict:
+    case = Case.of({}, RunSettings(**{"wandb": False, **settings}), T4X2)
+    return {finding.check: finding for finding in check_reach(case, online=online)}
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "status", "says"),
+    [
+        ("open/stories", None, "ok", "can be read"),
+        ("open/stories", TOKEN, "ok", "can be read"),
+        ("gated/llama", None, "refused", "is gated and HF_TOKEN is not set; accept its terms at"),
+        ("gated/llama", TOKEN, "refused", "HF_TOKEN's account has no access"),
+        ("private/mine", None, "refused", "does not exist or is private"),
+        ("no/such", TOKEN, "refused", "does not exist, or HF_TOKEN's account cannot see it"),
+        ("open/stories", "hf_wrong", "refused", "The Hub does not know HF_TOKEN"),
+        ("broken/hub", None, "refused", "answered 500"),
+    ],
+)
+@pytest.mark.parametrize("check", ["dataset", "tokenizer"])
+def test_what_the_hub_answers(hub, monkeypatch, check, name, token, status, says):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    finding = findings(**{check: name})[check]
+    assert (finding.status, says in finding.message) == (status, True), finding.message
+    assert finding.message.endswith(".") and "\n" not in finding.message
+    assert "secret" not in finding.message and "hf_wrong" not in finding.message
+    if "terms" in finding.message:
+        page = f"{hub}/{'datasets/' if check == 'dataset' else ''}{name}"
+        assert page in finding.message
+
+
+def test_no_network(hub, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    finding = findings(dataset="open/stories")["dataset"]
+    assert finding.status == "refused"
+    assert "cannot be reached" in finding.message and "Settings, Internet" in finding.message
+
+
+def test_offline_mode_of_the_hub(hub, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    finding = findings(dataset="open/stories")["dataset"]
+    assert finding.status == "refused" and "HF_HUB_OFFLINE" in finding.message
+
+
+def test_offline_asks_nobody(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    found = findings(
+        online=False, dataset="a/b", tokenizer=str(tmp_path), hub_repo="me/model", wandb=True
+    )
+    statuses = {check: finding.status for check, finding in found.items()}
+    assert statuses == {
+        "dataset": "skipped",
+        "tokenizer": "ok",
+        "hub": "skipped",
+        "wandb": "skipped",
+    }
+
+
+def test_a_path_that_is_not_there(hub, tmp_path):
+    finding = findings(tokenizer=str(tmp_path / "nowhere"))["tokenizer"]
+    assert finding.status == "refused" and "There is no tokenizer" in finding.message
+
+
+def test_the_hfs_own_dataset_type_is_asked_for(hub):
+    keys = {"dataset_type": "hf", "hf_path": "gated/stories"}
+    case = Case.of(keys, RunSettings(wandb=False), T4X2)
+    (finding,) = check_reach(case, online=True)
+    assert (finding.check, finding.status) == ("dataset", "refused")
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "status", "says"),
+    [
+        ("mine/model", TOKEN, "ok", "may write"),
+        ("mine/model", None, "warn", "HF_TOKEN is not set"),
+        ("open/model", TOKEN, "warn", "may not write to"),
+        ("me/new", TOKEN, "note", "does not exist yet"),
+        ("mine/model", "hf_wrong", "warn", "does not know HF_TOKEN"),
+    ],
+)
+def test_the_repository_to_push_to_never_stops_a_run(hub, monkeypatch, name, token, status, says):
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    finding = findings(hub_repo=name)["hub"]
+    assert (finding.status, says in finding.message) == (status, True), finding.message
+
+
+@pytest.mark.parametrize(
+    ("key", "status", "says"),
+    [
+        (None, "note", "logs offline"),
+        (KEY, "ok", "is known"),
+        ("wrong", "warn", "does not know WANDB_API_KEY"),
+    ],
+)
+def test_wandb(hub, monkeypatch, key, status, says):
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    finding = findings(wandb=True)["wandb"]
+    assert (finding.status, says in finding.message) == (status, True), finding.message
+    assert "secret" not in finding.message
+
+
+def test_wandb_out_of_reach_only_warns(hub, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
+    finding = findings(wandb=True)["wandb"]
+    assert finding.status == "warn" and "cannot be reached" in finding.message

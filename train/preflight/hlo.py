@@ -1,0 +1,207 @@
+"""FLOPs of the matmuls and bytes moved by the kernels of a compiled step, counted in XLA's HLO.
+
+XLA's `cost_analysis()` returns nothing for an executable compiled without its device, and elsewhere
+counts a loop's body once and cuBLAS calls not at all. The optimised HLO text has all of it: shapes,
+contracted dimensions, trip counts.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+# Those whose name does not end in their bits.
+_BITS = {"pred": 8, "f8e4m3fn": 8, "f8e5m2": 8}
+_ARRAY = re.compile(r"\b([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPCODE = re.compile(r" ([a-z][\w\-]*)\(")
+_NAME = re.compile(r"%([\w.\-]+)")
+_CALLED = re.compile(
+    r"(calls|body|to_apply|branch_computations|(?:true|false)_computation)="
+    r"(\{[^}]*\}|%?[\w.\-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_DIMS = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
+_CONFIG = re.compile(r"backend_config=(\{.*\})")
+
+# No kernel of their own: names for parts of memory, or they only wait.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"}
+_RECURSE = {"while", "conditional", "call", "async-start"}
+_NO_MATMUL = {"AllocateBuffer", "__cub$DeviceRadixSort", "__cub$RadixSortUnassignedScratchSize"}
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    operands: tuple[str, ...]
+    text: str
+
+
+@dataclass
+class Counts:
+    """What one execution does.
+
+    Attributes:
+        flops: Of matmuls, two for each multiply-add, by the type of their left operand.
+        traffic: Bytes of every kernel's operands and results. An upper bound: a kernel that slices
+            a large operand is counted with all of it.
+        unknown: Custom calls whose FLOPs are not counted, such as cuDNN's attention.
+        loops: While loops without a known trip count, counted once.
+    """
+
+    flops: Counter[str] = field(default_factory=Counter)
+    traffic: int = 0
+    unknown: set[str] = field(default_factory=set)
+    loops: int = 0
+
+    def add(self, other: "Counts", times: int = 1) -> None:
+        """Adds what another does, some times over."""
+        for dtype, count in other.flops.items():
+            self.flops[dtype] += count * times
+        self.traffic += other.traffic * times
+        self.unknown |= other.unknown
+        self.loops += other.loops
+
+
+def count(hlo: str) -> Counts:
+    """Counts in the text of an optimised HLO module, as `compiled.as_text()` gives it."""
+    computations, entry = _parse(hlo)
+    done: dict[tuple[str, bool], Counts] = {}
+
+    def visit(name: str, inside_kernel: bool) -> Counts:
+        key = (name, inside_kernel)
+        if key not in done:
+            done[key] = _count(computations[name], inside_kernel, visit)
+        return done[key]
+
+    return visit(entry, False)
+
+
+def _count(
+    instructions: dict[str, _Instruction],
+    inside_kernel: bool,
+    visit: Callable[[str, bool], Counts],
+) -> Counts:
+    total = Counts()
+    for instruction in instructions.values():
+        called = _called(instruction)
+        opcode = instruction.opcode
+        if opcode == "while":
+            trips = _TRIPS.search(instruction.text)
+            total.add(visit(called["body"][0], inside_kernel), int(trips[1]) if trips else 1)
+            total.loops += not trips
+        elif opcode == "conditional":
+            branches = [visit(n, inside_kernel) for names in called.values() for n in names]
+            total.add(max(branches, key=lambda c: (sum(c.flops.values()), c.traffic)))
+        elif opcode in _RECURSE:
+            for names in called.values():
+                for name in names:
+                    total.add(visit(name, inside_kernel))
+        else:
+            if opcode == "fusion":
+                inner = visit(called["calls"][0], True)
+                total.add(Counts(Counter(inner.flops), 0, set(inner.unknown)))
+            elif opcode in ("dot", "custom-call"):
+                total.add(_matmul(instruction, instructions))
+            if not inside_kernel and opcode not in _FREE and not opcode.endswith("-done"):
+                total.traffic += _bytes(instruction.shape)
+                total.traffic += sum(
+                    _bytes(instructions[name].shape)
+                    for name in instruction.operands
+                    if name in instructions
+                )
+    return total
+
+
+def xla_rematerialised(hlo: str) -> bool:
+    """Whether XLA computes values twice to save memory (hlo_rematerialization.cc names them so)."""
+    return re.search(r"%[\w.\-]+\.remat\d* = ", hlo) is not None
+
+
+def _matmul(instruction: _Instruction, around: dict[str, _Instruction]) -> Counts:
+    """A `dot`, or one that XLA gave to cuBLAS."""
+    target = _TARGET.search(instruction.text)
+    if target and not target[1].startswith("__cublas$"):
+        return Counts(unknown=set() if target[1] in _NO_MATMUL else {target[1]})
+    if target:
+        config = json.loads(_balanced(instruction.text))
+        dims = config["gemm_backend_config"]["dot_dimension_numbers"]["lhs_contracting_dimensions"]
+        contracted = [int(dim) for dim in dims]
+    else:
+        match = _DIMS.search(instruction.text)
+        contracted = [int(dim) for dim in match[1].split(",") if dim] if match else []
+    left = next(_arrays(around[instruction.operands[0]].shape))
+    _, out = next(_arrays(instruction.shape))
+    flops = 2 * math.prod(out) * math.prod(left[1][dim] for dim in contracted)
+    return Counts(Counter({left[0]: flops}))
+
+
+def _balanced(text: str) -> str:
+    """The JSON object behind `backend_config=`."""
+    match = _CONFIG.search(text)
+    start = match.start(1) if match else 0
+    depth = 0
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start : end + 1]
+    raise ValueError(f"an unfinished backend_config: {text[:200]}")
+
+
+def _parse(hlo: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    computations: dict[str, dict[str, _Instruction]] = {}
+    current: dict[str, _Instruction] | None = None
+    entry = ""
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations.setdefault(header[1], {})
+            if line.startswith("ENTRY"):
+                entry = header[1]
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (match := _INSTRUCTION.match(line)):
+            found = _OPCODE.search(f" {match[2]}")
+            if found is None:
+                continue
+            shape, rest = match[2][: found.start()], match[2][found.end() - 1 :]
+            operands = tuple(_NAME.findall(rest[: _closing(rest)]))
+            current[match[1]] = _Instruction(match[1], shape, found[1], operands, rest)
+    if not entry:
+        raise ValueError("no ENTRY computation in the HLO")
+    return computations, entry
+
+
+def _closing(text: str) -> int:
+    """Where the operands end: `text` begins behind the opening bracket."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _called(instruction: _Instruction) -> dict[str, list[str]]:
+    return {
+        what: [name.strip().lstrip("%") for name in names.strip("{}").split(",")]
+        for what, names in _CALLED.findall(instruction.text)
+    }
+
+
+def _arrays(shape: str) -> Iterator[tuple[str, list[int]]]:
+    for dtype, dims in _ARRAY.findall(shape):
+        yield dtype, [int(dim) for dim in dims.split(",") if dim]
+
+
+def _bytes(shape: str) -> int:
+    return sum(math.prod(dims) * _bits(dtype) // 8 for dtype, dims in _arrays(shape))
+
+
+def _bits(dtype: str) -> int:
+    return _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
