@@ -9,6 +9,22 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SIDECAR_NAME = "moeconv.json"
+METRICS_NAME = "metrics.jsonl"
+
+
+class RunFacts(BaseModel):
+    """What a model card tells of a run, and where its model is to go; unknown keys are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    dataset: str | None = Field(default=None, description="Hub id of the training data")
+    dataset_digest: str | None = Field(default=None, description="SHA-256 of the prepared data")
+    language: str | None = Field(default=None, description="of the data, ISO 639-1")
+    license: str | None = Field(default=None, description="that the model is to have, a Hub id")
+    hub_repo: str | None = Field(default=None, description="where the model is to be pushed")
+    epochs: float | None = None
+    steps: int | None = Field(default=None, description="that the run is to take")
+    tokens_per_step: int | None = Field(default=None, description="positions of the global batch")
 
 
 class RunSidecar(BaseModel):
@@ -25,3 +41,21 @@ class RunSidecar(BaseModel):
     text_sample: str | None = Field(
         default=None, description="text of the training corpus, relative to the sidecar"
     )
+    run: RunFacts | None = None
+
+
+class MetricsLine(BaseModel):
+    """One line of `<run>/metrics.jsonl`: a train step, or one evaluation; unknown keys are kept."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: Literal["train", "eval"]
+    step: int = Field(description="steps completed when it was measured")
+    loss: float = Field(description="mean cross entropy per target token, in nats, nothing added")
+    tokens: int | None = Field(default=None, description="target tokens trained on so far")
+    total_loss: float | None = Field(default=None, description="with the auxiliary losses")
+    learning_rate: float | None = None
+    loss_scale: float | None = None
+    skipped_steps: int | None = Field(default=None, description="left out so far, for overflow")
+    seconds: float | None = Field(default=None, description="of the step, or the evaluation")
+    tokens_per_second: float | None = None

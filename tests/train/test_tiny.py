@@ -168,6 +168,7 @@ def test_the_sidecar_holds_the_config_without_places_and_secrets(resolved, tmp_p
         "version": 1,
         "moeconv_version": moeconv.__version__,
         "tokenizer": "tokenizer",
+        "text_sample": None,
     }
     assert str(tmp_path) not in path.read_text()
     assert sorted(file.name for file in path.parent.iterdir()) == ["moeconv.json", "tokenizer"]
