@@ -24,7 +24,7 @@ demo: venv ## train a tiny MoE, convert it, prove that it is the same model (und
 	@$(PY) demo/demo.py
 
 test: venv ## the tests of every commit
-	@$(PY) -m pytest
+	@$(PY) -m pytest --numprocesses 2 --dist loadgroup
 
 test-slow: venv ## the tests that take minutes
 	@$(PY) -m pytest -m slow

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # A job in the background ignores Ctrl-C, and so would every process that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -16,6 +17,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One core a process: threads of several that wait for each other by spinning cost minutes.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
@@ -26,3 +30,27 @@ def maxtext_lab(tmp_path_factory: pytest.TempPathFactory):
     import maxtext_lab
 
     return maxtext_lab.Lab(tmp_path_factory.mktemp("maxtext"))
+
+
+# What takes most of a minute: MaxText's config, and with it jax, flax, torch and transformers.
+_MAXTEXT = "maxtext.configs.pyconfig"
+
+
+def _needs_maxtext(item: pytest.Item) -> bool:
+    return "maxtext_lab" in item.fixturenames or item.get_closest_marker("maxtext") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one file share a process, and so do all that need MaxText: it is imported once."""
+    for item in items:
+        group = "maxtext" if _needs_maxtext(item) else item.nodeid.split("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(autouse=True)
+def _maxtext_only_where_it_is_said(request: pytest.FixtureRequest):
+    """A test that imports MaxText by the way would import it in a second process."""
+    before = _MAXTEXT in sys.modules
+    yield
+    if not before and not _needs_maxtext(request.node):
+        assert _MAXTEXT not in sys.modules, "imports MaxText: mark it with pytest.mark.maxtext"

@@ -11,6 +11,7 @@ from moeconv.verify.report import Report, make_report
 from moeconv.verify.settings import Note, ParityOptions
 from moeconv.verify.structure import check_structure
 from moeconv.verify.subject import Subject
+from moeconv.verify.tokenizers import check_own_tokenizer
 from moeconv.verify.tokens import Rows, find_sample, make_rows
 from moeconv.verify.weights import check_weights
 
@@ -61,6 +62,7 @@ def verify(
                 checks += check_structure(subject)
             elif level == "weights":
                 checks += check_weights(subject, jobs=options.jobs, memory=options.memory)
+                checks += check_own_tokenizer(subject)
             else:
                 _require(level, options.parity)
                 rows = rows or _rows(subject, options.parity)

@@ -7,7 +7,7 @@ so that this level holds our rules against somebody else's.
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from moeconv.errors import MoeconvError
 from moeconv.hf.config import model_config
 from moeconv.mapping.ops import DTYPES
 from moeconv.verify.outcome import Check, Status, failed, passed, skipped
+from moeconv.verify.readers import check_readers
 from moeconv.verify.subject import Stored, Subject
+from moeconv.verify.tokenizers import check_tokenizer
 
 _HASH_BLOCK = 1 << 20
 _SCAN_BLOCK = 1 << 22
@@ -32,10 +34,6 @@ _IGNORED = (
     "README.md",
     ".gitattributes",
 )
-_SAMPLE = (
-    "Once upon a time there was a little mixture of experts. It said: «Good morning!»",
-    "  Two spaces, a tab\tand a line\nbreak; 3.14159 × 10⁻⁵, naïve café, 日本語, 🙂",
-)
 
 
 def check_structure(subject: Subject) -> list[Check]:
@@ -48,13 +46,16 @@ def check_structure(subject: Subject) -> list[Check]:
         _tying,
         _finite,
         _config,
+        check_readers,
         _transformers,
-        _tokenizer,
+        check_tokenizer,
     ):
         try:
             checks.append(check(subject))
         except MoeconvError as error:
-            checks.append(failed("structure", check.__name__.strip("_"), str(error)))
+            checks.append(
+                failed("structure", check.__name__.removeprefix("check").strip("_"), str(error))
+            )
     return checks
 
 
@@ -175,9 +176,6 @@ def _config(subject: Subject) -> Check:
     expected = model_config(subject.family, subject.model, subject.manifest.dtype, subject.options)
     actual = subject.config
     wrong = sorted(k for k in set(expected) | set(actual) if expected.get(k) != actual.get(k))
-    rope = actual.get("rope_parameters") or {}
-    if rope.get("rope_theta") != actual.get("rope_theta"):
-        wrong.append("rope_theta and rope_parameters disagree")
     if wrong:
         return failed(
             "structure",
@@ -186,7 +184,7 @@ def _config(subject: Subject) -> Check:
             metrics={k: [expected.get(k), actual.get(k)] for k in wrong if k in actual},
         )
     return passed(
-        "structure", "config", f"{len(expected)} keys of config.json, both spellings of RoPE"
+        "structure", "config", f"{len(expected)} keys of config.json are the described model's"
     )
 
 
@@ -228,40 +226,3 @@ def _architecture(folder: Path) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _tokenizer(subject: Subject) -> Check:
-    """Ids within the vocabulary, and a text that comes back as it went in."""
-    if not (subject.out / "tokenizer.json").is_file():
-        return skipped("structure", "tokenizer", "the model was written without a tokenizer")
-    from moeconv.hf.tokenizer import check_fits, read_tokenizer
-
-    tokenizer = read_tokenizer(str(subject.out), model_max_length=None)
-    notes = check_fits(tokenizer, subject.model.vocab_size)
-    wrong = [
-        f"{name}: {getattr(tokenizer, name)} in the tokenizer, {subject.config.get(name)} in config"
-        for name in ("bos_token_id", "eos_token_id")
-        if getattr(tokenizer, name) not in (None, subject.config.get(name))
-    ]
-    if wrong:
-        return failed("structure", "tokenizer", "; ".join(wrong))
-    if importlib.util.find_spec("transformers") is not None and (bad := _round_trip(subject.out)):
-        return failed("structure", "tokenizer", f"text does not survive the tokenizer: {bad!r}")
-    return Check(
-        level="structure",
-        name="tokenizer",
-        status=Status.WARN if notes else Status.PASS,
-        summary="; ".join(notes) or f"{tokenizer.size} tokens fit {subject.model.vocab_size} rows",
-    )
-
-
-def _round_trip(folder: Path) -> str | None:
-    """A text that encoding and decoding changes, if any."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Callable[..., Any] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for text in _SAMPLE:
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:  # type: ignore[attr-defined]
-            return text
-    return None

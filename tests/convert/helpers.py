@@ -9,8 +9,8 @@ import yaml
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.convert.manifest import Manifest
 
-# The largest difference of logits of std about 1 that fp32 arithmetic in another order leaves.
-PARITY = 2e-5
+# How much further than transformers' own fp32 MaxText's may be from the exact logits.
+PARITY = 3.0
 
 # Sizes, devices and storage are not told: shapes and the checkpoint itself tell them.
 _NOT_TOLD = ("base_", "ici_", "checkpoint_", "weight_dtype", "head_dim", "vocab_size", "dtype")
@@ -48,12 +48,27 @@ def reference(checkpoint, tokens: np.ndarray, head: str = "unrounded") -> np.nda
     return model.logits(tokens, head=head)
 
 
-def assert_same_model(checkpoint, out: Path, limit: float = PARITY) -> None:
+def assert_same_model(checkpoint, out: Path) -> None:
     """The converted model in transformers gives MaxText's logits."""
-    from moeconv.verify.hf_model import hf_logits
-
     tokens = tokens_for(checkpoint)
-    expected = reference(checkpoint, tokens)
+    assert_same_logits(out, tokens, reference(checkpoint, tokens))
+
+
+def assert_same_logits(out: Path, tokens: np.ndarray, expected: np.ndarray) -> None:
+    """MaxText's fp32 logits are those of the converted model in float64, to fp32's own error.
+
+    That error is measured: it is what transformers in fp32 does to the same model, between 4e-6
+    and 2e-5 on these models of logits of std about 1. A mistake moves them by 0.1 and more.
+    """
+    import torch
+
+    from moeconv.verify.hf_model import HfModel
+
     assert 0.3 < expected.std() < 30, "the test model must have logits that mistakes would move"
-    actual = hf_logits(out, tokens)
-    assert np.abs(expected - actual).max() <= limit
+    model = HfModel.load(out)
+    single = model.run(tokens)[0]
+    model._model.to(torch.float64)
+    exact = model.run(tokens)[0]
+    rounding = np.abs(single - exact).max()
+    assert rounding < 1e-4, "fp32 is further from float64 than any order of sums explains"
+    assert np.abs(expected - exact).max() <= PARITY * rounding

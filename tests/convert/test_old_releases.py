@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import PARITY
+from helpers import assert_same_logits
 
 from moeconv.cli import inspect
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
@@ -81,17 +81,13 @@ def test_without_a_config_only_shapes_are_known(run_dir):
 
 
 def test_converted(run_dir, tmp_path):
-    from moeconv.verify.hf_model import hf_logits
-
     options = ConvertOptions(config=run_dir / "config.yml", dtype="float32")
     manifest = convert(plan_conversion(str(run_dir), options), tmp_path / "out")
     assert manifest.source.step == SAID[run_dir.name]["step"]
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == SAID[run_dir.name]["model_type"]
     reference = np.load(run_dir / "reference.npz")
-    assert reference["logits"].std() > 0.3, "the model must have logits that mistakes would move"
-    actual = hf_logits(tmp_path / "out", reference["tokens"])
-    assert np.abs(actual - reference["logits"]).max() <= PARITY
+    assert_same_logits(tmp_path / "out", reference["tokens"], reference["logits"])
 
 
 def test_the_fixtures_are_what_differs_from_now():

@@ -22,7 +22,10 @@ LENGTH = 16
 GLOBAL_BATCH = 4
 PAD = 2  # of the tiny tokenizer
 # MaxText's own clean-up stumbles over a finished iterator (multihost_dataloading.py, `__del__`).
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.maxtext,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 # One row a device, of which conftest makes four.
 FIXED = {
     "hardware": "cpu",

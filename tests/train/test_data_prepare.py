@@ -297,6 +297,7 @@ def test_a_model_that_the_rows_do_not_fit_is_refused(tmp_path, options):
         dataset.check(max_target_length=256, vocab_size=1000)
 
 
+@pytest.mark.maxtext
 def test_overrides_are_keys_of_maxtext_and_read_the_data(tmp_path, options):
     pytest.importorskip("maxtext")
     from maxtext.configs import pyconfig

@@ -12,6 +12,8 @@ from pydantic import ValidationError
 
 from moeconv.errors import ConfigError, MoeconvError, UnsupportedError
 
+pytestmark = pytest.mark.maxtext
+
 # A vocabulary that makes a token's share of the gradient as small as a large batch does:
 # 16,384 x 816 predicted tokens. No clipping, so that Adam's first moment is the gradient.
 KEYS = {"base_num_decoder_layers": 2, "vocab_size": 16384, "gradient_clipping_threshold": 0.0}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from models import samples
 
 from moeconv.arch.parameters import PARAMETERS
+from moeconv.arch.sidecar import SIDECAR_NAME
 from moeconv.cli.verify import command
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.hf.safetensors import read_header
@@ -23,6 +24,7 @@ from moeconv.mapping.families import FAMILIES
 from moeconv.verify.outcome import Status, worst
 from moeconv.verify.structure import check_structure
 from moeconv.verify.subject import Subject
+from moeconv.verify.tokenizers import check_own_tokenizer
 from moeconv.verify.weights import check_weights
 
 SIZES = {"V": 32, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4, "F": 24}
@@ -176,7 +178,11 @@ MUTATIONS = {
     "bf16-rounded weights claimed as fp32": (
         lambda o: change(o, "model.embed_tokens.weight", bfloat16), "values", None),
     "wrong theta": (lambda o: edit(o, rope_theta=1e6), "config", None),
-    "theta in one place only": (lambda o: edit(o, rope_parameters=None), "config", None),
+    "theta in one place only": (lambda o: edit(o, rope_parameters=None), "readers", None),
+    "theta of transformers 4 only": (lambda o: edit(o, rope_theta=1e6), "readers", None),
+    "RoPE scaled for transformers 4 only": (
+        lambda o: edit(o, rope_scaling={"rope_type": "linear", "factor": 2.0}), "readers", None),
+    "dtype of transformers 4 only": (lambda o: edit(o, torch_dtype="float16"), "readers", None),
     "wrong epsilon": (lambda o: edit(o, rms_norm_eps=1e-6), "config", None),
     "wrong top-k": (lambda o: edit(o, num_experts_per_tok=1), "config", None),
     "tie flag wrong": (lambda o: edit(o, tie_word_embeddings=False), "tying", None),
@@ -210,6 +216,79 @@ def test_every_mistake_is_found(right, tmp_path, name):
         assert found["source"].status is Status.PASS
     assert found[check].status is Status.FAIL
     assert found[check].layer == layer
+
+
+@pytest.fixture(scope="module")
+def told(right, tmp_path_factory):
+    """The same run with a sidecar and a tokenizer, converted."""
+    root = tmp_path_factory.mktemp("told")
+    shutil.copytree(right.parent / "run", root / "run")
+    write_tokenizer(root / "run" / "tokenizer", [f"w{n}" for n in range(30)])
+    config = {"decoder_block": "envy", "num_experts_per_tok": 2}
+    sidecar = {"format": "moeconv-run", "version": 1, "config": config, "tokenizer": "tokenizer"}
+    (root / "run" / SIDECAR_NAME).write_text(json.dumps(sidecar))
+    convert(plan_conversion(str(root / "run"), ConvertOptions()), root / "out")
+    return root / "out"
+
+
+def write_tokenizer(folder: Path, words: list[str], *, split="WhitespaceSplit") -> None:
+    tokens = ["<s>", "</s>", *words]
+    folder.mkdir(exist_ok=True)
+    content = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": n, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": False, "special": True} for n, t in enumerate(tokens[:2])],
+        "normalizer": None,
+        "pre_tokenizer": {"type": split},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {t: n for n, t in enumerate(tokens)},
+                  "unk_token": "w0"},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+# The tokenizer that lies in OUT; the verdict on it at level weights; words of it.
+TOKENIZERS = {
+    "the run's own": ([f"w{n}" for n in range(30)], {}, Status.PASS, "the run's own"),
+    "stale": (
+        [f"w{n}" for n in (1, 0, *range(2, 30))], {}, Status.FAIL,
+        "2 tokens have other ids, 'w0' has 3 instead of 2"),
+    "of another release": (
+        [f"w{n}" for n in range(30)], {"split": "Whitespace"}, Status.WARN,
+        "but another pre_tokenizer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_a_stale_tokenizer_is_found(told, tmp_path, name):
+    words, options, status, summary = TOKENIZERS[name]
+    out = tmp_path / "out"
+    shutil.copytree(told, out)
+    write_tokenizer(out, words, **options)
+    (check,) = check_own_tokenizer(Subject.open(out))
+    assert (check.status, check.level) == (status, "weights")
+    assert summary in check.summary
+
+
+def test_a_tokenizer_that_does_not_fit_is_found_without_the_checkpoint(told, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(told, out)
+    write_tokenizer(out, [f"w{n}" for n in range(40)])
+    found = tokenizer_check(out)
+    assert found.status is Status.FAIL and "32" in found.summary and "42" in found.summary
+    write_tokenizer(out, [f"w{n}" for n in range(30)])
+    edit(out, eos_token_id=0)
+    found = tokenizer_check(out)
+    assert found.status is Status.FAIL
+    assert found.summary == "eos_token_id: 1 in the tokenizer, 0 in config"
+
+
+def tokenizer_check(out: Path):
+    return next(c for c in check_structure(Subject.open(out)) if c.name == "tokenizer")
 
 
 def test_the_command_writes_a_bound_verdict(right, tmp_path):
