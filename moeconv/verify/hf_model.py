@@ -6,6 +6,7 @@ Both ways load through `from_pretrained`, so that transformers' own conversion o
 
 import contextlib
 import copy
+import gc
 import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -148,6 +149,7 @@ class HfLayers:
     def release(self) -> None:
         """See `Side`."""
         self._outer = None
+        gc.collect()  # models of both frameworks lie in reference cycles
 
     def layer(self, number: int, hidden: Array) -> Trace:
         """See `Side`."""

@@ -5,9 +5,11 @@ layer n is; a layer gets its arrays when it is its turn, and gives them up with 
 """
 
 import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from moeconv.verify.sides import Trace
 ReadParameter = Callable[[str, int | None], Array]
 
 _MODE = "train"  # maxtext.common.common_types.MODEL_MODE_TRAIN
+# Rows of a tied head's table taken together: at a width of 768 50 MB.
+_HEAD_ROWS = 1 << 14
 
 
 class MaxTextLayers:
@@ -76,20 +80,42 @@ class MaxTextLayers:
         return self._outer("norm", lambda model, h: model.decoder.decoder_norm(h), hidden)
 
     def logits(self, normed: Array, head: Head) -> Array:
-        """See `Side`."""
-        head = head if self.config.logits_via_embedding else "stock"
+        """See `Side`.
 
-        def logits(model: Any, h: Any) -> Any:
-            with unrounded_head() if head == "unrounded" else contextlib.nullcontext():
-                return model.decoder.apply_output_head(
+        A tied head is MaxText's own on some rows of the table at a time: whole, XLA holds the table
+        thrice, once of it rounded.
+        """
+        if not self.config.logits_via_embedding:
+            return self._outer(
+                "logits",
+                lambda model, h: model.decoder.apply_output_head(
                     model.token_embedder, h, True, _MODE, normalize_y=False
-                )
+                ),
+                normed,
+            )
+        vocabulary = self.config.vocab_size
+        rows = -(-vocabulary // -(-vocabulary // _HEAD_ROWS))
 
-        return self._outer(head, logits, normed)
+        def logits(model: Any, given: tuple[Any, Any]) -> Any:
+            import jax
+
+            h, start = given
+            table = jax.lax.dynamic_slice_in_dim(model.token_embedder.embedding[...], start, rows)
+            # The form in which Linen modules share a table (nnx_decoders.py `apply_output_head`).
+            shared = SimpleNamespace(variables={"params": {"embedding": table}})
+            with unrounded_head() if head == "unrounded" else contextlib.nullcontext():
+                return model.decoder.apply_output_head(shared, h, True, _MODE, normalize_y=False)
+
+        result = np.empty((*normed.shape[:-1], vocabulary), np.float32)
+        for begin in range(0, vocabulary, rows):
+            start = min(begin, vocabulary - rows)  # one shape: the last slice overlaps
+            result[..., start : start + rows] = self._outer(head, logits, (normed, start))
+        return result
 
     def release(self) -> None:
         """See `Side`."""
         self._globals = None
+        gc.collect()  # models of both frameworks lie in reference cycles
 
     def layer(self, number: int, hidden: Array) -> Trace:
         """See `Side`."""
@@ -109,7 +135,7 @@ class MaxTextLayers:
         arrays = {name: np.asarray(value, np.float32) for name, value in found.items()}
         return Trace(arrays["attention"], arrays.get("router"), arrays["experts"], arrays["output"])
 
-    def _outer(self, name: str, function: Callable[[Any, Any], Any], argument: Array) -> Array:
+    def _outer(self, name: str, function: Callable[[Any, Any], Any], argument: Any) -> Array:
         """Runs a part outside the layers: embedding, final norm, head."""
         import jax
         from flax import nnx

@@ -10,8 +10,9 @@ from moeconv.errors import TensorError, UsageError
 from moeconv.mapping.axes import Array
 
 _TOP = 5
-# Rows taken together: at 128k tokens a block's float64 copies are some 100 MB.
-_BLOCK = 16
+# Logits taken together: 2 MB in float64, so that a dozen such arrays stay in the cache, and the
+# allocator, which keeps what a thread has freed, keeps little.
+_BLOCK = 1 << 18
 # Pairs of logits kept of each position, for a plot.
 _SAMPLED = 16
 
@@ -102,7 +103,8 @@ def compare_logits(
     vocabulary = reference.shape[-1]
     left, right = reference.reshape(-1, vocabulary), candidate.reshape(-1, vocabulary)
     wanted = np.full(len(left), -1) if targets is None else np.asarray(targets).reshape(-1)
-    blocks = [slice(i, i + _BLOCK) for i in range(0, len(left), _BLOCK)]
+    rows = max(1, _BLOCK // vocabulary)
+    blocks = [slice(i, i + rows) for i in range(0, len(left), rows)]
     with ThreadPoolExecutor(jobs) as pool:
         return join(pool.map(lambda s: _block(left[s], right[s], wanted[s]), blocks))
 
