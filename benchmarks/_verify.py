@@ -3,8 +3,8 @@
 python _verify.py LEVEL OUT SOURCE CONFIG TOKENS SCRATCH   prints JSON
 
 Memory is this process's high-water mark after the imports, which are most of a gigabyte, less what
-it held before: `rss` all of it, `anonymous` without pages of mapped files, which the kernel may drop
-at any time. Sampled, so a short peak of `anonymous` can be missed; `rss` is the kernel's own.
+it held before: `rss` all of it, the kernel's own figure; `anonymous` without pages of mapped files,
+which the kernel may drop at any time, sampled.
 """
 
 import json

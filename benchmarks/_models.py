@@ -1,0 +1,94 @@
+"""The models that are measured, and small ones that test the bench itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+REFERENCE: Mapping[str, Any] = {
+    "base_emb_dim": 768,
+    "base_num_query_heads": 12,
+    "base_num_kv_heads": 12,
+    "head_dim": 64,
+    "base_mlp_dim": 3072,
+    "base_moe_mlp_dim": 3072,
+    "base_num_decoder_layers": 6,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 128256,
+    "max_target_length": 2048,
+    "logits_via_embedding": True,
+}
+INTERLEAVED: Mapping[str, Any] = {
+    "decoder_block": "envy",
+    "interleave_moe_layer_step": 2,
+    "inhomogeneous_layer_cycle_interval": 2,
+    "use_qk_norm": False,
+    "use_post_ffw_norm": False,
+}
+ALL_MOE: Mapping[str, Any] = {"decoder_block": "mixtral"}
+# One chunk an array and layer: with more layers there are more chunks, none is larger.
+NARROW: Mapping[str, Any] = {
+    **REFERENCE,
+    **ALL_MOE,
+    "base_emb_dim": 512,
+    "base_num_query_heads": 8,
+    "base_num_kv_heads": 8,
+    "base_mlp_dim": 1024,
+    "base_moe_mlp_dim": 1024,
+    "vocab_size": 32000,
+    "scan_layers": False,
+}
+TINY: Mapping[str, Any] = {
+    "base_emb_dim": 64,
+    "base_num_query_heads": 4,
+    "base_num_kv_heads": 4,
+    "head_dim": 16,
+    "base_mlp_dim": 128,
+    "base_moe_mlp_dim": 128,
+    "base_num_decoder_layers": 2,
+    "num_experts": 4,
+    "vocab_size": 512,
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint to convert."""
+
+    title: str
+    overrides: Mapping[str, Any]
+    full_state: bool = False
+    exporter: bool = False  # MaxText's exporter has a mapping for it
+
+    def tiny(self) -> "Model":
+        """The same in a fraction of a second, to test the bench itself."""
+        overrides = {**self.overrides, **TINY}
+        return Model(f"{self.title}, tiny", overrides, self.full_state, self.exporter)
+
+    def layers(self, count: int) -> "Model":
+        return Model(f"{count} layers", {**self.overrides, "base_num_decoder_layers": count})
+
+
+MODELS = (
+    Model("reference, interleaved, train state", {**REFERENCE, **INTERLEAVED}, full_state=True),
+    Model("all-MoE, parameters only", {**REFERENCE, **ALL_MOE}, exporter=True),
+)
+GROWING = Model("growing", NARROW)
+# One layer as large as Mixtral 8x7B's, in the 16 bits that it is stored in.
+LARGE = Model(
+    "one layer of Mixtral 8x7B",
+    {
+        **ALL_MOE,
+        "base_emb_dim": 4096,
+        "base_num_query_heads": 32,
+        "base_num_kv_heads": 8,
+        "head_dim": 128,
+        "base_mlp_dim": 14336,
+        "base_moe_mlp_dim": 14336,
+        "base_num_decoder_layers": 1,
+        "num_experts": 8,
+        "vocab_size": 1024,
+        "max_target_length": 256,
+        "weight_dtype": "bfloat16",
+    },
+)
