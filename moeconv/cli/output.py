@@ -49,13 +49,15 @@ class Output:
         sys.stderr.write(f"warning: {text}\n")
 
     @contextmanager
-    def progress(self, read_bytes: int, write_bytes: int) -> Iterator["Meter"]:
+    def progress(
+        self, read_bytes: int, write_bytes: int, what: str = "converting"
+    ) -> Iterator["Meter"]:
         """A progress display: a bar on a terminal, a line now and then elsewhere."""
         meter = Meter(read_bytes, write_bytes)
         if self.quiet:
             yield meter
         elif sys.stderr.isatty():
-            with _bar(self._console(stderr=True), meter):
+            with _bar(self._console(stderr=True), meter, what):
                 yield meter
         else:
             meter.report = self.note
@@ -96,15 +98,19 @@ class Meter:
         seconds = max(1e-3, time.monotonic() - self.begun)
         rate = done / seconds
         left = f", {(total - done) / rate:.0f} s left" if 0 < done < total else ""
+        wrote = (
+            f", wrote {format_size(self.written)} of {format_size(self.write_total)}"
+            if self.write_total
+            else ""
+        )
         self.report(
-            f"read {format_size(self.read)} of {format_size(self.read_total)}, "
-            f"wrote {format_size(self.written)} of {format_size(self.write_total)} "
+            f"read {format_size(self.read)} of {format_size(self.read_total)}{wrote} "
             f"in {seconds:.1f} s ({format_size(rate)}/s{left})"
         )
 
 
 @contextmanager
-def _bar(console: "Console", meter: Meter) -> Iterator[None]:
+def _bar(console: "Console", meter: Meter, what: str) -> Iterator[None]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -122,7 +128,7 @@ def _bar(console: "Console", meter: Meter) -> Iterator[None]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("converting", total=meter.read_total + meter.write_total)
+        task = progress.add_task(what, total=meter.read_total + meter.write_total)
         meter.update = lambda done: progress.update(task, completed=done)
         yield
         meter.update = None

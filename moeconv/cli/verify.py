@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,12 @@ import click
 from moeconv.cli.options import JSON, output_of
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from moeconv.cli.output import Output
     from moeconv.verify.report import Report
+    from moeconv.verify.run import Meter
+    from moeconv.verify.weights import Progress
 
 FAILED, COULD_NOT_RUN = 1, 2
 
@@ -131,7 +136,7 @@ def command(
             ),
             skip=level == "all",
         )
-        found = verify(out, source=source, options=options, note=output.note)
+        found = verify(out, source=source, options=options, note=output.note, meter=_meter(output))
         files = write_report(found, report or out)
     except MoeconvError as error:
         # One code for every reason: scripts ask whether there is a verdict.
@@ -144,10 +149,29 @@ def command(
     sys.exit(FAILED if found.verdict is Status.FAIL else 0)
 
 
+def _meter(output: "Output") -> "Meter":
+    @contextmanager
+    def meter(total: int) -> "Iterator[Progress]":
+        with output.progress(total, 0, "comparing") as seen:
+            yield lambda done: seen(done, 0)
+
+    return meter
+
+
 def _print(output: "Output", report: "Report") -> None:
+    """A line a check, and the tensors at fault."""
+    from rich.table import Table
+    from rich.text import Text
+
     from moeconv.verify.outcome import Status
 
+    colours = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for column in range(4):
+        table.add_column(overflow="fold", no_wrap=column < 3)
     for check in report.checks:
-        output.print(f"{check.status:8} {check.level:10} {check.name:13} {check.summary}")
+        status = Text(check.status.value, style=colours.get(check.status, "dim"))
+        table.add_row(status, check.level, check.name, Text(check.summary))
         for name in check.tensors[:10] if check.status is not Status.PASS else ():
-            output.print(f"{'':33}{name}")
+            table.add_row("", "", "", Text(name))
+    output.print(table)

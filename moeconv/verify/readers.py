@@ -68,5 +68,6 @@ def _installed(subject: Subject) -> tuple[str, dict[str, Any]]:
     import transformers
 
     read = transformers.AutoConfig.from_pretrained(subject.out, local_files_only=True)
-    own = {k: getattr(read, k) for k in subject.config if hasattr(read, k) and k not in _RENAMED}
+    names = [k for k in subject.config if k not in _RENAMED and hasattr(read, k)]
+    own = {k: getattr(read, k) for k in names}
     return transformers.__version__, own

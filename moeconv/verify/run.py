@@ -1,7 +1,8 @@
 """`verify`: the levels in order, each with what it needs, and one report."""
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +14,17 @@ from moeconv.verify.structure import check_structure
 from moeconv.verify.subject import Subject
 from moeconv.verify.tokenizers import check_own_tokenizer
 from moeconv.verify.tokens import Rows, find_sample, make_rows
-from moeconv.verify.weights import check_weights
+from moeconv.verify.weights import Progress, check_weights, source_bytes
 
 LEVELS: tuple[Level, ...] = ("structure", "weights", "logits", "layers")
+
+# Given the bytes that a level will compare, a context in which it tells of those it has.
+Meter = Callable[[int], AbstractContextManager[Progress]]
+
+
+@contextmanager
+def _unseen(total: int) -> Iterator[Progress]:
+    yield lambda done: None
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,12 @@ class VerifyOptions:
 
 
 def verify(
-    out: Path, *, source: str | None, options: VerifyOptions, note: Note = lambda text: None
+    out: Path,
+    *,
+    source: str | None,
+    options: VerifyOptions,
+    note: Note = lambda text: None,
+    meter: Meter = _unseen,
 ) -> Report:
     """Verifies an output of `convert`.
 
@@ -48,6 +62,7 @@ def verify(
         source: Its checkpoint, None for the one that the manifest names.
         options: What to do.
         note: Called with what is being done.
+        meter: Shows how far level weights is.
 
     Raises:
         MoeconvError: Something needed is missing or cannot be read: there is no verdict.
@@ -61,7 +76,10 @@ def verify(
             if level == "structure":
                 checks += check_structure(subject)
             elif level == "weights":
-                checks += check_weights(subject, jobs=options.jobs, memory=options.memory)
+                with meter(source_bytes(subject)) as progress:
+                    checks += check_weights(
+                        subject, jobs=options.jobs, memory=options.memory, progress=progress
+                    )
                 checks += check_own_tokenizer(subject)
             else:
                 _require(level, options.parity)

@@ -105,6 +105,12 @@ def check_weights(
     return [_source_check(subject, findings), _values_check(subject, findings)]
 
 
+def source_bytes(subject: Subject) -> int:
+    """Bytes of the checkpoint that level weights compares."""
+    sources = routes_of(list(subject.edges.values()))
+    return sum(subject.arrays.info[name].nbytes for name in sources)
+
+
 def _compare_all(
     subject: Subject, findings: _Findings, jobs: int, memory: int, progress: Progress
 ) -> None:
