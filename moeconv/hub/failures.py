@@ -110,9 +110,15 @@ def upload_errors(place: str) -> Iterator[None]:
             "nothing was committed"
         ) from None
     except (ValueError, RuntimeError) as error:
+        # Files are sent by threads, whose own error is the cause.
+        cause = error.__cause__ or error
+        refused = status_of(cause) == 403  # such an address is good for some hours
+        if isinstance(cause, HttpError | ConnectionError) and not refused:
+            raise cause from None
+        why = "the storage refuses its own address (403)" if refused else _short(cause)
         raise HubError(
-            f"uploading ({place}) failed: {_short(error)}; run the same command again, what the "
-            "Hub has is not sent twice"
+            f"uploading ({place}) failed: {why}; run the same command again, what the Hub has is "
+            "not sent twice"
         ) from None
 
 

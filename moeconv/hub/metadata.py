@@ -80,15 +80,18 @@ def _results(output: Output) -> list[EvalResult]:
 
 def assemble(metadata: Mapping[str, Any], body: str) -> str:
     """A card of ours: it ends with a digest of its text, so that a later edit is noticed."""
-    digest = hashlib.sha256(body.encode()).hexdigest()
-    return _put(metadata, f"{body}\n<!-- moeconv card {digest} -->\n")
+    return _put(metadata, f"{body}\n<!-- moeconv card {_digest(body)} -->\n")
 
 
 def is_ours(readme: str) -> bool:
     """Whether a README is a card of push that nobody has edited (its metadata may be)."""
-    text = _body(readme).lstrip("\n")
+    text = _body(readme)
     mark = _MARK.search(text)
-    return mark is not None and hashlib.sha256(text[: mark.start()].encode()).hexdigest() == mark[1]
+    return mark is not None and _digest(text[: mark.start()]) == mark[1]
+
+
+def _digest(body: str) -> str:
+    return hashlib.sha256(body.strip("\n").encode()).hexdigest()
 
 
 def join(readme: str, ours: Mapping[str, Any], *, where: str, insist: Iterable[str] = ()) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from huggingface_hub import HfApi, constants, hf_hub_url
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -237,7 +237,7 @@ def _fetch(api: HfApi, parcel: Parcel, remote: Remote, name: str, note: Note) ->
     """A small text file of the repository; None when it is not there."""
     if name not in remote.files:
         return None
-    url = hf_hub_url(parcel.repo_id, name, revision=remote.head, endpoint=api.endpoint)
+    url = f"{api.endpoint}/{parcel.repo_id}/resolve/{remote.head}/{name}"
     headers = build_hf_headers(token=api.token)
 
     def get() -> str:
