@@ -23,7 +23,6 @@ SETTINGS = (
     "ici_data_parallelism",
     "ici_fsdp_parallelism",
     "steps",
-    "num_epoch",
     "global_batch_size_to_train_on",
     "per_device_batch_size",
     "gradient_accumulation_steps",

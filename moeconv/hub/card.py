@@ -16,7 +16,6 @@ from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, parity_of
 from moeconv.verify.written import PAGE_NAME
 
 _SETTINGS = {
-    "num_epoch": "epochs",
     "global_batch_size_to_train_on": "sequences a step",
     "per_device_batch_size": "sequences a device and step",
     "gradient_accumulation_steps": "gradient accumulation steps",
@@ -167,8 +166,8 @@ def _training(given: CardInput) -> list[str]:
     run, step = given.output.manifest.run, given.output.manifest.source.step
     parts, rows = [], []
     facts = run.facts if run else None
-    if facts and facts.dataset:
-        rows.append(("data", f"[{facts.dataset}](https://huggingface.co/datasets/{facts.dataset})"))
+    if dataset := given.output.dataset:
+        rows.append(("data", f"[{dataset}](https://huggingface.co/datasets/{dataset})"))
     if run and run.maxtext_version:
         rows.append(("MaxText", run.maxtext_version))
     if step is not None:
@@ -177,6 +176,8 @@ def _training(given: CardInput) -> list[str]:
         )
         of = f" of {planned:,}" if isinstance(planned, int) and planned > step + 1 else ""
         rows.append(("steps", f"{step + 1:,}{of}"))
+        if facts and facts.epochs and not of:
+            rows.append(("epochs", f"{facts.epochs:g}"))
     if run is not None:
         rows += _tokens(run, step)
         rows += [

@@ -104,12 +104,11 @@ def upload_errors(place: str) -> Iterator[None]:
         yield
     except (HttpError, ConnectionError, json.JSONDecodeError):
         raise
-    except OSError as error:
-        raise OutputError(
-            f"{error.filename or 'a file of OUT'} cannot be read: {error.strerror or error}; "
-            "nothing was committed"
-        ) from None
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise OutputError(
+                f"{error.filename} cannot be read: {error.strerror}; nothing was committed"
+            ) from None
         # Files are sent by threads, whose own error is the cause.
         cause = error.__cause__ or error
         refused = status_of(cause) == 403  # such an address is good for some hours

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from moeconv.errors import UnverifiedError
 from moeconv.hub.local import Output
 from moeconv.verify.markdown import verdict_line
-from moeconv.verify.outcome import Check, Level, Status
+from moeconv.verify.outcome import Check, Level, Status, passed, worst
 from moeconv.verify.report import REPORT_NAME, Report
 
 _PROVEN = (Status.PASS, Status.WARN)
@@ -23,7 +23,7 @@ class Judgement:
     """What is known of an output.
 
     Attributes:
-        report: The report of these very bytes; None when there is none.
+        report: The report of these very bytes, as it is published; None when there is none.
         problem: Why the output is not proven to be the model; None when it is.
         warnings: Of the report, a sentence each.
         skipped: Levels that did not run, each with the reason.
@@ -48,12 +48,24 @@ def judge(output: Output) -> Judgement:
         return Judgement(None, what)
     if other := _other_bytes(output, report):
         return Judgement(None, f"{REPORT_NAME} speaks of other bytes than those of {_few(other)}")
-    # Level structure warns of files beside the model; they are not sent, so it says nothing here.
+    report = _of_what_is_sent(report)
     warned = [c for c in report.checks if c.status is Status.WARN]
-    beside = [c for c in warned if (c.level, c.name) == ("structure", "files")]
-    warnings = tuple(f"{c.level}/{c.name}: {c.summary}" for c in warned if c not in beside)
-    skipped = tuple(_skipped(report))
-    return Judgement(report, _problem(report), warnings, skipped)
+    warnings = tuple(f"{c.level}/{c.name}: {c.summary}" for c in warned)
+    return Judgement(report, _problem(report), warnings, tuple(_skipped(report)))
+
+
+def _of_what_is_sent(report: Report) -> Report:
+    """Without the warning of files beside the model: they are not sent, nor are their names."""
+    checks = [
+        passed("structure", "files", "every file has the size and SHA-256 of the manifest")
+        if (c.level, c.name, c.status) == ("structure", "files", Status.WARN)
+        else c
+        for c in report.checks
+    ]
+    if checks == report.checks:
+        return report
+    levels = {level: worst(c for c in checks if c.level == level) for level in report.levels}
+    return report.model_copy(update={"checks": checks, "levels": levels, "verdict": worst(checks)})
 
 
 def demand(output: Output, judgement: Judgement) -> None:

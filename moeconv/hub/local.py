@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,7 @@ ALLOWED = (
 )
 # What a manifest of ours can name; one that names more was not written by convert.
 _CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # How deep below the current directory an output is looked for.
 _DEPTH = 4
 
@@ -149,6 +151,13 @@ class Output:
     def missing(self) -> list[str]:
         """Files that are not there."""
         return [name for name, digest in self.digests.items() if digest is None]
+
+    @property
+    def dataset(self) -> str | None:
+        """The Hub's id of the training data, where that is what the run told."""
+        run = self.manifest.run
+        name = run.facts.dataset if run is not None and run.facts is not None else None
+        return name if name is not None and _DATASET.fullmatch(name) else None
 
     @property
     def has_tokenizer(self) -> bool:

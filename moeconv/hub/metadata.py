@@ -46,7 +46,7 @@ def make_metadata(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,
-        datasets=[facts.dataset] if facts and facts.dataset else None,
+        datasets=[output.dataset] if output.dataset else None,
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -57,9 +57,9 @@ def make_metadata(
 def _results(output: Output) -> list[EvalResult]:
     """The last evaluation, where it is known on which data."""
     run = output.manifest.run
-    if run is None or run.evaluation is None or run.facts is None or not run.facts.dataset:
+    dataset = output.dataset
+    if run is None or run.evaluation is None or dataset is None:
         return []
-    dataset = run.facts.dataset
     loss = run.evaluation.loss
     values = {"loss": ("Evaluation loss (nats per token)", loss)}
     if loss < 50:

@@ -17,6 +17,8 @@ from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
 from moeconv.hf.config import to_json
 from moeconv.hub.local import File, Output
+from moeconv.verify.markdown import to_markdown
+from moeconv.verify.plots import PLOTS
 from moeconv.verify.report import REPORT_NAME, Report
 from moeconv.verify.written import PAGE_NAME
 
@@ -47,10 +49,9 @@ def public_files(output: Output, report: Report | None) -> list[File]:
         told = _walk(report.model_dump(mode="json"), lambda text: shorten(text, known))
         told["files"][MANIFEST_NAME] = hashlib.sha256(files[0].read()).hexdigest()
         files.append(File.of(REPORT_NAME, to_json(told)))
-        page = output.folder / PAGE_NAME
-        if page.is_file():
-            text = shorten(page.read_text(encoding="utf-8"), known)
-            files.append(File.of(PAGE_NAME, text.encode()))
+        plots = [output.folder / name for name in PLOTS]
+        page = to_markdown(report, [plot for plot in plots if plot.is_file()])
+        files.append(File.of(PAGE_NAME, shorten(page, known).encode()))
     return files
 
 

@@ -102,7 +102,10 @@ def plan_push(
     checked = False
     try:
         with hub_errors("validating the card", repo_id):
-            patiently(lambda: _validate(api, card, origin), "validating the card", note)
+            if unknown:  # nobody waits twice for a Hub that does not answer
+                _validate(api, card, origin)
+            else:
+                patiently(lambda: _validate(api, card, origin), "validating the card", note)
             checked = True
     except HubError as error:
         if not dry_run:

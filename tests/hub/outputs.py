@@ -26,6 +26,7 @@ FACTS = {
     "license": "cdla-sharing-1.0",
     "hub_repo": "alice/model",
     "steps": 8,
+    "epochs": 2.0,
     "tokens_per_step": 512,
 }
 SETTINGS = {

@@ -180,7 +180,11 @@ def test_files_beside_the_model_stay_here(hub, push, out):
     assert json.loads(ran.out)["left_behind"] == sorted([*secrets, "checkpoints/"])
     assert not set(secrets) & set(hub.repo().files())
     assert hub.text("LICENSE") == "a license"
-    assert "verify.json" in hub.repo().files()
+    for name in ("README.md", "verify.json", "verify.md"):
+        told = hub.text(name)
+        assert "optimizer" not in told and "train.log" not in told
+    assert json.loads(hub.text("verify.json"))["verdict"] == "pass"
+    assert "**PASS" in hub.text("verify.md") and "**PASS" in hub.text("README.md")
 
 
 def test_a_manifest_that_names_strangers_is_refused(hub, push, out):

@@ -60,7 +60,7 @@ def test_the_card_of_a_run_that_tells_of_itself(hub, out):
         "[roneneldan/TinyStories](https://huggingface.co/datasets/roneneldan/TinyStories)"
     )
     assert rows["MaxText"] == "0.2.5"
-    assert rows["steps"] == "8"
+    assert rows["steps"] == "8" and rows["epochs"] == "2"
     assert rows["tokens"] == "4,000"
     assert rows["peak learning rate"] == "3e-05"
     assert rows["packing"] == "yes"
@@ -119,6 +119,17 @@ def test_nothing_is_invented_of_a_run_that_tells_nothing(hub, tmp_path):
     assert "There is no tokenizer" in card and "AutoTokenizer" not in card
     licensed = dry_card(out, "--repo-id", "alice/bare", "--license", "mit")
     assert metadata(licensed)["license"] == "mit"
+
+
+def test_an_earlier_step_is_not_told_as_the_whole_run(hub, tmp_path):
+    facts = {**outputs.FACTS, "steps": 5000, "dataset": "/data/private corpus"}
+    run = outputs.write_run(tmp_path / "run", facts=facts)
+    card = dry_card(outputs.convert_run(run, tmp_path / "early"))
+    rows = table(card)
+    assert rows["steps"] == "8 of 5,000" and "epochs" not in rows
+    # What is no dataset of the Hub is not made one.
+    assert "private corpus" not in card and "datasets" not in metadata(card)
+    assert "model-index" not in metadata(card)
 
 
 def test_the_same_output_gives_the_same_card_and_plot(hub, out):
