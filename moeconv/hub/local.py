@@ -90,6 +90,7 @@ class Output:
         manifest: What it claims.
         digests: SHA-256 of the files it consists of, the manifest's own included; None for one
             that is missing.
+        stamps: Size and time of each of them before it was read.
         report: `verify.json`, None when there is none.
         unreadable: `verify.json` is there, but is no report.
     """
@@ -97,6 +98,7 @@ class Output:
     folder: Path
     manifest: Manifest
     digests: dict[str, str | None]
+    stamps: dict[Path, tuple[int, int]]
     report: Report | None
     unreadable: bool = False
 
@@ -125,14 +127,18 @@ class Output:
                 "is sent, convert again"
             )
         digests: dict[str, str | None] = {}
+        stamps: dict[Path, tuple[int, int]] = {}
         for name in sorted({*manifest.files, MANIFEST_NAME}):
             here = folder / name
             try:
-                digests[name] = sha256(here) if here.is_file() else None
+                digests[name] = None
+                if here.is_file():
+                    stamps[here] = stamp(here)
+                    digests[name] = sha256(here)
             except OSError as error:
                 raise OutputError(f"{here} cannot be read: {error.strerror}") from None
         report, unreadable = _read_report(folder / REPORT_NAME)
-        return cls(folder, manifest, digests, report, unreadable)
+        return cls(folder, manifest, digests, stamps, report, unreadable)
 
     @cached_property
     def model(self) -> ModelDescription:
@@ -172,6 +178,12 @@ class Output:
             for p in self.folder.iterdir()
             if p.name not in known
         )
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of a file: what changes when somebody writes to it."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def _is_ours(name: str) -> bool:

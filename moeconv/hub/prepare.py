@@ -9,7 +9,7 @@ from moeconv.errors import OutputError, UsageError
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
 from moeconv.hub.gate import Judgement, judge
-from moeconv.hub.local import ALLOWED, CARD_NAME, LOSS_PLOT, File, Output, newest_output
+from moeconv.hub.local import ALLOWED, CARD_NAME, LOSS_PLOT, File, Output, newest_output, stamp
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
 from moeconv.hub.plot import draw_losses
 from moeconv.hub.public import machine_paths, public_files, refuse_secrets
@@ -52,7 +52,6 @@ class Parcel:
         body: The card's text, where nobody wrote another one.
         readme: The README in OUT, None where there is none.
         left_behind: What lies in OUT and is not sent.
-        stamps: Size and time of each file when it was hashed.
         warnings: A sentence each.
     """
 
@@ -64,7 +63,6 @@ class Parcel:
     body: str
     readme: str | None
     left_behind: tuple[str, ...]
-    stamps: Mapping[Path, tuple[int, int]]
     warnings: tuple[str, ...]
 
     def card(self, on_hub: str | None, insist: tuple[str, ...] = ()) -> tuple[str, str]:
@@ -93,8 +91,8 @@ class Parcel:
         Raises:
             OutputError: Somebody did.
         """
-        for path, stamp in self.stamps.items():
-            if not path.is_file() or _stamp(path) != stamp:
+        for path, then in self.output.stamps.items():
+            if not path.is_file() or stamp(path) != then:
                 raise OutputError(
                     f"{path} was changed while it was being pushed; nothing was committed, verify "
                     "and push again"
@@ -156,7 +154,6 @@ def prepare(out: Path, options: PushOptions) -> Parcel:
         body=body,
         readme=readme,
         left_behind=tuple(left),
-        stamps={f.path: _stamp(f.path) for f in files if f.path is not None},
         warnings=tuple(_warnings(output, files, license_id, judgement)),
     )
 
@@ -177,15 +174,10 @@ def _files(output: Output, judgement: Judgement) -> list[File]:
         if name not in made and name != CARD_NAME and path.is_file() and not stale:
             if name.startswith("verify."):
                 continue  # a report of other bytes
-            files.append(_from_disk(path))
+            files.append(File.of(name, path.read_bytes()))
     if (plot := draw_losses(output.manifest.run)) is not None:
         files.append(File.of(LOSS_PLOT, plot))
     return files
-
-
-def _from_disk(path: Path) -> File:
-    made = File.of(path.name, path.read_bytes())
-    return File(made.name, made.size, made.sha256, path=path)
 
 
 def _repo_id(options: PushOptions, output: Output) -> str:
@@ -255,8 +247,3 @@ def _warnings(
     if not output.has_tokenizer:
         found.append("the output has no tokenizer; convert with --tokenizer to push one")
     return found + [f"verify: {text}" for text in judgement.warnings]
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns

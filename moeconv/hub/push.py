@@ -173,15 +173,14 @@ def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
         with hub_errors("making the repository", repo_id):
             make_repository(api, repo_id, private=options.private, note=note)
         note(f"made {plan.endpoint}/{repo_id}{' (private)' if options.private else ''}")
-    if (not remote.exists or not remote.branch) and options.revision != "main":
-        with hub_errors("making the branch", repo_id):
-            make_branch(api, repo_id, options.revision, note)
-    if not remote.exists or not remote.branch:
         with hub_errors("asking the Hub", repo_id):
             remote = read_remote(api, repo_id, options.revision, pull_request_of=None, note=note)
-        # A new repository begins with a .gitattributes of its own.
+        # It begins with files of its own (.gitattributes).
         files = [c.file for c in changes if c.file is not None]
         changes = plan_changes(files, remote.files, old_manifest=None)
+    if not remote.branch:
+        with hub_errors("making the branch", repo_id):
+            make_branch(api, repo_id, options.revision, note)
     if remote.head is None:
         raise HubError(f"{repo_id} has no commit to build on; make it anew on the Hub")
     number = remote.pull_request

@@ -11,6 +11,7 @@ from moeconv.errors import HubError
 from moeconv.hub.changes import Change, differences
 from moeconv.hub.failures import (
     WAITS,
+    HttpError,
     Note,
     is_transient,
     patiently,
@@ -126,7 +127,15 @@ def send(
         except Exception as error:
             if not (is_transient(error) or status_of(error) in (409, 412)):
                 raise
-            if (landed := _landed(api, target, changes, note)) is not None:
+            try:
+                landed = _landed(api, target, changes, note)
+            except HttpError:
+                raise HubError(
+                    f"committing ({target.repo_id}) failed: {error_name(error)}, and the Hub does "
+                    "not tell whether the commit landed all the same; run the same command again, "
+                    "nothing is sent or committed twice"
+                ) from None
+            if landed is not None:
                 note("the commit landed, only the answer was lost")
                 return landed
             # A 409 may be a lock that is held for a moment; a moved head stays moved.

@@ -265,7 +265,7 @@ class _Handler(BaseHTTPRequestHandler):
         orgs = {org["name"] for org in self.user["orgs"] if org["roleInOrg"] == "write"}
         return namespace == self.user["name"] or namespace in orgs
 
-    def _repo(self, *, write: bool = False) -> Repo:
+    def _repo(self, *, write: bool = False, ref: str = "") -> Repo:
         name = self.groups["repo"]
         repo = self.hub.store.repos.get(name)
         mine = self.user is not None and name.split("/")[0] in (
@@ -278,6 +278,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(status, "Repository not found", "RepoNotFound")
         if repo.gated and not mine:
             raise RefusedError(403, "Access to this repo is restricted", "GatedRepo")
+        # Whoever opened a pull request may push to it.
+        pulls = [p for p in repo.pulls if ref == f"refs/pr/{p.num}"]
+        if pulls and self.user is not None and pulls[0].author == self.user["name"]:
+            return repo
         if write and not self._may_write(name):
             raise RefusedError(403, "You don't have the rights to write in this repository")
         return repo
@@ -382,7 +386,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _preupload(self, body: bytes) -> Any:
         pull = "create_pr" in self.query
-        repo = self._repo(write=not pull)
+        repo = self._repo(write=not pull, ref=self.groups["rev"])
         files = repo.files(self.groups["rev"])
         answer = []
         for one in json.loads(body)["files"]:
@@ -400,7 +404,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _lfs_batch(self, body: bytes) -> Any:
         asked = json.loads(body)
-        self._repo(write="ref" in asked)
+        self._repo(write="ref" in asked, ref=asked.get("ref", {}).get("name", ""))
         objects = []
         for one in asked["objects"]:
             oid, size = one["oid"], one["size"]
@@ -445,7 +449,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, body: bytes) -> Any:
         create_pr = "create_pr" in self.query
-        repo = self._repo(write=not create_pr)
+        repo = self._repo(write=not create_pr, ref=self.groups["rev"])
         if self.user is None:
             raise RefusedError(401, "Invalid username or password.")
         lines = [json.loads(line) for line in body.splitlines()]

@@ -341,6 +341,18 @@ def test_a_branch_is_made_and_main_stays(hub, push):
     assert json.loads(ran.out)["revision"] == "v2"
 
 
+def test_a_branch_loses_what_is_stale_as_main_would(hub, push, out, tmp_path):
+    assert push().code == 0
+    shutil.rmtree(out)
+    outputs.convert_run(outputs.write_run(tmp_path / "run", seed=1), out)
+    outputs.attest(out, outputs.parity(1e-6))
+    ran = push("--revision", "v2", "--json")
+    assert ran.code == 0, ran.err
+    assert actions(ran)["model-00002-of-00002.safetensors"] == "delete"
+    assert "model-00002-of-00002.safetensors" in hub.repo().files("main")
+    assert "model-00002-of-00002.safetensors" not in hub.repo().files("v2")
+
+
 def test_a_branch_of_a_new_repository(hub, push):
     ran = push("--revision", "v1")
     assert ran.code == 0, ran.err
@@ -348,28 +360,25 @@ def test_a_branch_of_a_new_repository(hub, push):
     assert "config.json" in hub.repo().files("v1")
 
 
-def test_one_pull_request_is_opened_and_gone_on_with(hub, push, out):
-    hub.store.create("bob/model", private=False)
-    arguments = ["--repo-id", "bob/model", "--create-pr", "--json"]
+@pytest.mark.parametrize("name", ["bob/model", "lab/model"])
+def test_one_pull_request_is_opened_and_gone_on_with(hub, push, out, name):
+    """Also where the account may not write, as in bob's repository."""
+    repo = hub.store.create(name, private=False)
+    arguments = ["--repo-id", name, "--create-pr", "--json"]
     first = json.loads(push(*arguments).out)
-    assert first["pull_request"] == f"{hub.url}/bob/model/discussions/1"
+    assert first["pull_request"] == f"{hub.url}/{name}/discussions/1"
     assert first["revision"] == "refs/pr/1"
     (out / "LICENSE").write_text("a license")
-    again = push(*arguments, "--message", "another title")
-    assert again.code == HubError.exit_code  # alice may open one, but not write to bob's refs
-    repo = hub.store.create("lab/model", private=False)
-    arguments[1] = "lab/model"
-    first = json.loads(push(*arguments).out)
-    (out / "LICENSE").write_text("another license")
+    assert "pull request 1 (open, goes on)" in push(*arguments[:3], "--dry-run").out
     ran = push(*arguments, "--message", "another title")
     assert ran.code == 0, ran.err
     second = json.loads(ran.out)
     assert [p.num for p in repo.pulls] == [1]
     assert second["pull_request"] == first["pull_request"]
-    assert hub.text("LICENSE", "lab/model", "refs/pr/1") == "another license"
+    assert hub.text("LICENSE", name, "refs/pr/1") == "a license"
     assert set(repo.files("main")) == {".gitattributes"}
     assert {n: a for n, a in actions(ran).items() if a not in ("same", "keep")} == {
-        "LICENSE": "replace"
+        "LICENSE": "add"
     }
     repo.pulls[0].status = "merged"
     third = json.loads(push(*arguments).out)

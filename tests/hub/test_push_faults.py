@@ -105,6 +105,23 @@ def test_a_pull_request_whose_answer_is_lost_is_not_opened_twice(hub, push, ther
     assert json.loads(ran.out)["pull_request"].endswith("/discussions/1")
 
 
+def test_a_hub_that_falls_silent_after_the_commit(hub, push, out, there, naps):
+    before = there.branches["main"]
+    silence = [
+        hub.fault("commit", drop="after", before=lambda: hub.faults.append(info)),
+    ]
+    info = hub_server.Fault("info", status=503, times=ALWAYS)
+    ran = push()
+    assert ran.code == HubError.exit_code
+    assert "does not tell whether the commit landed" in ran.error
+    info.times = 0
+    assert silence[0].times == 0
+    ran = push("--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["sent_bytes"] == 0
+    assert assert_whole_or_unchanged(there, out, before)
+
+
 # What ends in a sentence -------------------------------------------------------------------------
 
 SENTENCES = {
