@@ -133,8 +133,10 @@ def explain(error: BaseException, what: str, place: str) -> str:
     if isinstance(error, HFValidationError):
         return begin + f"{error}; give --repo-id NAMESPACE/NAME"
     if status is None:
-        return (
-            begin + f"the connection broke ({_short(error)}) and trying again did not help; {again}"
+        words = _short(error)
+        xet = "; HF_HUB_DISABLE_XET=1 uploads without Xet" if "xet" in words else ""
+        return begin + (
+            f"the connection broke ({words}) and trying again did not help; {again}{xet}"
         )
     match error:
         case RevisionNotFoundError():

@@ -70,9 +70,11 @@ def plan_push(
         note: For people.
 
     Raises:
-        MoeconvError: The card's metadata are wrong, or, outside of a dry run, the Hub cannot be
-            asked or the token may not write.
+        MoeconvError: The card's metadata are wrong, or, outside of a dry run, the output is not
+            proven to be the model or the Hub cannot be asked.
     """
+    if not dry_run and not options.unverified:
+        demand(parcel.output, parcel.judgement)
     address = (endpoint or constants.ENDPOINT).rstrip("/")
     token = token_for(address)
     api = _api(address, token)

@@ -277,6 +277,19 @@ def test_a_card_that_the_hub_does_not_take_is_known_before_anything_is_sent(hub,
     assert not hub.count("preupload")
 
 
+def test_a_hub_without_xet(hub, out, there):
+    """Where hf_xet is installed huggingface_hub takes that way; a plain server does not know it."""
+    close_session()
+    ran = cli_runner.run(
+        "push", out, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="0"
+    )
+    assert ran.code == HubError.exit_code
+    assert "HF_HUB_DISABLE_XET=1 uploads without Xet" in ran.err.splitlines()[-1]
+    assert "Traceback" not in ran.err
+    assert hub_server.WRITE not in ran.err
+    assert set(there.files()) == {".gitattributes", "notes.txt"}
+
+
 def test_killed_in_the_middle_it_goes_on(hub, out, there):
     """A process of its own, killed while the second shard is on its way."""
     digests = json.loads((out / "verify.json").read_text())["files"]
