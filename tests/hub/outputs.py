@@ -35,7 +35,7 @@ SETTINGS = {
     "adam_weight_decay": 0.1,
     "packing": True,
     "run_name": "never-told",
-    "tokenizer_path": "/home/somebody/secret",
+    "tokenizer_path": "/Users/somebody/secret",
 }
 
 
