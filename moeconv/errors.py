@@ -69,3 +69,15 @@ class MissingPackageError(MoeconvError):
     """A command needs a package that is not installed; the message says which extra brings it."""
 
     exit_code = 11
+
+
+class UnverifiedError(MoeconvError):
+    """The output is not proven to be the model: `verify.json` is missing, failed, or outdated."""
+
+    exit_code = 12
+
+
+class HubError(MoeconvError):
+    """The Hub refused or could not be reached; no commit was made, unless the message says so."""
+
+    exit_code = 13

@@ -24,6 +24,10 @@ COMMANDS = {
         "moeconv.cli.verify",
         "Prove a converted model against its checkpoint: files, weights, logits, layers.",
     ),
+    "push": (
+        "moeconv.cli.push",
+        "Publish a verified model on the Hugging Face Hub.",
+    ),
     "data": (
         "moeconv.cli.data",
         "Prepare the data that a model is trained on.",

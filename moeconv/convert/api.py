@@ -20,6 +20,7 @@ from moeconv.convert.manifest import (
     rules,
 )
 from moeconv.convert.plan import Plan, build_plan, index_json
+from moeconv.convert.run_record import RunRecord, read_run
 from moeconv.convert.source import Checkpoint, open_checkpoint
 from moeconv.convert.staging import Staging
 from moeconv.errors import OutputError, StorageError, UsageError
@@ -75,6 +76,7 @@ class Prepared:
     plan: Plan
     tokenizer: TokenizerFiles | None
     options: ConvertOptions
+    run: RunRecord | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -108,6 +110,8 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
             "no tokenizer was given or found beside the run, so none is written and the token ids "
             "of config.json are null; pass --tokenizer"
         )
+    run, unread = read_run(checkpoint.step, checkpoint.sidecar[0] if checkpoint.sidecar else None)
+    warnings += unread
     choices = Options(untie=options.untie)
     if options.untie and not model.tie_word_embeddings:
         warnings.append("--untie changes nothing: the model's output head is its own parameter")
@@ -131,7 +135,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         dropped=checkpoint.dropped,
     )
     plan.memory_budget(options.max_memory, options.jobs)
-    return Prepared(checkpoint, plan, tokenizer, options)
+    return Prepared(checkpoint, plan, tokenizer, options, run)
 
 
 def convert(
@@ -333,6 +337,7 @@ def make_manifest(
         tokenizer=prepared.tokenizer.source if prepared.tokenizer else None,
         plan=plan.digest,
         files=dict(sorted(records.items())),
+        run=prepared.run,
     )
 
 

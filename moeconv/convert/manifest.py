@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from moeconv.convert.plan import Plan
+from moeconv.convert.run_record import RunRecord
 from moeconv.mapping.ops import Scale
 
 MANIFEST_NAME = "moeconv.json"
@@ -56,7 +57,7 @@ class FileRecord(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The file's schema."""
+    """The file's schema; `run` is null where a run left nothing that tells of it."""
 
     format: Literal["moeconv"] = "moeconv"
     version: Literal[1] = 1
@@ -74,6 +75,7 @@ class Manifest(_Frozen):
     tokenizer: str | None
     plan: str
     files: dict[str, FileRecord]
+    run: RunRecord | None = None
 
 
 def folds(plan: Plan) -> list[FoldRecord]:

@@ -1,0 +1,163 @@
+"""What a run tells of its training, carried into the manifest so that OUT can tell it alone.
+
+The run's directory may be gone when a model is published, so `moeconv convert` takes over what a
+model card needs: the sidecar's facts, the settings that describe a training, and the losses up to
+the step that is converted. What is not known is absent.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moeconv.arch.sidecar import METRICS_NAME, MetricsLine, RunFacts, RunSidecar
+from moeconv.errors import NotACheckpointError
+from moeconv.orbax.locate import Step
+
+# Settings a card may tell; nothing else of a config is taken over, so no path and no name.
+SETTINGS = (
+    "hardware",
+    "ici_data_parallelism",
+    "ici_fsdp_parallelism",
+    "steps",
+    "global_batch_size_to_train_on",
+    "per_device_batch_size",
+    "gradient_accumulation_steps",
+    "max_target_length",
+    "packing",
+    "dtype",
+    "weight_dtype",
+    "grad_dtype",
+    "opt_type",
+    "learning_rate",
+    "lr_schedule_type",
+    "warmup_steps_fraction",
+    "learning_rate_final_fraction",
+    "adam_b1",
+    "adam_b2",
+    "adam_eps",
+    "adam_weight_decay",
+    "gradient_clipping_threshold",
+    "load_balance_loss_weight",
+    "capacity_factor",
+    "remat_policy",
+)
+# Points kept of a curve.
+CURVE_POINTS = 200
+
+
+class Measured(BaseModel):
+    """A loss, after so many steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    loss: float
+    tokens: int | None = None
+
+
+class RunRecord(BaseModel):
+    """The record's schema.
+
+    Attributes:
+        maxtext_version: The release that trained.
+        facts: Those of the sidecar.
+        settings: MaxText config keys of `SETTINGS`.
+        train: Last training loss up to the converted step.
+        evaluation: Last evaluation loss up to it.
+        train_curve: Training loss, each point the mean of a stretch of steps, at its last step.
+        evaluation_curve: Every evaluation, or the last of each stretch.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    maxtext_version: str | None = None
+    facts: RunFacts | None = None
+    settings: dict[str, bool | int | float | str] = {}
+    train: Measured | None = None
+    evaluation: Measured | None = None
+    train_curve: list[Measured] = []
+    evaluation_curve: list[Measured] = []
+
+
+def read_run(step: Step, sidecar: RunSidecar | None) -> tuple[RunRecord | None, list[str]]:
+    """The record of a checkpoint's run; None when there is nothing to tell.
+
+    Returns:
+        The record, and warnings.
+    """
+    lines, warnings = _metrics(step)
+    if sidecar is None and not lines:
+        return None, warnings
+    train = [m for m in lines if m.kind == "train"]
+    evaluation = [m for m in lines if m.kind == "eval"]
+    return RunRecord(
+        maxtext_version=sidecar.maxtext_version if sidecar else None,
+        facts=_facts(sidecar),
+        settings=_settings(sidecar.config) if sidecar else {},
+        train=_measured(train[-1:]),
+        evaluation=_measured(evaluation[-1:]),
+        train_curve=[_mean(part) for part in _stretches(train)],
+        evaluation_curve=[_mean(part[-1:]) for part in _stretches(evaluation)],
+    ), warnings
+
+
+def _facts(sidecar: RunSidecar | None) -> RunFacts | None:
+    """The facts that have a name; what a newer trainer added is not published unseen."""
+    if sidecar is None or sidecar.run is None:
+        return None
+    return RunFacts(**{name: getattr(sidecar.run, name) for name in RunFacts.model_fields})
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
+    found = {key: config[key] for key in SETTINGS if key in config}
+    return {k: v for k, v in found.items() if isinstance(v, bool | int | float | str) and v != ""}
+
+
+def _metrics(step: Step) -> tuple[list[MetricsLine], list[str]]:
+    """The run's metrics up to the step, in its order; a step measured twice counts as at last."""
+    raw = None
+    for folder in step.beside:
+        try:
+            raw = folder.read(METRICS_NAME)
+        except NotACheckpointError:
+            continue  # a remote folder that may not be read is no reason to fail
+        if raw is not None:
+            break
+    found: dict[tuple[str, int], MetricsLine] = {}
+    damaged = 0
+    for text in (raw or b"").splitlines():
+        try:
+            line = MetricsLine.model_validate(json.loads(text))
+        except (ValueError, RecursionError, ValidationError):
+            damaged += 1
+            continue
+        # Step N of a checkpoint is the number of its last training step, counted from 0.
+        if math.isfinite(line.loss) and (step.number is None or line.step <= step.number + 1):
+            found[line.kind, line.step] = line
+    warnings = []
+    if damaged:
+        warnings.append(
+            f"{damaged} lines of the run's {METRICS_NAME} cannot be read (a line is cut off where "
+            "a run was killed); they are left out of the losses in the manifest"
+        )
+    return sorted(found.values(), key=lambda line: line.step), warnings
+
+
+def _measured(lines: Sequence[MetricsLine]) -> Measured | None:
+    return _mean(lines) if lines else None
+
+
+def _stretches(lines: Sequence[MetricsLine]) -> list[Sequence[MetricsLine]]:
+    """Up to `CURVE_POINTS` stretches of lines, of about the same length."""
+    count = min(CURVE_POINTS, len(lines))
+    ends = [len(lines) * n // count for n in range(count + 1)] if count else []
+    return [lines[a:b] for a, b in itertools.pairwise(ends)]
+
+
+def _mean(lines: Sequence[MetricsLine]) -> Measured:
+    loss = sum(line.loss for line in lines) / len(lines)
+    return Measured(step=lines[-1].step, loss=float(f"{loss:.6g}"), tokens=lines[-1].tokens)

@@ -1,0 +1,1 @@
+"""Publishing a converted, verified model on the Hugging Face Hub."""

@@ -1,0 +1,85 @@
+"""The token's account, and whether it may write to a repository."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from huggingface_hub import HfApi, get_token
+
+from moeconv.errors import UsageError
+
+_WRITING_ROLES = ("admin", "write", "contributor")
+
+
+@dataclass(frozen=True)
+class Account:
+    """Whose token it is.
+
+    Attributes:
+        name: The user.
+        may_write: To the repository in question; None where the Hub does not tell.
+        why: Of a no, or of not knowing.
+    """
+
+    name: str
+    may_write: bool | None
+    why: str = ""
+
+
+def token_for(endpoint: str) -> str | None:
+    """The token from HF_TOKEN or the stored login; never over a line that others can read.
+
+    Raises:
+        UsageError: The endpoint is no address, or would get the token unencrypted.
+    """
+    parts = urlsplit(endpoint)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise UsageError(f"--endpoint {endpoint} is not an address such as https://huggingface.co")
+    token: str | None = get_token()
+    local = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
+    if token is not None and parts.scheme == "http" and not local:
+        raise UsageError(
+            f"--endpoint {endpoint} would get the token unencrypted; give an https address"
+        )
+    return token
+
+
+def read_account(api: HfApi, repo_id: str) -> Account:
+    """Asks the Hub who the token is."""
+    me = api.whoami()
+    may, why = may_write(me, repo_id)
+    return Account(str(me.get("name", "?")), may, why)
+
+
+def may_write(me: Mapping[str, Any], repo_id: str) -> tuple[bool | None, str]:
+    """From the answer of whoami: whether this token may write to a repository, and why not."""
+    namespace = repo_id.split("/")[0]
+    name = me.get("name")
+    token = (me.get("auth") or {}).get("accessToken") or {}
+    role = token.get("role")
+    if role == "read":
+        return False, "the token may only read"
+    if role == "fineGrained":
+        return _fine_grained(token.get("fineGrained") or {}, namespace, repo_id)
+    if namespace == name:
+        return True, ""
+    for org in me.get("orgs") or ():
+        if org.get("name") == namespace:
+            in_org = org.get("roleInOrg")
+            if in_org is None:
+                return None, f"the Hub does not tell the account's role in {namespace}"
+            may = in_org in _WRITING_ROLES
+            return may, "" if may else f"the account is only {in_org} in {namespace}"
+    return False, f"{namespace} is neither the account {name} nor an organization it is in"
+
+
+def _fine_grained(
+    rights: Mapping[str, Any], namespace: str, repo_id: str
+) -> tuple[bool | None, str]:
+    for scope in rights.get("scoped") or ():
+        if (scope.get("entity") or {}).get("name") in (namespace, repo_id) and any(
+            str(right) == "repo.write" for right in scope.get("permissions") or ()
+        ):
+            return True, ""
+    return False, f"the fine-grained token has no write permission (repo.write) for {repo_id}"

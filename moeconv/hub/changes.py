@@ -1,0 +1,85 @@
+"""What a push does to each file, as a value: made first, printed by a dry run, then carried out."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.hub.local import LOSS_PLOT, File
+from moeconv.hub.remote import RemoteFile
+from moeconv.verify.plots import PLOTS
+from moeconv.verify.report import REPORT_NAME
+from moeconv.verify.written import PAGE_NAME
+
+Action = Literal["add", "replace", "same", "delete", "keep"]
+
+# Old weights beside new ones would be loaded in their place; the rest is what push itself wrote.
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors\Z|model\.safetensors\.index\.json\Z")
+_WRITTEN = (MANIFEST_NAME, REPORT_NAME, PAGE_NAME, LOSS_PLOT, *PLOTS)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to a name on the Hub.
+
+    Attributes:
+        name: The file.
+        action: `keep` leaves alone what push knows nothing about.
+        size: In bytes; of what is there, where nothing new is sent.
+        file: What is to be there afterwards.
+    """
+
+    name: str
+    action: Action
+    size: int
+    file: File | None = None
+
+
+def plan_changes(
+    files: Iterable[File], remote: Mapping[str, RemoteFile], *, old_manifest: bytes | None
+) -> list[Change]:
+    """Compares both sides.
+
+    Args:
+        files: What is to be there.
+        remote: What is there.
+        old_manifest: The Hub's own manifest: files it names that are no longer made are deleted.
+    """
+    wanted = {file.name: file for file in files}
+    changes = []
+    for name, file in wanted.items():
+        there = remote.get(name)
+        action: Action = "add" if there is None else "same" if there.is_same(file) else "replace"
+        changes.append(Change(name, action, file.size, file))
+    ours = _named_by(old_manifest)
+    for name, there in remote.items():
+        if name in wanted:
+            continue
+        stale = name in ours or name in _WRITTEN or _WEIGHTS.match(name) is not None
+        changes.append(Change(name, "delete" if stale else "keep", there.size))
+    return changes
+
+
+def _named_by(manifest: bytes | None) -> set[str]:
+    try:
+        content = json.loads(manifest or b"{}")
+        return set(content["files"]) if content.get("format") == "moeconv" else set()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return set()
+
+
+def differences(changes: Sequence[Change], remote: Mapping[str, RemoteFile]) -> list[str]:
+    """How the Hub's listing is not what the changes should have led to; nothing when it is."""
+    wrong = []
+    for change in changes:
+        there = remote.get(change.name)
+        if change.action == "delete":
+            if there is not None:
+                wrong.append(f"{change.name} is still there")
+        elif there is None:
+            wrong.append(f"{change.name} is missing")
+        elif change.file is not None and not there.is_same(change.file):
+            wrong.append(f"{change.name} has other bytes")
+    return wrong

@@ -1,0 +1,232 @@
+"""An output of `convert` as it lies on the disk: its manifest, its verdict, every file's digest."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import LayerKind
+from moeconv.convert.manifest import MANIFEST_NAME, Manifest
+from moeconv.errors import NotACheckpointError, OutputError
+from moeconv.hf.tokenizer import TOKENIZER_FILES
+from moeconv.verify.plots import PLOTS
+from moeconv.verify.report import REPORT_NAME, Report
+from moeconv.verify.structure import sha256
+from moeconv.verify.written import PAGE_NAME
+
+CARD_NAME = "README.md"
+LOSS_PLOT = "training_loss.png"
+# What may go beside the files of the manifest; everything else stays here.
+ALLOWED = (
+    CARD_NAME,
+    REPORT_NAME,
+    PAGE_NAME,
+    *PLOTS,
+    "LICENSE",
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+)
+# What a manifest of ours can name; one that names more was not written by convert.
+_CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
+_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# How deep below the current directory an output is looked for.
+_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class File:
+    """One file as it is to be on the Hub.
+
+    Attributes:
+        name: Its name there.
+        size: In bytes.
+        sha256: Its digest.
+        path: Where it lies; None when `content` has it.
+        content: What is sent instead of a file on the disk.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    path: Path | None = None
+    content: bytes | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, name: str, content: bytes) -> "File":
+        """A file that lies nowhere."""
+        return cls(name, len(content), hashlib.sha256(content).hexdigest(), content=content)
+
+    def read(self) -> bytes:
+        """All of it."""
+        if self.content is not None:
+            return self.content
+        assert self.path is not None
+        return self.path.read_bytes()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is neither weights nor a picture."""
+        return not self.name.endswith((".safetensors", ".png", ".model"))
+
+    @cached_property
+    def git_oid(self) -> str:
+        """What git calls it, where it is no LFS file."""
+        return hashlib.sha1(b"blob %d\0" % self.size + self.read()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Output:
+    """An output of `convert`.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: What it claims.
+        digests: SHA-256 of the files it consists of, the manifest's own included; None for one
+            that is missing.
+        stamps: Size and time of each of them before it was read.
+        report: `verify.json`, None when there is none.
+        unreadable: `verify.json` is there, but is no report.
+    """
+
+    folder: Path
+    manifest: Manifest
+    digests: dict[str, str | None]
+    stamps: dict[Path, tuple[int, int]]
+    report: Report | None
+    unreadable: bool = False
+
+    @classmethod
+    def open(cls, folder: Path) -> "Output":
+        """Reads the manifest and the verdict, and every byte of every file.
+
+        Raises:
+            NotACheckpointError: It is no output of `convert`.
+            OutputError: The manifest is damaged, or names what convert never writes.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotACheckpointError(
+                f"{folder} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
+            ) from None
+        except (OSError, ValueError, RecursionError, ValidationError):
+            raise OutputError(
+                f"{path} is not a manifest that this moeconv can read; convert again"
+            ) from None
+        if foreign := sorted(name for name in manifest.files if not _is_ours(name)):
+            raise OutputError(
+                f"{path} names {', '.join(foreign)}, which moeconv convert never writes; nothing "
+                "is sent, convert again"
+            )
+        digests: dict[str, str | None] = {}
+        stamps: dict[Path, tuple[int, int]] = {}
+        for name in sorted({*manifest.files, MANIFEST_NAME}):
+            here = folder / name
+            try:
+                digests[name] = None
+                if here.is_file():
+                    stamps[here] = stamp(here)
+                    digests[name] = sha256(here)
+            except OSError as error:
+                raise OutputError(f"{here} cannot be read: {error.strerror}") from None
+        report, unreadable = _read_report(folder / REPORT_NAME)
+        return cls(folder, manifest, digests, stamps, report, unreadable)
+
+    @cached_property
+    def model(self) -> ModelDescription:
+        """The model that the manifest describes."""
+        values = {name: one.value for name, one in self.manifest.model.items()}
+        values["layer_kinds"] = tuple(LayerKind(kind) for kind in values["layer_kinds"])
+        return ModelDescription(**values)
+
+    @cached_property
+    def changed(self) -> list[str]:
+        """Files that are not as convert wrote them."""
+        records = self.manifest.files
+        return [n for n, record in records.items() if self.digests[n] != record.sha256]
+
+    @cached_property
+    def missing(self) -> list[str]:
+        """Files that are not there."""
+        return [name for name, digest in self.digests.items() if digest is None]
+
+    @property
+    def dataset(self) -> str | None:
+        """The Hub's id of the training data, where that is what the run told."""
+        run = self.manifest.run
+        name = run.facts.dataset if run is not None and run.facts is not None else None
+        return name if name is not None and _DATASET.fullmatch(name) else None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the tokenizer is part of it."""
+        return "tokenizer.json" in self.manifest.files
+
+    def left_behind(self, sent: Iterable[str]) -> list[str]:
+        """What lies in the folder and is not sent."""
+        known = set(sent)
+        return sorted(
+            f"{p.name}/" if p.is_dir() else p.name
+            for p in self.folder.iterdir()
+            if p.name not in known
+        )
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size and time of a file: what changes when somebody writes to it."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_ours(name: str) -> bool:
+    weights = name.endswith(".safetensors") and name.startswith("model")
+    plain = "/" not in name and "\\" not in name and not name.startswith(".")
+    return plain and (weights or name in _CONFIGS or name in TOKENIZER_FILES)
+
+
+def _read_report(path: Path) -> tuple[Report | None, bool]:
+    try:
+        return Report.model_validate(json.loads(path.read_bytes())), False
+    except FileNotFoundError:
+        return None, False
+    except (OSError, ValueError, RecursionError, ValidationError):
+        return None, True
+
+
+def newest_output(below: Path) -> Path | None:
+    """The output of `convert` that was written last, at most four folders below."""
+    found = [(path.stat().st_mtime_ns, path.parent) for path in _manifests(below, _DEPTH)]
+    return max(found)[1] if found else None
+
+
+def _manifests(folder: Path, depth: int) -> Iterator[Path]:
+    path = folder / MANIFEST_NAME
+    if path.is_file() and _is_manifest(path):
+        yield path
+        return
+    if depth == 0:
+        return
+    try:
+        children = sorted(p for p in folder.iterdir() if p.is_dir() and not p.is_symlink())
+    except OSError:
+        return
+    for child in children:
+        if not child.name.startswith("."):
+            yield from _manifests(child, depth - 1)
+
+
+def _is_manifest(path: Path) -> bool:
+    """A run's sidecar has the same name."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("format") == "moeconv"

@@ -1,0 +1,249 @@
+"""Everything a push needs before the network: which files, which card, and whether it may go."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moeconv.errors import OutputError, UsageError
+from moeconv.hf.safetensors import read_header
+from moeconv.hub.card import CardInput, card_body
+from moeconv.hub.gate import Judgement, judge
+from moeconv.hub.local import ALLOWED, CARD_NAME, LOSS_PLOT, File, Output, newest_output, stamp
+from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
+from moeconv.hub.plot import draw_losses
+from moeconv.hub.public import machine_paths, public_files, refuse_secrets
+from moeconv.verify.plots import PLOTS
+
+
+@dataclass(frozen=True)
+class PushOptions:
+    """See `moeconv push --help`.
+
+    Attributes:
+        repo_id: Where to; None for the repository that the run's config names.
+        private: A repository that is made is private.
+        revision: Branch.
+        create_pr: Open a pull request, or go on with the one that is open.
+        unverified: Push what is not proven to be the model.
+        message: Of the commit.
+        license: Of the model, over the run's own.
+    """
+
+    repo_id: str | None = None
+    private: bool = False
+    revision: str = "main"
+    create_pr: bool = False
+    unverified: bool = False
+    message: str | None = None
+    license: str | None = None
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What is to be sent.
+
+    Attributes:
+        output: What it was made of.
+        judgement: What is known of it.
+        repo_id: Where it goes.
+        files: Everything but the card.
+        metadata: The card's.
+        body: The card's text, where nobody wrote another one.
+        readme: The README in OUT, None where there is none.
+        left_behind: What lies in OUT and is not sent.
+        warnings: A sentence each.
+    """
+
+    output: Output
+    judgement: Judgement
+    repo_id: str
+    files: tuple[File, ...]
+    metadata: Mapping[str, Any]
+    body: str
+    readme: str | None
+    left_behind: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    def card(self, on_hub: str | None, insist: tuple[str, ...] = ()) -> tuple[str, str]:
+        """The README to be on the Hub, and whose it is.
+
+        Args:
+            on_hub: The one that is there.
+            insist: Metadata that the user gave on the command line.
+        """
+        if self.readme is not None and not is_ours(self.readme):
+            where = str(self.output.folder / CARD_NAME)
+            joined = join(self.readme, self.metadata, where=where, insist=insist)
+            return joined, f"the text of {where}, with moeconv's metadata"
+        if on_hub is not None and not is_ours(on_hub):
+            where = f"the {CARD_NAME} of {self.repo_id}"
+            joined = join(on_hub, self.metadata, where=where, insist=insist)
+            return joined, f"the text of {where}, with moeconv's metadata"
+        metadata = self.metadata
+        if on_hub is not None:
+            metadata = renew(on_hub, metadata, f"the {CARD_NAME} of {self.repo_id}")
+        return assemble(metadata, self.body), "written by moeconv"
+
+    def unchanged(self) -> None:
+        """Makes sure that nobody wrote to a file since it was hashed.
+
+        Raises:
+            OutputError: Somebody did.
+        """
+        for path, then in self.output.stamps.items():
+            if not path.is_file() or stamp(path) != then:
+                raise OutputError(
+                    f"{path} was changed while it was being pushed; nothing was committed, verify "
+                    "and push again"
+                )
+
+
+def find_output(out: Path | None, note: Callable[[str], None]) -> Path:
+    """OUT, or the newest output below the current directory, said aloud.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if out is not None:
+        return out
+    here = Path.cwd()
+    found = newest_output(here)
+    if found is None:
+        raise UsageError(
+            f"there is no output of moeconv convert below {here}; name it: moeconv push OUT"
+        )
+    note(f"OUT is {found}, the newest output of moeconv convert below {here}")
+    return found
+
+
+def prepare(out: Path, options: PushOptions) -> Parcel:
+    """Reads OUT and makes everything that is to be sent; sends nothing.
+
+    Raises:
+        MoeconvError: OUT is damaged, holds a secret, or nobody said where it goes.
+    """
+    if options.create_pr and options.revision != "main":
+        raise UsageError("--create-pr asks for a merge into main; leave out --revision")
+    output = Output.open(out)
+    if output.missing:
+        raise OutputError(
+            f"{out} lacks {', '.join(output.missing)}, which its manifest names; convert again"
+        )
+    judgement = judge(output)
+    repo_id = _repo_id(options, output)
+    files = _files(output, judgement)
+    license_id = options.license or _fact(output, "license")
+    names = [file.name for file in files]
+    body = card_body(
+        CardInput(output, judgement, repo_id, options.revision, _numbers(output), names)
+    )
+    readme = _readme(out)
+    metadata = make_metadata(output, judgement, name=repo_id.split("/")[-1], license_id=license_id)
+    if readme is not None:
+        refuse_secrets([File.of(CARD_NAME, readme.encode())])
+    refuse_secrets(files)
+    refuse_secrets([File.of("the commit message", (options.message or "").encode())])
+    left = output.left_behind([*names, CARD_NAME])
+    return Parcel(
+        output=output,
+        judgement=judgement,
+        repo_id=repo_id,
+        files=tuple(files),
+        metadata=metadata,
+        body=body,
+        readme=readme,
+        left_behind=tuple(left),
+        warnings=tuple(_warnings(output, files, license_id, judgement)),
+    )
+
+
+def _files(output: Output, judgement: Judgement) -> list[File]:
+    """All but the card: those of the manifest, and what is allowed beside them."""
+    files = []
+    for name in output.manifest.files:
+        path = output.folder / name
+        digest = output.digests[name]
+        assert digest is not None
+        files.append(File(name, path.stat().st_size, digest, path=path))
+    files += public_files(output, judgement.report)
+    made = {file.name for file in files}
+    for name in ALLOWED:
+        path = output.folder / name
+        stale = name in PLOTS and judgement.report is None
+        if name not in made and name != CARD_NAME and path.is_file() and not stale:
+            if name.startswith("verify."):
+                continue  # a report of other bytes
+            files.append(File.of(name, path.read_bytes()))
+    if (plot := draw_losses(output.manifest.run)) is not None:
+        files.append(File.of(LOSS_PLOT, plot))
+    return files
+
+
+def _repo_id(options: PushOptions, output: Output) -> str:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    repo_id = options.repo_id or _fact(output, "hub_repo")
+    if repo_id is None:
+        raise UsageError(
+            "nobody said where the model goes: the run's config names no repository; pass "
+            "--repo-id NAMESPACE/NAME"
+        )
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id:
+            raise HFValidationError("the namespace is missing")
+    except HFValidationError as error:
+        reason = str(error).split(". ")[0]
+        raise UsageError(
+            f"{repo_id!r} is not a repository of the form NAMESPACE/NAME ({reason})"
+        ) from None
+    return repo_id
+
+
+def _fact(output: Output, name: str) -> str | None:
+    run = output.manifest.run
+    value = getattr(run.facts, name) if run is not None and run.facts is not None else None
+    return value if isinstance(value, str) and value else None
+
+
+def _readme(out: Path) -> str | None:
+    path = out / CARD_NAME
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path} cannot be read as UTF-8 text ({error}); mend it") from None
+
+
+def _numbers(output: Output) -> int:
+    """Numbers in the safetensors files, from their headers."""
+    total = 0
+    for name in output.manifest.files:
+        if name.endswith(".safetensors"):
+            for spec, _ in read_header(output.folder / name).values():
+                size = 1
+                for length in spec.shape:
+                    size *= length
+                total += size
+    return total
+
+
+def _warnings(
+    output: Output, files: list[File], license_id: str | None, judgement: Judgement
+) -> list[str]:
+    found = []
+    if license_id is None:
+        found.append(
+            "nobody said which license the model has, so the card names none; pass --license ID "
+            "(https://huggingface.co/docs/hub/repositories-licenses)"
+        )
+    for name in machine_paths(files, output):
+        found.append(f"{name} names a folder of this machine; it is sent as it is")
+    if output.changed:
+        found.append(f"not as moeconv convert wrote them: {', '.join(output.changed)}")
+    if not output.has_tokenizer:
+        found.append("the output has no tokenizer; convert with --tokenizer to push one")
+    return found + [f"verify: {text}" for text in judgement.warnings]

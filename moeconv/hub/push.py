@@ -1,0 +1,275 @@
+"""`push` as library calls: `plan_push` looks at both sides, `push` carries it out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from moeconv import __version__
+from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.convert.sizes import format_size
+from moeconv.errors import HubError, OutputError, UsageError
+from moeconv.hub.account import Account, read_account, token_for
+from moeconv.hub.changes import Change, plan_changes
+from moeconv.hub.failures import Note, hub_errors, patiently, status_of, upload_errors
+from moeconv.hub.gate import demand
+from moeconv.hub.local import CARD_NAME, File
+from moeconv.hub.prepare import Parcel, PushOptions
+from moeconv.hub.public import refuse_secrets
+from moeconv.hub.remote import Remote, read_remote
+from moeconv.hub.upload import (
+    Commit,
+    Target,
+    check_listing,
+    make_branch,
+    make_repository,
+    operations_of,
+    send,
+)
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push would do.
+
+    Attributes:
+        parcel: What is sent.
+        endpoint: To which Hub.
+        account: Whose token it is; None without a token, or if the Hub does not tell.
+        remote: What is there; None when the Hub could not be reached.
+        changes: File by file.
+        card: The README as it would be.
+        card_origin: Whose text it is.
+        card_checked: Whether the Hub has validated its metadata.
+        unknown: What could not be found out, a sentence each.
+    """
+
+    parcel: Parcel
+    endpoint: str
+    account: Account | None
+    remote: Remote | None
+    changes: tuple[Change, ...]
+    card: str
+    card_origin: str
+    card_checked: bool
+    unknown: tuple[str, ...]
+
+
+def plan_push(
+    parcel: Parcel, options: PushOptions, *, endpoint: str | None, dry_run: bool, note: Note
+) -> PushPlan:
+    """Looks at the Hub and says what would happen there; changes nothing.
+
+    Args:
+        parcel: From `prepare`.
+        options: The user's.
+        endpoint: The Hub's address, None for the one of huggingface_hub (HF_ENDPOINT).
+        dry_run: What cannot be found out (no token, no network) is told instead of refused.
+        note: For people.
+
+    Raises:
+        MoeconvError: The card's metadata are wrong, or, outside of a dry run, the output is not
+            proven to be the model or the Hub cannot be asked.
+    """
+    if not dry_run and not options.unverified:
+        demand(parcel.output, parcel.judgement)
+    address = (endpoint or constants.ENDPOINT).rstrip("/")
+    token = token_for(address)
+    api = _api(address, token)
+    repo_id, unknown = parcel.repo_id, []
+    account, remote, on_hub, old_manifest = None, None, None, None
+    insist = ("license",) if options.license else ()
+    try:
+        with hub_errors("asking the Hub", repo_id):
+            if token is None and not dry_run:
+                raise HubError(
+                    "there is no token; set HF_TOKEN (https://huggingface.co/settings/tokens) or "
+                    "run `hf auth login`"
+                )
+            if token is not None:
+                account = patiently(lambda: read_account(api, repo_id), "the account", note)
+            author = account.name if account and options.create_pr else None
+            remote = read_remote(api, repo_id, options.revision, pull_request_of=author, note=note)
+            on_hub = _fetch(api, parcel, remote, CARD_NAME, note)
+            old = _fetch(api, parcel, remote, MANIFEST_NAME, note)
+            old_manifest = old.encode() if old is not None else None
+    except HubError as error:
+        if not dry_run:
+            raise
+        unknown.append(f"what is on the Hub: {error}")
+    card, origin = parcel.card(on_hub, insist)
+    refuse_secrets([File.of(CARD_NAME, card.encode())])
+    checked = False
+    try:
+        with hub_errors("validating the card", repo_id):
+            if unknown:  # nobody waits twice for a Hub that does not answer
+                _validate(api, card, origin)
+            else:
+                patiently(lambda: _validate(api, card, origin), "validating the card", note)
+            checked = True
+    except HubError as error:
+        if not dry_run:
+            raise
+        unknown.append(f"whether the card is valid: {error}")
+    files = [*parcel.files, File.of(CARD_NAME, card.encode())]
+    changes = plan_changes(files, remote.files if remote else {}, old_manifest=old_manifest)
+    return PushPlan(
+        parcel, address, account, remote, tuple(changes), card, origin, checked, tuple(unknown)
+    )
+
+
+def check_allowed(plan: PushPlan, options: PushOptions) -> None:
+    """What must hold before anything is sent.
+
+    Raises:
+        UnverifiedError: It is not proven to be the model.
+        HubError: The token may not write there.
+        UsageError: It would be public against the user's word.
+    """
+    if not options.unverified:
+        demand(plan.parcel.output, plan.parcel.judgement)
+    account, remote = plan.account, plan.remote
+    if account is not None and account.may_write is False and not options.create_pr:
+        raise HubError(
+            f"the account {account.name} may not write to {plan.parcel.repo_id}: {account.why}; "
+            "set HF_TOKEN to a token with write access, or give another --repo-id"
+        )
+    if options.private and remote is not None and remote.exists and remote.private is False:
+        raise UsageError(
+            f"{plan.parcel.repo_id} is there and public, and --private only decides about a new "
+            "repository; make it private in its settings, or leave out --private"
+        )
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was done.
+
+    Attributes:
+        commit: The commit, or the head where nothing had to change.
+        changes: File by file.
+        sent_bytes: Of the files that were new or replaced.
+    """
+
+    commit: Commit
+    changes: tuple[Change, ...]
+    sent_bytes: int
+
+
+def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
+    """Carries a plan out, and compares the Hub's listing with it afterwards.
+
+    Raises:
+        MoeconvError: No commit was made, unless the message says so; files that arrived stay with
+            the Hub, so that another run does not send them again.
+    """
+    parcel, repo_id = plan.parcel, plan.parcel.repo_id
+    assert plan.account is not None
+    assert plan.remote is not None
+    check_allowed(plan, options)
+    api = _api(plan.endpoint, token_for(plan.endpoint))
+    remote, changes = plan.remote, list(plan.changes)
+    if not remote.exists:
+        with hub_errors("making the repository", repo_id):
+            make_repository(api, repo_id, private=options.private, note=note)
+        note(f"made {plan.endpoint}/{repo_id}{' (private)' if options.private else ''}")
+        with hub_errors("asking the Hub", repo_id):
+            remote = read_remote(api, repo_id, options.revision, pull_request_of=None, note=note)
+        # It begins with files of its own (.gitattributes).
+        files = [c.file for c in changes if c.file is not None]
+        changes = plan_changes(files, remote.files, old_manifest=None)
+    if not remote.branch:
+        with hub_errors("making the branch", repo_id):
+            make_branch(api, repo_id, options.revision, note)
+    if remote.head is None:
+        raise HubError(f"{repo_id} has no commit to build on; make it anew on the Hub")
+    number = remote.pull_request
+    target = Target(
+        repo_id=repo_id,
+        revision=options.revision if number is None else f"refs/pr/{number}",
+        head=remote.head,
+        author=plan.account.name,
+        create_pr=options.create_pr and number is None,
+    )
+    adds, deletes = operations_of(changes)
+    if not adds and not deletes:
+        note("the Hub has every file already; nothing to commit")
+        url = f"{plan.endpoint}/{repo_id}/commit/{target.head}"
+        return Pushed(
+            Commit(target.head, url, target.revision, _pr(plan, number)), tuple(changes), 0
+        )
+    size = sum(add.upload_info.size for add in adds)
+    note(f"sending {len(adds)} files, {format_size(size)}, to {plan.endpoint}/{repo_id}")
+    with hub_errors("uploading", repo_id), upload_errors(repo_id):
+        api.preupload_lfs_files(
+            repo_id,
+            adds,
+            revision=target.revision,
+            create_pr=target.create_pr,
+            free_memory=False,
+        )
+    parcel.unchanged()
+    message = options.message or f"Upload {repo_id.split('/')[-1]} with moeconv {__version__}"
+    with hub_errors("committing", repo_id), upload_errors(repo_id):
+        commit = send(api, target, adds, deletes, changes, message=message, note=note)
+    with hub_errors(f"reading the listing after the commit {commit.url}", repo_id):
+        check_listing(api, repo_id, commit, changes, note)
+    if number is not None:
+        commit = Commit(commit.oid, commit.url, commit.revision, _pr(plan, number))
+    return Pushed(commit, tuple(changes), size)
+
+
+def _api(endpoint: str, token: str | None) -> HfApi:
+    # False: without a token, and without looking for one.
+    return HfApi(
+        endpoint=endpoint,
+        token=token or False,
+        library_name="moeconv",
+        library_version=__version__,
+    )
+
+
+def _pr(plan: PushPlan, number: int | None) -> str | None:
+    if number is None:
+        return None
+    return f"{plan.endpoint}/{plan.parcel.repo_id}/discussions/{number}"
+
+
+def _fetch(api: HfApi, parcel: Parcel, remote: Remote, name: str, note: Note) -> str | None:
+    """A small text file of the repository; None when it is not there."""
+    if name not in remote.files:
+        return None
+    url = f"{api.endpoint}/{parcel.repo_id}/resolve/{remote.head}/{name}"
+    headers = build_hf_headers(token=api.token)
+
+    def get() -> str:
+        response = get_session().get(url, headers=headers)
+        hf_raise_for_status(response)
+        content: bytes = response.content
+        return content.decode("utf-8-sig", "replace")
+
+    return patiently(get, name, note)
+
+
+def _validate(api: HfApi, card: str, origin: str) -> None:
+    """huggingface_hub's own validation (`ModelCard.validate`), at this endpoint.
+
+    Raises:
+        OutputError: The metadata are wrong.
+    """
+    response = get_session().post(
+        f"{api.endpoint}/api/validate-yaml", json={"repoType": "model", "content": card}
+    )
+    try:
+        hf_raise_for_status(response)
+    except HfHubHTTPError as error:
+        if status_of(error) != 400:
+            raise
+        told: Sequence[dict[str, str]] = response.json().get("errors") or []
+        reasons = "; ".join(str(one.get("message", "")) for one in told) or response.text[:200]
+        raise OutputError(
+            f"the Hub does not take the card's metadata ({origin}): {reasons}; mend them, or what "
+            "--license and the run's facts say"
+        ) from None
