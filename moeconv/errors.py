@@ -74,10 +74,10 @@ class MissingPackageError(MoeconvError):
 class UnverifiedError(MoeconvError):
     """The output is not proven to be the model: `verify.json` is missing, failed, or outdated."""
 
-    exit_code = 12
+    exit_code = 14
 
 
 class HubError(MoeconvError):
     """The Hub refused or could not be reached; no commit was made, unless the message says so."""
 
-    exit_code = 13
+    exit_code = 15

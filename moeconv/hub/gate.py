@@ -109,7 +109,7 @@ def _problem(report: Report) -> str | None:
 def _against_maxtext(report: Report, level: Level) -> bool:
     """Whether a level's reference was MaxText (`--against hf:DIR` takes another)."""
     check = reference(report, level)
-    return check is not None and check.summary.startswith("MaxText")
+    return check is not None and check.metrics.get("against") == "maxtext"
 
 
 def reference(report: Report, level: Level) -> Check | None:

@@ -111,7 +111,11 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
                 "layers",
                 "reference",
                 f"{sides.name}, by {sides.origin}{told}",
-                metrics={"config": sides.origin, "independent": sides.independent},
+                metrics={
+                    "against": options.side,
+                    "config": sides.origin,
+                    "independent": sides.independent,
+                },
             ),
             _hidden(walk.places, sides.name),
             *parity_checks("layers", parity, reference=sides.name),

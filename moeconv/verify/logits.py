@@ -86,7 +86,11 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             "logits",
             "reference",
             f"{reference.name}, by {reference.origin}{told}",
-            metrics={"config": reference.origin, "independent": reference.independent},
+            metrics={
+                "against": options.side,
+                "config": reference.origin,
+                "independent": reference.independent,
+            },
         ),
         *parity_checks("logits", parity, reference=reference.name),
     ]

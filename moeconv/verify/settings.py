@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from moeconv.errors import UsageError
 
@@ -31,6 +32,11 @@ class ParityOptions:
     against: Path | None = None
     config: Path | None = None
     scratch: Path | None = None
+
+    @property
+    def side(self) -> Literal["maxtext", "hf"]:
+        """Which kind of model is compared with."""
+        return "maxtext" if self.against is None else "hf"
 
 
 def parse_against(text: str) -> Path | None:

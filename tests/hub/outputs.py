@@ -108,7 +108,7 @@ def convert_run(run: Path, out: Path, **options) -> Path:
     return out
 
 
-def parity(noise: float, reference: str = "MaxText 0.2.5") -> list[Check]:
+def parity(noise: float, reference: str = "MaxText 0.2.5", against: str = "maxtext") -> list[Check]:
     """The checks of level logits, of logits that differ by noise: what real runs give is tested
     in test_push_load.py; here only their form matters."""
     rng = np.random.default_rng(0)
@@ -120,7 +120,12 @@ def parity(noise: float, reference: str = "MaxText 0.2.5") -> list[Check]:
     routing = compare_routing(router, router, top_k=2, shape=(2, 40))
     found = Parity(rows, other, other, other, routing)
     return [
-        passed("logits", "reference", f"{reference}, by the run's sidecar"),
+        passed(
+            "logits",
+            "reference",
+            f"{reference}, by the run's sidecar",
+            metrics={"against": against},
+        ),
         *parity_checks("logits", found, reference=reference),
     ]
 

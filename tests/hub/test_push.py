@@ -96,7 +96,7 @@ def flip_byte(path) -> None:
 
 
 def against_another(out) -> None:
-    outputs.attest(out, outputs.parity(1e-6, reference="some-folder"))
+    outputs.attest(out, outputs.parity(1e-6, reference="some-folder", against="hf"))
 
 
 def edit_report(out, **changes) -> None:
