@@ -18,6 +18,8 @@ from moeconv.verify.run import VerifyOptions, verify
 from moeconv.verify.settings import ParityOptions
 from moeconv.verify.written import write_report
 
+pytestmark = pytest.mark.maxtext
+
 # What the Hub gives against what lies here, in one process and by one code.
 LOAD = """
 import sys
