@@ -69,3 +69,15 @@ class MissingPackageError(MoeconvError):
     """A command needs a package that is not installed; the message says which extra brings it."""
 
     exit_code = 11
+
+
+class TimeLimitError(MoeconvError):
+    """The time limit of `moeconv train` came before the last step; its state is saved."""
+
+    exit_code = 12
+
+
+class TrainingError(MoeconvError):
+    """The training itself failed: a loss that is no number, too little memory, data that ended."""
+
+    exit_code = 13

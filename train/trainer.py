@@ -1,0 +1,345 @@
+"""A run by MaxText's own loop, from its plan to its last checkpoint."""
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from moeconv_train import feed as feeds
+from moeconv_train import fp16_head, loss_scaling, run_dir, stopping
+from moeconv_train.logs import logger, wandb
+from moeconv_train.logs.console import LOG_NAME, logged
+from moeconv_train.logs.metrics import MetricsFile
+from moeconv_train.logs.plots import write_plots
+from moeconv_train.logs.progress import Progress
+from moeconv_train.model_size import peak
+from moeconv_train.plan import Plan
+from moeconv_train.preflight.target import DEFAULT_FRACTION, MEMORY_FRACTION
+from moeconv_train.run_dir import Resume
+from moeconv_train.sidecar import public_config, write_sidecar
+
+from moeconv.arch.sidecar import METRICS_NAME, RunFacts
+from moeconv.errors import ConfigError, MissingPackageError, MoeconvError, TrainingError
+
+Status = Literal["finished", "interrupted", "time limit", "stopped"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run went.
+
+    Attributes:
+        status: `finished`: all its steps are done; `stopped`: MaxText itself ended it.
+        start_step: Steps that were done before this process.
+        completed: Steps that are done now.
+        saved_step: The newest checkpoint (its number is the step's, from 0).
+    """
+
+    status: Status
+    run_dir: str
+    start_step: int
+    completed: int
+    steps: int
+    saved_step: int | None
+    loss: float | None
+    eval_loss: float | None
+    tokens: int | None
+    seconds: float
+    message: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return asdict(self)
+
+
+def train(
+    plan: Plan,
+    *,
+    resume: Resume = "auto",
+    note: Callable[[str], None],
+    quiet: bool = False,
+) -> Outcome:
+    """Trains what the plan says; a second call goes on where the first one stopped.
+
+    Args:
+        plan: With its data prepared and its preflight passed.
+        resume: `never` refuses a directory that holds a run.
+        note: Takes sentences for people, before MaxText has the terminal.
+        quiet: Without progress.
+
+    Raises:
+        KeyboardInterrupt: A signal came before the first step, or a second one.
+        MoeconvError: See docs/exit-codes.md.
+    """
+    begun = time.monotonic()
+    directory = plan.run_dir
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(run_dir.locked(directory))
+        saved = run_dir.check_new(directory, resume)
+        if saved is not None and saved + 1 >= plan.steps:
+            note(f"{directory}: all {plan.steps:,} steps are trained already")
+            return _outcome("finished", plan, saved + 1, saved + 1, saved, begun)
+        before = run_dir.read_sidecar(directory)
+        stack.enter_context(_environment(plan))
+        log = directory / LOG_NAME
+        note(f"log: {log}")
+        stream = stack.enter_context(logged(log))
+        if quiet:
+            stream = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
+        progress = Progress(stream, plan.steps)
+        stopper = stopping.Stopper(plan.run.time_limit, progress.note)
+        stack.enter_context(stopper.handling())
+        progress.note("importing MaxText and compiling the step, which take a minute or more")
+        with _explained(log, directory):
+            config, recorder = _initialize(plan)
+            if saved is not None:
+                digest = plan.feed.dataset.digest if plan.feed.dataset else None
+                now = public_config(config.get_keys())
+                for text in run_dir.check_same(directory, before, now, digest):
+                    progress.note(f"note: {text}")
+                progress.note(f"going on after step {saved + 1:,} of {plan.steps:,}")
+            _write_sidecar(plan, config)
+            records = _records(plan, directory, progress)
+            stack.callback(records.close)
+            try:
+                _run(plan, config, recorder, records, stopper, progress.note)
+            finally:
+                _plots(directory, progress.note)
+        if stopper.failure and not (plan.feed.kind == "hf" and stopper.data_ended):
+            raise TrainingError(
+                f"{directory}: the data ended after {records.completed:,} of {plan.steps:,} steps "
+                f"({stopper.failure}); set steps={records.completed}"
+            )
+        return _end(plan, records, stopper, begun)
+
+
+def _end(plan: Plan, records: logger.Records, stopper: stopping.Stopper, begun: float) -> Outcome:
+    status: Status = "finished"
+    message = None
+    if records.completed < plan.steps:
+        reasons: dict[str | None, Status] = {"signal": "interrupted", "time limit": "time limit"}
+        status = reasons.get(stopper.reason, "stopped")
+        message = stopper.failure or stopper.other
+    saved = run_dir.saved_step(plan.run_dir)
+    return _outcome(
+        status, plan, records.start_step, records.completed, saved, begun, records, message
+    )
+
+
+def _outcome(
+    status: Status,
+    plan: Plan,
+    start: int,
+    completed: int,
+    saved: int | None,
+    begun: float,
+    records: logger.Records | None = None,
+    message: str | None = None,
+) -> Outcome:
+    return Outcome(
+        status=status,
+        run_dir=str(plan.run_dir),
+        start_step=start,
+        completed=completed,
+        steps=plan.steps,
+        saved_step=saved,
+        loss=records.loss if records else None,
+        eval_loss=records.eval_loss if records else None,
+        tokens=records.file.tokens if records and records.file else None,
+        seconds=round(time.monotonic() - begun, 3),
+        message=message,
+    )
+
+
+def _initialize(plan: Plan) -> tuple[Any, Any]:
+    """MaxText's config and recorder, as its own `main` makes them.
+
+    Raises:
+        ConfigError: MaxText refuses the config, or counts a step's rows in another way.
+        MissingPackageError: MaxText is not installed.
+    """
+    try:
+        from absl import flags, logging
+        from maxtext.trainers.pre_train import train as maxtext
+    except ImportError as error:
+        raise MissingPackageError(
+            f'training needs {error.name}: pip install "moeconv[train]"'
+        ) from None
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["moeconv"])  # absl's, which grain's workers read
+    logging.set_verbosity(logging.INFO)
+    try:
+        config, recorder = maxtext.initialize(plan.argv())
+    except SystemExit as error:  # pyconfig.py `_handle_config_exception`
+        raise ConfigError(f"MaxText refuses this config: {_first(error.__context__)}") from None
+    except (ValueError, TypeError) as error:  # the same, where pytest is loaded
+        raise ConfigError(f"MaxText refuses this config: {_first(error)}") from None
+    counted = int(config.global_batch_size_to_load)
+    if plan.steps_per_epoch and counted != plan.batch:
+        raise ConfigError(
+            f"MaxText loads {counted} rows a step on the devices it finds, and {plan.batch} were "
+            f"expected: the mesh of this config spans {plan.devices} devices"
+        )
+    return config, recorder
+
+
+def _write_sidecar(plan: Plan, config: Any) -> None:
+    dataset, run = plan.feed.dataset, plan.run
+    facts = RunFacts(
+        dataset=run.data.source,
+        dataset_digest=dataset.digest if dataset else None,
+        language=run.language,
+        license=run.license,
+        hub_repo=run.hub_repo,
+        epochs=round(plan.epochs, 6) if plan.epochs else None,
+        steps=plan.steps,
+        tokens_per_step=plan.tokens_per_step,
+    )
+    data = None
+    if dataset is not None:
+        data = {
+            "digest": dataset.digest,
+            **dataset.manifest.model_dump(mode="json", exclude={"shards"}),
+        }
+    write_sidecar(config.get_keys(), feeds.sample(plan.feed), run=facts, data=data)
+
+
+def _records(plan: Plan, directory: Path, progress: Progress) -> logger.Records:
+    """Metrics and progress, with the devices' peak where it is known."""
+    import jax
+
+    size, devices = plan.size, jax.devices()
+    each = peak(devices[0].device_kind, str(plan.config["dtype"]))
+    if size is not None and each is not None:
+        progress.flops_per_token, progress.peak = size.flops, each * len(devices)
+    return logger.Records(lambda start: MetricsFile(directory, start), progress)
+
+
+def _run(
+    plan: Plan,
+    config: Any,
+    recorder: Any,
+    records: logger.Records,
+    stopper: stopping.Stopper,
+    note: Callable[[str], None],
+) -> None:
+    """MaxText's loop, with everything around it that it lacks."""
+    from maxtext.trainers.pre_train import train as maxtext
+
+    with contextlib.ExitStack() as stack:
+        if plan.fp16 and plan.run.fp16_head:
+            stack.enter_context(fp16_head.install())
+        stack.enter_context(loss_scaling.install(plan.run.loss_scale))
+        stack.enter_context(stopping.install(stopper))
+        stack.enter_context(logger.install(records))
+        stack.enter_context(plan.feed.reading())
+        if config.enable_wandb:
+            stack.enter_context(wandb.guarded(lambda: public_config(config.get_keys()), note))
+        maxtext.run(config, recorder)
+
+
+@contextlib.contextmanager
+def _environment(plan: Plan) -> Iterator[None]:
+    """What JAX, MaxText and W&B read from the environment; put back at the end."""
+    values: dict[str, str] = {}
+    config = plan.config
+    if config["hardware"] == "cpu":
+        values["JAX_PLATFORMS"] = "cpu"
+        flag = "--xla_force_host_platform_device_count"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            values["XLA_FLAGS"] = f"{flags} {flag}={plan.devices}".strip()
+    elif not os.environ.get(MEMORY_FRACTION):
+        values[MEMORY_FRACTION] = str(DEFAULT_FRACTION)
+    values["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+    if config["enable_wandb"]:
+        values |= wandb.environment(plan.run_dir, plan.run.wandb)
+    # MaxText itself changes some of these.
+    touched = {*values, "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TFDS_DATA_DIR"}
+    before = {key: os.environ.get(key) for key in touched}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+@contextlib.contextmanager
+def _explained(log: Path, directory: Path) -> Iterator[None]:
+    """What MaxText and JAX raise, as one sentence; the log keeps their own words."""
+    import logging
+
+    try:
+        yield
+    except (MoeconvError, KeyboardInterrupt):
+        raise
+    except SystemExit:  # metric_logger.py `_maybe_abort_after_write_metrics`
+        step = run_dir.saved_step(directory)
+        last = "nothing was saved" if step is None else f"the last checkpoint is of step {step + 1}"
+        raise TrainingError(
+            f"{directory}: the loss is no number any more (see {METRICS_NAME} for how it came), so "
+            f"the run was ended; {last}. Lower learning_rate, or see docs/fp16.md for FP16"
+        ) from None
+    except Exception as error:
+        logging.exception("the run failed")
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise TrainingError(
+                f"{directory}: the GPU's memory is too small for this run; `moeconv train … "
+                "--check` names settings that fit, docs/memory.md lists them"
+            ) from error
+        raise TrainingError(
+            f"{directory}: {type(error).__name__}: {_first(error)}; see {log}"
+        ) from error
+
+
+def _first(error: BaseException | None) -> str:
+    """The first line of what an exception says; for pydantic's, the first field that is wrong."""
+    details = getattr(error, "errors", None)
+    if callable(details):
+        first = details()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def _plots(directory: Path, note: Callable[[str], None]) -> None:
+    """Never a reason to fail."""
+    try:
+        write_plots(directory)
+    except ImportError:
+        note('no plots: matplotlib is not installed (pip install "moeconv[train]")')
+    except Exception as error:
+        note(f"no plots: {_first(error)}")
+
+
+def facts(plan: Plan) -> Mapping[str, Any]:
+    """A plan as data: what `--dry-run` prints."""
+    size = plan.size
+    return {
+        "recipe": plan.recipe.name,
+        "run_dir": str(plan.run_dir),
+        "target": plan.target.name,
+        "devices": plan.devices,
+        "parameters": size.total if size else None,
+        "active_parameters": size.active if size else None,
+        "data": {
+            "kind": plan.feed.kind,
+            "source": plan.run.data.source,
+            "directory": str(plan.feed.directory) if plan.feed.directory else None,
+            "prepared": plan.feed.dataset is not None,
+        },
+        "steps": plan.steps,
+        "epochs": plan.epochs,
+        "batch_rows": plan.batch,
+        "tokens_per_step": plan.tokens_per_step,
+        "run": plan.run.model_dump(mode="json"),
+        "maxtext": dict(plan.settings),
+        "notes": list(plan.notes),
+    }
