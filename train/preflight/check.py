@@ -58,7 +58,7 @@ def preflight(
     if not on_cpu:
         report.findings.append(check_gpus(found, here))
     state_bytes = known.state_bytes
-    if not memory or not any(finding.status == "refused" for finding in trapped):
+    if not any(finding.status == "refused" for finding in trapped):
         finding, report.memory = _memory(case, memory and not on_cpu, progress)
         report.findings.append(finding)
         state_bytes = report.memory.state_bytes if report.memory else state_bytes
