@@ -66,10 +66,11 @@ def locked(run_dir: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                if made:
-                    run_dir.rmdir()  # only if nothing was put there
+            # Else it stays: removing it could let two processes in.
+            if made and [entry.name for entry in run_dir.iterdir()] == [LOCK]:
+                path.unlink()
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()
 
 
 def saved_step(run_dir: Path) -> int | None:

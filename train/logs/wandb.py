@@ -70,7 +70,7 @@ def has_key() -> bool:
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
     try:
-        return bool(host and netrc.netrc().authenticators(host))
+        return bool(host and netrc.netrc(os.environ.get("NETRC")).authenticators(host))
     except (OSError, netrc.NetrcParseError):
         return False
 
