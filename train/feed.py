@@ -182,12 +182,16 @@ def hf_settings(config: Mapping[str, Any], settings: DataSettings) -> dict[str, 
 
 
 def hf_tokenizer(settings: DataSettings, output: Path) -> str:
-    """The tokenizer for streaming: Llama-3's ranks become a directory, anything else is given."""
-    if settings.tokenizer != tokens.LLAMA3:
+    """The tokenizer for streaming: what comes with moeconv or MaxText becomes a directory."""
+    if settings.tokenizer not in (tokens.LLAMA3, EMBEDDED):
         return settings.tokenizer
-    # "stories": with a pad token of its own, as MaxText masks by value here.
-    loaded = tokens.load(settings.tokenizer, "stories")
-    directory = output / "data" / "tokenizer-llama3"
+    with contextlib.ExitStack() as stack:
+        name = settings.tokenizer
+        if name == EMBEDDED:
+            name = str(stack.enter_context(embedded_tokenizer()))
+        # "stories": with a pad token of its own, as MaxText masks by value here.
+        loaded = tokens.load(name, "stories")
+    directory = output / "data" / f"tokenizer-{settings.tokenizer}"
     for name, content in loaded.files.items():
         write_bytes(directory / name, content)
     return str(directory)

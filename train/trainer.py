@@ -278,7 +278,11 @@ def _explained(log: Path, directory: Path) -> Iterator[None]:
 
     try:
         yield
-    except (MoeconvError, KeyboardInterrupt):
+    except KeyboardInterrupt:
+        raise
+    except MoeconvError as error:
+        if type(error) is MoeconvError:  # loss scaling gave up
+            raise TrainingError(f"{directory}: {error}") from error
         raise
     except SystemExit:  # metric_logger.py `_maybe_abort_after_write_metrics`
         step = run_dir.saved_step(directory)
