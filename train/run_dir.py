@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,7 +12,13 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
-from moeconv.errors import ConfigError, NotACheckpointError, OutputError
+from moeconv.errors import (
+    ConfigError,
+    MissingPackageError,
+    NotACheckpointError,
+    OutputError,
+    UnsupportedError,
+)
 from moeconv.orbax.locate import locate
 
 Resume = Literal["auto", "never"]
@@ -48,6 +55,8 @@ _ROUNDING = ("remat_policy", "num_vocab_tiling", "compile_xla_flags")
 def locked(run_dir: Path) -> Iterator[None]:
     """Makes the directory and holds it for this process.
 
+    A new one goes again if nothing was put there, or the run was refused before its first save.
+
     Raises:
         OutputError: Another process holds it, or it cannot be made.
     """
@@ -63,14 +72,17 @@ def locked(run_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise OutputError(f"{run_dir}: another process is training there") from None
+        refused = False
         try:
             yield
+        except (ConfigError, UnsupportedError, MissingPackageError):
+            refused = saved_step(run_dir) is None
+            raise
         finally:
-            # Else it stays: removing it could let two processes in.
-            if made and [entry.name for entry in run_dir.iterdir()] == [LOCK]:
-                path.unlink()
-                with contextlib.suppress(OSError):
-                    run_dir.rmdir()
+            # An old one keeps its lock: removing that could let two processes in.
+            names = [entry.name for entry in run_dir.iterdir()]
+            if made and (refused or names == [LOCK]):
+                shutil.rmtree(run_dir, ignore_errors=True)
 
 
 def saved_step(run_dir: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,8 @@ def _train(output: "Output", start: Any, begun: Any, resume: str, quiet: bool) -
 
     trainer = importlib.import_module("moeconv_train.trainer")
     report = progress_report(output)
+    # Until the first step SIGTERM ends as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ready = start.with_data(begun, note=output.note, progress=report, quiet=quiet)
         for text in ready.plan.notes:
