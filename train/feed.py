@@ -84,7 +84,8 @@ def find(
             "grain_train_files"
         )
     length = int(config["max_target_length"])
-    directory = Path(settings.directory or output / "data" / _slug(settings, length)).expanduser()
+    directory = Path(settings.directory or output / "data" / _slug(settings, length))
+    directory = directory.expanduser().absolute()
     dataset = DataSet.read(directory) if (directory / NAME).exists() else None
     if dataset is not None:
         settings = settings.model_copy(update={"layout": dataset.manifest.request.layout})
@@ -195,6 +196,16 @@ def hf_tokenizer(settings: DataSettings, output: Path) -> str:
     for name, content in loaded.files.items():
         write_bytes(directory / name, content)
     return str(directory)
+
+
+def hub_id(feed: Feed) -> str | None:
+    """The dataset on the Hub that a run is trained on; a local path is nobody else's business."""
+    if feed.dataset is not None:
+        source = feed.dataset.manifest.request.source
+        return source.name if source.kind == "hub" else None
+    if feed.kind == "hf" and feed.settings.source and not Path(feed.settings.source).exists():
+        return feed.settings.source
+    return None
 
 
 def evaluates(settings: DataSettings) -> bool:

@@ -54,7 +54,8 @@ def read(words: Iterable[str]) -> Recipe:
         UsageError: A word that is neither, a recipe that is none, a key that MaxText has not.
         ConfigError: A file cannot be read.
     """
-    names, given = [], {}
+    names: list[str] = []
+    given: dict[str, str] = {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or Path(word).is_file():

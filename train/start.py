@@ -1,9 +1,10 @@
 """From a command line to a run that may start: recipe, preflight, data."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moeconv_train import feed as feeds
 from moeconv_train import plan as plans
@@ -109,3 +110,29 @@ def with_data(
         derived = {**start.plan.derived, "tokenizer_path": path}
         start = replace(start, plan=replace(start.plan, derived=derived))
     return start
+
+
+def facts(plan: Plan) -> Mapping[str, Any]:
+    """A plan as data: what `--dry-run` prints."""
+    size = plan.size
+    return {
+        "recipe": plan.recipe.name,
+        "run_dir": str(plan.run_dir),
+        "target": plan.target.name,
+        "devices": plan.devices,
+        "parameters": size.total if size else None,
+        "active_parameters": size.active if size else None,
+        "data": {
+            "kind": plan.feed.kind,
+            "source": plan.run.data.source,
+            "directory": str(plan.feed.directory) if plan.feed.directory else None,
+            "prepared": plan.feed.dataset is not None,
+        },
+        "steps": plan.steps,
+        "epochs": plan.epochs,
+        "batch_rows": plan.batch,
+        "tokens_per_step": plan.tokens_per_step,
+        "run": plan.run.model_dump(mode="json"),
+        "maxtext": dict(plan.settings),
+        "notes": list(plan.notes),
+    }

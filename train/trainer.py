@@ -3,13 +3,15 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from moeconv_train import feed as feeds
 from moeconv_train import fp16_head, loss_scaling, run_dir, stopping
+from moeconv_train.environment import environment
+from moeconv_train.explain import explained, first_line
 from moeconv_train.logs import logger, wandb
 from moeconv_train.logs.console import LOG_NAME, logged
 from moeconv_train.logs.metrics import MetricsFile
@@ -17,12 +19,11 @@ from moeconv_train.logs.plots import write_plots
 from moeconv_train.logs.progress import Progress
 from moeconv_train.model_size import peak
 from moeconv_train.plan import Plan
-from moeconv_train.preflight.target import DEFAULT_FRACTION, MEMORY_FRACTION
 from moeconv_train.run_dir import Resume
 from moeconv_train.sidecar import public_config, write_sidecar
 
-from moeconv.arch.sidecar import METRICS_NAME, RunFacts
-from moeconv.errors import ConfigError, MissingPackageError, MoeconvError, TrainingError
+from moeconv.arch.sidecar import RunFacts
+from moeconv.errors import ConfigError, MissingPackageError, TrainingError
 
 Status = Literal["finished", "interrupted", "time limit", "stopped"]
 
@@ -83,7 +84,7 @@ def train(
             note(f"{directory}: all {plan.steps:,} steps are trained already")
             return _outcome("finished", plan, saved + 1, saved + 1, saved, begun)
         before = run_dir.read_sidecar(directory)
-        stack.enter_context(_environment(plan))
+        stack.enter_context(environment(plan))
         log = directory / LOG_NAME
         note(f"log: {log}")
         stream = stack.enter_context(logged(log))
@@ -93,7 +94,7 @@ def train(
         stopper = stopping.Stopper(plan.run.time_limit, progress.note)
         stack.enter_context(stopper.handling())
         progress.note("importing MaxText and compiling the step, which take a minute or more")
-        with _explained(log, directory):
+        with explained(log, directory):
             config, recorder = _initialize(plan)
             if saved is not None:
                 digest = plan.feed.dataset.digest if plan.feed.dataset else None
@@ -174,9 +175,9 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
     try:
         config, recorder = maxtext.initialize(plan.argv())
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
-        raise ConfigError(f"MaxText refuses this config: {_first(error.__context__)}") from None
+        raise ConfigError(f"MaxText refuses this config: {first_line(error.__context__)}") from None
     except (ValueError, TypeError) as error:  # the same, where pytest is loaded
-        raise ConfigError(f"MaxText refuses this config: {_first(error)}") from None
+        raise ConfigError(f"MaxText refuses this config: {first_line(error)}") from None
     counted = int(config.global_batch_size_to_load)
     if plan.steps_per_epoch and counted != plan.batch:
         raise ConfigError(
@@ -189,7 +190,7 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
 def _write_sidecar(plan: Plan, config: Any) -> None:
     dataset, run = plan.feed.dataset, plan.run
     facts = RunFacts(
-        dataset=run.data.source,
+        dataset=feeds.hub_id(plan.feed),
         dataset_digest=dataset.digest if dataset else None,
         language=run.language,
         license=run.license,
@@ -241,78 +242,6 @@ def _run(
         maxtext.run(config, recorder)
 
 
-@contextlib.contextmanager
-def _environment(plan: Plan) -> Iterator[None]:
-    """What JAX, MaxText and W&B read from the environment; put back at the end."""
-    values: dict[str, str] = {}
-    config = plan.config
-    if config["hardware"] == "cpu":
-        values["JAX_PLATFORMS"] = "cpu"
-        flag = "--xla_force_host_platform_device_count"
-        flags = os.environ.get("XLA_FLAGS", "")
-        if flag not in flags:
-            values["XLA_FLAGS"] = f"{flags} {flag}={plan.devices}".strip()
-    elif not os.environ.get(MEMORY_FRACTION):
-        values[MEMORY_FRACTION] = str(DEFAULT_FRACTION)
-    values["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
-    if config["enable_wandb"]:
-        values |= wandb.environment(plan.run_dir, plan.run.wandb)
-    # MaxText itself changes some of these.
-    touched = {*values, "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TFDS_DATA_DIR"}
-    before = {key: os.environ.get(key) for key in touched}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                os.environ.pop(key, None)
-            else:
-                os.environ[key] = value
-
-
-@contextlib.contextmanager
-def _explained(log: Path, directory: Path) -> Iterator[None]:
-    """What MaxText and JAX raise, as one sentence; the log keeps their own words."""
-    import logging
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except MoeconvError as error:
-        if type(error) is MoeconvError:  # loss scaling gave up
-            raise TrainingError(f"{directory}: {error}") from error
-        raise
-    except SystemExit:  # metric_logger.py `_maybe_abort_after_write_metrics`
-        step = run_dir.saved_step(directory)
-        last = "nothing was saved" if step is None else f"the last checkpoint is of step {step + 1}"
-        raise TrainingError(
-            f"{directory}: the loss is no number any more (see {METRICS_NAME} for how it came), so "
-            f"the run was ended; {last}. Lower learning_rate, or see docs/fp16.md for FP16"
-        ) from None
-    except Exception as error:
-        logging.exception("the run failed")
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise TrainingError(
-                f"{directory}: the GPU's memory is too small for this run; `moeconv train … "
-                "--check` names settings that fit, docs/memory.md lists them"
-            ) from error
-        raise TrainingError(
-            f"{directory}: {type(error).__name__}: {_first(error)}; see {log}"
-        ) from error
-
-
-def _first(error: BaseException | None) -> str:
-    """The first line of what an exception says; for pydantic's, the first field that is wrong."""
-    details = getattr(error, "errors", None)
-    if callable(details):
-        first = details()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__
-
-
 def _plots(directory: Path, note: Callable[[str], None]) -> None:
     """Never a reason to fail."""
     try:
@@ -320,30 +249,4 @@ def _plots(directory: Path, note: Callable[[str], None]) -> None:
     except ImportError:
         note('no plots: matplotlib is not installed (pip install "moeconv[train]")')
     except Exception as error:
-        note(f"no plots: {_first(error)}")
-
-
-def facts(plan: Plan) -> Mapping[str, Any]:
-    """A plan as data: what `--dry-run` prints."""
-    size = plan.size
-    return {
-        "recipe": plan.recipe.name,
-        "run_dir": str(plan.run_dir),
-        "target": plan.target.name,
-        "devices": plan.devices,
-        "parameters": size.total if size else None,
-        "active_parameters": size.active if size else None,
-        "data": {
-            "kind": plan.feed.kind,
-            "source": plan.run.data.source,
-            "directory": str(plan.feed.directory) if plan.feed.directory else None,
-            "prepared": plan.feed.dataset is not None,
-        },
-        "steps": plan.steps,
-        "epochs": plan.epochs,
-        "batch_rows": plan.batch,
-        "tokens_per_step": plan.tokens_per_step,
-        "run": plan.run.model_dump(mode="json"),
-        "maxtext": dict(plan.settings),
-        "notes": list(plan.notes),
-    }
+        note(f"no plots: {first_line(error)}")

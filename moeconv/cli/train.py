@@ -67,7 +67,7 @@ def command(
         words = (*words, f"run.time_limit={time_limit}")
     begun = start.plan_run(words, memory=check, network=not dry_run, progress=output.note)
     if check or dry_run:
-        _show(output, begun, check)
+        _show(output, start.facts(begun.plan), begun, check)
         return
     _tell(output, begun)
     start.refuse(begun)
@@ -115,14 +115,13 @@ def _end(output: "Output", outcome: Any) -> None:
     output.print(f"next: moeconv convert {outcome.run_dir} OUT")
 
 
-def _show(output: "Output", begun: Any, check: bool) -> None:
+def _show(output: "Output", facts: Any, begun: Any, check: bool) -> None:
     """The answer of --check and --dry-run.
 
     Raises:
         ConfigError: The run may not start.
     """
-    trainer = importlib.import_module("moeconv_train.trainer")
-    facts, report = trainer.facts(begun.plan), begun.report
+    report = begun.report
     output.data({"plan": facts, "preflight": report.model_dump(mode="json")})
     output.print(describe(begun.plan))
     for text in begun.plan.notes:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 
 import jax
 import pytest
@@ -68,10 +69,41 @@ def words(output, run_name, **extra):
     return train_lab.words(output, run_name, **keys)
 
 
+class Wandb:
+    """W&B's module, as far as MaxText uses it."""
+
+    def __init__(self):
+        self.config, self.logged, self.given = {}, [], {}
+
+    def init(self, **kwargs):
+        self.given = kwargs | {key: os.environ[key] for key in ("WANDB_MODE", "WANDB_RUN_ID")}
+        self.config = self
+        return self
+
+    def update(self, content, **_):
+        self.content = content
+
+    def log(self, content, step):
+        self.logged.append((step, content))
+
+    def finish(self):
+        self.finished = True
+
+
 @pytest.fixture(scope="module")
-def whole(output):
+def wandb():
+    return Wandb()
+
+
+@pytest.fixture(scope="module")
+def whole(output, wandb):
     """A run from its first to its last step."""
-    return moeconv("train", *words(output, "whole"), "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", wandb)
+        patch.delenv("WANDB_API_KEY", raising=False)
+        patch.setenv("NETRC", os.devnull)
+        logged = {"run.wandb.enabled": "true", "run.wandb.project": "p"}
+        return moeconv("train", *words(output, "whole", **logged), "--json")
 
 
 def test_a_run_leaves_what_is_promised(whole, output):
@@ -99,6 +131,24 @@ def test_a_run_leaves_what_is_promised(whole, output):
     assert "completed step" not in whole.err  # MaxText's own words are in the log
 
 
+def test_weights_and_biases_sees_every_step_once_and_the_evaluation_in_its_place(
+    whole, output, wandb
+):
+    assert (wandb.given["project"], wandb.given["name"]) == ("p", "whole")
+    assert wandb.given["WANDB_MODE"] == "offline"
+    assert (
+        wandb.given["WANDB_RUN_ID"] == (output / "whole" / "wandb-run-id.txt").read_text().strip()
+    )
+    steps = [step for step, content in wandb.logged if "learning/loss" in content]
+    assert steps == list(range(STEPS))
+    evaluated = [step for step, content in wandb.logged if "eval/avg_loss" in content]
+    assert evaluated == [STEPS - 1]
+    # W&B drops what comes for an earlier step.
+    assert [step for step, _ in wandb.logged] == sorted(step for step, _ in wandb.logged)
+    assert wandb.content["decoder_block"] == "envy" and wandb.finished
+    assert str(output) not in json.dumps(wandb.content)
+
+
 def test_every_target_of_the_data_is_trained_once(whole, output):
     manifest = json.loads((output / "data" / "embedded-128" / "data.json").read_text())
     trained = [line for line in train_lab.metrics(output / "whole") if line["kind"] == "train"]
@@ -110,7 +160,8 @@ def test_the_sidecar_says_what_the_checkpoints_do_not(whole, output):
     sidecar = RunSidecar.model_validate_json(text)
     assert sidecar.config["decoder_block"] == "envy" and sidecar.config["steps"] == STEPS
     run = sidecar.run
-    assert (run.dataset, run.language, run.epochs, run.steps) == ("embedded", "en", 1, STEPS)
+    # Only a dataset on the Hub is named, never a path of this machine.
+    assert (run.dataset, run.language, run.epochs, run.steps) == (None, "en", 1, STEPS)
     assert run.tokens_per_step == 16 * 128
     data = sidecar.model_extra["data"]
     assert data["digest"] == run.dataset_digest and data["splits"]["train"]["rows"] == 375
