@@ -16,7 +16,7 @@ from moeconv_train.data.source import format_of
 from moeconv_train.make_corpus import CORPUS
 from moeconv_train.settings import EMBEDDED, DataSettings
 
-from moeconv.errors import UsageError
+from moeconv.errors import ConfigError, OutputError, UsageError
 
 # Documents of the corpus that lie beside the run, for `moeconv verify`.
 SAMPLED = 32
@@ -87,9 +87,9 @@ def find(
     directory = Path(settings.directory or output / "data" / _slug(settings, length))
     directory = directory.expanduser().absolute()
     dataset = DataSet.read(directory) if (directory / NAME).exists() else None
-    if dataset is not None:
+    if dataset is not None and not settings.source:
         settings = settings.model_copy(update={"layout": dataset.manifest.request.layout})
-    elif not settings.source:
+    elif dataset is None and not settings.source:
         DataSet.read(directory)  # says what is missing
     return Feed("prepared", settings, directory, dataset)
 
@@ -118,12 +118,19 @@ def prepare(
     note: Callable[[str], None],
     quiet: bool = True,
 ) -> Feed:
-    """The same feed with its dataset, prepared now if it is not there; goes on if interrupted."""
-    if feed.kind != "prepared" or feed.dataset is not None:
-        return feed
-    assert feed.directory is not None and feed.settings.source is not None
-    note(f"preparing {feed.settings.source} in {feed.directory} (once; docs/data.md)")
+    """The same feed with its dataset, prepared now if it is not there; goes on if interrupted.
+
+    Raises:
+        ConfigError: What is there was prepared from something else, or otherwise.
+        MoeconvError: It cannot be prepared.
+    """
     source, settings = feed.settings.source, feed.settings
+    if feed.kind != "prepared" or feed.directory is None or source is None:
+        return feed
+    if feed.dataset is None:
+        note(f"preparing {source} in {feed.directory} (once; docs/data.md)")
+    elif _gone(source, feed.dataset):
+        return feed
     with contextlib.ExitStack() as stack:
         if source == EMBEDDED:
             source, settings = str(CORPUS), settings.model_copy(update=_EMBEDDED)
@@ -131,15 +138,38 @@ def prepare(
         if tokenizer == EMBEDDED:
             tokenizer = str(stack.enter_context(embedded_tokenizer()))
         workers = (os.cpu_count() or 1) if source != str(CORPUS) else 0
-        dataset = prepare_dataset(
-            source,
-            feed.directory,
-            settings.options(length, tokenizer, workers),
-            progress=progress,
-            note=note,
-            quiet=quiet,
-        )
+        try:
+            dataset = prepare_dataset(
+                source,
+                feed.directory,
+                settings.options(length, tokenizer, workers),
+                progress=progress,
+                note=note if feed.dataset is None else lambda _: None,
+                quiet=quiet,
+            )
+        except OutputError as error:
+            if feed.dataset is None:
+                raise
+            reason = str(error).split(";")[0]
+            raise ConfigError(f"{reason}; give another run.data.directory") from None
     return replace(feed, dataset=dataset)
+
+
+def _gone(source: str, dataset: DataSet) -> bool:
+    """Whether a local source is not here any more, while what was prepared from it is.
+
+    Raises:
+        ConfigError: It was prepared from something else.
+    """
+    kept = dataset.manifest.request.source
+    if source == EMBEDDED or Path(source).expanduser().exists() or kept.kind == "hub":
+        return False
+    if Path(source).name != kept.name:
+        raise ConfigError(
+            f"{dataset.directory}: holds data that was prepared from {kept.name}, not from "
+            f"{source}; give another run.data.directory"
+        )
+    return True
 
 
 @contextlib.contextmanager
@@ -165,8 +195,8 @@ def hf_settings(config: Mapping[str, Any], settings: DataSettings) -> dict[str, 
         "add_bos": True,
         "add_eos": True,
         "train_split": "train",
-        "train_data_columns": f"['{settings.column}']",
-        "eval_data_columns": f"['{settings.column}']",
+        "train_data_columns": [settings.column],
+        "eval_data_columns": [settings.column],
         # 0 reads other data at the second evaluation (docs/data.md).
         "grain_worker_count": 1,
         "grain_worker_count_eval": 1,

@@ -1,11 +1,13 @@
 """What is decided about a run before MaxText is imported: its settings, data and steps."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from moeconv_train import feed as feeds
 from moeconv_train.data.manifest import VALIDATION
 from moeconv_train.feed import Feed
@@ -98,8 +100,9 @@ class Plan:
         return self.config["dtype"] == "float16"
 
     def argv(self) -> list[str]:
-        """MaxText's command line."""
-        words = [f"{key}={said(value)}" for key, value in self.settings.items()]
+        """MaxText's command line; what the user gave stays as it was given."""
+        ours = {key: said(value) for key, value in {**self.derived, **self.mended}.items()}
+        words = [f"{key}={text}" for key, text in {**self.recipe.given, **ours}.items()]
         return ["", str(self.recipe.file), *words]
 
     def known(self) -> RunSettings:
@@ -133,6 +136,10 @@ def said(value: Any) -> str:
     """A value as MaxText's command line (OmegaConf) reads it."""
     if value is None:
         return "none"
+    if isinstance(value, list):
+        return json.dumps(value)
+    if isinstance(value, str) and yaml.safe_load(value) != value:
+        return json.dumps(value)  # what YAML would take for a number, a comment, a mapping …
     return word(value)
 
 

@@ -100,7 +100,7 @@ def with_data(
         progress=progress,
         quiet=quiet,
     )
-    if feed is not plan.feed:
+    if plan.feed.dataset is None and feed.dataset is not None:
         counted = plans.make(plan.recipe, gpus(), feed)
         start = _checked(counted, False, False, lambda _: None)
         refuse(start)

@@ -127,6 +127,36 @@ def test_a_damaged_dataset_is_refused(prepared, tmp_path):
         tiny(copy)
 
 
+def ready(begun):
+    return start.with_data(begun, note=lambda _: None, progress=lambda _: None, quiet=True)
+
+
+def test_data_that_are_there_are_those_that_are_asked_for(prepared, tmp_path):
+    words = ["tiny_cpu", f"run.data.directory={prepared}"]
+    assert ready(start.plan_run(words, network=False)).plan.steps == 188
+    stories = tmp_path / "stories.txt"
+    stories.write_text("another story")
+    for other in (f"run.data.source={stories}", "run.data.layout=stories", "run.data.seed=1"):
+        begun = start.plan_run([*words, other], network=False)
+        with pytest.raises(
+            ConfigError, match=r"with another .*; give another run\.data\.directory"
+        ):
+            ready(begun)
+
+
+def test_a_local_source_may_be_gone_once_it_is_prepared(tmp_path):
+    stories = tmp_path / "mine.jsonl"
+    stories.write_text("".join(f'{{"text": "A story of {n} mice."}}\n' for n in range(200)))
+    words = ["tiny_cpu", f"run.data.source={stories}", f"run.data.directory={tmp_path}/rows"]
+    first = ready(start.plan_run(words, network=False)).plan
+    assert first.steps == first.available > 0
+    stories.unlink()
+    assert ready(start.plan_run(words, network=False)).plan.steps == first.steps
+    other = ["tiny_cpu", "run.data.source=gone.jsonl", f"run.data.directory={tmp_path}/rows"]
+    with pytest.raises(ConfigError, match=r"was prepared from mine\.jsonl, not from gone\.jsonl"):
+        ready(start.plan_run(other, network=False))
+
+
 def test_streaming_sets_what_maxtext_needs(tmp_path):
     made = planned("dataset_type=hf", "steps=50")
     config = made.config
@@ -163,6 +193,27 @@ def test_the_command_line_for_maxtext_has_each_key_once(prepared):
     keys = [word.split("=", 1)[0] for word in argv[2:]]
     assert argv[:2] == ["", str(made.recipe.file)] and len(keys) == len(set(keys))
     assert "learning_rate=1e-4" in argv and "enable_wandb=false" in argv
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "none"),
+        (True, "true"),
+        (0.5, "0.5"),
+        ("a/b-*.x", "a/b-*.x"),
+        ("with space", "with space"),
+        ("a #b", '"a #b"'),
+        ("007", '"007"'),
+        (["text"], '["text"]'),
+    ],
+)
+def test_what_we_say_is_read_as_it_is_meant(value, text):
+    from omegaconf import OmegaConf
+
+    assert plan.said(value) == text
+    read = OmegaConf.from_dotlist([f"key={text}"]).key
+    assert read == ("none" if value is None else value)
 
 
 @pytest.mark.parametrize(
