@@ -95,9 +95,10 @@ class Plan:
         return model_size(self.config)
 
     @property
-    def fp16(self) -> bool:
-        """Whether it computes in FP16."""
-        return self.config["dtype"] == "float16"
+    def patches(self) -> dict[str, Any]:
+        """Arguments of preflight/patches.py: how MaxText's step is computed."""
+        scale = self.run.loss_scale.model_dump(exclude_none=True)
+        return {"loss_scale": scale, **self.run.patches}
 
     def argv(self) -> list[str]:
         """MaxText's command line; what the user gave stays as it was given."""
@@ -125,10 +126,7 @@ class Plan:
             hub_repo=self.run.hub_repo,
             wandb=bool(self.config["enable_wandb"]),
             state_bytes=size.state_bytes if size else None,
-            patches={
-                "loss_scale": self.run.loss_scale.model_dump(exclude_none=True),
-                "fp16_head": self.run.fp16_head,
-            },
+            patches=self.patches,
         )
 
 

@@ -129,7 +129,11 @@ def read_sidecar(run_dir: Path) -> RunSidecar | None:
 
 
 def check_same(
-    run_dir: Path, before: RunSidecar | None, config: Mapping[str, Any], digest: str | None
+    run_dir: Path,
+    before: RunSidecar | None,
+    config: Mapping[str, Any],
+    digest: str | None,
+    patches: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Refuses to go on with another model, optimizer, schedule or other data.
 
@@ -138,6 +142,7 @@ def check_same(
         before: The sidecar of the run so far.
         config: MaxText's resolved config now, as the sidecar holds it.
         digest: Of the prepared data now.
+        patches: How MaxText's step is computed now.
 
     Returns:
         What changes nothing but the last bits, one sentence each.
@@ -164,6 +169,12 @@ def check_same(
         if key in _ROUNDING
     ]
     told = [text for key, text in zip(differing, told, strict=True) if key not in _ROUNDING]
+    computed = (before.run.model_extra or {}).get("patches") if before.run else None
+    if patches is not None and computed is not None and computed != dict(patches):
+        notes.append(
+            f"loss scale and patches were {computed} and are {dict(patches)}: the same model, but "
+            "not to the bit"
+        )
     then = before.run.dataset_digest if before.run else None
     if then is not None and then != digest:
         told.append(f"the data's digest was {then[:12]} and is {(digest or 'none')[:12]}")

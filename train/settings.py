@@ -5,6 +5,7 @@ in its own file, which stock MaxText accepts.
 """
 
 import difflib
+import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,15 @@ import yaml
 from moeconv_train.data import PrepareOptions
 from moeconv_train.data.packing import Layout, TooLong
 from moeconv_train.loss_scaling import LossScaleSettings
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from moeconv_train.preflight import patches
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
 
 from moeconv.errors import ConfigError, UsageError
 
@@ -99,11 +108,26 @@ class RunFile(_Section):
     )
     data: DataSettings = DataSettings()
     loss_scale: LossScaleSettings = LossScaleSettings()
-    fp16_head: bool = Field(True, description="With dtype float16: the tied head in FP16 too.")
+    patches: dict[str, bool] = Field(
+        {}, description="How MaxText's step is computed; the names are preflight/patches.py's."
+    )
     wandb: WandbSettings = WandbSettings()
     hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
     language: str | None = None
     license: str | None = Field(None, description="Of the model, a Hub id.")
+
+    @field_validator("patches")
+    @classmethod
+    def _check_patches(cls, value: dict[str, bool]) -> dict[str, bool]:
+        for name in value:
+            if name not in patch_names():
+                raise ValueError(f"{name} is none{nearest(name, patch_names())}")
+        return value
+
+
+def patch_names() -> list[str]:
+    """The patches that can be turned on and off."""
+    return [name for name in inspect.signature(patches.trainer).parameters if name != "loss_scale"]
 
 
 def run_file_of(config: Path) -> Path:

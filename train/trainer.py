@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeconv_train import feed as feeds
-from moeconv_train import fp16_head, loss_scaling, run_dir, stopping
+from moeconv_train import run_dir, stopping
 from moeconv_train.environment import environment
 from moeconv_train.explain import explained, first_line
 from moeconv_train.logs import logger, wandb
@@ -19,6 +19,7 @@ from moeconv_train.logs.plots import write_plots
 from moeconv_train.logs.progress import Progress
 from moeconv_train.model_size import peak
 from moeconv_train.plan import Plan
+from moeconv_train.preflight import patches
 from moeconv_train.run_dir import Resume
 from moeconv_train.sidecar import public_config, write_sidecar
 
@@ -99,7 +100,8 @@ def train(
             if saved is not None:
                 digest = plan.feed.dataset.digest if plan.feed.dataset else None
                 now = public_config(config.get_keys())
-                for text in run_dir.check_same(directory, before, now, digest):
+                notes = run_dir.check_same(directory, before, now, digest, plan.patches)
+                for text in notes:
                     progress.note(f"note: {text}")
                 progress.note(f"going on after step {saved + 1:,} of {plan.steps:,}")
             _write_sidecar(plan, config)
@@ -198,6 +200,7 @@ def _write_sidecar(plan: Plan, config: Any) -> None:
         epochs=round(plan.epochs, 6) if plan.epochs else None,
         steps=plan.steps,
         tokens_per_step=plan.tokens_per_step,
+        patches=plan.patches,  # type: ignore[call-arg]
     )
     data = None
     if dataset is not None:
@@ -231,9 +234,7 @@ def _run(
     from maxtext.trainers.pre_train import train as maxtext
 
     with contextlib.ExitStack() as stack:
-        if plan.fp16 and plan.run.fp16_head:
-            stack.enter_context(fp16_head.install())
-        stack.enter_context(loss_scaling.install(plan.run.loss_scale))
+        stack.enter_context(patches.trainer(**plan.patches))
         stack.enter_context(stopping.install(stopper))
         stack.enter_context(logger.install(records))
         stack.enter_context(plan.feed.reading())

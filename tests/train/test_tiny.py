@@ -96,7 +96,6 @@ def test_the_rows_are_the_stories_and_fit_the_model(dataset, tokenizer, stories,
 
 def test_the_recipes_steps_are_what_its_data_have(dataset, config):
     epochs = read_settings(run_file_of(CONFIG), {}).epochs
-    assert config["num_epoch"] == epochs
     assert config["steps"] == dataset.steps_for_epochs(epochs, 8)
 
 

@@ -333,6 +333,11 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     (note,) = run_dir.check_same(
         tmp_path, before, {"remat_policy": "minimal", "vocab_size": 9}, "d" * 64
     )
+    facts = RunFacts(patches={"fp16_head": True})
+    before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
+    (other,) = run_dir.check_same(tmp_path, before, {}, None, {"fp16_head": False})
+    assert "loss scale and patches were" in other and other.endswith("not to the bit")
+    assert run_dir.check_same(tmp_path, before, {}, None, {"fp16_head": True}) == []
     assert note == "remat_policy was full and is minimal: the same model, but not to the bit"
 
 
