@@ -43,9 +43,10 @@ class Stopper:
         limit: float | None,
         note: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        begun: float | None = None,
     ) -> None:
         self._limit, self._note, self._clock = limit, note, clock
-        self._begun = clock()
+        self._begun = clock() if begun is None else begun
         self._signals = 0
         self.stepping = False
         self.reason: Reason | None = None

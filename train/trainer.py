@@ -63,6 +63,7 @@ def train(
     resume: Resume = "auto",
     note: Callable[[str], None],
     quiet: bool = False,
+    begun: float | None = None,
 ) -> Outcome:
     """Trains what the plan says; a second call goes on where the first one stopped.
 
@@ -71,12 +72,13 @@ def train(
         resume: `never` refuses a directory that holds a run.
         note: Takes sentences for people, before MaxText has the terminal.
         quiet: Without progress.
+        begun: Since when the time limit counts (time.monotonic), by default since now.
 
     Raises:
         KeyboardInterrupt: A signal came before the first step, or a second one.
         MoeconvError: See docs/exit-codes.md.
     """
-    begun = time.monotonic()
+    begun = time.monotonic() if begun is None else begun
     directory = plan.run_dir
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_dir.locked(directory))
@@ -92,7 +94,7 @@ def train(
         if quiet:
             stream = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
         progress = Progress(stream, plan.steps)
-        stopper = stopping.Stopper(plan.run.time_limit, progress.note)
+        stopper = stopping.Stopper(plan.run.time_limit, progress.note, begun=begun)
         stack.enter_context(stopper.handling())
         progress.note("importing MaxText and compiling the step, which take a minute or more")
         with explained(log, directory):

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,6 +62,8 @@ def command(
     """
     if importlib.util.find_spec("maxtext") is None:
         raise MissingPackageError('training needs MaxText: pip install "moeconv[train]"')
+    # Preparing data counts for the time limit: a session has no more than that.
+    since = time.monotonic()
     start = importlib.import_module("moeconv_train.start")
     output = output_of(json_mode, quiet)
     if time_limit is not None:
@@ -71,12 +74,12 @@ def command(
         return
     _tell(output, begun)
     start.refuse(begun)
-    outcome = _train(output, start, begun, resume, quiet)
+    outcome = _train(output, start, begun, since, resume, quiet)
     output.data(outcome.to_json())
     _end(output, outcome)
 
 
-def _train(output: "Output", start: Any, begun: Any, resume: str, quiet: bool) -> Any:
+def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, quiet: bool) -> Any:
     from moeconv.cli.data import progress_report
 
     trainer = importlib.import_module("moeconv_train.trainer")
@@ -88,7 +91,7 @@ def _train(output: "Output", start: Any, begun: Any, resume: str, quiet: bool) -
         for text in ready.plan.notes:
             output.note(f"note: {text}")
         output.note(describe(ready.plan))
-        return trainer.train(ready.plan, resume=resume, note=output.note, quiet=quiet)
+        return trainer.train(ready.plan, resume=resume, note=output.note, quiet=quiet, begun=since)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: nothing new was saved; the same command goes on\n")
         sys.exit(INTERRUPTED)

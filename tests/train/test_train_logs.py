@@ -317,6 +317,7 @@ def test_the_time_limit_counts_from_the_beginning():
     assert stopper.due() is None
     clock.now += 1
     assert stopper.due() == "time limit"
+    assert stopping.Stopper(60, print, clock, begun=clock.now - 60).due() == "time limit"
 
 
 def sidecar(**config):
