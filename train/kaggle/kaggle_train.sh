@@ -9,14 +9,14 @@
 #             GPU sessions after 12 h, and the last save and the output need some minutes)
 #   WORK      what Kaggle keeps as the notebook's output (/kaggle/working)
 #   INPUT     where the last session's output is attached (/kaggle/input)
-#   VENV      where moeconv is installed; not below WORK, it would be saved (/tmp/moeconv-venv)
+#   VENV      where moeconv is installed; not below WORK, it would be saved (~/.moeconv-venv)
 #   CHECK     0 leaves out `--check`, which takes about two minutes (1)
 set -euo pipefail
 
 session=${SESSION:-11h30m}
 work=${WORK:-/kaggle/working}
 input=${INPUT:-/kaggle/input}
-venv=${VENV:-/tmp/moeconv-venv}
+venv=${VENV:-$HOME/.moeconv-venv}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 say() { echo "== $*"; }
