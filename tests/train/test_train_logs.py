@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from moeconv_train import run_dir, stopping
+from moeconv_train.explain import explained
 from moeconv_train.logs import plots, wandb
 from moeconv_train.logs.console import last_lines, logged
 from moeconv_train.logs.metrics import MetricsFile, eval_line, read_metrics, train_line
@@ -15,7 +16,7 @@ from moeconv_train.logs.progress import Progress, duration
 from moeconv_train.settings import WandbSettings
 
 from moeconv.arch.sidecar import MetricsLine, RunFacts, RunSidecar
-from moeconv.errors import ConfigError, OutputError
+from moeconv.errors import ConfigError, MoeconvError, OutputError, TrainingError
 
 
 def scalars(loss=2.0, weights=10, **extra):
@@ -377,3 +378,22 @@ def test_a_damaged_sidecar_is_named(tmp_path):
     (tmp_path / "moeconv.json").write_text('{"format": "moeconv-run"}')
     with pytest.raises(ConfigError, match=r"moeconv\.json: version: Field required"):
         run_dir.read_sidecar(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), TrainingError, "memory is too small"),
+        (RuntimeError("first\nsecond"), TrainingError, "RuntimeError: first; see "),
+        (SystemExit(1), TrainingError, "the loss is no number any more"),
+        (SystemExit(3), TrainingError, "MaxText ended the process"),
+        (MoeconvError("gave up"), TrainingError, "gave up"),
+        (ConfigError("as it is"), ConfigError, "as it is"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_what_maxtext_and_jax_raise_is_one_sentence(tmp_path, raised, kind, told):
+    with pytest.raises(kind) as caught, explained(tmp_path / "training.log", tmp_path):
+        raise raised
+    assert type(caught.value) is kind
+    assert told in str(caught.value) and "\n" not in str(caught.value)
