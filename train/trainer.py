@@ -180,7 +180,7 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
         config, recorder = maxtext.initialize(plan.argv())
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
         raise ConfigError(f"MaxText refuses this config: {first_line(error.__context__)}") from None
-    except (ValueError, TypeError) as error:  # the same, where pytest is loaded
+    except (ValueError, TypeError) as error:  # the same, where unittest is loaded
         raise ConfigError(f"MaxText refuses this config: {first_line(error)}") from None
     counted = int(config.global_batch_size_to_load)
     if plan.steps_per_epoch and counted != plan.batch:
