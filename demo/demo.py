@@ -3,9 +3,7 @@
 Everything lies in ./demo-out, which is made anew each time. Needs no network and no GPU.
 """
 
-import collections
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("demo-out")  # relative to ROOT, so that the commands shown can be copied
-CONFIG = Path("train", "configs", "tiny_cpu.yml")
 RUN = OUT / "tiny"
 MODEL = OUT / "tiny-hf"
-LOG = OUT / "train.log"
 BIN = Path(sys.executable).parent
 
-SHOW_EVERY = 25
-STEP = re.compile(r"completed step: (\d+),.* lm_loss: ([\d.]+)")
 PROMPTS = ("Once upon a time", "One day Mia", "It was late, and Tom")
 
 
@@ -44,41 +38,8 @@ def command(*words: str | Path) -> None:
 
 
 def train() -> None:
-    """Shows a line of MaxText's log every so many steps; all of it goes to a file."""
-    words = ["python", "-m", "moeconv_train", str(CONFIG), "--output", str(OUT)]
-    say("  $ " + " ".join(words))
-    say(f"  (importing MaxText and compiling take half a minute; full log: {LOG})")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONUNBUFFERED": "1"}
-    tail: collections.deque[str] = collections.deque(maxlen=30)
-    shown: set[str] = set()
-    last = None
-    begin = time.monotonic()
-    with (
-        LOG.open("w", encoding="utf-8") as log,
-        subprocess.Popen(
-            [sys.executable, *words[1:]],
-            cwd=ROOT,
-            env=os.environ | flags,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        ) as process,
-    ):
-        assert process.stdout
-        for line in process.stdout:
-            log.write(line)
-            tail.append(line)
-            if last := STEP.search(line) or last:
-                step, loss = last.groups()
-                if int(step) % SHOW_EVERY == 0 and step not in shown:
-                    shown.add(step)
-                    say(f"  step {step:>4}   loss {loss}   after {time.monotonic() - begin:.0f} s")
-    if process.returncode or last is None:
-        say("".join(tail))
-        sys.exit(f"demo: training failed with exit code {process.returncode}; see {LOG}")
-    say(f"  step {last[1]:>4}   loss {last[2]}   and a checkpoint")
+    """MaxText's own loop, behind one command."""
+    command("moeconv", "train", "tiny_cpu", f"base_output_directory={OUT}")
 
 
 def generate() -> None:

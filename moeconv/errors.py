@@ -71,6 +71,18 @@ class MissingPackageError(MoeconvError):
     exit_code = 11
 
 
+class TimeLimitError(MoeconvError):
+    """The time limit of `moeconv train` came before the last step; its state is saved."""
+
+    exit_code = 12
+
+
+class TrainingError(MoeconvError):
+    """The training itself failed: a loss that is no number, too little memory, data that ended."""
+
+    exit_code = 13
+
+
 class UnverifiedError(MoeconvError):
     """The output is not proven to be the model: `verify.json` is missing, failed, or outdated."""
 

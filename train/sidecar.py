@@ -3,20 +3,24 @@
 `moeconv.arch.sidecar.RunSidecar` reads it.
 """
 
+import contextlib
 import enum
 import json
+import platform
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import moeconv
+from moeconv.arch.sidecar import RunFacts
 
 SIDECAR = "moeconv.json"
 TOKENIZER = "tokenizer"
 SAMPLE = "sample.txt"
+_PACKAGES = ("maxtext", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
 
 _PRIVATE_KEY = re.compile(
     r"(token|secret|password|credentials?|api_key|dir|directory|folder|path|files?|bucket|project)$"
@@ -49,21 +53,38 @@ def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_sidecar(config: Mapping[str, Any], sample: Sequence[str] = ()) -> Path:
+def versions() -> dict[str, str]:
+    """What the run is computed with, as far as it is installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def write_sidecar(
+    config: Mapping[str, Any],
+    sample: Sequence[str] = (),
+    *,
+    run: RunFacts | None = None,
+    data: Mapping[str, Any] | None = None,
+) -> Path:
     """Puts the config, a copy of the tokenizer and some of the text into the run's directory.
 
     Args:
         config: MaxText's resolved config.
         sample: Documents of the corpus; `moeconv verify` runs both models on them.
+        run: What the model card tells of the run.
+        data: How the prepared data were made, and what they hold.
     """
-    run = Path(config["base_output_directory"], config["run_name"])
-    run.mkdir(parents=True, exist_ok=True)
+    directory = Path(config["base_output_directory"], config["run_name"])
+    directory.mkdir(parents=True, exist_ok=True)
     tokenizer = Path(config["tokenizer_path"] or "")
     has_tokenizer = (tokenizer / "tokenizer.json").is_file()
     if has_tokenizer:
-        shutil.copytree(tokenizer, run / TOKENIZER, dirs_exist_ok=True)
+        shutil.copytree(tokenizer, directory / TOKENIZER, dirs_exist_ok=True)
     if sample:
-        (run / SAMPLE).write_text("\n\n".join(sample) + "\n", encoding="utf-8")
+        (directory / SAMPLE).write_text("\n\n".join(sample) + "\n", encoding="utf-8")
     sidecar = {
         "format": "moeconv-run",
         "version": 1,
@@ -72,8 +93,11 @@ def write_sidecar(config: Mapping[str, Any], sample: Sequence[str] = ()) -> Path
         "config": public_config(config),
         "tokenizer": TOKENIZER if has_tokenizer else None,
         "text_sample": SAMPLE if sample else None,
+        "run": run.model_dump(exclude_none=True) if run else None,
+        "data": data,
+        "versions": versions(),
     }
-    path = run / SIDECAR
+    path = directory / SIDECAR
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
     return partial.replace(path)

@@ -178,6 +178,11 @@ def describe(dataset: Any) -> dict[str, Any]:
     }
 
 
+def progress_report(output: Output) -> Any:
+    """What prints the progress of a preparation; `moeconv train` prepares data too."""
+    return _Report(output)
+
+
 class _Report:
     """Progress as a line now and then on stderr."""
 

@@ -12,6 +12,10 @@ from moeconv.errors import MoeconvError
 
 # Command -> module; a module is imported when its command is used or its help is shown.
 COMMANDS = {
+    "train": (
+        "moeconv.cli.train",
+        "Train a model with MaxText; the same command resumes it.",
+    ),
     "inspect": (
         "moeconv.cli.inspect",
         "Show a MaxText checkpoint as moeconv understands it.",

@@ -1,18 +1,21 @@
-"""The tiny run's parts: corpus, tokenizer, rows, config, sidecar, launcher. MaxText stays out."""
+"""The tiny run's parts: corpus, tokenizer, rows, config, sidecar. MaxText stays out."""
 
 import enum
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from moeconv_train import data, launch, make_corpus, sidecar
+from moeconv_train import data, make_corpus, sidecar
+from moeconv_train import feed as feeds
+from moeconv_train.data.records import read_shard
+from moeconv_train.recipe import CONFIGS
+from moeconv_train.settings import read_settings, run_file_of
 from moeconv_train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, train_tokenizer
 
 import moeconv
 
-CONFIG = Path(launch.__file__).parent / "configs" / "tiny_cpu.yml"
+CONFIG = CONFIGS / "tiny_cpu.yml"
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +28,16 @@ def tokenizer(stories):
     return train_tokenizer(stories)
 
 
+def prepare(directory):
+    """The tiny recipe's data."""
+    settings = read_settings(run_file_of(CONFIG), {}).data
+    feed = feeds.Feed("prepared", settings, directory)
+    return feeds.prepare(feed, 128, progress=lambda _: None, note=lambda _: None).dataset
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return data.prepare(tmp_path_factory.mktemp("data"))
+    return prepare(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -70,46 +80,50 @@ def test_special_tokens_are_three_and_text_begins_with_one(tokenizer):
     assert tokenizer.encode("Hi", add_special_tokens=False).ids[0] > 2
 
 
-def test_rows_are_stories_that_fit_the_model(tokenizer, stories, config):
-    rows = data.tokenise(stories, tokenizer)
-    assert max(map(len, rows)) <= config["max_target_length"]
-    for row, story in zip(rows, stories, strict=True):
-        assert (row[0], row[-1]) == (0, 1)
-        # A pad id inside of a row would be masked by MaxText.
-        assert not set(row[1:-1]) & {0, 1, 2}
-        assert tokenizer.decode(row) == story
+def test_the_rows_are_the_stories_and_fit_the_model(dataset, tokenizer, stories, config):
+    assert dataset.manifest.request.sequence_length == config["max_target_length"] == 128
+    assert dataset.counts("train").cut == dataset.counts("validation").cut == 0
+    found = []
+    for split in ("train", "validation"):
+        for shard in dataset.shards(split):
+            for row in read_shard(shard):
+                ends = np.cumsum(row["lengths"])
+                for ids in np.split(row["tokens"], ends[:-1]):
+                    assert (ids[0], ids[-1]) == (0, 1)
+                    found.append(tokenizer.decode(ids.tolist()).strip())
+    assert sorted(found) == sorted(stories)
 
 
-def test_the_array_record_holds_the_rows(dataset, tokenizer, stories):
-    pytest.importorskip("array_record")
-    from array_record.python.array_record_module import ArrayRecordReader
-    from maxtext.input_pipeline.protos import example_pb2
-
-    reader = ArrayRecordReader(str(dataset.train))
-    rows = data.tokenise(stories, tokenizer)
-    assert reader.num_records() == len(rows)
-    for record, row in zip(reader.read_all(), rows, strict=True):
-        example = example_pb2.Example.FromString(record)
-        assert list(example.features.feature["text"].int64_list.value) == row
+def test_the_recipes_steps_are_what_its_data_have(dataset, config):
+    epochs = read_settings(run_file_of(CONFIG), {}).epochs
+    assert config["steps"] == dataset.steps_for_epochs(epochs, 8)
 
 
 def test_preparing_again_gives_the_same_files(dataset, tmp_path):
-    again = data.prepare(tmp_path)
-    assert again.train.read_bytes() == dataset.train.read_bytes()
-    for file in dataset.tokenizer.iterdir():
-        assert (again.tokenizer / file.name).read_bytes() == file.read_bytes()
+    again = prepare(tmp_path)
+    assert again.digest == dataset.digest
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        first, second = (d.directory / "tokenizer" / name for d in (dataset, again))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_sample_is_of_the_validation_split(dataset, stories):
+    settings = read_settings(run_file_of(CONFIG), {}).data
+    sample = feeds.sample(feeds.Feed("prepared", settings, dataset.directory, dataset))
+    assert len(sample) == dataset.counts("validation").stories > 10
+    assert set(sample) < set(stories)
 
 
 def test_transformers_loads_the_tokenizer(dataset, tokenizer, stories):
     transformers = pytest.importorskip("transformers")
-    loaded = transformers.AutoTokenizer.from_pretrained(dataset.tokenizer)
+    loaded = transformers.AutoTokenizer.from_pretrained(dataset.directory / "tokenizer")
     assert (loaded.bos_token, loaded.eos_token, loaded.pad_token) == (BOS, EOS, PAD)
     assert len(loaded) == VOCAB_SIZE
     for story in stories[:20]:
         ids = loaded(story).input_ids
         assert ids == tokenizer.encode(story).ids
         assert loaded.decode(ids, skip_special_tokens=True) == story
-    told = json.loads((dataset.tokenizer / "tokenizer_config.json").read_text())
+    told = json.loads((dataset.directory / "tokenizer" / "tokenizer_config.json").read_text())
     assert told["tokenizer_class"] == "PreTrainedTokenizerFast"  # the one that 4.x knows
 
 
@@ -129,7 +143,7 @@ def resolved(dataset, tmp_path):
     return {
         "base_output_directory": str(tmp_path),
         "run_name": "r",
-        "tokenizer_path": str(dataset.tokenizer),
+        "tokenizer_path": str(dataset.directory / "tokenizer"),
         "decoder_block": Block.ENVY,
         "dtype": np.dtype("float32"),
         "num_experts_per_tok": 2,
@@ -163,12 +177,15 @@ def test_the_sidecar_holds_the_config_without_places_and_secrets(resolved, tmp_p
         "nothing": None,
     }
     assert written.pop("maxtext_version")
+    assert {"python", "maxtext", "jax", "numpy"} <= set(written.pop("versions"))
     assert written == {
         "format": "moeconv-run",
         "version": 1,
         "moeconv_version": moeconv.__version__,
         "tokenizer": "tokenizer",
         "text_sample": None,
+        "run": None,
+        "data": None,
     }
     assert str(tmp_path) not in path.read_text()
     assert sorted(file.name for file in path.parent.iterdir()) == ["moeconv.json", "tokenizer"]
@@ -195,42 +212,3 @@ def test_a_tokenizer_that_is_no_local_directory_is_not_promised(resolved):
     assert json.loads(path.read_text())["tokenizer"] is None
     path = sidecar.write_sidecar(resolved | {"tokenizer_path": None})
     assert json.loads(path.read_text())["tokenizer"] is None
-
-
-def test_arguments_in_any_order():
-    expected = (CONFIG, Path("out").absolute(), {"steps": "2", "run_name": "a=b"})
-    config = str(CONFIG)
-    assert launch.parse_args([config, "--output", "out", "steps=2", "run_name=a=b"]) == expected
-    assert launch.parse_args([config, "steps=2", "run_name=a=b", "--output", "out"]) == expected
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["absent.yml", "--output", "out"], "there is no config file absent.yml"),
-        ([str(CONFIG), "--output", "out", "steps"], "'steps' is not of the form key=value"),
-        ([str(CONFIG)], "--output"),
-    ],
-)
-def test_wrong_arguments_are_named(argv, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        launch.parse_args(argv)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-
-
-def test_devices_are_the_product_of_the_mesh(config):
-    assert launch.host_devices(config) == 2
-    assert launch.host_devices({}) == 1
-    assert launch.host_devices({"ici_data_parallelism": "4", "ici_fsdp_parallelism": -1}) == 4
-
-
-def test_cpu_devices_are_asked_for_once(monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    monkeypatch.setenv("XLA_FLAGS", "--other=1")
-    launch.use_cpu(2)
-    launch.use_cpu(3)
-    import os
-
-    assert os.environ["JAX_PLATFORMS"] == "cpu"
-    assert os.environ["XLA_FLAGS"] == "--other=1 --xla_force_host_platform_device_count=2"

@@ -1,7 +1,6 @@
-"""The embedded corpus as what MaxText reads offline: a small tokenizer and tokenised rows.
+"""The embedded corpus, and its rows as stock MaxText reads them, for benchmarks of its own loop.
 
-One story a row, `BOS story EOS`, so no story attends to another, and `dataset_type=grain` can
-resume exactly. MaxText pads the rows.
+One story a row, `BOS story EOS`; MaxText pads the rows. `moeconv train` packs them (feed.py).
 """
 
 from dataclasses import dataclass

@@ -120,6 +120,8 @@ def _config(request: Mapping[str, Any], variant: Mapping[str, Any], scratch: str
         config = pyconfig.initialize(["", request["base_yml"]], **keys)
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
         raise _RefusedError("no reason given") from error.__context__
+    except (ValueError, TypeError) as error:  # the same, where some library has loaded unittest
+        raise _RefusedError("no reason given") from error
     # Values that no YAML can give, such as the word "none", which pyconfig.py turns into None.
     object.__getattribute__(config, "_flat_config").update(variant["forced"])
     return config

@@ -54,10 +54,12 @@ def preflight(
         message = f"None of {len(TRAPS)} known traps."
         report.findings.append(Finding(check="config", status="ok", message=message))
     report.findings += check_reach(case, online=online)
-    report.findings.append(check_gpus(found, here))
+    on_cpu = case["hardware"] == "cpu"
+    if not on_cpu:
+        report.findings.append(check_gpus(found, here))
     state_bytes = known.state_bytes
-    if not memory or not any(finding.status == "refused" for finding in trapped):
-        finding, report.memory = _memory(case, memory, progress)
+    if not any(finding.status == "refused" for finding in trapped):
+        finding, report.memory = _memory(case, memory and not on_cpu, progress)
         report.findings.append(finding)
         state_bytes = report.memory.state_bytes if report.memory else state_bytes
     else:

@@ -73,12 +73,25 @@ def gpus() -> list[Gpu]:
         return []
     query = ["--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     result = subprocess.run([program, *query], capture_output=True, text=True, timeout=30)
-    found = []
+    found: list[Gpu] = []
     for line in result.stdout.splitlines() if result.returncode == 0 else []:
         name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
         major, minor = capability.split(".")
         found.append(Gpu(name, int(memory) * 2**20, (int(major), int(minor))))
-    return found
+    return _visible(found)
+
+
+def _visible(found: list[Gpu]) -> list[Gpu]:
+    """Those that CUDA shows to a process: up to the first of CUDA_VISIBLE_DEVICES that is none."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is None or "-" in shown.removeprefix("-1"):  # not said, or by UUID
+        return found
+    indices = []
+    for word in shown.split(","):
+        if not (word.strip().isdigit() and int(word) < len(found)):
+            break
+        indices.append(int(word))
+    return [found[index] for index in indices]
 
 
 def local(found: list[Gpu]) -> Target:

@@ -1,0 +1,168 @@
+"""`moeconv train`: the door to moeconv_train, which trains with MaxText's own loop."""
+
+import importlib
+import importlib.util
+import signal
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.errors import ConfigError, MissingPackageError, TimeLimitError
+
+if TYPE_CHECKING:
+    from moeconv.cli.output import Output
+
+INTERRUPTED = 130
+
+
+@click.command("train")
+@click.argument("words", nargs=-1, metavar="[RECIPE|FILE.yml] [KEY=VALUE]...")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Only check: settings, dataset, tokenizer, accounts, disk, GPUs, and the memory of the "
+    "compiled train step (about half a minute; needs no GPU). Trains nothing.",
+)
+@click.option("--dry-run", is_flag=True, help="Only show what would be trained. Writes nothing.")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="auto: go on where the run of this name stopped. never: refuse if there is such a run.",
+)
+@click.option(
+    "--time-limit",
+    metavar="TIME",
+    help="Save and leave after this long, such as 8h30m (exit code 12; the same command goes on).",
+)
+@JSON
+@QUIET
+def command(
+    words: tuple[str, ...],
+    check: bool,
+    dry_run: bool,
+    resume: str,
+    time_limit: str | None,
+    json_mode: bool,
+    quiet: bool,
+) -> None:
+    """Train a model with MaxText, from its data to its last checkpoint.
+
+    RECIPE is llama3_moe_200m_tinystories (the default: 2 T4 GPUs, FP16),
+    llama3_moe_200m_tinystories_all_moe or tiny_cpu (minutes on two CPU cores, no network);
+    FILE.yml is a MaxText config of your own. KEY=VALUE is any MaxText setting, or one of the run
+    that MaxText has not: run.epochs=1, run.data.source=stories.jsonl, run.wandb.enabled=false.
+
+    The run lies in runs/<run_name> (base_output_directory, run_name). The same command goes on
+    where it was interrupted, to the bit.
+    """
+    if importlib.util.find_spec("maxtext") is None:
+        raise MissingPackageError('training needs MaxText: pip install "moeconv[train]"')
+    # Preparing data counts for the time limit: a session has no more than that.
+    since = time.monotonic()
+    start = importlib.import_module("moeconv_train.start")
+    output = output_of(json_mode, quiet)
+    if time_limit is not None:
+        words = (*words, f"run.time_limit={time_limit}")
+    begun = start.plan_run(words, memory=check, network=not dry_run, progress=output.note)
+    if check or dry_run:
+        _show(output, start.facts(begun.plan), begun, check)
+        return
+    _tell(output, begun)
+    start.refuse(begun)
+    outcome = _train(output, start, begun, since, resume, quiet)
+    output.data(outcome.to_json())
+    _end(output, outcome)
+
+
+def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, quiet: bool) -> Any:
+    from moeconv.cli.data import progress_report
+
+    trainer = importlib.import_module("moeconv_train.trainer")
+    report = progress_report(output)
+    # Until the first step SIGTERM ends as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        ready = start.with_data(begun, note=output.note, progress=report, quiet=quiet)
+        for text in ready.plan.notes:
+            output.note(f"note: {text}")
+        output.note(describe(ready.plan))
+        return trainer.train(ready.plan, resume=resume, note=output.note, quiet=quiet, begun=since)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: nothing new was saved; the same command goes on\n")
+        sys.exit(INTERRUPTED)
+
+
+def _end(output: "Output", outcome: Any) -> None:
+    """The last words, and the exit code."""
+    where = f"{outcome.run_dir}: {outcome.completed:,} of {outcome.steps:,} steps"
+    saved = "" if outcome.saved_step is None else f", checkpoint {outcome.saved_step} saved"
+    if outcome.status == "time limit":
+        raise TimeLimitError(f"{where} before the time limit{saved}; the same command goes on")
+    if outcome.status == "interrupted":
+        sys.stderr.write(f"interrupted: {where}{saved}; the same command goes on\n")
+        sys.exit(INTERRUPTED)
+    if outcome.status == "stopped":
+        output.warn(f"{where}{saved}: {outcome.message}")
+        return
+    losses = [
+        f"{name} {value:.4f}"
+        for name, value in (("loss", outcome.loss), ("validation loss", outcome.eval_loss))
+        if value is not None
+    ]
+    output.print(", ".join([f"{where}{saved}", *losses]))
+    output.print(f"next: moeconv convert {outcome.run_dir} OUT")
+
+
+def _show(output: "Output", facts: Any, begun: Any, check: bool) -> None:
+    """The answer of --check and --dry-run.
+
+    Raises:
+        ConfigError: The run may not start.
+    """
+    report = begun.report
+    output.data({"plan": facts, "preflight": report.model_dump(mode="json")})
+    output.print(describe(begun.plan))
+    for text in begun.plan.notes:
+        output.print(f"note: {text}")
+    if not check:
+        for key, value in facts["maxtext"].items():
+            output.print(f"  {key}={value}")
+    output.print(report.table())
+    if report.refused:
+        raise ConfigError(
+            f"{len(report.refused)} checks refuse this run: "
+            f"{', '.join(finding.check for finding in report.refused)}"
+        )
+
+
+def _tell(output: "Output", begun: Any) -> None:
+    """What was mended, and what should be known, before the run starts."""
+    for finding in begun.report.findings:
+        if finding.status == "mended":
+            mended = " ".join(f"{key}={value}" for key, value in finding.mended.items())
+            output.note(f"mended: {finding.check}: {finding.message} -> {mended}")
+        elif finding.status == "warn":
+            output.warn(f"{finding.check}: {finding.message}")
+
+
+def describe(plan: Any) -> str:
+    """A run in one sentence."""
+    size = plan.size
+    parts = [f"{plan.recipe.name} -> {plan.run_dir}"]
+    if size is not None:
+        active = f", {size.active:,} active" if size.active != size.total else ""
+        parts.append(f"{size.total:,} parameters{active}")
+    # The recipe's own number of steps is only about right until the data are counted.
+    steps = f"{plan.steps:,} steps of {plan.batch} x {plan.config['max_target_length']:,} tokens"
+    if plan.epochs is None:
+        steps += "" if plan.feed.kind == "maxtext" else ", about"
+    else:
+        steps += f", {plan.epochs:.4g} epochs"
+    parts.append(steps)
+    parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
+    return "; ".join(parts)

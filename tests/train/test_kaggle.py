@@ -1,0 +1,107 @@
+"""The Kaggle script with a stand-in for `moeconv`, and the notebook."""
+
+import ast
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+KAGGLE = Path(__file__).parents[2] / "train" / "kaggle"
+SCRIPT = KAGGLE / "kaggle_train.sh"
+
+
+@pytest.fixture
+def kaggle(tmp_path):
+    """Runs the script; the stand-in notes its arguments and ends with `code`."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    program = tmp_path / "venv" / "bin" / "moeconv"
+    (tmp_path / "working").mkdir()
+
+    def run(*args, code=0, **extra):
+        program.write_text(
+            f'#!/bin/bash\necho "$PWD: $*" >> {tmp_path}/calls\n'
+            f'[[ "$*" == *--check* ]] || exit {code}\n'
+        )
+        program.chmod(0o755)
+        (tmp_path / "calls").unlink(missing_ok=True)
+        environment = {
+            **os.environ,
+            "WORK": str(tmp_path / "working"),
+            "INPUT": str(tmp_path / "input"),
+            "VENV": str(tmp_path / "venv"),
+            **extra,
+        }
+        done = subprocess.run(
+            ["bash", SCRIPT, *args], env=environment, capture_output=True, text=True, timeout=60
+        )
+        calls = tmp_path / "calls"
+        return done, calls.read_text().splitlines() if calls.exists() else []
+
+    return run
+
+
+def test_it_checks_and_trains_where_kaggle_saves(kaggle, tmp_path):
+    done, calls = kaggle("tiny_cpu", "run.epochs=1", SESSION="2h")
+    assert done.returncode == 0, done.stderr
+    check, train = calls
+    assert check == f"{tmp_path}/working: train --check tiny_cpu run.epochs=1"
+    begin, limit = train.rsplit(" ", 1)
+    assert begin == f"{tmp_path}/working: train tiny_cpu run.epochs=1 --time-limit"
+    assert 7190 <= int(limit.removesuffix("s")) <= 7200
+    assert "finished" in done.stdout
+
+
+def test_a_session_that_ends_in_time_is_no_failure(kaggle):
+    done, calls = kaggle(code=12, CHECK="0")
+    assert done.returncode == 0 and len(calls) == 1
+    assert "not finished: attach this notebook's output" in done.stdout
+
+
+@pytest.mark.parametrize("code", [1, 4, 13, 130])
+def test_a_failure_is_one(kaggle, code):
+    done, _ = kaggle(code=code)
+    assert done.returncode == code and "finished" not in done.stdout
+
+
+def test_it_goes_on_from_the_newest_output_that_is_attached(kaggle, tmp_path):
+    for number, name in enumerate(("older", "newer")):
+        run = tmp_path / "input" / "notebooks" / name / "runs" / "llama3-moe-200m"
+        (run / "checkpoints" / "200").mkdir(parents=True)
+        (run / "moeconv.json").write_text(name)
+        os.utime(run / "moeconv.json", (number, number))
+        data = run.parent / "data" / "tinystories-2048"
+        data.mkdir(parents=True)
+        (data / "data.json").write_text("{}")
+    (tmp_path / "input").chmod(0o755)
+    done, _ = kaggle()
+    assert "going on from" in done.stdout
+    runs = tmp_path / "working" / "runs"
+    assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "newer"
+    assert (runs / "llama3-moe-200m" / "checkpoints" / "200").is_dir()
+    assert (runs / "data" / "tinystories-2048" / "data.json").is_file()
+    # A second call of the same session leaves what is there.
+    (runs / "llama3-moe-200m" / "moeconv.json").write_text("this session's")
+    done, _ = kaggle()
+    assert "going on from" not in done.stdout
+    assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "this session's"
+
+
+def test_a_wrong_session_is_refused(kaggle):
+    for wrong in ("soon", "8h30", ""):
+        done, calls = kaggle(SESSION=wrong or "h")
+        assert done.returncode == 2 and "write it as 11h30m" in done.stderr and not calls
+
+
+def test_the_notebook_is_clean_and_runs_the_script():
+    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
+    assert notebook["nbformat"] == 4
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
+    text = "".join(line for cell in cells for line in cell["source"])
+    assert "train/kaggle/kaggle_train.sh" in text and "export_to_hub.sh" in text
+    for cell in cells:
+        python = [line for line in cell["source"] if not line.startswith("!")]
+        ast.parse("".join(python))
+    assert "hf_" not in text  # no token of anybody

@@ -1,0 +1,269 @@
+"""What is decided before MaxText is imported: data, steps, evaluations, devices, model size."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moeconv_train import feed, plan, recipe, start
+from moeconv_train.model_size import model_size, peak
+from moeconv_train.preflight.target import T4X2, Gpu, gpus
+from moeconv_train.settings import EMBEDDED, DataSettings
+
+from moeconv.errors import ConfigError, UsageError
+
+T4 = Gpu("Tesla T4", 15 * 2**30, (7, 5))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The embedded corpus as the tiny recipe wants it."""
+    data = DataSettings(source=EMBEDDED, tokenizer=EMBEDDED)
+    found = feed.Feed("prepared", data, tmp_path_factory.mktemp("data"))
+    return feed.prepare(found, 128, progress=lambda _: None, note=lambda _: None).directory
+
+
+def planned(*words, found=()):
+    return plan.make(recipe.read(words), list(found))
+
+
+def tiny(prepared, *words):
+    return planned("tiny_cpu", f"run.data.directory={prepared}", *words)
+
+
+def test_the_default_run_is_for_two_t4s_wherever_it_is_planned():
+    made = planned()
+    assert made.target == T4X2 and made.devices == 2 and made.batch == 8
+    assert made.tokens_per_step == 16_384
+    assert made.run_dir == Path("runs", "llama3-moe-200m").absolute()
+    assert made.settings["enable_wandb"] is True
+    assert planned(found=[T4, T4]).target.name == "2xTesla T4"
+
+
+def test_steps_are_counted_for_exactly_the_epochs(prepared):
+    made = tiny(prepared, "run.epochs=3")
+    # 375 rows, 8 a step: the last batch of three epochs is not full.
+    assert (made.steps, made.available) == (141, 141)
+    assert made.config["num_epoch"] == 3 and made.epochs == 3
+    assert made.config["eval_interval"] == 47 and made.config["eval_start_step"] == 46
+
+
+def test_fewer_steps_may_be_given(prepared):
+    made = tiny(prepared, "run.epochs=2", "steps=10")
+    assert (made.steps, made.available, made.config["num_epoch"]) == (10, 94, 2)
+    assert made.epochs == pytest.approx(10 / 47)
+    assert (made.config["eval_interval"], made.config["eval_start_step"]) == (10, 9)
+
+
+def test_more_steps_than_there_are_batches_are_refused(prepared):
+    words = ["tiny_cpu", f"run.data.directory={prepared}", "run.epochs=1", "steps=48"]
+    begun = start.plan_run(words, network=False)
+    with pytest.raises(ConfigError, match="steps=48 is more than the 47 batches"):
+        start.refuse(begun)
+
+
+def test_steps_without_epochs_take_as_many_epochs_as_they_need(prepared):
+    made = tiny(prepared, "run.epochs=none", "steps=100")
+    assert made.config["num_epoch"] == 3 and made.steps == 100
+
+
+def test_evaluations_are_the_users_if_said(prepared):
+    made = tiny(prepared, "eval_interval=5", "eval_start_step=3")
+    assert (made.config["eval_interval"], made.config["eval_start_step"]) == (5, 3)
+    assert tiny(prepared, "run.evaluations_per_epoch=0").config["eval_interval"] == -1
+    often = tiny(prepared, "run.epochs=2", "run.evaluations_per_epoch=3").config
+    assert (often["eval_interval"], often["eval_start_step"]) == (15, 18)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 5000), st.integers(1, 4), st.integers(1, 5))
+def test_the_last_evaluation_is_of_the_last_step(steps, epochs, each):
+    made = planned("tiny_cpu", f"run.evaluations_per_epoch={each}")
+    epoch = steps / epochs
+    found = plan._evaluations(made, True, steps, epoch)
+    interval, first = found["eval_interval"], found["eval_start_step"]
+    at = [s for s in range(steps) if s >= first and (s - first) % interval == 0]
+    assert at[-1] == steps - 1
+    assert len(at) == min(steps, epochs * each)
+
+
+def test_data_that_do_not_fit_are_refused(prepared):
+    with pytest.raises(ConfigError, match="rows of 128 tokens and max_target_length is 64"):
+        tiny(prepared, "max_target_length=64")
+    with pytest.raises(ConfigError, match="its tokenizer has 1024 ids and vocab_size is 512"):
+        tiny(prepared, "vocab_size=512")
+    with pytest.raises(ConfigError, match=r"per_device_batch_size=0\.5: must be a whole number"):
+        tiny(prepared, "per_device_batch_size=0.5")
+
+
+def test_prepared_files_by_their_maxtext_name_are_ours(prepared):
+    files = prepared / "train-*.array_record"
+    made = planned("tiny_cpu", f"grain_train_files={files}", "run.epochs=1")
+    assert made.feed.kind == "prepared" and made.feed.packed and made.steps == 47
+
+
+def test_files_of_others_are_maxtexts(tmp_path):
+    made = planned("tiny_cpu", f"grain_train_files={tmp_path}/rows.array_record", "steps=9")
+    assert made.feed.kind == "maxtext" and made.steps == 9 and made.epochs is None
+    assert planned("tiny_cpu", "dataset_type=synthetic").feed.kind == "maxtext"
+
+
+def test_a_run_without_data_is_refused(tmp_path):
+    (tmp_path / "mine.yml").write_text("dataset_type: grain\nhardware: cpu\n")
+    with pytest.raises(UsageError, match=r"there is no data to train on: set run\.data\.source"):
+        planned(str(tmp_path / "mine.yml"))
+    (tmp_path / "mine.yml").write_text("dataset_type: grain\ngrain_train_files: a*\n")
+    with pytest.raises(UsageError, match="both name data"):
+        planned(str(tmp_path / "mine.yml"), "run.data.source=stories.txt")
+    with pytest.raises(ConfigError, match="no prepared dataset"):
+        planned("tiny_cpu", "run.data.source=none", f"run.data.directory={tmp_path}")
+
+
+def test_a_damaged_dataset_is_refused(prepared, tmp_path):
+    copy = shutil.copytree(prepared, tmp_path / "copy")
+    shard = next(copy.glob("train-*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="absent or not of the"):
+        tiny(copy)
+
+
+def ready(begun):
+    return start.with_data(begun, note=lambda _: None, progress=lambda _: None, quiet=True)
+
+
+def test_data_that_are_there_are_those_that_are_asked_for(prepared, tmp_path):
+    words = ["tiny_cpu", f"run.data.directory={prepared}"]
+    assert ready(start.plan_run(words, network=False)).plan.steps == 188
+    stories = tmp_path / "stories.txt"
+    stories.write_text("another story")
+    for other in (f"run.data.source={stories}", "run.data.layout=stories", "run.data.seed=1"):
+        begun = start.plan_run([*words, other], network=False)
+        with pytest.raises(
+            ConfigError, match=r"with another .*; give another run\.data\.directory"
+        ):
+            ready(begun)
+
+
+def test_a_local_source_may_be_gone_once_it_is_prepared(tmp_path):
+    stories = tmp_path / "mine.jsonl"
+    stories.write_text("".join(f'{{"text": "A story of {n} mice."}}\n' for n in range(200)))
+    words = ["tiny_cpu", f"run.data.source={stories}", f"run.data.directory={tmp_path}/rows"]
+    first = ready(start.plan_run(words, network=False)).plan
+    assert first.steps == first.available > 0
+    stories.unlink()
+    assert ready(start.plan_run(words, network=False)).plan.steps == first.steps
+    other = ["tiny_cpu", "run.data.source=gone.jsonl", f"run.data.directory={tmp_path}/rows"]
+    with pytest.raises(ConfigError, match=r"was prepared from mine\.jsonl, not from gone\.jsonl"):
+        ready(start.plan_run(other, network=False))
+
+
+def test_streaming_sets_what_maxtext_needs(tmp_path):
+    made = planned("dataset_type=hf", "steps=50")
+    config = made.config
+    assert made.feed.kind == "hf" and made.steps == 50 and made.epochs is None
+    assert (config["hf_path"], config["hf_eval_split"]) == ("roneneldan/TinyStories", "validation")
+    assert config["packing"] and config["tokenize_train_data"] and config["grain_worker_count"] == 1
+    local = tmp_path / "stories.jsonl"
+    local.write_text('{"text": "a"}\n')
+    config = planned("dataset_type=hf", f"run.data.source={local}").config
+    assert (config["hf_path"], config["hf_train_files"]) == ("json", str(local))
+    assert config["eval_interval"] == -1
+    mine = planned("dataset_type=hf", "hf_path=other/set", "packing=false").config
+    assert mine["hf_path"] == "other/set" and not mine["packing"]
+    with pytest.raises(UsageError, match="streams from the Hub or from one local file"):
+        planned("tiny_cpu", "dataset_type=hf")
+
+
+def test_hardware_that_is_not_said_is_what_there_is(tmp_path):
+    (tmp_path / "mine.yml").write_text("dataset_type: synthetic\n")
+    assert planned(str(tmp_path / "mine.yml")).settings["hardware"] == "cpu"
+    made = planned(str(tmp_path / "mine.yml"), found=[T4])
+    assert made.settings["hardware"] == "gpu" and made.run_dir.name == "mine"
+    assert made.settings["skip_jax_distributed_system"] is True
+
+
+def test_a_bucket_is_no_place_for_a_run():
+    with pytest.raises(ConfigError, match="writes to a local folder"):
+        planned("tiny_cpu", "base_output_directory=gs://bucket/runs")
+
+
+def test_the_command_line_for_maxtext_has_each_key_once(prepared):
+    made = tiny(prepared, "learning_rate=1e-4", "steps=5")
+    argv = made.argv()
+    keys = [word.split("=", 1)[0] for word in argv[2:]]
+    assert argv[:2] == ["", str(made.recipe.file)] and len(keys) == len(set(keys))
+    assert "learning_rate=1e-4" in argv and "enable_wandb=false" in argv
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "none"),
+        (True, "true"),
+        (0.5, "0.5"),
+        ("a/b-*.x", "a/b-*.x"),
+        ("with space", "with space"),
+        ("a #b", '"a #b"'),
+        ("007", '"007"'),
+        (["text"], '["text"]'),
+    ],
+)
+def test_what_we_say_is_read_as_it_is_meant(value, text):
+    from omegaconf import OmegaConf
+
+    assert plan.said(value) == text
+    read = OmegaConf.from_dotlist([f"key={text}"]).key
+    assert read == ("none" if value is None else value)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 2), ("0", 1), ("1,0", 2), ("-1", 0), ("", 0), ("0,7,1", 1)]
+)
+def test_gpus_are_those_that_cuda_shows(tmp_path, monkeypatch, visible, count):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Tesla T4, 15360, 7.5'\necho 'Tesla T4, 15360, 7.5'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(gpus()) == count
+
+
+def test_a_gpu_run_does_not_start_without_one():
+    begun = start.plan_run([], network=False)
+    with pytest.raises(ConfigError, match="there is no NVIDIA GPU here"):
+        start.with_data(begun, note=print, progress=print, quiet=True)
+
+
+# MaxText's own numbers (test_recipes.py).
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [(recipe.DEFAULT, 303_787_776), ("llama3_moe_200m_tinystories_all_moe", 452_441_856)],
+)
+def test_parameters_are_maxtexts(name, total):
+    size = planned(name).size
+    assert size.total == total and size.state_bytes == 12 * total
+
+
+def test_flops_are_those_of_the_active_parameters():
+    config = planned(recipe.DEFAULT).config
+    size = model_size(config)
+    D, F, V, L, T = 768, 3072, 128_256, 6, 2048
+    attention, dense, moe = 4 * D * D, 3 * D * F, 2 * 3 * D * F + 8 * D
+    norms = (2 * L + 1) * D
+    assert size.active == L * attention + 3 * dense + 3 * moe + V * D + norms
+    # Scores and their sum: 2 x 2 x D for each of T / 2 keys and layer, three times with backward.
+    assert size.flops == 6 * size.active + 3 * L * 4 * D * T / 2
+    assert model_size({**config, "decoder_block": "deepseek"}) is None
+    assert model_size({**config, "use_qk_norm": True}) is None
+
+
+def test_peaks_are_only_those_that_are_known():
+    assert peak("Tesla T4", "float16") == 65e12
+    assert peak("Tesla T4", "bfloat16") is None and peak("Tesla T4", "float32") is None
+    assert peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak("NVIDIA L40S", "float16") == 362e12 and peak("NVIDIA L4", "float16") == 121e12
+    assert peak("cpu", "float16") is None and peak("NVIDIA GeForce RTX 9999", "float16") is None

@@ -1,0 +1,265 @@
+"""Where a run's rows come from: prepared by us, or whatever MaxText itself is told to read."""
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from moeconv_train.data import DataSet, Progress, prepare_dataset, read_stories, tokens
+from moeconv_train.data.manifest import NAME, TRAIN, VALIDATION
+from moeconv_train.data.records import LENGTHS, TEXT, TOKENS, read_shard, write_bytes
+from moeconv_train.data.source import format_of
+from moeconv_train.make_corpus import CORPUS
+from moeconv_train.settings import EMBEDDED, DataSettings
+
+from moeconv.errors import ConfigError, OutputError, UsageError
+
+# Documents of the corpus that lie beside the run, for `moeconv verify`.
+SAMPLED = 32
+# Of the embedded corpus, which has 400 stories.
+_EMBEDDED = {"separator": "\n\n", "validation_fraction": 0.05}
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The rows of a run.
+
+    Attributes:
+        kind: `prepared` by us, streamed from the Hub by MaxText (`hf`), or `maxtext`: anything
+            else that its own settings name.
+        settings: What is to be prepared.
+        directory: Where the prepared rows lie or will lie.
+        dataset: They, once they are there.
+    """
+
+    kind: Literal["prepared", "hf", "maxtext"]
+    settings: DataSettings
+    directory: Path | None = None
+    dataset: DataSet | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are read by our stage, which masks by segments."""
+        return self.kind == "prepared" and self.settings.layout == "packed"
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """The block in which MaxText makes its iterators."""
+        return self.dataset.reading() if self.dataset else contextlib.nullcontext()
+
+
+def find(
+    config: Mapping[str, Any], given: Mapping[str, str], settings: DataSettings, output: Path
+) -> Feed:
+    """Decides, without reading anything but what is prepared already.
+
+    Args:
+        config: All MaxText settings.
+        given: Those of the command line.
+        settings: The run's `data` section.
+        output: MaxText's base_output_directory.
+
+    Raises:
+        ConfigError: What lies in the directory is no whole dataset.
+        UsageError: Two settings name different data.
+    """
+    kind = config["dataset_type"]
+    if kind == "hf":
+        return Feed("hf", settings)
+    if kind != "grain":
+        return Feed("maxtext", settings)
+    if config["grain_train_files"]:
+        if "grain_train_files" in given or not (settings.source or settings.directory):
+            return _named(settings, str(config["grain_train_files"]))
+        raise UsageError(
+            "grain_train_files and run.data.source: both name data; leave one of them out"
+        )
+    if not (settings.source or settings.directory):
+        raise UsageError(
+            "there is no data to train on: set run.data.source (a dataset on the Hub, a local file "
+            "or folder), run.data.directory (what moeconv data prepare wrote), or "
+            "grain_train_files"
+        )
+    length = int(config["max_target_length"])
+    directory = Path(settings.directory or output / "data" / _slug(settings, length))
+    directory = directory.expanduser().absolute()
+    dataset = DataSet.read(directory) if (directory / NAME).exists() else None
+    if dataset is not None and not settings.source:
+        settings = settings.model_copy(update={"layout": dataset.manifest.request.layout})
+    elif dataset is None and not settings.source:
+        DataSet.read(directory)  # says what is missing
+    return Feed("prepared", settings, directory, dataset)
+
+
+def _named(settings: DataSettings, files: str) -> Feed:
+    """Files that the user names: ours if they are the train shards of a prepared dataset."""
+    folder = Path(files).parent
+    if (folder / NAME).is_file() and Path(files).name.startswith(TRAIN):
+        dataset = DataSet.read(folder)
+        layout = dataset.manifest.request.layout
+        return Feed("prepared", settings.model_copy(update={"layout": layout}), folder, dataset)
+    return Feed("maxtext", settings)
+
+
+def _slug(settings: DataSettings, length: int) -> str:
+    """A folder's name for a source, at this row length."""
+    name = Path(str(settings.source)).name
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.').lower() or 'data'}-{length}"
+
+
+def prepare(
+    feed: Feed,
+    length: int,
+    *,
+    progress: Callable[[Progress], None],
+    note: Callable[[str], None],
+    quiet: bool = True,
+) -> Feed:
+    """The same feed with its dataset, prepared now if it is not there; goes on if interrupted.
+
+    Raises:
+        ConfigError: What is there was prepared from something else, or otherwise.
+        MoeconvError: It cannot be prepared.
+    """
+    source, settings = feed.settings.source, feed.settings
+    if feed.kind != "prepared" or feed.directory is None or source is None:
+        return feed
+    if feed.dataset is None:
+        note(f"preparing {source} in {feed.directory} (once; docs/data.md)")
+    elif _gone(source, feed.dataset):
+        return feed
+    with contextlib.ExitStack() as stack:
+        if source == EMBEDDED:
+            source, settings = str(CORPUS), settings.model_copy(update=_EMBEDDED)
+        tokenizer = settings.tokenizer
+        if tokenizer == EMBEDDED:
+            tokenizer = str(stack.enter_context(embedded_tokenizer()))
+        workers = (os.cpu_count() or 1) if source != str(CORPUS) else 0
+        try:
+            dataset = prepare_dataset(
+                source,
+                feed.directory,
+                settings.options(length, tokenizer, workers),
+                progress=progress,
+                note=note if feed.dataset is None else lambda _: None,
+                quiet=quiet,
+            )
+        except OutputError as error:
+            if feed.dataset is None:
+                raise
+            reason = str(error).split(";")[0]
+            raise ConfigError(f"{reason}; give another run.data.directory") from None
+    return replace(feed, dataset=dataset)
+
+
+def _gone(source: str, dataset: DataSet) -> bool:
+    """Whether a local source is not here any more, while what was prepared from it is.
+
+    Raises:
+        ConfigError: It was prepared from something else.
+    """
+    kept = dataset.manifest.request.source
+    if source == EMBEDDED or Path(source).expanduser().exists() or kept.kind == "hub":
+        return False
+    if Path(source).name != kept.name:
+        raise ConfigError(
+            f"{dataset.directory}: holds data that was prepared from {kept.name}, not from "
+            f"{source}; give another run.data.directory"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def embedded_tokenizer() -> Iterator[Path]:
+    """The tokenizer of the embedded corpus, learnt from it: the same bytes each time."""
+    from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch, EMBEDDED)
+        save_tokenizer(train_tokenizer(read_stories()), directory)
+        yield directory
+
+
+def hf_settings(config: Mapping[str, Any], settings: DataSettings) -> dict[str, Any]:
+    """MaxText's settings to tokenise `settings.source` while it trains (docs/data.md)."""
+    if not settings.source or config["hf_path"] or config["hf_train_files"]:
+        return {}  # the user's own
+    found: dict[str, Any] = {
+        "tokenizer_type": "huggingface",
+        "tokenize_train_data": True,
+        "tokenize_eval_data": True,
+        "packing": True,
+        "add_bos": True,
+        "add_eos": True,
+        "train_split": "train",
+        "train_data_columns": [settings.column],
+        "eval_data_columns": [settings.column],
+        # 0 reads other data at the second evaluation (docs/data.md).
+        "grain_worker_count": 1,
+        "grain_worker_count_eval": 1,
+    }
+    path = Path(settings.source).expanduser()
+    if settings.source == EMBEDDED or path.is_dir():
+        raise UsageError(
+            "dataset_type=hf: streams from the Hub or from one local file; use dataset_type=grain "
+            f"for {settings.source}"
+        )
+    if path.exists():
+        return {**found, "hf_path": format_of(path.name), "hf_train_files": str(path.absolute())}
+    return {**found, "hf_path": settings.source, "hf_eval_split": "validation"}
+
+
+def hf_tokenizer(settings: DataSettings, output: Path) -> str:
+    """The tokenizer for streaming: what comes with moeconv or MaxText becomes a directory."""
+    if settings.tokenizer not in (tokens.LLAMA3, EMBEDDED):
+        return settings.tokenizer
+    with contextlib.ExitStack() as stack:
+        name = settings.tokenizer
+        if name == EMBEDDED:
+            name = str(stack.enter_context(embedded_tokenizer()))
+        # "stories": with a pad token of its own, as MaxText masks by value here.
+        loaded = tokens.load(name, "stories")
+    directory = output / "data" / f"tokenizer-{settings.tokenizer}"
+    for name, content in loaded.files.items():
+        write_bytes(directory / name, content)
+    return str(directory)
+
+
+def hub_id(feed: Feed) -> str | None:
+    """The dataset on the Hub that a run is trained on; a local path is nobody else's business."""
+    if feed.dataset is not None:
+        source = feed.dataset.manifest.request.source
+        return source.name if source.kind == "hub" else None
+    if feed.kind == "hf" and feed.settings.source and not Path(feed.settings.source).exists():
+        return feed.settings.source
+    return None
+
+
+def evaluates(settings: DataSettings) -> bool:
+    """Whether a streamed source has something to evaluate on."""
+    return not Path(settings.source or "").exists()
+
+
+def sample(feed: Feed) -> list[str]:
+    """Some documents of the corpus, of its validation split if it has one."""
+    if feed.dataset is None:
+        return []
+    from tokenizers import Tokenizer
+
+    dataset = feed.dataset
+    tokenizer = Tokenizer.from_file(str(dataset.directory / "tokenizer" / "tokenizer.json"))
+    split = VALIDATION if dataset.counts(VALIDATION).rows else TRAIN
+    found: list[str] = []
+    for shard in dataset.shards(split):
+        for row in read_shard(shard):
+            flat = row[TOKENS] if TOKENS in row else row[TEXT]
+            begin = 0
+            for length in row[LENGTHS].tolist() if LENGTHS in row else [len(flat)]:
+                found.append(tokenizer.decode(flat[begin : begin + length].tolist()).strip())
+                begin += length
+            if len(found) >= SAMPLED:
+                return found[:SAMPLED]
+    return found

@@ -1,0 +1,68 @@
+"""`training.log`: everything that MaxText, XLA and their libraries say; the terminal stays ours."""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+LOG_NAME = "training.log"
+_FORMAT = "%(asctime)s %(levelname).1s %(name)s: %(message)s"
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[IO[str]]:
+    """While this is open, what anything writes to stdout or stderr goes to the end of `path`.
+
+    Also what compiled code writes, by the file descriptors, and Python's logging from INFO up.
+
+    Yields:
+        What still reaches the user's stderr.
+    """
+    user, before = sys.stderr, logging.root.level
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(path.open("a", encoding="utf-8", errors="replace", buffering=1))
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        saved = {fd: os.dup(fd) for fd in (1, 2)}
+        stack.callback(_put_back, saved)
+        if _descriptor(user) == 2:
+            copy = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+            user = stack.enter_context(copy)
+        for fd in saved:
+            os.dup2(log.fileno(), fd)
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        handler = logging.StreamHandler(log)
+        handler.setFormatter(logging.Formatter(_FORMAT))
+        logging.root.addHandler(handler)
+        stack.callback(logging.root.removeHandler, handler)
+        stack.callback(logging.root.setLevel, before)
+        logging.root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        stack.callback(logging.captureWarnings, False)
+        yield user
+
+
+def _descriptor(stream: IO[str]) -> int | None:
+    try:
+        return stream.fileno()
+    except (AttributeError, OSError, io.UnsupportedOperation):
+        return None
+
+
+def _put_back(saved: dict[int, int]) -> None:
+    for fd, copy in saved.items():
+        os.dup2(copy, fd)
+        os.close(copy)
+
+
+def last_lines(path: Path, count: int = 15) -> str:
+    """The end of a log, to look at when something went wrong."""
+    try:
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+    except OSError:
+        return ""

@@ -1,0 +1,292 @@
+"""What is decided about a run before MaxText is imported: its settings, data and steps."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from moeconv_train import feed as feeds
+from moeconv_train.data.manifest import VALIDATION
+from moeconv_train.feed import Feed
+from moeconv_train.model_size import ModelSize, model_size
+from moeconv_train.preflight import RunSettings
+from moeconv_train.preflight.config import resolve, value_of
+from moeconv_train.preflight.report import word
+from moeconv_train.preflight.target import T4X2, Gpu, Target, local
+from moeconv_train.recipe import Recipe
+from moeconv_train.settings import RunFile
+
+from moeconv.errors import ConfigError
+
+OUTPUT = "runs"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run.
+
+    Attributes:
+        recipe: Its config file and what the command line says over it.
+        target: The devices it is for.
+        devices: How many of them the mesh spans.
+        feed: Its rows.
+        derived: The MaxText settings that follow from data, devices and `run.…`.
+        mended: Those that the preflight puts right.
+        steps_per_epoch: Exactly; None where that is not known.
+        notes: What the user should know, one sentence each.
+    """
+
+    recipe: Recipe
+    target: Target
+    devices: int
+    feed: Feed
+    derived: Mapping[str, Any]
+    mended: Mapping[str, Any] = field(default_factory=dict)
+    steps_per_epoch: float | None = None
+    available: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> RunFile:
+        """What is not MaxText's."""
+        return self.recipe.run
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What MaxText is given over the config file."""
+        return {**self.recipe.given, **self.derived, **self.mended}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Every MaxText setting, by its name."""
+        return resolve({**self.recipe.keys, **self.settings})
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lies."""
+        return Path(self.derived["base_output_directory"], str(self.config["run_name"]))
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return int(self.config["steps"])
+
+    @property
+    def epochs(self) -> float | None:
+        """How often every row is read."""
+        return self.steps / self.steps_per_epoch if self.steps_per_epoch else None
+
+    @property
+    def batch(self) -> int:
+        """Rows of a step."""
+        return global_batch(self.config, self.devices)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Positions of a step."""
+        return self.batch * int(self.config["max_target_length"])
+
+    @property
+    def size(self) -> ModelSize | None:
+        """The model's."""
+        return model_size(self.config)
+
+    @property
+    def patches(self) -> dict[str, Any]:
+        """Arguments of preflight/patches.py: how MaxText's step is computed."""
+        scale = self.run.loss_scale.model_dump(exclude_none=True)
+        return {"loss_scale": scale, **self.run.patches}
+
+    def argv(self) -> list[str]:
+        """MaxText's command line; what the user gave stays as it was given."""
+        ours = {key: said(value) for key, value in {**self.derived, **self.mended}.items()}
+        words = [f"{key}={text}" for key, text in {**self.recipe.given, **ours}.items()]
+        return ["", str(self.recipe.file), *words]
+
+    def known(self) -> RunSettings:
+        """What the preflight checks besides the config."""
+        data, dataset = self.run.data, self.feed.dataset
+        fetched = dataset is None and self.feed.kind != "maxtext"
+        tokenizer = None if data.tokenizer in ("llama3", feeds.EMBEDDED) else data.tokenizer
+        here = dataset.manifest.request.tokenizer if dataset else None
+        llama3 = fetched and data.tokenizer == "llama3"
+        embedded = data.source == feeds.EMBEDDED
+        size = self.size
+        return RunSettings(
+            dataset=data.source if fetched and not embedded else None,
+            tokenizer=tokenizer if fetched else None,
+            tokenizer_size=here.size if here else (128_256 if llama3 else None),
+            pad_id=here.pad_token_id if here else (-1 if llama3 else None),
+            batches=self.available,
+            loss_scaling=self.run.loss_scale.mode_for(self.config["dtype"]) != "off",
+            own_pipeline=self.feed.packed,
+            hub_repo=self.run.hub_repo,
+            wandb=bool(self.config["enable_wandb"]),
+            state_bytes=size.state_bytes if size else None,
+            patches=self.patches,
+        )
+
+
+def said(value: Any) -> str:
+    """A value as MaxText's command line (OmegaConf) reads it."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return json.dumps(value)
+    if isinstance(value, str) and yaml.safe_load(value) != value:
+        return json.dumps(value)  # what YAML would take for a number, a comment, a mapping …
+    return word(value)
+
+
+def target_of(config: Mapping[str, Any], found: list[Gpu]) -> Target:
+    """The devices of a config: this machine's GPUs, two T4s where it has none, or the CPU."""
+    if config["hardware"] == "cpu":
+        return Target("this CPU", mesh_devices(config))
+    return local(found) if found else T4X2
+
+
+def mesh_devices(config: Mapping[str, Any]) -> int:
+    """The product of the mesh's axes within a host; an axis of -1 takes what is left."""
+    axes = [
+        int(value)
+        for key, value in config.items()
+        if key.startswith("ici_") and key.endswith("_parallelism")
+    ]
+    return math.prod(axis for axis in axes if axis > 0)
+
+
+def global_batch(config: Mapping[str, Any], devices: int) -> int:
+    """Rows of a step, as MaxText counts them (types.py `calculate_global_batch_sizes`)."""
+    rows = float(config["per_device_batch_size"]) * devices
+    return int(rows) * int(config["gradient_accumulation_steps"])
+
+
+def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
+    """The plan of a recipe on a machine with these GPUs.
+
+    Args:
+        recipe: The config and what was said over it.
+        found: The GPUs of this machine.
+        feed: The rows, where they were prepared in the meantime.
+
+    Raises:
+        ConfigError: Model and data do not fit each other.
+        UsageError: There is nothing to train on.
+    """
+    given = recipe.given
+    own = {**recipe.keys, **given}
+    derived: dict[str, Any] = {}
+    notes: list[str] = []
+    if "hardware" not in own:
+        derived["hardware"] = "gpu" if found else "cpu"
+        notes.append(f"hardware: not said, so {derived['hardware']}, which this machine has")
+    config = resolve({**own, **derived})
+    output = Path(str(config["base_output_directory"] or OUTPUT)).expanduser()
+    if "://" in str(config["base_output_directory"]):
+        raise ConfigError(
+            f"base_output_directory={config['base_output_directory']}: moeconv train writes to a "
+            "local folder; copy it elsewhere afterwards"
+        )
+    derived["base_output_directory"] = str(output.absolute())
+    if not config["run_name"]:
+        derived["run_name"] = recipe.file.stem
+    if not config["skip_jax_distributed_system"]:
+        derived["skip_jax_distributed_system"] = True  # one host
+    target = target_of(config, found)
+    devices = target.devices or mesh_devices(config)
+    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute())
+    plan = Plan(recipe, target, devices, feed, derived, notes=tuple(notes))
+    derived |= _wandb(plan, own)
+    if feed.kind == "hf":
+        derived |= _streamed(plan)
+        return plan
+    return _counted(plan) if feed.kind == "prepared" else plan
+
+
+def _wandb(plan: Plan, own: Mapping[str, Any]) -> dict[str, Any]:
+    wandb, run_name = plan.run.wandb, str(plan.config["run_name"])
+    wanted = {
+        "enable_wandb": wandb.enabled,
+        "wandb_project_name": wandb.project,
+        "wandb_run_name": wandb.name or run_name,
+    }
+    return {key: value for key, value in wanted.items() if key not in own}
+
+
+def _streamed(plan: Plan) -> dict[str, Any]:
+    """MaxText's own streaming, where the run file names the source."""
+    data = plan.run.data
+    found = feeds.hf_settings(plan.config, data)
+    if not found:
+        return {}
+    if not feeds.evaluates(data):
+        found |= {"eval_interval": -1}
+    return {key: value for key, value in found.items() if key not in plan.recipe.given}
+
+
+def _counted(plan: Plan) -> Plan:
+    """Steps and evaluations of prepared rows; the recipe's own are only about right."""
+    run, given, dataset = plan.run, plan.recipe.given, plan.feed.dataset
+    if dataset is None:
+        return plan
+    config = plan.config
+    dataset.check(
+        max_target_length=int(config["max_target_length"]), vocab_size=int(config["vocab_size"])
+    )
+    found: dict[str, Any] = {**dataset.overrides(), "grain_worker_count": 0}
+    for key in ("max_target_length", "enable_data_shuffling", "data_shuffle_seed"):
+        del found[key]  # the model's, and the run's own
+    batch = plan.batch
+    if batch < 1 or float(config["per_device_batch_size"]) % 1:
+        raise ConfigError(
+            f"per_device_batch_size={config['per_device_batch_size']}: must be a whole number, so "
+            "that steps can be counted; make gradient_accumulation_steps smaller instead"
+        )
+    workers = int(value_of(given.get("grain_worker_count", 0)))
+    one = dataset.steps_for_epochs(1, batch, workers=workers)
+    if run.epochs is not None:
+        epochs = run.epochs
+        available = dataset.steps_for_epochs(epochs, batch, workers=workers)
+        steps = int(value_of(given["steps"])) if "steps" in given else available
+    else:
+        steps = int(config["steps"])
+        epochs = max(1, math.ceil(steps / one))
+        available = dataset.steps_for_epochs(epochs, batch, workers=workers)
+    found |= {"num_epoch": epochs, "steps": steps}
+    found |= _evaluations(plan, dataset.eval_batches(batch) > 0, steps, available / epochs)
+    kept = {key: value for key, value in found.items() if key not in given}
+    notes = plan.notes
+    if not dataset.counts(VALIDATION).rows:
+        notes += (f"{dataset.directory}: has no validation split: the run is never evaluated",)
+    return Plan(
+        plan.recipe,
+        plan.target,
+        plan.devices,
+        plan.feed,
+        {**plan.derived, **kept},
+        steps_per_epoch=available / epochs,
+        available=available,
+        notes=notes,
+    )
+
+
+def _evaluations(plan: Plan, possible: bool, steps: int, epoch: float) -> dict[str, Any]:
+    """`eval_interval` and `eval_start_step`, so that the last evaluation is of the last step.
+
+    MaxText evaluates after step s (from 0) where s >= start and (s - start) % interval == 0.
+    """
+    if "eval_interval" in plan.recipe.given:
+        return {}
+    wanted = round(plan.run.evaluations_per_epoch * steps / epoch)
+    if not possible or plan.run.evaluations_per_epoch == 0 or steps < 1:
+        return {"eval_interval": -1, "eval_start_step": 0}
+    count = min(steps, max(1, wanted))
+    interval = steps // count
+    return {
+        "eval_interval": interval,
+        "eval_start_step": steps - 1 - (count - 1) * interval,
+        "eval_steps": -1,
+    }

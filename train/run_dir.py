@@ -1,0 +1,187 @@
+"""The directory of a run: who may write to it, whether it goes on, whether it is the same run."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.errors import (
+    ConfigError,
+    MissingPackageError,
+    NotACheckpointError,
+    OutputError,
+    UnsupportedError,
+)
+from moeconv.orbax.locate import locate
+
+Resume = Literal["auto", "never"]
+
+LOCK = ".train.lock"
+
+# What may change when a run goes on: what is logged, kept and evaluated, and where.
+_FREE = (
+    "steps",  # its schedule may not: learning_rate_schedule_steps
+    "*wandb*",
+    "*tensorboard*",
+    "*goodput*",
+    "*mldiagnostics*",
+    "*profiler*",
+    "eval_interval",
+    "eval_start_step",
+    "eval_steps",
+    "*checkpoint*",
+    "gcs_metrics",
+    "save_config_to_gcs",
+    "log_*",
+    "dump_*",
+    "metrics_*",
+    "hide_profiler_step_metric",
+    "jax_cache_dir",
+    "*heartbeat*",
+    "abort_on_*",
+)
+# What changes how the same model is computed, and so its last bits.
+_ROUNDING = ("remat_policy", "num_vocab_tiling", "compile_xla_flags")
+
+
+@contextlib.contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Makes the directory and holds it for this process.
+
+    A new one goes again if nothing was put there, or the run was refused before its first save.
+
+    Raises:
+        OutputError: Another process holds it, or it cannot be made.
+    """
+    made = not run_dir.exists()
+    path = run_dir / LOCK
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise OutputError(f"{run_dir}: cannot be written ({error.strerror})") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{run_dir}: another process is training there") from None
+        refused = False
+        try:
+            yield
+        except (ConfigError, UnsupportedError, MissingPackageError):
+            refused = saved_step(run_dir) is None
+            raise
+        finally:
+            # An old one keeps its lock: removing that could let two processes in.
+            names = [entry.name for entry in run_dir.iterdir()]
+            if made and (refused or names == [LOCK]):
+                shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def saved_step(run_dir: Path) -> int | None:
+    """The newest step (from 0) that was saved whole; None if there is none."""
+    folder = run_dir / "checkpoints"
+    if not folder.is_dir():
+        return None
+    try:
+        return locate(str(folder)).number
+    except NotACheckpointError:
+        return None  # nothing, or a first save that was cut off: MaxText begins anew and clears it
+
+
+def check_new(run_dir: Path, resume: Resume) -> int | None:
+    """The step to go on from, None for a new run.
+
+    Raises:
+        OutputError: There is a run, and it is not to be resumed.
+    """
+    step = saved_step(run_dir)
+    if step is not None and resume == "never":
+        raise OutputError(
+            f"{run_dir}: holds a run with {step + 1} steps, and --resume never begins a new one; "
+            "give it another run_name, or move the directory away"
+        )
+    return step
+
+
+def read_sidecar(run_dir: Path) -> RunSidecar | None:
+    """What the run wrote when it began.
+
+    Raises:
+        ConfigError: It is damaged.
+    """
+    path = run_dir / SIDECAR_NAME
+    try:
+        return RunSidecar.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(f"{path}: {where}: {first['msg']}; begin a new run_name") from None
+
+
+def check_same(
+    run_dir: Path,
+    before: RunSidecar | None,
+    config: Mapping[str, Any],
+    digest: str | None,
+    patches: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Refuses to go on with another model, optimizer, schedule or other data.
+
+    Args:
+        run_dir: For the message.
+        before: The sidecar of the run so far.
+        config: MaxText's resolved config now, as the sidecar holds it.
+        digest: Of the prepared data now.
+        patches: How MaxText's step is computed now.
+
+    Returns:
+        What changes nothing but the last bits, one sentence each.
+
+    Raises:
+        ConfigError: Names every setting that differs.
+    """
+    if before is None:
+        raise ConfigError(
+            f"{run_dir}: has checkpoints but no {SIDECAR_NAME}, so nothing says that this is the "
+            "same run; begin a new run_name, or train it on with MaxText itself"
+        )
+    config = json.loads(json.dumps(dict(config)))
+    differing = sorted(
+        key
+        for key in before.config.keys() & config.keys()
+        if before.config[key] != config[key]
+        and not any(fnmatchcase(key, pattern) for pattern in _FREE)
+    )
+    told = [f"{key} was {before.config[key]} and is {config[key]}" for key in differing]
+    notes = [
+        f"{text}: the same model, but not to the bit"
+        for key, text in zip(differing, told, strict=True)
+        if key in _ROUNDING
+    ]
+    told = [text for key, text in zip(differing, told, strict=True) if key not in _ROUNDING]
+    computed = (before.run.model_extra or {}).get("patches") if before.run else None
+    if patches is not None and computed is not None and computed != dict(patches):
+        notes.append(
+            f"loss scale and patches were {computed} and are {dict(patches)}: the same model, but "
+            "not to the bit"
+        )
+    then = before.run.dataset_digest if before.run else None
+    if then is not None and then != digest:
+        told.append(f"the data's digest was {then[:12]} and is {(digest or 'none')[:12]}")
+    if told:
+        more = f" and {len(told) - 8} more" if len(told) > 8 else ""
+        raise ConfigError(
+            f"{run_dir}: is another run: {'; '.join(told[:8])}{more}; "
+            "give these as they were, or begin a new run_name"
+        )
+    return notes

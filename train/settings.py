@@ -1,0 +1,220 @@
+"""What a run is beyond its MaxText config: `<recipe>.run.yml` beside `<recipe>.yml`, and `run.…=`.
+
+MaxText has no word for epochs, a loss scale, or where the model goes in the end; its own keys stay
+in its own file, which stock MaxText accepts.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from moeconv_train.data import PrepareOptions
+from moeconv_train.data.packing import Layout, TooLong
+from moeconv_train.loss_scaling import LossScaleSettings
+from moeconv_train.preflight import patches
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+)
+
+from moeconv.errors import ConfigError, UsageError
+
+PREFIX = "run."
+# The corpus and the tokenizer that come with moeconv, for runs without a network.
+EMBEDDED = "embedded"
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
+
+
+def seconds_of(text: Any) -> Any:
+    """`8h30m`, `45m`, `90s` or a number of seconds, as seconds.
+
+    Raises:
+        ValueError: It is none of these.
+    """
+    if not isinstance(text, str):
+        return text
+    found = _DURATION.fullmatch(text.strip())
+    if found and found[0]:
+        hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return float(3600 * hours + 60 * minutes + seconds)
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no duration such as 8h30m, 45m or 90s") from None
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataSettings(_Section):
+    """What the rows are made of; see `moeconv data prepare` for all but the first two."""
+
+    source: str | None = Field(
+        None,
+        description="Dataset on the Hub, a local file or folder, or `embedded`. Without it, and "
+        "without a directory, MaxText's own data settings count.",
+    )
+    directory: str | None = Field(
+        None, description="Where the prepared rows lie or shall lie; default below the output."
+    )
+    tokenizer: str = "llama3"
+    layout: Layout = "packed"
+    too_long: TooLong = "split"
+    column: str = "text"
+    separator: str = "<|endoftext|>"
+    revision: str | None = None
+    validation_fraction: float = 0.01
+    seed: int = 0
+
+    def options(self, sequence_length: int, tokenizer: str, workers: int) -> PrepareOptions:
+        """These, as preparing takes them."""
+        kept = {"source", "directory", "tokenizer"}
+        return PrepareOptions(
+            sequence_length=sequence_length,
+            tokenizer=tokenizer,
+            workers=workers,
+            **self.model_dump(exclude=kept),
+        )
+
+
+class WandbSettings(_Section):
+    """Weights & Biases; the key comes from the environment (WANDB_API_KEY)."""
+
+    enabled: bool = False
+    entity: str | None = None
+    project: str = "moeconv"
+    name: str | None = Field(None, description="Default: the run's name.")
+
+
+class RunFile(_Section):
+    """The whole of `<recipe>.run.yml`."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="Steps are counted so that every row is read this often."
+    )
+    evaluations_per_epoch: int = Field(1, ge=0, description="Of the whole validation split.")
+    time_limit: Annotated[float | None, BeforeValidator(seconds_of)] = Field(
+        None, gt=0, description="Saves and leaves after this long, such as 8h30m."
+    )
+    data: DataSettings = DataSettings()
+    loss_scale: LossScaleSettings = LossScaleSettings()
+    patches: dict[str, bool] = Field(
+        {}, description="How MaxText's step is computed; the names are preflight/patches.py's."
+    )
+    wandb: WandbSettings = WandbSettings()
+    hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
+    language: str | None = None
+    license: str | None = Field(None, description="Of the model, a Hub id.")
+
+    @field_validator("patches")
+    @classmethod
+    def _check_patches(cls, value: dict[str, bool]) -> dict[str, bool]:
+        for name in value:
+            if name not in patch_names():
+                raise ValueError(f"{name} is none{nearest(name, patch_names())}")
+        return value
+
+
+def patch_names() -> list[str]:
+    """The patches that can be turned on and off."""
+    return [name for name in inspect.signature(patches.trainer).parameters if name != "loss_scale"]
+
+
+def run_file_of(config: Path) -> Path:
+    """The place of a config's run file."""
+    return config.with_name(f"{config.stem}.run.yml")
+
+
+def read_settings(file: Path | None, overrides: Mapping[str, str]) -> RunFile:
+    """The run file, if there is one, with `run.…=value` over it.
+
+    Raises:
+        ConfigError: The file is not YAML, or a field of it is wrong.
+        UsageError: A field of `overrides` is wrong.
+    """
+    content: dict[str, Any] = {}
+    if file is not None:
+        content = _yaml(file)
+        _check_names(content, RunFile, f"{file}: ", ConfigError)
+        _validate(content, f"{file}: ", ConfigError)
+    for key, text in overrides.items():
+        _set(content, key, text)
+    return _validate(content, PREFIX, UsageError)
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{file}: cannot be read as YAML ({reason})") from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"{file}: must be keys with values, such as `epochs: 2`")
+    return content or {}
+
+
+def _set(content: dict[str, Any], key: str, text: str) -> None:
+    """Puts one override into its (nested) place."""
+    *sections, name = key.removeprefix(PREFIX).split(".")
+    nested: dict[str, Any] = {name: _value(text)}
+    for section in reversed(sections):
+        nested = {section: nested}
+    _check_names(nested, RunFile, PREFIX, UsageError)
+    for section in sections:
+        below = content.setdefault(section, {})
+        if below is None:
+            below = content[section] = {}
+        content = below
+    content[name] = _value(text)
+
+
+def _value(text: str) -> Any:
+    """A value as YAML reads it; `none` is nothing, as for MaxText."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return None if isinstance(value, str) and value.lower() == "none" else value
+
+
+def _check_names(
+    content: Mapping[str, Any], section: type[BaseModel], where: str, kind: type[Exception]
+) -> None:
+    """Refuses a field that is none, with the nearest that is one."""
+    for name, value in content.items():
+        field = section.model_fields.get(str(name))
+        if field is None:
+            raise kind(f"{where}{name}: no such setting{nearest(str(name), section.model_fields)}")
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            if isinstance(value, Mapping):
+                _check_names(value, inner, f"{where}{name}.", kind)
+            elif value is not None:
+                raise kind(f"{where}{name}: has fields of its own; give {name}.FIELD")
+
+
+def _validate(content: Mapping[str, Any], where: str, kind: type[Exception]) -> RunFile:
+    filled = {key: value for key, value in content.items() if value is not None}
+    try:
+        return RunFile.model_validate(filled)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        reason = first["msg"].removeprefix("Value error, ")
+        raise kind(f"{where}{name}: {reason}, not {first['input']!r}") from None
+
+
+def nearest(name: str, names: Any) -> str:
+    """`; did you mean …?`, where some name is near enough."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else f"; there are {', '.join(sorted(names))}"

@@ -1,0 +1,149 @@
+"""Leaving a run early without losing a step: signals and a time limit.
+
+MaxText 0.2.5 saves nothing on SIGTERM, and a run that stops between two saves loses up to
+`checkpoint_period` steps. Around `training_loop_iteration` we look after each step whether it is
+time to leave, save with MaxText's own function, and end the loop by its own StopTraining.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import inspect
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+from moeconv.errors import UnsupportedError
+
+Reason = Literal["signal", "time limit"]
+
+# common/data_loader.py `loader_exception_guard`: no batch, the state is that of the step before.
+_ENDED, _FAILED = "You may have run out of training data", "`next(self.data_iterator)` failed"
+_CALL = "metrics = training_loop_iteration(jax_device_state, python_vars, immutable_data)"
+_SAYS = (
+    "example_batch = data_loader.load_next_batch(rampup_manager=rampup_manager)",
+    'jax_device_state["state"] = state',
+    "checkpointing.maybe_save_checkpoint(checkpoint_manager, state, config, data_iterator, step)",
+)
+
+
+class Stopper:
+    """Whether a run is to leave, and how it did.
+
+    Attributes:
+        reason: Why it is to leave early; None if it is not.
+        saved: The step (from 0) whose state was saved on leaving.
+        failure: What MaxText's loader said when it had no batch; such a run ended early too.
+        other: Why MaxText itself ended the loop, if it did.
+    """
+
+    def __init__(
+        self,
+        limit: float | None,
+        note: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+        begun: float | None = None,
+    ) -> None:
+        self._limit, self._note, self._clock = limit, note, clock
+        self._begun = clock() if begun is None else begun
+        self._signals = 0
+        self.stepping = False
+        self.reason: Reason | None = None
+        self.saved: int | None = None
+        self.failure: str | None = None
+        self.other: str | None = None
+
+    @property
+    def data_ended(self) -> bool:
+        """Whether the loader had no more batches, rather than failed."""
+        return bool(self.failure and self.failure.startswith(_ENDED))
+
+    def due(self) -> Reason | None:
+        """Asked after each step."""
+        over = self._limit is not None and self._clock() - self._begun >= self._limit
+        if self.reason is None and over:
+            self.reason = "time limit"
+        return self.reason
+
+    def signalled(self, number: int, _: Any = None) -> None:
+        """The first signal leaves after this step, the second at once.
+
+        Before the first step there is nothing to save, so it is left at once.
+        """
+        self._signals += 1
+        if not self.stepping or self._signals > 1:
+            raise KeyboardInterrupt
+        self.reason = "signal"
+        name = signal.Signals(number).name
+        self._note(f"{name}: saving a checkpoint after this step, then leaving; again to not save")
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """SIGINT and SIGTERM come here while this is open."""
+        before = {n: signal.signal(n, self.signalled) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def install(stopper: Stopper) -> Iterator[None]:
+    """While this is open, MaxText's loop leaves when `stopper` says so, its state saved."""
+    from maxtext.trainers.pre_train import train
+    from maxtext.utils import exceptions
+
+    stock = train.training_loop_iteration
+    loop = inspect.getsource(inspect.unwrap(train.train_loop))
+    source = inspect.getsource(stock)
+    if _CALL not in loop or not all(text in source for text in _SAYS):
+        raise UnsupportedError(
+            f"MaxText {importlib.metadata.version('maxtext')} has another training loop than "
+            "0.2.5: it cannot be left with a checkpoint; install maxtext==0.2.5."
+        )
+
+    @functools.wraps(stock)
+    def iteration(device_state: Any, variables: Any, fixed: Any) -> Any:
+        stopper.stepping = True
+        step = variables["step"]
+        try:
+            metrics = stock(device_state, variables, fixed)
+        except exceptions.StopTraining as stop:
+            text = str(stop)
+            if text.startswith((_ENDED, _FAILED)):
+                stopper.failure = text
+                if step > fixed["start_step"]:
+                    _save(stopper, device_state, variables, fixed["config"], step - 1)
+            else:
+                stopper.other = text
+            raise
+        if step + 1 < fixed["steps"] and (reason := stopper.due()):
+            _save(stopper, device_state, variables, fixed["config"], step)
+            raise exceptions.StopTraining(reason)
+        return metrics
+
+    train.training_loop_iteration = iteration
+    try:
+        yield
+    finally:
+        train.training_loop_iteration = stock
+
+
+def _save(stopper: Stopper, device_state: Any, variables: Any, config: Any, step: int) -> None:
+    """A checkpoint of the state after `step`, whole on disk, unless it is there already."""
+    from maxtext.common import checkpointing
+
+    manager = variables["checkpoint_manager"]
+    if manager is None:
+        return
+    checkpointing.wait_until_finished(manager)
+    if step not in checkpointing.all_steps(manager):
+        iterator = variables["data_iterator"]
+        checkpointing.save_checkpoint(
+            manager, step, device_state["state"], config, iterator, force=True
+        )
+        checkpointing.wait_until_finished(manager)
+    if step in checkpointing.all_steps(manager):
+        stopper.saved = step
