@@ -2,9 +2,10 @@
 SHELL := bash
 VENV := .venv
 PY := $(VENV)/bin/python
+CUDA_PLUGIN := $(VENV)/cuda-plugin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow lint format docs docs-check bench pins clean
+.PHONY: help venv cuda-plugin demo test test-slow lint format docs docs-check bench pins clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -20,14 +21,20 @@ $(VENV)/.moeconv: $(VENV)/.requirements pyproject.toml
 
 venv: $(VENV)/.moeconv ## .venv: pinned requirements (hashes checked) and moeconv itself
 
+$(CUDA_PLUGIN)/.pinned: $(VENV)/.requirements requirements/cuda-plugin.txt scripts/cuda_plugin.sh
+	@scripts/cuda_plugin.sh $(PY) $(CUDA_PLUGIN)
+	@mkdir -p $(CUDA_PLUGIN) && touch $@
+
+cuda-plugin: venv $(CUDA_PLUGIN)/.pinned ## what compiles for GPUs that are not there (docs/memory.md)
+
 demo: venv ## train a tiny MoE, convert it, prove that it is the same model (under 4 minutes)
 	@$(PY) demo/demo.py
 
 test: venv ## the tests of every commit
 	@$(PY) -m pytest --numprocesses 2 --dist loadgroup
 
-test-slow: venv ## the tests that take minutes
-	@$(PY) -m pytest -m slow
+test-slow: cuda-plugin ## the tests that take minutes
+	@MOECONV_CUDA_PLUGINS="$$PWD/$(CUDA_PLUGIN)" $(PY) -m pytest -m slow
 
 lint: venv ## ruff, mypy and the limits between packages
 	@$(VENV)/bin/ruff check .
@@ -45,8 +52,8 @@ docs: venv ## regenerate docs/mapping.md and docs/cli.md
 docs-check: venv ## fail if the generated pages are not what the code says
 	@scripts/docs_check.sh $(PY)
 
-bench: venv ## every benchmark, one after the other
-	@set -e; shopt -s nullglob; for bench in benchmarks/[!_]*.py; do echo "== $$bench"; $(PY) "$$bench"; done
+bench: cuda-plugin ## every benchmark, one after the other
+	@set -e; export MOECONV_CUDA_PLUGINS="$$PWD/$(CUDA_PLUGIN)"; shopt -s nullglob; for bench in benchmarks/[!_]*.py; do echo "== $$bench"; $(PY) "$$bench"; done
 
 pins: venv ## pin the requirements anew (UPGRADE=--upgrade for the newest)
 	@UV=$(VENV)/bin/uv scripts/make_pins.sh $(UPGRADE)

@@ -22,6 +22,8 @@ pin() { # pin NAME SOURCE [uv arguments]
 pin dev pyproject.toml --extra verify --extra train --extra dev "$@"
 pin convert pyproject.toml --constraint requirements/dev.txt "$@"
 echo uv | pin uv - "$@"
+# The plugin must be of jax's own version.
+sed -n 's/^jax==\([^ ]*\).*/jax-cuda12-plugin==\1/p' requirements/dev.txt | pin cuda-plugin - "$@"
 for source in requirements/consumers/*.in; do
   pin "consumers/$(basename "$source" .in)" "$source" "$@"
 done

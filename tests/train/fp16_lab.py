@@ -1,11 +1,18 @@
-"""MaxText's own train step on a small interleaved MoE with a tied head, to be stepped by hand."""
+"""MaxText's own train step on a small interleaved MoE with a tied head, to be stepped by hand.
+
+PYTHONPATH=tests python tests/train/fp16_lab.py     prints the table of docs/fp16.md
+"""
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np
 from maxtext_lab import BASE, ENVY, TIED, _quiet
@@ -215,3 +222,49 @@ def error(gradient: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> 
     """The norm of the difference, relative to the gradient's."""
     difference = sum(np.sum(np.square(gradient[k] - reference[k])) for k in reference)
     return np.sqrt(difference / sum(np.sum(np.square(v)) for v in reference.values()))
+
+
+# Vocabulary and rows of a batch, each of them 51 predicted tokens long.
+CASES = ((160, 16), (16_384, 16), (2048, 256))
+SCALES = (None, 2.0**5, 2.0**10, 2.0**15, 2.0**18, 2.0**20, 2.0**22)
+
+
+def compare(vocabulary: int, rows: int, directory: Path) -> list[str]:
+    """One column: how far off the fp16 gradient is under each scale, and what flushed."""
+    from moeconv_train import fp16_head, loss_scaling
+
+    keys = {
+        "base_num_decoder_layers": 2,
+        "gradient_clipping_threshold": 0.0,
+        "vocab_size": vocabulary,
+        "per_device_batch_size": rows,
+    }
+    reference = Stepper.make({**FP32, **keys}, directory).gradient()
+    cells = []
+    for mode in ("off", "dynamic"):
+        settings = loss_scaling.LossScaleSettings(mode=mode)
+        with loss_scaling.install(settings), fp16_head.install():
+            stepper = Stepper.make({**FP16, **keys}, directory)
+            for scale in SCALES[:1] if mode == "off" else SCALES[1:]:
+                found = stepper.gradient(**({"loss_scale": scale} if scale else {}))
+                if scale and stepper.scaling()[2]:
+                    cells.append("overflows")
+                    continue
+                off, lost = error(found, reference), flushed(found, reference)
+                cells.append(f"{off:.2%} off, {lost:.2%} flushed")
+    return cells
+
+
+def main() -> None:
+    """Prints the table."""
+    with tempfile.TemporaryDirectory() as directory:
+        columns = [compare(*case, Path(directory)) for case in CASES]
+    titles = " | ".join(f"V = {v:,}, W = {51 * rows:,}" for v, rows in CASES)
+    print(f"| S | {titles} |\n| --- |{' ---: |' * len(CASES)}")
+    for scale, *cells in zip(SCALES, *columns, strict=True):
+        name = f"2^{int(np.log2(scale))}" if scale else "none"
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

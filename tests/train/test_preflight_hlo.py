@@ -42,6 +42,15 @@ def test_a_cublas_call():
     assert not counts.unknown and not counts.loops
 
 
+def test_matmuls_by_their_types():
+    (gemm,) = hlo.matmuls(CUBLAS)
+    assert gemm.operands == ("f16[8192,768]", "f16[768,2304]")
+    assert gemm.result == "f16[8192,2304]"
+    assert (gemm.algorithm, gemm.flops) == ("ALG_UNSET", 2 * 8192 * 768 * 2304)
+    named = CUBLAS.replace('"precision_config":{}', '"precision_config":{"algorithm":"ALG_X"}')
+    assert hlo.matmuls(named)[0].algorithm == "ALG_X"
+
+
 def test_another_custom_call_is_named():
     counts = hlo.count(CUBLAS.replace("__cublas$lt$matmul", "__cudnn$fmhaSoftmax"))
     assert counts.unknown == {"__cudnn$fmhaSoftmax"} and not counts.flops

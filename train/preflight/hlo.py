@@ -26,6 +26,7 @@ _CALLED = re.compile(
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _DIMS = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
+_ALGORITHM = re.compile(r'"algorithm":"([^"]*)"')
 _CONFIG = re.compile(r"backend_config=(\{.*\})")
 
 # No kernel of their own: names for parts of memory, or they only wait.
@@ -117,6 +118,45 @@ def _count(
                     if name in instructions
                 )
     return total
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """One matmul as it stands in the text, however often it runs.
+
+    Attributes:
+        operands: Both, such as `f16[8192,768]`.
+        result: Likewise.
+        algorithm: Types of operands and sums, where the program names them; else ALG_UNSET.
+        flops: Of running it once.
+    """
+
+    operands: tuple[str, str]
+    result: str
+    algorithm: str
+    flops: int
+
+
+def matmuls(hlo: str) -> list[Matmul]:
+    """Every `dot`, and every one that XLA gave to cuBLAS."""
+    found = []
+    for around in _parse(hlo)[0].values():
+        for instruction in around.values():
+            if instruction.opcode not in ("dot", "custom-call"):
+                continue
+            flops = sum(_matmul(instruction, around).flops.values())
+            if flops:
+                shapes = [around[name].shape for name in instruction.operands[:2]]
+                left, right, result = map(_first_array, (*shapes, instruction.shape))
+                named = _ALGORITHM.search(instruction.text)
+                algorithm = named[1] if named else "ALG_UNSET"
+                found.append(Matmul((left, right), result, algorithm, flops))
+    return found
+
+
+def _first_array(shape: str) -> str:
+    dtype, dims = next(_arrays(shape))
+    return f"{dtype}[{','.join(map(str, dims))}]"
 
 
 def xla_rematerialised(hlo: str) -> bool:

@@ -7,20 +7,31 @@ from typing import Any
 
 @contextlib.contextmanager
 def trainer(
-    *, loss_scale: Mapping[str, Any] | None = None, fp16_head: bool = True
+    *,
+    loss_scale: Mapping[str, Any] | None = None,
+    fp16_head: bool = True,
+    expert_tiles: bool = False,
+    attention_blocks: bool = False,
 ) -> Iterator[None]:
-    """Loss scaling and the FP16 head, as the launcher installs them.
+    """Loss scaling and the FP16 head, as the launcher installs them, and what makes a step cheaper.
 
     Args:
         loss_scale: Fields of `LossScaleSettings`; None for its defaults.
         fp16_head: Whether the tied head is computed in FP16.
+        expert_tiles: Whether tokens pass their own experts only (expert_tiles.py).
+        attention_blocks: Whether attention leaves out the future (causal_attention.py).
     """
+    from moeconv_train import causal_attention, loss_scaling
+    from moeconv_train import expert_tiles as tiles
     from moeconv_train import fp16_head as head
-    from moeconv_train import loss_scaling
 
     with contextlib.ExitStack() as stack:
         if fp16_head:
             stack.enter_context(head.install())
+        if expert_tiles:
+            stack.enter_context(tiles.install())
+        if attention_blocks:
+            stack.enter_context(causal_attention.install())
         settings = loss_scaling.LossScaleSettings.model_validate(dict(loss_scale or {}))
         stack.enter_context(loss_scaling.install(settings))
         yield
