@@ -122,6 +122,8 @@ def command(
     from moeconv.verify.written import write_report
 
     output = output_of(json_mode)
+    # Both models run on the CPU, also where jax would take a GPU and most of its memory.
+    os.environ["JAX_PLATFORMS"] = "cpu"
     try:
         options = VerifyOptions(
             levels=[name for name in LEVELS if level in (name, "all")],

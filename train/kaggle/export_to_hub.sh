@@ -6,7 +6,8 @@
 # RUN_DIR is the run's folder (with checkpoints/ in it). REPO_ID is NAMESPACE/NAME; without it the
 # model goes where the run's config says. The model is made in RUN_DIR-hf, or in $MOECONV_OUT; a
 # README.md that lies there is kept. Nothing is pushed that is not verified. Every step can be
-# repeated: what the Hub has is not sent again.
+# repeated: what the Hub has is not sent again. $PYTHON is the Python that moeconv is installed in;
+# otherwise that of kaggle_train.sh (VENV), if it was used, or the `python` of this shell.
 set -euo pipefail
 
 usage() {
@@ -44,8 +45,12 @@ fi
 export it: os.environ['HF_TOKEN'] = UserSecretsClient().get_secret('HF_TOKEN')"
 
 out=${MOECONV_OUT:-$run-hf}
+python=${PYTHON:-${VENV:-$HOME/.moeconv-venv}/bin/python}
+[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
+"$python" -c 'import moeconv' 2>/dev/null ||
+  die "moeconv is not installed in $python; run kaggle_train.sh first, or set PYTHON to the Python it is in"
 moeconv() {
-  "${PYTHON:-python}" -m moeconv.cli.main "$@"
+  "$python" -m moeconv.cli.main "$@"
 }
 
 scratch=$(mktemp -d)

@@ -36,7 +36,7 @@ if [ ! -x "$venv/bin/moeconv" ]; then
   python3 -m pip install --quiet uv
   python3 -m uv venv --quiet --python 3.12 "$venv"
   python3 -m uv pip install --quiet --python "$venv" --constraint "$source/requirements/dev.txt" \
-    "$source[train,cuda12]"
+    "$source[train,verify,cuda12]"
 fi
 moeconv=$venv/bin/moeconv
 
