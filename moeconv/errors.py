@@ -74,10 +74,10 @@ class MissingPackageError(MoeconvError):
 class TimeLimitError(MoeconvError):
     """The time limit of `moeconv train` came before the last step; its state is saved."""
 
-    exit_code = 12
+    exit_code = 14
 
 
 class TrainingError(MoeconvError):
     """The training itself failed: a loss that is no number, too little memory, data that ended."""
 
-    exit_code = 13
+    exit_code = 15

@@ -37,7 +37,7 @@ INTERRUPTED = 130
 @click.option(
     "--time-limit",
     metavar="TIME",
-    help="Save and leave after this long, such as 8h30m (exit code 12; the same command goes on).",
+    help="Save and leave after this long, such as 8h30m (exit code 14; the same command goes on).",
 )
 @JSON
 @QUIET
