@@ -74,22 +74,22 @@ class MissingPackageError(MoeconvError):
 class TimeLimitError(MoeconvError):
     """The time limit of `moeconv train` came before the last step; its state is saved."""
 
-    exit_code = 12
+    exit_code = 14
 
 
 class TrainingError(MoeconvError):
     """The training itself failed: a loss that is no number, too little memory, data that ended."""
 
-    exit_code = 13
+    exit_code = 15
 
 
 class UnverifiedError(MoeconvError):
     """The output is not proven to be the model: `verify.json` is missing, failed, or outdated."""
 
-    exit_code = 14
+    exit_code = 12
 
 
 class HubError(MoeconvError):
     """The Hub refused or could not be reached; no commit was made, unless the message says so."""
 
-    exit_code = 15
+    exit_code = 13

@@ -236,7 +236,7 @@ def _counted(plan: Plan) -> Plan:
     dataset.check(
         max_target_length=int(config["max_target_length"]), vocab_size=int(config["vocab_size"])
     )
-    found: dict[str, Any] = {**dataset.overrides(), "grain_worker_count": 0}
+    found = {key: value_of(text) for key, text in dataset.overrides().items()}
     for key in ("max_target_length", "enable_data_shuffling", "data_shuffle_seed"):
         del found[key]  # the model's, and the run's own
     batch = plan.batch

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import signal
 import sys
 import time
@@ -37,7 +38,7 @@ INTERRUPTED = 130
 @click.option(
     "--time-limit",
     metavar="TIME",
-    help="Save and leave after this long, such as 8h30m (exit code 12; the same command goes on).",
+    help="Save and leave after this long, such as 8h30m (exit code 14; the same command goes on).",
 )
 @JSON
 @QUIET
@@ -130,8 +131,8 @@ def _show(output: "Output", facts: Any, begun: Any, check: bool) -> None:
     for text in begun.plan.notes:
         output.print(f"note: {text}")
     if not check:
-        for key, value in facts["maxtext"].items():
-            output.print(f"  {key}={value}")
+        for setting in begun.plan.argv()[2:]:
+            output.print(f"  {setting}")
     output.print(report.table())
     if report.refused:
         raise ConfigError(
@@ -144,7 +145,7 @@ def _tell(output: "Output", begun: Any) -> None:
     """What was mended, and what should be known, before the run starts."""
     for finding in begun.report.findings:
         if finding.status == "mended":
-            mended = " ".join(f"{key}={value}" for key, value in finding.mended.items())
+            mended = " ".join(f"{key}={json.dumps(value)}" for key, value in finding.mended.items())
             output.note(f"mended: {finding.check}: {finding.message} -> {mended}")
         elif finding.status == "warn":
             output.warn(f"{finding.check}: {finding.message}")

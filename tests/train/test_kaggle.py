@@ -54,12 +54,12 @@ def test_it_checks_and_trains_where_kaggle_saves(kaggle, tmp_path):
 
 
 def test_a_session_that_ends_in_time_is_no_failure(kaggle):
-    done, calls = kaggle(code=12, CHECK="0")
+    done, calls = kaggle(code=14, CHECK="0")
     assert done.returncode == 0 and len(calls) == 1
     assert "not finished: attach this notebook's output" in done.stdout
 
 
-@pytest.mark.parametrize("code", [1, 4, 13, 130])
+@pytest.mark.parametrize("code", [1, 4, 15, 130])
 def test_a_failure_is_one(kaggle, code):
     done, _ = kaggle(code=code)
     assert done.returncode == code and "finished" not in done.stdout

@@ -65,7 +65,7 @@ left=$((limit - SECONDS))
 say "training for at most $left s"
 code=0
 "$moeconv" train "$@" --time-limit "${left}s" || code=$?
-if [ "$code" = 12 ]; then
+if [ "$code" = 14 ]; then
   say "not finished: attach this notebook's output to it as an input, and run it again"
   exit 0
 fi
