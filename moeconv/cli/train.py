@@ -166,4 +166,6 @@ def describe(plan: Any) -> str:
         steps += f", {plan.epochs:.4g} epochs"
     parts.append(steps)
     parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
+    if chosen := [f"{name}={str(on).lower()}" for name, on in plan.run.patches.items()]:
+        parts.append(f"with {', '.join(chosen)}")
     return "; ".join(parts)
