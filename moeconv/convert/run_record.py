@@ -27,7 +27,6 @@ SETTINGS = (
     "per_device_batch_size",
     "gradient_accumulation_steps",
     "max_target_length",
-    "packing",
     "dtype",
     "weight_dtype",
     "grad_dtype",

@@ -20,7 +20,6 @@ _SETTINGS = {
     "per_device_batch_size": "sequences a device and step",
     "gradient_accumulation_steps": "gradient accumulation steps",
     "max_target_length": "tokens a sequence",
-    "packing": "packing",
     "dtype": "dtype of the computation",
     "weight_dtype": "dtype of the weights",
     "grad_dtype": "dtype of the gradients",
