@@ -86,7 +86,7 @@ def test_only_settings_that_a_card_tells_are_taken_over(tmp_path):
     )
     found, _ = record(run, tmp_path / "out")
     assert found.settings == {
-        "steps": 10, "learning_rate": 1e-3, "packing": False, "opt_type": "adamw",
+        "steps": 10, "learning_rate": 1e-3, "opt_type": "adamw",
         "max_target_length": 64,
     }  # fmt: skip
     assert found.facts.dataset == "a/b" and found.facts.license == "mit"
