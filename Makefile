@@ -31,10 +31,10 @@ demo: venv ## train a tiny MoE, convert it, prove that it is the same model (und
 	@$(PY) demo/demo.py
 
 test: venv ## the tests of every commit
-	@$(PY) -m pytest --numprocesses 2 --dist loadgroup
+	@$(PY) -m pytest --numprocesses 2 --dist loadgroup --durations 10
 
 test-slow: cuda-plugin ## the tests that take minutes
-	@MOECONV_CUDA_PLUGINS="$$PWD/$(CUDA_PLUGIN)" $(PY) -m pytest -m slow
+	@MOECONV_CUDA_PLUGINS="$$PWD/$(CUDA_PLUGIN)" $(PY) -m pytest -m slow --durations 10
 
 lint: venv ## ruff, mypy and the limits between packages
 	@$(VENV)/bin/ruff check .

@@ -42,6 +42,7 @@ def _needs_maxtext(item: pytest.Item) -> bool:
     return "maxtext_lab" in item.fixturenames or item.get_closest_marker("maxtext") is not None
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one file share a process, and so do all that need MaxText: it is imported once."""
     for item in items:

@@ -85,6 +85,7 @@ def test_blocks_skip_the_future():
     assert flops(T // 8) == pytest.approx(whole * 36 / 64, rel=0.05)
 
 
+@pytest.mark.slow
 def test_maxtexts_step_has_the_same_loss_and_gradient(tmp_path):
     """In fp16, to its rounding; test_cheaper_step.py has fp32."""
     keys = {

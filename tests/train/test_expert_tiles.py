@@ -94,6 +94,7 @@ def test_results_and_gradients_are_those_of_all_experts(routing, tile):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_maxtexts_step_has_the_same_loss_and_gradient(tmp_path):
     """In fp32; test_cheaper_step.py has fp16."""
     keys = {

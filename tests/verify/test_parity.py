@@ -85,7 +85,14 @@ def test_a_right_conversion_passes(envy, name, level):
         assert found["greedy"].status is Status.PASS
 
 
-@pytest.mark.parametrize("parts", [(MIXTRAL,), (MIXTRAL, TIED, {"scan_layers": False}), (LLAMA2,)])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (MIXTRAL, TIED, {"scan_layers": False}),
+        pytest.param((MIXTRAL,), marks=pytest.mark.slow),
+        pytest.param((LLAMA2,), marks=pytest.mark.slow),
+    ],
+)
 def test_other_blocks_pass_too(maxtext_lab, tmp_path, parts):
     run(maxtext_lab.checkpoint(*parts), tmp_path / "out")
     for level in ("logits", "layers"):
@@ -94,11 +101,11 @@ def test_other_blocks_pass_too(maxtext_lab, tmp_path, parts):
         assert not found["reference"].metrics["independent"]
 
 
-def test_against_another_hugging_face_model(envy):
-    for level in ("logits", "layers"):
-        for name in ("compact", "bf16"):
-            found = check(level, envy / name, ParityOptions(against=envy / "fp32"))
-            assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
+@pytest.mark.parametrize("name", ["compact", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("level", ["logits", "layers"])
+def test_against_another_hugging_face_model(envy, name, level):
+    found = check(level, envy / name, ParityOptions(against=envy / "fp32"))
+    assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
 
 
 def test_computed_in_bfloat16(envy):
