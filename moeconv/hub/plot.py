@@ -9,6 +9,8 @@ from moeconv.convert.run_record import Measured, RunRecord
 
 def draw_losses(run: RunRecord | None) -> bytes | None:
     """A PNG; None without a curve, or without matplotlib."""
+    from matplotlib.ticker import MaxNLocator
+
     if run is None or len(run.train_curve) < 2 or importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,6 +20,7 @@ def draw_losses(run: RunRecord | None) -> bytes | None:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set(title="Loss", xlabel="step", ylabel="cross entropy (nats per token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.plot(*_xy(run.train_curve), linewidth=1, label="training")
     if run.evaluation_curve:

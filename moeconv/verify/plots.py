@@ -85,6 +85,8 @@ def _logits(parity: Check, path: Path) -> Path:
 
 
 def _errors(hidden: Check, path: Path) -> Path:
+    from matplotlib.ticker import MaxNLocator
+
     places = [p for p in hidden.metrics["places"] if p["part"] == "output"]
     layers = [p["layer"] for p in places]
     figure, axes = _axes("Difference of hidden states by layer", "layer", "relative difference")
@@ -96,6 +98,7 @@ def _errors(hidden: Check, path: Path) -> Path:
         values = [p[key]["largest"] for p in places if p[key] is not None]
         if len(values) == len(layers):
             axes.plot(layers, [max(v, _FLOOR) for v in values], "o-", markersize=3, label=name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
     axes.legend(fontsize=8)
     return _save(figure, path)

@@ -46,7 +46,7 @@ def _loss(path: Path, trained: list[MetricsLine], evaluated: list[MetricsLine]) 
     losses = [line.loss for line in trained]
     window = max(1, len(losses) // 100)
     top, bottom = axes
-    top.plot(steps, losses, color="0.8", linewidth=0.6, label="training, each step")
+    top.plot(steps, losses, color="0.8" if window > 1 else "C0", linewidth=0.8, label="training")
     if window > 1:
         label = f"training, mean of {window} steps"
         top.plot(steps, smooth(losses, window), color="C0", label=label)
@@ -81,7 +81,10 @@ def _axes(count: int, label: str) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, axes: Any, path: Path) -> Path:
+    from matplotlib.ticker import MaxNLocator
+
     axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for each in axes:
         each.grid(alpha=0.3)
     figure.savefig(path, dpi=120, metadata={"Software": None})
