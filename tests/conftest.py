@@ -42,12 +42,19 @@ def _needs_maxtext(item: pytest.Item) -> bool:
     return "maxtext_lab" in item.fixturenames or item.get_closest_marker("maxtext") is not None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one file share a process, and so do all that need MaxText: it is imported once."""
-    for item in items:
-        group = "maxtext" if _needs_maxtext(item) else item.nodeid.split("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Tests of one file share a process, and so do all that need MaxText: it is imported once.
+
+    Here, because xdist looks for groups before any `pytest_collection_modifyitems` of ours.
+    """
+    group = "maxtext" if _needs_maxtext(item) else item.nodeid.split("::")[0]
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Groups that xdist does not see would be spread without a word."""
+    if getattr(session.config.option, "loadgroup", False) and session.items:
+        assert "@" in session.items[0].nodeid, "pytest-xdist does not group with this pytest"
 
 
 @pytest.fixture(autouse=True)

@@ -111,7 +111,7 @@ def command(
     """Verify a converted model: exit 0 pass, 1 fail, 2 could not run.
 
     The verdict is written to verify.json, bound to the SHA-256 of every file, and for people to
-    verify.md with its plots.
+    verify.md with its plots. Levels that ran earlier on the same bytes stay in the report.
     """
     from moeconv.convert.sizes import parse_size
     from moeconv.errors import MoeconvError
@@ -119,7 +119,7 @@ def command(
     from moeconv.verify.outcome import Status
     from moeconv.verify.run import LEVELS, VerifyOptions, verify
     from moeconv.verify.settings import ParityOptions, parse_against
-    from moeconv.verify.written import write_report
+    from moeconv.verify.written import earlier_report, write_report
 
     output = output_of(json_mode)
     # Both models run on the CPU, also where jax would take a GPU and most of its memory.
@@ -139,7 +139,10 @@ def command(
             skip=level == "all",
         )
         found = verify(out, source=source, options=options, note=output.note, meter=_meter(output))
-        files = write_report(found, report or out)
+        whole, folder = found, report or out
+        if (earlier := earlier_report(folder)) is not None:
+            whole = found.with_earlier(earlier)
+        files = write_report(whole, folder)
     except MoeconvError as error:
         # One code for every reason: scripts ask whether there is a verdict.
         sys.stderr.write(f"error: no verdict: {error}\n")
@@ -147,6 +150,9 @@ def command(
     output.data(found.model_dump(mode="json"))
     _print(output, found)
     output.print(verdict_line(found))
+    kept = [f"{name} {status}" for name, status in whole.levels.items() if name not in found.levels]
+    if kept:
+        output.print(f"kept in the report, of the same bytes: {', '.join(kept)}")
     output.print(f"report: {', '.join(map(str, files))}")
     sys.exit(FAILED if found.verdict is Status.FAIL else 0)
 

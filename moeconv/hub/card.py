@@ -104,7 +104,8 @@ def _intro(given: CardInput) -> list[str]:
     ]
     if not given.judgement.verified:
         parts.append(
-            "> [!WARNING]\n> **Not verified.** It was pushed with `--unverified`: "
+            "> [!WARNING]\n> **Not verified.** It is not proven that this is the model that was "
+            "trained: "
             f"{_public(given, given.judgement.problem or '')}."
         )
     return parts
@@ -263,6 +264,10 @@ def _verification(given: CardInput) -> list[str]:
     return parts
 
 
+# The check that stands for its level: what transformers builds, every value, the logits.
+_TELLING = ("transformers", "values", "parity")
+
+
 def _summary(checks: Sequence[Check]) -> str:
     """What a level has to say: of logits and layers the comparison, else its worst or its last."""
     if not checks:
@@ -272,15 +277,21 @@ def _summary(checks: Sequence[Check]) -> str:
         for check in checks:
             if check.status is status:
                 return check.summary
-    return next((c.summary for c in checks if c.name == "parity"), checks[-1].summary)
+    return next((c.summary for c in checks if c.name in _TELLING), checks[-1].summary)
 
 
 def _figures(parity: Check) -> list[tuple[str, str]]:
-    figures = parity.metrics.get("all") or {}
+    # Perplexity of random ids tells nothing: running text alone, where there was some.
+    kind = "text" if parity.metrics.get("text") else "all"
+    figures = parity.metrics.get(kind) or {}
+    compared = "running text" if kind == "text" else "random ids"
     return [
-        (label, format(int(figures[key]) if style == "d" else figures[key], style))
-        for key, label, style in _FIGURES
-        if figures.get(key) is not None
+        ("what was run", compared),
+        *(
+            (label, format(int(figures[key]) if style == "d" else figures[key], style))
+            for key, label, style in _FIGURES
+            if figures.get(key) is not None
+        ),
     ]
 
 

@@ -30,7 +30,13 @@ def verdict_line(report: Report) -> str:
     """The verdict in one sentence."""
     ran = [name for name, status in report.levels.items() if status is not Status.SKIP]
     if report.verdict is Status.PASS:
-        return f"PASS: the converted model is the one that was trained (levels {', '.join(ran)})."
+        levels = f"level{'s' if len(ran) > 1 else ''} {', '.join(ran)}"
+        if report.proves:
+            return f"PASS: the converted model is the one that was trained ({levels})."
+        return (
+            f"PASS: nothing is wrong at {levels}; that it is the model that was trained is proven "
+            "by weights together with logits or layers."
+        )
     if report.verdict is Status.SKIP:
         return "SKIPPED: nothing could be checked here."
     check = next(c for c in report.checks if c.status is report.verdict)
@@ -137,7 +143,9 @@ def _cell(place: Mapping[str, Any] | None) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.3g}"
+    if value is None:
+        return "—"
+    return f"{value:,.0f}" if value >= 1000 and value == int(value) else f"{value:.3g}"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

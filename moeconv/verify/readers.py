@@ -51,7 +51,11 @@ def check_readers(subject: Subject) -> Check:
     ]
     told = "the rules of transformers 4 and 5"
     if importlib.util.find_spec("transformers") is not None:
-        version, read = _installed(subject)
+        try:
+            version, read = _installed(subject)
+        except Exception as error:  # whatever it raises, it cannot read the file
+            why = str(error).splitlines()[0]
+            return failed("structure", "readers", f"transformers cannot read config.json: {why}")
         told += f", and {version} itself,"
         wrong += [
             f"{key}: {value!r} by transformers {version}, {config[key]!r} in the file"

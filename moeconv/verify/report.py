@@ -10,6 +10,7 @@ from moeconv.verify.structure import sha256
 from moeconv.verify.subject import Subject
 
 REPORT_NAME = "verify.json"
+_ORDER: tuple[Level, ...] = ("structure", "weights", "logits", "layers")
 
 
 class Report(BaseModel):
@@ -30,17 +31,47 @@ class Report(BaseModel):
     source: str
     files: dict[str, str]
 
+    @property
+    def proves(self) -> bool:
+        """Whether the levels that ran are enough to call both models the same, warnings aside.
 
-def make_report(subject: Subject, checks: list[Check]) -> Report:
-    """Puts the verdict together; a level whose checks were all skipped is skipped."""
+        Right values prove nothing of the RoPE that config.json declares, and what runs alike on
+        some tokens may differ in a row of the embedding.
+        """
+        good = {name for name, found in self.levels.items() if found in (Status.PASS, Status.WARN)}
+        return "weights" in good and not good.isdisjoint({"logits", "layers"})
+
+    def with_earlier(self, earlier: "Report") -> "Report":
+        """Takes over the levels that did not run this time, if they spoke of the same bytes."""
+        same = (earlier.moeconv_version, earlier.source, earlier.files) == (
+            self.moeconv_version,
+            self.source,
+            self.files,
+        )
+        kept = [c for c in earlier.checks if c.level not in self.levels] if same else []
+        if not kept:
+            return self
+        checks = sorted([*self.checks, *kept], key=lambda check: _ORDER.index(check.level))
+        return self.model_copy(
+            update={"checks": checks, "verdict": worst(checks), "levels": _levels(checks)}
+        )
+
+
+def _levels(checks: list[Check]) -> dict[Level, Status]:
+    """The verdict of every level; one whose checks were all skipped is skipped."""
     levels: dict[Level, list[Check]] = {}
     for check in checks:
         levels.setdefault(check.level, []).append(check)
+    return {level: worst(group) for level, group in levels.items()}
+
+
+def make_report(subject: Subject, checks: list[Check]) -> Report:
+    """Puts the verdict together."""
     names = [*subject.manifest.files, "moeconv.json"]
     present = [n for n in sorted(names) if (subject.out / n).is_file()]
     return Report(
         verdict=worst(checks),
-        levels={level: worst(group) for level, group in levels.items()},
+        levels=_levels(checks),
         checks=checks,
         source=subject.manifest.source.digest,
         files={name: sha256(subject.out / name) for name in present},

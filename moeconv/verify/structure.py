@@ -6,7 +6,6 @@ so that this level holds our rules against somebody else's.
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from moeconv.hf.config import model_config
 from moeconv.mapping.ops import DTYPES
 from moeconv.verify.outcome import Check, Status, failed, passed, skipped
 from moeconv.verify.readers import check_readers
-from moeconv.verify.subject import Stored, Subject
+from moeconv.verify.subject import Stored, Subject, read_object
 from moeconv.verify.tokenizers import check_tokenizer
 
 _HASH_BLOCK = 1 << 20
@@ -119,7 +118,7 @@ def _index(subject: Subject) -> Check:
                 "structure", "index", "several files, but no model.safetensors.index.json"
             )
         return passed("structure", "index", "one file needs no index")
-    listed: Mapping[str, str] = json.loads(path.read_text()).get("weight_map", {})
+    listed: Mapping[str, str] = read_object(path).get("weight_map", {})
     wrong = sorted(n for n in set(listed) | set(files) if listed.get(n) != files.get(n))
     if wrong:
         return failed(
@@ -195,7 +194,15 @@ def _transformers(subject: Subject) -> Check:
         return skipped(
             "structure", "transformers", f"{' and '.join(missing)} not installed (moeconv[verify])"
         )
-    wanted = _architecture(subject.out)
+    _ = subject.config  # says itself what is wrong with the file
+    try:
+        wanted = _architecture(subject.out)
+    except Exception as error:  # whatever transformers raises, it cannot load the model
+        return failed(
+            "structure",
+            "transformers",
+            f"transformers cannot build a model from config.json: {str(error).splitlines()[0]}",
+        )
     found = {name: stored.spec.shape for name, stored in subject.tensors.items()}
     problems = [f"{n} (missing)" for n in sorted(set(wanted) - set(found))]
     problems += [f"{n} (unexpected)" for n in sorted(set(found) - set(wanted))]

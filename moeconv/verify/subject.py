@@ -60,18 +60,23 @@ class Subject:
             ConfigError: The manifest is damaged.
         """
         path = out / MANIFEST_NAME
+        if not out.is_dir():
+            raise NotACheckpointError(f"{out} does not exist; give an output of moeconv convert")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             manifest = Manifest.model_validate(content)
+            subject = cls(out, manifest, source or manifest.source.path)
+            # Read once here, so that what does not describe a model is a damaged manifest.
+            _ = subject.model, subject.family
         except FileNotFoundError:
             raise NotACheckpointError(
                 f"{out} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
             ) from None
-        except (OSError, ValueError, ValidationError):
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
             raise ConfigError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
-        return cls(out, manifest, source or manifest.source.path)
+        return subject
 
     @cached_property
     def model(self) -> ModelDescription:
@@ -130,9 +135,12 @@ class Subject:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json` as it lies there."""
-        content: dict[str, Any] = json.loads((self.out / "config.json").read_text())
-        return content
+        """`config.json` as it lies there.
+
+        Raises:
+            ConfigError: It is no JSON object, or not there.
+        """
+        return read_object(self.out / "config.json")
 
     @cached_property
     def tensors(self) -> Mapping[str, Stored]:
@@ -146,3 +154,18 @@ class Subject:
             for name, (spec, offset) in read_header(file).items():
                 found[name] = Stored(file, spec, offset)
         return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ConfigError: The file holds none, or cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} is no JSON object")
+    return content

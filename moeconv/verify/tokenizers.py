@@ -36,8 +36,14 @@ def check_tokenizer(subject: Subject) -> Check:
     ]
     if wrong:
         return failed("structure", "tokenizer", "; ".join(wrong))
-    if importlib.util.find_spec("transformers") is not None and (bad := _round_trip(subject.out)):
-        return failed("structure", "tokenizer", f"text does not survive the tokenizer: {bad!r}")
+    if importlib.util.find_spec("transformers") is not None:
+        try:
+            bad = _round_trip(subject.out)
+        except Exception as error:  # whatever transformers raises, it cannot load the tokenizer
+            why = str(error).splitlines()[0]
+            return failed("structure", "tokenizer", f"transformers cannot load it: {why}")
+        if bad is not None:
+            return failed("structure", "tokenizer", f"text does not survive the tokenizer: {bad!r}")
     return Check(
         level="structure",
         name="tokenizer",

@@ -11,6 +11,14 @@ from moeconv.verify.report import REPORT_NAME, Report
 PAGE_NAME = "verify.md"
 
 
+def earlier_report(folder: Path) -> Report | None:
+    """The report that lies in a folder, if it can be read."""
+    try:
+        return Report.model_validate_json((folder / REPORT_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Writes the files of a report; returns their paths.
 

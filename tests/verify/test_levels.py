@@ -306,6 +306,48 @@ def test_the_command_writes_a_bound_verdict(right, tmp_path):
     assert "moeconv.json" in report["files"]
 
 
+def test_a_level_alone_proves_little_and_keeps_what_is_known(right, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    alone = CliRunner().invoke(command, [str(out), "--level", "structure"])
+    assert "PASS: nothing is wrong at level structure; that it is the model" in alone.output
+    both = CliRunner().invoke(command, [str(out), "--level", "weights"])
+    assert "kept in the report, of the same bytes: structure pass" in both.output
+    report = json.loads((out / "verify.json").read_text())
+    assert report["levels"] == {"structure": "pass", "weights": "pass"}
+    edit(out, rms_norm_eps=1e-6)
+    other = CliRunner().invoke(command, [str(out), "--level", "weights"])
+    assert "kept" not in other.output, "those are other bytes"
+    assert json.loads((out / "verify.json").read_text())["levels"] == {"weights": "pass"}
+
+
+def damage_manifest(out: Path) -> None:
+    content = json.loads((out / "moeconv.json").read_text())
+    (out / "moeconv.json").write_text(json.dumps(content | {"model": {}}))
+
+
+# What is damaged; the exit code; words of the answer.
+DAMAGED = {
+    "config no object": (lambda o: (o / "config.json").write_text("[]"), 1, "is no JSON object"),
+    "config no UTF-8": (lambda o: (o / "config.json").write_bytes(b"\xff{}"), 1, "cannot be read"),
+    "config gone": (lambda o: (o / "config.json").unlink(), 1, "cannot be read"),
+    "manifest of no model": (damage_manifest, 2, "is not a manifest"),
+    "nothing there": (shutil.rmtree, 2, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_files_are_said_in_a_sentence(right, tmp_path, name):
+    damage, code, words = DAMAGED[name]
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    damage(out)
+    result = CliRunner().invoke(command, [str(out), "--level", "structure"])
+    assert result.exit_code == code, result.output
+    assert words in " ".join(result.output.split())
+    assert isinstance(result.exception, SystemExit)
+
+
 def test_the_command_fails_with_one(right, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(right, out)
