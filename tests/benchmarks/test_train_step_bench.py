@@ -61,9 +61,11 @@ def test_all_contenders_train_one_model(model, tmp_path):
     first = maxtext[0]["losses"]
     for each in maxtext[1:]:
         assert each["losses"] == pytest.approx(first, abs=1e-5)
-    # Tiles do a part of the work, blocks a part of attention's, both least.
+    # Tiles do a part of the work. Rows as short as these are one block, which leaves nothing out
+    # and computes its scores once more in the backward pass.
     dense, tiles, blocks, both = (each["flops"] for each in maxtext)
-    assert both < tiles < dense and both < blocks <= dense
+    assert tiles < 0.8 * dense and both < 0.8 * blocks
+    assert blocks <= 1.02 * dense and both <= 1.02 * tiles
     # Another start, so only near: the logarithm of the vocabulary.
     assert found["transformers"]["losses"][0] == pytest.approx(6.24, abs=0.5)
     for name in (*found, "step / floor", "time / transformers"):
