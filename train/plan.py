@@ -65,6 +65,24 @@ class Plan:
         return resolve({**self.recipe.keys, **self.settings})
 
     @property
+    def told(self) -> dict[str, Any]:
+        """The settings that MaxText keeps as they are told, and where its schedule ends.
+
+        Those that ask for its default (-1, nothing), and lists and mappings, it rewrites.
+        """
+        config = self.config
+        schedule = int(config["learning_rate_schedule_steps"] or -1)
+        kept = {
+            key: config[key]
+            for key in {**self.recipe.keys, **self.settings}
+            if isinstance(config.get(key), (bool, int, float, str)) and config[key] not in ("", -1)
+        }
+        return {
+            **kept,
+            "learning_rate_schedule_steps": schedule if schedule > 0 else self.steps,
+        }
+
+    @property
     def run_dir(self) -> Path:
         """Where the run lies."""
         return Path(self.derived["base_output_directory"], str(self.config["run_name"]))
