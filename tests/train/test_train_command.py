@@ -46,8 +46,8 @@ def at_step(step, action):
 
     stock = Records.train
 
-    def train(self, scalars, number, paused):
-        stock(self, scalars, number, paused)
+    def train(self, scalars, number, paused, late=False):
+        stock(self, scalars, number, paused, late)
         if number == step:
             action()
 
