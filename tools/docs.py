@@ -144,16 +144,26 @@ def mapping_page() -> str:
     )
 
 
+def command_sections(parent: click.Context, name: str) -> list[str]:
+    """A command's help, and that of the commands below it."""
+    assert isinstance(parent.command, click.Group)
+    command = parent.command.get_command(parent, name)
+    assert command is not None
+    context = click.Context(command, info_name=name, parent=parent, terminal_width=100)
+    context.max_content_width = 100
+    parts = [f"## {context.command_path}", f"```text\n{command.get_help(context)}\n```"]
+    if isinstance(command, click.Group):
+        for below in command.list_commands(context):
+            parts += command_sections(context, below)
+    return parts
+
+
 def cli_page() -> str:
     """docs/cli.md."""
     parts = [GENERATED, "# Command line"]
+    context = click.Context(cli, info_name="moeconv")
     for name in COMMANDS:
-        context = click.Context(cli, info_name="moeconv")
-        command = cli.get_command(context, name)
-        assert command is not None
-        inner = click.Context(command, info_name=name, parent=context, terminal_width=100)
-        inner.max_content_width = 100
-        parts += [f"## moeconv {name}", f"```text\n{command.get_help(inner)}\n```"]
+        parts += command_sections(context, name)
     parts.append("Exit codes: [exit-codes.md](exit-codes.md).")
     return "\n\n".join(parts) + "\n"
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,24 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """Every MaxText setting, by its name."""
         return resolve({**self.recipe.keys, **self.settings})
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The settings that MaxText keeps as they are told, and where its schedule ends.
+
+        Those that ask for its default (-1, nothing), and lists and mappings, it rewrites.
+        """
+        config = self.config
+        schedule = int(config["learning_rate_schedule_steps"] or -1)
+        kept = {
+            key: config[key]
+            for key in {**self.recipe.keys, **self.settings}
+            if isinstance(config.get(key), (bool, int, float, str)) and config[key] not in ("", -1)
+        }
+        return {
+            **kept,
+            "learning_rate_schedule_steps": schedule if schedule > 0 else self.steps,
+        }
 
     @property
     def run_dir(self) -> Path:
@@ -231,7 +249,7 @@ def _counted(plan: Plan) -> Plan:
     """Steps and evaluations of prepared rows; the recipe's own are only about right."""
     run, given, dataset = plan.run, plan.recipe.given, plan.feed.dataset
     if dataset is None:
-        return plan
+        return replace(plan, derived={**plan.derived, **_about(plan)})
     config = plan.config
     dataset.check(
         max_target_length=int(config["max_target_length"]), vocab_size=int(config["vocab_size"])
@@ -271,6 +289,23 @@ def _counted(plan: Plan) -> Plan:
         available=available,
         notes=notes,
     )
+
+
+def _about(plan: Plan) -> dict[str, Any]:
+    """Steps and evaluations before the rows are counted, by what the recipe's steps stand for."""
+    recipe, config = plan.recipe, plan.config
+    steps, epochs = int(config["steps"]), plan.run.epochs or recipe.epochs
+    found: dict[str, Any] = {}
+    if epochs and recipe.epochs and "steps" in recipe.keys:
+        epoch = int(recipe.keys["steps"]) / recipe.epochs
+        if plan.run.epochs and "steps" not in recipe.given:
+            steps = max(1, round(epoch * epochs))
+            found = {"steps": steps, "num_epoch": epochs}
+    else:
+        epoch = steps / (epochs or 1)
+    possible = plan.run.data.validation_fraction > 0 or plan.run.data.source == feeds.EMBEDDED
+    found |= _evaluations(plan, possible, steps, epoch)
+    return {key: value for key, value in found.items() if key not in recipe.given}
 
 
 def _evaluations(plan: Plan, possible: bool, steps: int, epoch: float) -> dict[str, Any]:

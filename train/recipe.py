@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from moeconv_train.preflight.config import maxtext_defaults, value_of
 from moeconv_train.settings import PREFIX, RunFile, nearest, read_settings, run_file_of
+from moeconv_train.values import BOUNDED, check_bounds, check_values
 
 from moeconv.errors import ConfigError, UsageError
 
@@ -31,6 +32,7 @@ class Recipe:
         given: The command line's MaxText settings, each the text that was given.
         run: What is not MaxText's.
         told: The `run.…` settings of the command line.
+        epochs: Of the run file itself, which the config's `steps` are about.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Recipe:
     given: Mapping[str, str]
     run: RunFile
     told: frozenset[str]
+    epochs: int | None = None
 
 
 def recipes() -> list[str]:
@@ -75,6 +78,8 @@ def read(words: Iterable[str]) -> Recipe:
     keys = read_config(file)
     _check_keys(keys, f"{file}: ", ConfigError)
     _check_keys(maxtext, "", UsageError)
+    _check_values(file, keys, maxtext)
+    run_settings = read_settings(run_file if run_file.is_file() else None, {})
     return Recipe(
         name=names[0] if names else DEFAULT,
         file=file,
@@ -82,6 +87,7 @@ def read(words: Iterable[str]) -> Recipe:
         given=maxtext,
         run=read_settings(run_file if run_file.is_file() else None, ours),
         told=frozenset(key.removeprefix(PREFIX) for key in ours),
+        epochs=run_settings.epochs,
     )
 
 
@@ -156,6 +162,20 @@ def _check_keys(keys: Iterable[str], where: str, kind: type[Exception]) -> None:
             raise kind(f"{where}{key}: MaxText has no such setting{_near(name, known)}")
 
 
+def _check_values(file: Path, keys: Mapping[str, Any], given: Mapping[str, str]) -> None:
+    """Refuses values that MaxText would refuse after half a minute, and that no plan can hold."""
+    source = _types()
+    told = {key: value_of(text) for key, text in given.items()}
+    check_values(keys, source, f"{file}: ", ConfigError)
+    check_values(told, source, "", UsageError)
+    # What the file itself has wrong is the file's, until the command line puts it right.
+    config = {**maxtext_defaults(), **keys}
+    if told.keys() & BOUNDED:
+        check_bounds({**config, **told}, "", UsageError)
+    else:
+        check_bounds(config, f"{file}: ", ConfigError)
+
+
 def _near(name: str, known: Iterable[str]) -> str:
     found = nearest(name, known)
     return found if "did you mean" in found else "; what is not MaxText's is written run.KEY=VALUE"
@@ -164,9 +184,13 @@ def _near(name: str, known: Iterable[str]) -> str:
 @cache
 def maxtext_keys() -> frozenset[str]:
     """Every setting of the installed MaxText: base.yml's, and the fields of its types.py."""
-    source = (_maxtext_configs() / "types.py").read_text(encoding="utf-8")
-    fields = re.findall(r"^  ([a-z_]\w*)\s*:", source, re.MULTILINE)
+    fields = re.findall(r"^  ([a-z_]\w*)\s*:", _types(), re.MULTILINE)
     return frozenset(maxtext_defaults()) | frozenset(fields)
+
+
+@cache
+def _types() -> str:
+    return (_maxtext_configs() / "types.py").read_text(encoding="utf-8")
 
 
 def _maxtext_configs() -> Path:

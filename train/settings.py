@@ -211,7 +211,9 @@ def _validate(content: Mapping[str, Any], where: str, kind: type[Exception]) -> 
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
-        raise kind(f"{where}{name}: {reason}, not {first['input']!r}") from None
+        given = repr(first["input"])
+        told = reason if given in reason else f"{reason}, not {given}"
+        raise kind(f"{where}{name}: {told}") from None
 
 
 def nearest(name: str, names: Any) -> str:

@@ -23,7 +23,7 @@ from moeconv_train.preflight import patches
 from moeconv_train.run_dir import Resume
 from moeconv_train.sidecar import public_config, write_sidecar
 
-from moeconv.arch.sidecar import RunFacts
+from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, MissingPackageError, TrainingError
 
 Status = Literal["finished", "interrupted", "time limit", "stopped"]
@@ -83,10 +83,12 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(run_dir.locked(directory))
         saved = run_dir.check_new(directory, resume)
+        before = run_dir.read_sidecar(directory)
         if saved is not None and saved + 1 >= plan.steps:
+            for text in _check_finished(plan, before, saved + 1):
+                note(f"note: {text}")
             note(f"{directory}: all {plan.steps:,} steps are trained already")
             return _outcome("finished", plan, saved + 1, saved + 1, saved, begun)
-        before = run_dir.read_sidecar(directory)
         stack.enter_context(environment(plan))
         log = directory / LOG_NAME
         note(f"log: {log}")
@@ -119,6 +121,23 @@ def train(
                 f"({stopper.failure}); set steps={records.completed}"
             )
         return _end(plan, records, stopper, begun)
+
+
+def _check_finished(plan: Plan, before: RunSidecar | None, done: int) -> list[str]:
+    """Compares what is asked for with a run that has all its steps; MaxText is not started for it.
+
+    Raises:
+        ConfigError: It is another run, or a shorter one.
+    """
+    digest = plan.feed.dataset.digest if plan.feed.dataset else None
+    asked = public_config(plan.told)
+    notes = run_dir.check_same(plan.run_dir, before, asked, digest, plan.patches)
+    if done > plan.steps:
+        raise ConfigError(
+            f"{plan.run_dir}: has {done:,} steps already, more than steps={plan.steps}; "
+            f"give steps={done}, or begin a new run_name"
+        )
+    return notes
 
 
 def _end(plan: Plan, records: logger.Records, stopper: stopping.Stopper, begun: float) -> Outcome:

@@ -134,11 +134,10 @@ def _show(output: "Output", facts: Any, begun: Any, check: bool) -> None:
         for setting in begun.plan.argv()[2:]:
             output.print(f"  {setting}")
     output.print(report.table())
-    if report.refused:
-        raise ConfigError(
-            f"{len(report.refused)} checks refuse this run: "
-            f"{', '.join(finding.check for finding in report.refused)}"
-        )
+    if refused := report.refused:
+        count = "1 check refuses" if len(refused) == 1 else f"{len(refused)} checks refuse"
+        told = "; ".join(f"{each.check}: {each.message.rstrip('.')}" for each in refused)
+        raise ConfigError(f"{count} this run: {told}")
 
 
 def _tell(output: "Output", begun: Any) -> None:

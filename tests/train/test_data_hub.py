@@ -257,7 +257,7 @@ def test_a_gated_dataset_that_lists_but_does_not_give(hub, tmp_path, tokenizer):
 def test_no_hub_and_no_such_dataset(hub, tmp_path, tokenizer):
     ran = prepare(hub, tmp_path / "a", tokenizer, HF_ENDPOINT="http://127.0.0.1:9")
     assert ran.code == 10 and "the Hub at http://127.0.0.1:9 cannot be reached" in ran.error
-    ran = prepare(hub, tmp_path / "b", tokenizer, source="./no/such/folder")
+    ran = prepare(hub, tmp_path / "b", tokenizer, source="no/such/folder")
     assert ran.code == 2 and "not the id of a dataset on the Hub" in ran.error
     hub.files = {"README.md": b"", "pictures.zip": b""}
     ran = prepare(hub, tmp_path / "c", tokenizer)

@@ -330,7 +330,8 @@ def test_overrides_are_keys_of_maxtext_and_read_the_data(tmp_path, options):
 
 
 WRONG = [
-    (["absent.jsonl"], 10, "absent.jsonl: no such file or folder, and with HF_HUB_OFFLINE set"),
+    (["absent.jsonl"], 2, "absent.jsonl: no such file or folder; give one"),
+    (["absent"], 10, "absent: no such file or folder, and with HF_HUB_OFFLINE set"),
     (["{dir}/empty"], 2, "has no parquet, jsonl or text file to train on"),
     (["{dir}/notes.md"], 2, "is no parquet, jsonl or text file by its name"),
     (["{dir}/a.jsonl", "--column", "story"], 2, "line 1 is no object with a field 'story'; name"),
@@ -415,3 +416,10 @@ def test_a_record_is_a_tf_example(tmp_path, options):
     assert [sorted(parse(record)) for record in reader.read_all()] == [["text"]] * (
         reader.num_records()
     )
+
+
+def test_a_file_that_is_not_there_is_the_command_lines_mistake(tmp_path):
+    for name in ("stories.jsonl", str(tmp_path / "stories")):
+        with pytest.raises(UsageError, match="no such file or folder; give one"):
+            prepare_dataset(name, tmp_path / "out", PrepareOptions())
+    assert not (tmp_path / "out").exists()

@@ -53,6 +53,14 @@ def test_it_checks_and_trains_where_kaggle_saves(kaggle, tmp_path):
     assert "finished" in done.stdout
 
 
+@pytest.mark.parametrize("words", [("--help",), ("tiny_cpu", "-h")])
+def test_help_is_its_header_and_installs_nothing(kaggle, tmp_path, words):
+    done, calls = kaggle(*words, VENV=str(tmp_path / "none"), SESSION="soon")
+    assert done.returncode == 0 and calls == [] and not (tmp_path / "none").exists()
+    assert done.stdout.startswith("One Kaggle session") and "CHECK     0 leaves out" in done.stdout
+    assert "pipefail" not in done.stdout
+
+
 def test_a_session_that_ends_in_time_is_no_failure(kaggle):
     done, calls = kaggle(code=14, CHECK="0")
     assert done.returncode == 0 and len(calls) == 1

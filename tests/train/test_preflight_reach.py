@@ -191,3 +191,13 @@ def test_wandb_out_of_reach_only_warns(hub, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
     finding = findings(wandb=True)["wandb"]
     assert finding.status == "warn" and "cannot be reached" in finding.message
+
+
+def test_a_data_file_that_is_not_there_is_no_question_to_the_hub(hub, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for online in (True, False):
+        finding = findings(online=online, dataset="stories.jsonl")["dataset"]
+        assert finding.status == "refused"
+        assert finding.message.startswith("stories.jsonl: there is no such file")
+    (tmp_path / "stories.jsonl").write_text("{}")
+    assert findings(dataset="stories.jsonl")["dataset"].status == "ok"

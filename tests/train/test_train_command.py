@@ -26,7 +26,10 @@ _JAX = (
     "jax_use_shardy_partitioner",
     "jax_remove_size_one_mesh_axis_from_type",
 )
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.maxtext,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,8 +49,8 @@ def at_step(step, action):
 
     stock = Records.train
 
-    def train(self, scalars, number, paused):
-        stock(self, scalars, number, paused)
+    def train(self, scalars, number, paused, late=False):
+        stock(self, scalars, number, paused, late)
         if number == step:
             action()
 
@@ -222,7 +225,7 @@ def test_another_model_data_or_schedule_is_another_run(whole, output):
 
 
 def test_what_maxtext_refuses_is_one_sentence(output):
-    ran = moeconv("train", *words(output, "wrong", opt_type="nonsense"))
+    ran = moeconv("train", *words(output, "wrong", attention_type="nonsense"))
     assert ran.code == ConfigError.exit_code
-    assert "MaxText refuses this config: " in ran.error and "opt_type" in ran.error
+    assert "MaxText refuses this config: " in ran.error and "attention_type" in ran.error
     assert not (output / "wrong").exists()

@@ -5,11 +5,12 @@ import json
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import pytest
 from moeconv_train import run_dir, stopping
 from moeconv_train.explain import explained
-from moeconv_train.logs import plots, wandb
+from moeconv_train.logs import logger, plots, wandb
 from moeconv_train.logs.console import last_lines, logged
 from moeconv_train.logs.metrics import MetricsFile, eval_line, read_metrics, train_line
 from moeconv_train.logs.progress import Progress, duration
@@ -98,21 +99,21 @@ class Clock:
         return self.now
 
 
-def run_steps(progress, clock, steps, seconds=2.0, pause_at=None):
+def run_steps(progress, clock, steps, seconds=2.0, save_at=None):
+    """A save waits for its step, so that the one before is logged late."""
     for step in range(1, steps + 1):
-        paused = 30.0 if step == pause_at else 0.0
-        clock.now += seconds + paused
-        taken = progress.lap(paused)
+        clock.now += seconds + (30.0 if step == save_at else 0.0)
+        taken = progress.lap(late=step == save_at)
         line = MetricsLine(
             kind="train", step=step, loss=3.0, seconds=taken, loss_scale=2.0**15, skipped_steps=2
         )
         progress.step(line, 1000)
 
 
-def test_the_rate_is_of_the_wall_clock_without_evaluations():
+def test_the_rate_is_of_the_steps_whose_time_is_known():
     clock, stream = Clock(), io.StringIO()
     progress = Progress(stream, 100, flops_per_token=6e6, peak=6e9, clock=clock)
-    run_steps(progress, clock, 20, pause_at=7)
+    run_steps(progress, clock, 20, save_at=7)
     assert progress.rate == pytest.approx(500)
     assert progress.mfu == pytest.approx(0.5)
     assert progress.seconds_left == pytest.approx(160)
@@ -121,6 +122,81 @@ def test_the_rate_is_of_the_wall_clock_without_evaluations():
     assert "500 tokens/s" in last and "MFU 50.0%" in last and "left" in last
     # A line every ten seconds, the first at once.
     assert len(stream.getvalue().splitlines()) <= 2 + (clock.now - 100) / 10
+
+
+class Logger:
+    """MaxText's MetricLogger, as far as its order of events goes."""
+
+    def __init__(self):
+        self.start_step, self.buffered_metrics, self._pending_eval_step_count = 0, [], 0
+        self._eval_loop_start = None
+
+    def write_metrics(self, metrics, step, metric_type="train"):
+        pass
+
+    def buffer_and_write_metrics(self, metrics, step, step_time_delta=None, is_training=True):
+        for entry in self.buffered_metrics:
+            self.write_metrics(*entry)
+        self.buffered_metrics = []
+        if not is_training:
+            self._pending_eval_step_count += 1
+            return
+        self.buffered_metrics.append((metrics, step))
+        if self._pending_eval_step_count:
+            self.write_metrics(*self.buffered_metrics.pop())
+            self._pending_eval_step_count = 0
+
+    def flush(self):
+        for entry in self.buffered_metrics:
+            self.write_metrics(*entry)
+
+
+class Result(float):
+    def __new__(cls, there):
+        made = super().__new__(cls, 2.0)
+        made.there = there
+        return made
+
+    def is_ready(self):
+        return self.there
+
+
+def test_a_step_is_late_around_saves_and_evaluations_and_at_the_end(monkeypatch):
+    found = {}
+
+    class Recorder:
+        def begin(self, start_step):
+            pass
+
+        def train(self, scalars, step, paused, late=False):
+            found[step] = late
+
+    def metrics(there=False):
+        return {"scalar": {"learning/lm_loss": Result(there)}}
+
+    name = "maxtext.common.metric_logger"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(MetricLogger=Logger))
+    monkeypatch.setattr(logger, "_check", lambda _: None)
+    stock = Logger.buffer_and_write_metrics
+    with logger.install(Recorder()):
+        maxtexts = Logger()
+        for step in range(7):
+            if step == 4:  # evaluated
+                maxtexts.buffer_and_write_metrics({"scalar": {}}, 0, is_training=False)
+            maxtexts.buffer_and_write_metrics(metrics(there=step == 2), step)  # 2 was saved
+        maxtexts.flush()
+    assert found == {0: False, 1: True, 2: False, 3: True, 4: True, 5: False, 6: True}
+    assert Logger.buffer_and_write_metrics is stock
+
+
+def test_a_time_that_is_not_known_is_left_out():
+    clock = Clock()
+    progress = Progress(io.StringIO(), 10, clock=clock)
+    taken = []
+    for late in (False, False, True, False, False):
+        clock.now += 2
+        taken.append(progress.lap(late))
+    assert taken == [None, 2, None, None, 2]
 
 
 def test_without_a_known_peak_there_is_no_mfu():

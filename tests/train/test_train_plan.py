@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeconv_train import feed, plan, recipe, start
+from moeconv_train import feed, plan, recipe, run_dir, start, trainer, values
 from moeconv_train.model_size import model_size, peak
+from moeconv_train.preflight import config as preflight_config
 from moeconv_train.preflight.target import T4X2, Gpu, gpus
 from moeconv_train.settings import EMBEDDED, DataSettings
+from moeconv_train.sidecar import public_config
 
+from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, UsageError
 
 T4 = Gpu("Tesla T4", 15 * 2**30, (7, 5))
@@ -47,6 +50,20 @@ def test_steps_are_counted_for_exactly_the_epochs(prepared):
     assert (made.steps, made.available) == (141, 141)
     assert made.config["num_epoch"] == 3 and made.epochs == 3
     assert made.config["eval_interval"] == 47 and made.config["eval_start_step"] == 46
+
+
+def test_before_the_data_are_there_steps_are_about_those_of_the_epochs(tmp_path):
+    all_moe, where = "llama3_moe_200m_tinystories_all_moe", f"base_output_directory={tmp_path}"
+    assert planned(all_moe, where).steps == 57_700
+    made = planned(all_moe, where, "run.epochs=1")
+    assert made.steps == 28_850 and made.epochs is None  # told as "about"
+    assert made.config["eval_interval"] == 28_850
+    assert planned(all_moe, where, "run.epochs=1", "steps=10").steps == 10
+    begun = start.plan_run(["tiny_cpu", where], network=False)
+    assert begun.plan.config["eval_interval"] == 47
+    assert "no evaluation" not in [finding.check for finding in begun.report.findings]
+    never = planned("tiny_cpu", where, "run.evaluations_per_epoch=0")
+    assert never.config["eval_interval"] == -1
 
 
 def test_fewer_steps_may_be_given(prepared):
@@ -107,6 +124,67 @@ def test_files_of_others_are_maxtexts(tmp_path):
     made = planned("tiny_cpu", f"grain_train_files={tmp_path}/rows.array_record", "steps=9")
     assert made.feed.kind == "maxtext" and made.steps == 9 and made.epochs is None
     assert planned("tiny_cpu", "dataset_type=synthetic").feed.kind == "maxtext"
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("steps=abc", "steps=abc: must be a whole number"),
+        ("steps=20.5", r"steps=20\.5: must be a whole number"),
+        ("steps=0", "steps=0: must be 1 or more"),
+        ("steps=-5", "steps=-5: must be 1 or more"),
+        ("steps=none", "steps=none: must be a whole number"),
+        ("per_device_batch_size=abc", "per_device_batch_size=abc: must be a number"),
+        ("base_emb_dim=abc", "base_emb_dim=abc: must be a whole number"),
+        ("learning_rate=abc", "learning_rate=abc: must be a number, 0 or more"),
+        ("scan_layers=abc", "scan_layers=abc: must be true or false"),
+        ("dtype=bf16", "dtype=bf16: must be one of bfloat16, float32"),
+        ("weight_dtype=flaot32", "weight_dtype=flaot32: must be one of"),
+        ("remat_policy=foo", "remat_policy=foo: must be one of full"),
+        ("num_experts_per_tok=9", "num_experts_per_tok=9: must be at most num_experts, which is 4"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_key(tmp_path, word, told):
+    with pytest.raises(UsageError, match=told):
+        planned("tiny_cpu", word)
+    key, _, value = word.partition("=")
+    file = tmp_path / "mine.yml"
+    file.write_text(f"num_experts: 4\n{key}: {value}\n")
+    with pytest.raises(ConfigError, match=rf"mine\.yml: {told}"):
+        planned(str(file))
+
+
+def test_values_that_maxtext_itself_has_are_none_of_another_kind():
+    maxtexts = preflight_config.maxtext_defaults()
+    values.check_values(maxtexts, recipe._types(), "", ConfigError)
+    assert planned("tiny_cpu", "learning_rate=1e-3").config["learning_rate"] == 1e-3
+
+
+def test_a_finished_run_is_compared_before_it_is_called_finished(prepared, tmp_path, monkeypatch):
+    where = f"base_output_directory={tmp_path}"
+    made = tiny(prepared, where, "steps=20")
+    made.run_dir.mkdir()
+    told = {"learning_rate_schedule_steps": -1, **public_config(made.config), **made.told}
+    facts = RunFacts(dataset_digest=made.feed.dataset.digest)
+    before = RunSidecar(format="moeconv-run", version=1, config=public_config(told), run=facts)
+    sidecar = made.run_dir / "moeconv.json"
+    sidecar.write_text(before.model_dump_json())
+    monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
+    notes = []
+
+    def again(*words):
+        return trainer.train(tiny(prepared, where, *words), note=notes.append)
+
+    assert again("steps=20").completed == 20 and "all 20 steps are trained" in notes[-1]
+    with pytest.raises(ConfigError, match=r"learning_rate was 0\.003 and is 0\.1"):
+        again("steps=20", "learning_rate=0.1")
+    with pytest.raises(ConfigError, match="learning_rate_schedule_steps was 20 and is 10"):
+        again("steps=10")
+    with pytest.raises(ConfigError, match="has 20 steps already, more than steps=10"):
+        again("steps=10", "learning_rate_schedule_steps=20")
+    sidecar.write_text("{")
+    with pytest.raises(ConfigError, match=r"moeconv\.json: the file"):
+        again("steps=20")
 
 
 def test_a_run_without_data_is_refused(tmp_path):

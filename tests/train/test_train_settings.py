@@ -1,10 +1,15 @@
 """What a run is told: recipes, files, key=value, run files; what is refused names the nearest."""
 
+from types import SimpleNamespace
+
 import pytest
 from moeconv_train import recipe, settings
 from moeconv_train.loss_scaling import LossScaleSettings
+from moeconv_train.preflight import Finding, PreflightReport
 from moeconv_train.settings import read_settings, run_file_of, seconds_of
 
+from moeconv.cli import train
+from moeconv.cli.options import output_of
 from moeconv.errors import ConfigError, UsageError
 
 
@@ -65,6 +70,12 @@ def test_what_is_wrong_is_named(words, message):
     with pytest.raises(UsageError) as raised:
         recipe.read(words)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_what_was_given_is_said_once():
+    with pytest.raises(UsageError) as raised:
+        recipe.read(["run.time_limit=soon"])
+    assert str(raised.value).count("soon") == 1
 
 
 def test_durations():
@@ -144,3 +155,15 @@ def test_a_model_name_brings_its_settings(files):
     found = recipe.read([str(files(mine__yml="model_name: mixtral-8x7b\nsteps: 7\n"))])
     assert found.keys["num_experts"] == 8 and found.keys["base_emb_dim"] == 4096
     assert found.keys["steps"] == 7
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_refusal_says_what_is_to_be_done(monkeypatch, count):
+    found = [Finding(check="disk", status="refused", message="Free 3 GB.")] * count
+    report = PreflightReport(target="a GPU", findings=found)
+    monkeypatch.setattr(train, "describe", lambda _: "")
+    begun = SimpleNamespace(report=report, plan=SimpleNamespace(notes=()))
+    with pytest.raises(ConfigError) as raised:
+        train._show(output_of(False, True), {}, begun, check=True)
+    assert str(raised.value).startswith(("1 check refuses", "2 checks refuse")[count - 1])
+    assert str(raised.value).endswith("this run: " + "; ".join(["disk: Free 3 GB"] * count))

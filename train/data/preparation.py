@@ -171,6 +171,10 @@ def _prepare(
     before = journal.interrupted(out)
     if found is None and before is not None and _goes_on(before.source, name, options):
         found = before.source
+    if found is None and source.names_a_file(name):
+        raise UsageError(
+            f"{name}: no such file or folder; give one, or the id of a dataset on the Hub"
+        )
     if found is None:
         found = hub.hub_source(
             name,

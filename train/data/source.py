@@ -47,6 +47,11 @@ def format_of(name: str) -> str | None:
     return None
 
 
+def names_a_file(name: str) -> bool:
+    """Whether a source is meant as a path, there or not: no dataset of the Hub is called so."""
+    return name.startswith(("/", "./", "../", "~")) or format_of(name) is not None
+
+
 def split_of(name: str) -> str:
     """The split that a file's name tells, as the Hub does it: a word of its path, or train."""
     words = re.split(r"[^a-z]+", name.lower())

@@ -13,6 +13,15 @@
 #   CHECK     0 leaves out `--check`, which takes about two minutes (1)
 set -euo pipefail
 
+for word in "$@"; do
+  case $word in
+    -h | --help)
+      sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+      exit 0
+      ;;
+  esac
+done
+
 session=${SESSION:-11h30m}
 work=${WORK:-/kaggle/working}
 input=${INPUT:-/kaggle/input}

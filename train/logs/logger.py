@@ -21,7 +21,11 @@ from moeconv.errors import UnsupportedError
 _SAYS = {
     "__init__": ("self._eval_loop_start = None", "wandb.init("),
     "write_metrics": ("self.log_metrics(metrics, step, metric_type)", "metric_type == "),
-    "buffer_and_write_metrics": ("self._finalize_eval_metrics(step)",),
+    "buffer_and_write_metrics": (
+        "self._finalize_eval_metrics(step)",
+        "self._flush_one_buffered_entry(self.buffered_metrics.pop(0))",
+        "self._pending_eval_step_count > 0",
+    ),
     "_flush_one_buffered_entry": ('metric_type="running_eval"',),
     "_finalize_eval_metrics": ('train_step, metric_type="eval"',),
     "mark_eval_loop_start": ("self._eval_loop_start = datetime.datetime.now()",),
@@ -34,8 +38,11 @@ class Recorder(Protocol):
     def begin(self, start_step: int) -> None:
         """MaxText has restored its state, if there was one."""
 
-    def train(self, scalars: Any, step: int, paused: float) -> None:
-        """A step's metrics; `paused` seconds of its time went into an evaluation."""
+    def train(self, scalars: Any, step: int, paused: float, late: bool = False) -> None:
+        """A step's metrics, after which `paused` seconds went into an evaluation.
+
+        `late`: They were there before now, nobody knows since when.
+        """
 
     def evaluation(self, scalars: Any, step: int) -> None:
         """The means of a whole evaluation."""
@@ -59,12 +66,12 @@ class Records:
         self.start_step = self.completed = self.progress.completed = start_step
         self.file = self._open(start_step)
 
-    def train(self, scalars: Any, step: int, paused: float) -> None:
+    def train(self, scalars: Any, step: int, paused: float, late: bool = False) -> None:
         """One line, and progress."""
         assert self.file is not None
         # Reading the loss waits for the device.
         float(scalars["learning/lm_loss"])
-        seconds = self.progress.lap(paused)
+        seconds = self.progress.lap(late)
         line = train_line(scalars, step, self.file.tokens, seconds)
         tokens = (line.tokens or 0) - self.file.tokens
         self.file.tokens += tokens
@@ -95,6 +102,10 @@ def install(recorder: Recorder) -> Iterator[None]:
 
     _check(MetricLogger)
     init, write = MetricLogger.__init__, MetricLogger.write_metrics
+    buffer = MetricLogger.buffer_and_write_metrics
+    # The step that is logged next is on time only if MaxText logs it in the regular way: right
+    # after dispatching the step behind it, which the device has not finished.
+    on_time = False
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
@@ -109,16 +120,35 @@ def install(recorder: Recorder) -> Iterator[None]:
         if metrics and metric_type == "train":
             begun = self._eval_loop_start
             paused = (datetime.datetime.now() - begun).total_seconds() if begun else 0.0
-            recorder.train(metrics["scalar"], step, paused)
+            recorder.train(metrics["scalar"], step, paused, late=not on_time)
         elif metrics:
             recorder.evaluation(metrics["scalar"], step)
         write(self, metrics, step, metric_type)
 
+    @functools.wraps(buffer)
+    def buffer_and_write_metrics(
+        self: Any, metrics: Any, step: int, step_time_delta: Any = None, is_training: bool = True
+    ) -> None:
+        nonlocal on_time
+        on_time = is_training and not self._pending_eval_step_count and not _is_there(metrics)
+        try:
+            buffer(self, metrics, step, step_time_delta, is_training)
+        finally:
+            on_time = False
+
     MetricLogger.__init__, MetricLogger.write_metrics = __init__, write_metrics
+    MetricLogger.buffer_and_write_metrics = buffer_and_write_metrics
     try:
         yield
     finally:
         MetricLogger.__init__, MetricLogger.write_metrics = init, write
+        MetricLogger.buffer_and_write_metrics = buffer
+
+
+def _is_there(metrics: Any) -> bool:
+    """Whether the device has finished a step: a save or an evaluation has waited for it."""
+    is_ready = getattr(metrics["scalar"]["learning/lm_loss"], "is_ready", None)
+    return is_ready is None or bool(is_ready())
 
 
 def _check(logger: Any) -> None:

@@ -54,8 +54,9 @@ def train_line(
         scalars: MaxText's `metrics["scalar"]`.
         step: The step's number, from 0.
         tokens: Targets of all steps before.
-        seconds: From the step before's result to this one's. MaxText's own are from one dispatch to
-            the next, which says little where the device lags behind.
+        seconds: From the step before's result to this one's; None where that is not known.
+            MaxText's own are from one dispatch to the next, which says little where the device
+            lags behind, and has saves and evaluations in it.
     """
     weights = int(float(scalars["learning/total_weights"]))
     scale = scalars.get("learning/loss_scale")

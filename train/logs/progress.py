@@ -10,13 +10,13 @@ from moeconv.arch.sidecar import MetricsLine
 
 # Lines into a file or a pipe are this far apart, rewritten ones on a terminal that far.
 _LINES, _REWRITES = 10.0, 0.2
-# Steps that a rate is the mean of: long enough for the saves between them to count.
+# Steps that a rate is the mean of.
 _WINDOW = 200
 
 
 @dataclass
 class Progress:
-    """Counts target tokens (padding is none) over the wall clock, evaluations left out.
+    """Counts target tokens (padding is none) over the steps whose time is known.
 
     Attributes:
         stream: Where to.
@@ -58,14 +58,18 @@ class Progress:
         mean = sum(taken for taken, _ in self._window) / len(self._window)
         return mean * (self.steps - self.completed)
 
-    def lap(self, paused: float = 0.0) -> float | None:
-        """Seconds since the step before, without those of an evaluation; None for the first step.
+    def lap(self, late: bool = False) -> float | None:
+        """Seconds from the step before's result to this one's; None where that is not known.
 
         The first step of a process has a compilation in it, so it says nothing about the pace.
+
+        Args:
+            late: The result was there for longer than since now: neither this step nor the next
+                one has a known time.
         """
         now = self.clock()
-        begun, self._last = self._last, now
-        return None if begun is None else max(0.0, now - begun - paused)
+        begun, self._last = self._last, None if late else now
+        return None if begun is None or late else now - begun
 
     def step(self, line: MetricsLine, tokens: int) -> None:
         """A training step is done; `tokens` are its targets."""
@@ -78,7 +82,6 @@ class Progress:
         """An evaluation is done: a line of its own."""
         took = "" if line.seconds is None else f" in {duration(line.seconds)}"
         self.note(f"step {line.step:,}: validation loss {line.loss:.4f}{took}")
-        self._last = self.clock()
 
     def note(self, text: str) -> None:
         """A line that stays."""

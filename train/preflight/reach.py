@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from moeconv_train.data.source import names_a_file
 from moeconv_train.preflight.case import Case
 from moeconv_train.preflight.report import Finding
 
@@ -36,11 +37,14 @@ def check_reach(case: Case, *, online: bool) -> Iterator[Finding]:
 
 def _source(check: str, name: str, kind: str, online: bool) -> Finding:
     """A local path, or a repository of the Hub that must be readable."""
-    if Path(name).exists():
+    if Path(name).expanduser().exists():
         return Finding(check=check, status="ok", message=f"{name} is a local path.")
     parts = name.split("/")
     if name.startswith((".", "/", "~")) or len(parts) > 2 or "" in parts:
         message = f"There is no {check} {name}; give an existing path, or a Hub id owner/name."
+        return Finding(check=check, status="refused", message=message)
+    if kind == "dataset" and names_a_file(name):
+        message = f"{name}: there is no such file; give an existing path, or a Hub id owner/name."
         return Finding(check=check, status="refused", message=message)
     if not online:
         message = f"{name} was not asked for: no network checks."
