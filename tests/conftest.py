@@ -39,7 +39,9 @@ _imported: list[str] = []
 
 
 def _needs_maxtext(item: pytest.Item) -> bool:
-    return "maxtext_lab" in item.fixturenames or item.get_closest_marker("maxtext") is not None
+    # Slow tests run in one process, so that they may all import it.
+    marked = item.get_closest_marker("maxtext") or item.get_closest_marker("slow")
+    return "maxtext_lab" in item.fixturenames or marked is not None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
