@@ -7,6 +7,8 @@ from moeconv_train import causal_attention
 
 from moeconv.errors import ConfigError, UnsupportedError
 
+pytestmark = pytest.mark.maxtext
+
 B, T, H, K, h = 2, 24, 4, 2, 8
 
 

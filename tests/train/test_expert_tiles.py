@@ -10,6 +10,8 @@ from moeconv_train.preflight import hlo
 
 from moeconv.errors import ConfigError, UnsupportedError
 
+pytestmark = pytest.mark.maxtext
+
 E, D, F, K = 4, 16, 24, 2
 # Tokens' first expert, then their second: evenly drawn, all on two, one alone on the last.
 ROUTINGS = {
