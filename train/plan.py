@@ -242,6 +242,8 @@ def _streamed(plan: Plan) -> dict[str, Any]:
         return {}
     if not feeds.evaluates(data):
         found |= {"eval_interval": -1}
+    if plan.run.epochs is not None:
+        found |= {"num_epoch": plan.run.epochs}
     return {key: value for key, value in found.items() if key not in plan.recipe.given}
 
 

@@ -246,6 +246,8 @@ def test_streaming_sets_what_maxtext_needs(tmp_path):
     local.write_text('{"text": "a"}\n')
     config = planned("dataset_type=hf", f"run.data.source={local}").config
     assert (config["hf_path"], config["hf_train_files"]) == ("json", str(local))
+    tiny = planned("tiny_cpu", "dataset_type=hf", f"run.data.source={local}", "run.epochs=1").config
+    assert tiny["num_epoch"] == 1, "not the recipe's, which stands for prepared rows"
     assert config["eval_interval"] == -1
     mine = planned("dataset_type=hf", "hf_path=other/set", "packing=false").config
     assert mine["hf_path"] == "other/set" and not mine["packing"]
