@@ -5,6 +5,7 @@ PYTHONPATH=tests python tests/train/fp16_lab.py     prints the table of docs/fp1
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -175,14 +176,14 @@ class Stepper:
         """The first step's gradient, which without clipping is in Adam's first moment."""
         self.reset(**scaling)
         self.step()
-        first = "optimizer.opt_state.0.mu."
         part = 1 - self.config.adam_b1
-        leaves = self.leaves()
-        return {
-            name.removeprefix(first): leaf.astype(np.float64) / part
-            for name, leaf in leaves.items()
-            if name.startswith(first)
+        # A chain of optimizers counts its states; one that is alone, as adam_pax, has no number.
+        moments = {
+            found[1]: leaf
+            for name, leaf in self.leaves().items()
+            if (found := re.fullmatch(r"optimizer\.opt_state\.(?:0\.)?mu\.(.+)", name))
         }
+        return {name: leaf.astype(np.float64) / part for name, leaf in moments.items()}
 
     def leaves(self) -> dict[str, np.ndarray]:
         """The whole train state by dotted name, keys of random streams left out."""

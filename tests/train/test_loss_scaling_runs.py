@@ -1,11 +1,10 @@
 """Loss scaling in every way the step can be built, and through MaxText's own training loop."""
 
-import json
-
 import fp16_lab
 import numpy as np
 import pytest
 from moeconv_train import fp16_head, loss_scaling
+from moeconv_train.logs import logger
 from moeconv_train.loss_scaling import LossScaleSettings
 
 from moeconv.errors import ConfigError, MoeconvError
@@ -69,16 +68,31 @@ def test_gradients_overflow_and_resume(way, tmp_path):
     assert {n for n in expected if expected[n].tobytes() != found[n].tobytes()} == set()
 
 
+class Rows:
+    """What MaxText's loop measured, in order, evaluations too."""
+
+    def __init__(self):
+        self.steps, self.evaluations = [], []
+
+    def begin(self, start_step):
+        """Every step is asked for by `loop`."""
+
+    def train(self, scalars, step, paused, late=False):
+        self.steps.append({name: float(value) for name, value in scalars.items()})
+
+    def evaluation(self, scalars, step):
+        self.evaluations.append((step, float(scalars["eval/avg_loss"])))
+
+
 def loop(keys, directory, run, settings):
-    """MaxText's own loop to its end; the metrics it wrote."""
+    """MaxText's own loop to its end, and what it measured."""
     from maxtext.trainers.pre_train import train
 
-    log = directory / f"{run}.jsonl"
-    keys = {**keys, "metrics_file": str(log), "enable_checkpointing": True}
-    config = fp16_lab.resolve(keys, directory, run)
-    with loss_scaling.install(settings), fp16_head.install():
+    config = fp16_lab.resolve({**keys, "enable_checkpointing": True}, directory, run)
+    rows = Rows()
+    with loss_scaling.install(settings), fp16_head.install(), logger.install(rows):
         train.train_loop(config, None)
-    return [json.loads(line) for line in log.read_text().splitlines()]
+    return rows
 
 
 def test_maxtexts_loop_logs_evaluates_and_resumes(tmp_path, monkeypatch):
@@ -99,15 +113,15 @@ def test_maxtexts_loop_logs_evaluates_and_resumes(tmp_path, monkeypatch):
         "learning_rate_schedule_steps": 10,
     }
     whole = loop(keys, tmp_path, "whole", settings)
-    steps = [row for row in whole if "learning/loss_scale" in row]
-    scales = [row["learning/loss_scale"] for row in steps]
-    skipped = [row["learning/overflow"] for row in steps]
+    scales = [row["learning/loss_scale"] for row in whole.steps]
+    skipped = [row["learning/overflow"] for row in whole.steps]
+    assert len(whole.steps) == 10
     assert scales[0] == 2.0**26 and skipped[0] == 1 and 0 in skipped
-    assert [row["learning/skipped_steps"] for row in steps] == np.cumsum(skipped).tolist()
+    assert [row["learning/skipped_steps"] for row in whole.steps] == np.cumsum(skipped).tolist()
     for scale, overflow, following in zip(scales, skipped, scales[1:], strict=False):
         assert following == scale / 2 if overflow else following in (scale, 2 * scale)
-    assert all(np.isfinite(row["learning/loss"]) for row in steps)
-    assert any("eval/avg_loss" in row for row in whole)
+    assert all(np.isfinite(row["learning/loss"]) for row in whole.steps)
+    assert [step for step, loss in whole.evaluations if np.isfinite(loss)] == [0, 4, 8]
 
     loop({**keys, "steps": 5}, tmp_path, "parts", settings)
     loop(keys, tmp_path, "parts", settings)
