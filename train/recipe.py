@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from moeconv_train.preflight.config import maxtext_defaults, value_of
 from moeconv_train.settings import PREFIX, RunFile, nearest, read_settings, run_file_of
-from moeconv_train.values import BOUNDED, check_bounds, check_values
+from moeconv_train.values import BOUNDED, check_bounds, check_values, field_types
 
 from moeconv.errors import ConfigError, UsageError
 
@@ -184,8 +184,7 @@ def _near(name: str, known: Iterable[str]) -> str:
 @cache
 def maxtext_keys() -> frozenset[str]:
     """Every setting of the installed MaxText: base.yml's, and the fields of its types.py."""
-    fields = re.findall(r"^  ([a-z_]\w*)\s*:", _types(), re.MULTILINE)
-    return frozenset(maxtext_defaults()) | frozenset(fields)
+    return frozenset(maxtext_defaults()) | frozenset(field_types(_types()))
 
 
 @cache

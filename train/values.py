@@ -1,15 +1,14 @@
 """What MaxText's settings take: by the types of its types.py, without importing MaxText."""
 
+import ast
+import difflib
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from moeconv.errors import ConfigError, UsageError
 
-_FIELD = re.compile(r"^  ([a-z_]\w*)\s*:\s*([\w\[\], |\"-]+?)\s*(?:=|$)", re.MULTILINE)
-_ENUM = re.compile(r"^class (\w+)\(str, (?:enum\.)?Enum\):\n((?:(?:  .*)?\n)*)", re.MULTILINE)
 _WHOLE = {"int", "PositiveInt", "NonNegativeInt"}
 _NUMBER = _WHOLE | {"float", "PositiveFloat", "NonNegativeFloat"}
 # As pydantic reads a bool.
@@ -36,24 +35,49 @@ _REMAT = (
 BOUNDED = {"steps", "num_experts", "num_experts_per_tok"}
 
 
-@cache
-def _fields(source: str) -> dict[str, set[str]]:
-    """The alternatives of each field's type."""
-    found = {}
-    for name, annotation in _FIELD.findall(source):
-        inner = re.fullmatch(r"Optional\[(.*)\]", annotation)
-        text = f"{inner[1]} | None" if inner else annotation
-        found[name] = {part.strip() for part in text.split("|")}
-    return found
+# What is left of a long list in a sentence.
+_LIST = 20
 
 
 @cache
-def _choices(source: str) -> dict[str, list[str]]:
-    """The values of each enumeration."""
+def field_types(source: str) -> dict[str, set[Any]]:
+    """The alternatives of each field's type: names of types, and literal values as 1-tuples."""
+    module = ast.parse(source)
+    named: dict[str, set[Any]] = {}
+    for node in module.body:  # ModelName = Literal[...], and enumerations of text
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found = set(_alternatives(node.value))
+            if found and all(isinstance(one, tuple) for one in found):
+                named[node.targets[0].id] = found
+        elif isinstance(node, ast.ClassDef) and "str" in map(ast.unparse, node.bases):
+            values = [one.value for one in node.body if isinstance(one, ast.Assign)]
+            named[node.name] = {
+                (value.value,) for value in values if isinstance(value, ast.Constant)
+            }
     return {
-        name: re.findall(r'^  [A-Z]\w* = "(.*)"$', body, re.MULTILINE)
-        for name, body in _ENUM.findall(source)
+        field.target.id: {
+            one for name in _alternatives(field.annotation) for one in named.get(name, {name})
+        }
+        for node in module.body
+        if isinstance(node, ast.ClassDef)
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
     }
+
+
+def _alternatives(annotation: ast.expr) -> Iterator[Any]:
+    match annotation:
+        case ast.BinOp(left=left, op=ast.BitOr(), right=right):
+            yield from _alternatives(left)
+            yield from _alternatives(right)
+        case ast.Subscript(value=ast.Name(id="Optional"), slice=inner):
+            yield "None"
+            yield from _alternatives(inner)
+        case ast.Subscript(value=ast.Name(id="Literal"), slice=inner):
+            values = ast.literal_eval(inner)
+            yield from ((one,) for one in (values if isinstance(values, tuple) else (values,)))
+        case _:
+            yield ast.unparse(annotation)
 
 
 def check_values(
@@ -97,7 +121,7 @@ def _wanted(key: str, value: Any, source: str) -> str | None:
     if key == "remat_policy":
         known = value is None or value in (*_REMAT, "none")
         return None if known else f"one of {', '.join(_REMAT)}"
-    kinds = _fields(source).get(key, set())
+    kinds = field_types(source).get(key, set())
     if value is None and ("None" in kinds or not kinds & (_NUMBER | {"bool"})):
         return None
     bare = kinds - {"None"}
@@ -116,9 +140,22 @@ def _wanted(key: str, value: Any, source: str) -> str | None:
         elif signless:
             fits, wanted = fits and value >= 0, f"{wanted}, 0 or more"
         return None if fits else wanted + or_none
-    if len(bare) == 1 and (choices := _choices(source).get(next(iter(bare)))):
-        return None if value in choices else f"one of {', '.join(filter(None, choices))}{or_none}"
+    if bare and all(isinstance(one, tuple) for one in bare):
+        choices = sorted(str(one) for (one,) in bare)
+        return (
+            None
+            if value in [one for (one,) in bare]
+            else f"one of {_listed(choices, str(value))}{or_none}"
+        )
     return None
+
+
+def _listed(choices: list[str], value: str) -> str:
+    """Choices for a sentence; of many those that are most like what was given."""
+    if len(choices) > _LIST:
+        near = difflib.get_close_matches(value, choices, 5, 0.0)
+        return f"{len(choices)} names, such as {', '.join(near)}"
+    return ", ".join(filter(None, choices))
 
 
 def _is_number(value: Any) -> bool:

@@ -78,6 +78,7 @@ def command(
         os.environ.setdefault("TQDM_MININTERVAL", "5")
     from huggingface_hub.utils import disable_progress_bars
 
+    from moeconv.hub.account import demand_token
     from moeconv.hub.failures import hub_words
     from moeconv.hub.prepare import PushOptions, find_output, prepare
     from moeconv.hub.push import check_allowed, plan_push, push
@@ -87,6 +88,8 @@ def command(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = PushOptions(**options)
     folder = find_output(out, output.warn if quiet else output.note)
+    if not dry_run:
+        demand_token(endpoint)  # before minutes of reading
     output.note(f"reading every byte of {folder}")
     parcel = prepare(folder, settings)
     try:

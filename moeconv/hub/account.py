@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import HfApi, constants, get_token
 
-from moeconv.errors import UsageError
+from moeconv.errors import HubError, UsageError
 
 _WRITING_ROLES = ("admin", "write", "contributor")
 
@@ -43,6 +43,28 @@ def token_for(endpoint: str) -> str | None:
             f"--endpoint {endpoint} would get the token unencrypted; give an https address"
         )
     return token
+
+
+def demand_token(endpoint: str | None) -> None:
+    """What a push needs first, before anything is read.
+
+    Args:
+        endpoint: The Hub's address, None for huggingface_hub's own (HF_ENDPOINT).
+
+    Raises:
+        HubError: There is no token.
+        UsageError: As `token_for`.
+    """
+    if token_for(address_of(endpoint)) is None:
+        raise HubError(
+            "there is no token; set HF_TOKEN (https://huggingface.co/settings/tokens) or "
+            "run `hf auth login`"
+        )
+
+
+def address_of(endpoint: str | None) -> str:
+    """The Hub that is meant; None is huggingface_hub's own (HF_ENDPOINT)."""
+    return (endpoint or constants.ENDPOINT).rstrip("/")
 
 
 def read_account(api: HfApi, repo_id: str) -> Account:

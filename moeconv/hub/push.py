@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -11,7 +11,7 @@ from moeconv import __version__
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.convert.sizes import format_size
 from moeconv.errors import HubError, OutputError, UsageError
-from moeconv.hub.account import Account, read_account, token_for
+from moeconv.hub.account import Account, address_of, demand_token, read_account, token_for
 from moeconv.hub.changes import Change, plan_changes
 from moeconv.hub.failures import Note, hub_errors, patiently, status_of, upload_errors
 from moeconv.hub.gate import demand
@@ -75,7 +75,9 @@ def plan_push(
     """
     if not dry_run and not options.unverified:
         demand(parcel.output, parcel.judgement)
-    address = (endpoint or constants.ENDPOINT).rstrip("/")
+    if not dry_run:
+        demand_token(endpoint)
+    address = address_of(endpoint)
     token = token_for(address)
     api = _api(address, token)
     repo_id, unknown = parcel.repo_id, []
@@ -83,11 +85,6 @@ def plan_push(
     insist = ("license",) if options.license else ()
     try:
         with hub_errors("asking the Hub", repo_id):
-            if token is None and not dry_run:
-                raise HubError(
-                    "there is no token; set HF_TOKEN (https://huggingface.co/settings/tokens) or "
-                    "run `hf auth login`"
-                )
             if token is not None:
                 account = patiently(lambda: read_account(api, repo_id), "the account", note)
             author = account.name if account and options.create_pr else None

@@ -563,7 +563,8 @@ def test_an_out_that_somebody_fills_meanwhile(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["run/checkpoints/0/hf", "run/checkpoints/0/items/a/b",
-                                   "run/checkpoints/0", "run/checkpoints/0/items"])  # fmt: skip
+                                   "run/checkpoints/0", "run/checkpoints/0/items",
+                                   "run/checkpoints/1"])  # fmt: skip
 @pytest.mark.parametrize("flags", [(), ("--overwrite",)])
 def test_out_inside_the_checkpoint(tmp_path, where, flags):
     checkpoint = synthetic.write(tmp_path / "run")

@@ -296,6 +296,7 @@ def test_a_dry_run_without_a_token_tells_what_it_can(hub, push, monkeypatch):
     ran = push()
     assert ran.code == HubError.exit_code
     assert "there is no token; set HF_TOKEN" in ran.error
+    assert "reading every byte" not in ran.err
 
 
 def test_a_dry_run_without_the_hub_says_what_is_unknown(push, monkeypatch, naps):
