@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moeconv.cli.options import JSON, output_of
+from moeconv.cli.options import JSON, QUIET, output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -94,6 +94,7 @@ FAILED, COULD_NOT_RUN = 1, 2
     metavar="N",
 )
 @JSON
+@QUIET
 def command(
     out: Path,
     source: str | None,
@@ -107,6 +108,7 @@ def command(
     max_memory: str,
     jobs: int,
     json_mode: bool,
+    quiet: bool,
 ) -> None:
     """Verify a converted model: exit 0 pass, 1 fail, 2 could not run.
 
@@ -119,9 +121,9 @@ def command(
     from moeconv.verify.outcome import Status
     from moeconv.verify.run import LEVELS, VerifyOptions, verify
     from moeconv.verify.settings import ParityOptions, parse_against
-    from moeconv.verify.written import earlier_report, write_report
+    from moeconv.verify.written import demand_writable, earlier_report, write_report
 
-    output = output_of(json_mode)
+    output = output_of(json_mode, quiet)
     # Both models run on the CPU, also where jax would take a GPU and most of its memory.
     os.environ["JAX_PLATFORMS"] = "cpu"
     try:
@@ -138,8 +140,10 @@ def command(
             ),
             skip=level == "all",
         )
+        folder = report or out
+        demand_writable(folder)  # before minutes of work
         found = verify(out, source=source, options=options, note=output.note, meter=_meter(output))
-        whole, folder = found, report or out
+        whole = found
         if (earlier := earlier_report(folder)) is not None:
             whole = found.with_earlier(earlier)
         files = write_report(whole, folder)

@@ -325,6 +325,7 @@ def make_manifest(
         target=plan.family.name,
         architecture=plan.family.architecture,
         dtype=dtype,
+        dtype_kept=plan.dtype is None,
         untied=plan.options.untie,
         model={
             name: FieldRecord(

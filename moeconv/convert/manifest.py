@@ -57,7 +57,12 @@ class FileRecord(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The file's schema; `run` is null where a run left nothing that tells of it."""
+    """The file's schema.
+
+    `dtype` is what config.json names; with `dtype_kept` the tensors have the checkpoint's own, and
+    it is the one that most of their bytes have. `run` is null where a run left nothing that tells
+    of it.
+    """
 
     format: Literal["moeconv"] = "moeconv"
     version: Literal[1] = 1
@@ -66,6 +71,7 @@ class Manifest(_Frozen):
     target: str
     architecture: str
     dtype: str
+    dtype_kept: bool
     untied: bool
     model: dict[str, FieldRecord]
     rules: list[str]

@@ -11,7 +11,7 @@ from moeconv.errors import UnverifiedError
 from moeconv.hub.local import Output
 from moeconv.verify.markdown import verdict_line
 from moeconv.verify.outcome import Check, Level, Status, passed, worst
-from moeconv.verify.report import REPORT_NAME, Report
+from moeconv.verify.report import ENOUGH, REPORT_NAME, Report
 
 _PROVEN = (Status.PASS, Status.WARN)
 _ALWAYS: tuple[Level, ...] = ("structure", "weights")
@@ -97,12 +97,18 @@ def _problem(report: Report) -> str | None:
         if report.levels.get(level) not in _PROVEN:
             return f"level {level} {_why(report, level)}"
     ran = [level for level in _ONE_OF if report.levels.get(level) in _PROVEN]
+    long = [level for level in ran if report.positions(level) >= ENOUGH]
+    if ran and not long:
+        return (
+            f"level {ran[0]} ran only {report.positions(ran[0])} positions, and fewer than "
+            f"{ENOUGH} hide a wrong RoPE"
+        )
     if not ran:
         return "neither level logits nor level layers ran" + "".join(
             f" ({reason})" for reason in dict.fromkeys(_reasons(report, *_ONE_OF))
         )
-    if not any(_against_maxtext(report, level) for level in ran):
-        return f"level {ran[0]} compared it with another model than MaxText's"
+    if not any(_against_maxtext(report, level) for level in long):
+        return f"level {long[0]} compared it with another model than MaxText's"
     return None
 
 

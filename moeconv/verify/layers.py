@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from typing import IO
 
 import numpy as np
 
+from moeconv.errors import OutputError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import Scale
 from moeconv.verify.grading import HIDDEN, ROUTER
@@ -25,7 +26,7 @@ from moeconv.verify.maxtext_layers import MaxTextLayers
 from moeconv.verify.metrics import compare_logits, join
 from moeconv.verify.outcome import Check, Status, passed, worse
 from moeconv.verify.parity import Parity, parity_checks
-from moeconv.verify.reference import reference_config
+from moeconv.verify.reference import reference_check, reference_config
 from moeconv.verify.rounding import roundings
 from moeconv.verify.routing import Routing, chosen, compare_routing
 from moeconv.verify.settings import Note, ParityOptions
@@ -104,18 +105,21 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
         walk = _Walk(sides, candidate, rows, top_k, options.scratch)
         walk.run(note)
         note("final norm and logits")
-        parity = walk.parity(tied=subject.model.tie_word_embeddings)
-        told = "" if sides.independent else ", so what was told wrong there is wrong here too"
+        try:
+            parity = walk.parity(tied=subject.model.tie_word_embeddings)
+        except OSError as error:  # of the files that logits wait in
+            place = options.scratch or gettempdir()
+            raise OutputError(
+                f"level layers cannot keep logits in {place}: {error.strerror}; set TMPDIR to a "
+                "folder with room"
+            ) from None
         return [
-            passed(
+            reference_check(
                 "layers",
-                "reference",
-                f"{sides.name}, by {sides.origin}{told}",
-                metrics={
-                    "against": options.side,
-                    "config": sides.origin,
-                    "independent": sides.independent,
-                },
+                sides.name,
+                side=options.side,
+                origin=sides.origin,
+                independent=sides.independent,
             ),
             _hidden(walk.places, sides.name),
             *parity_checks("layers", parity, reference=sides.name),
@@ -177,7 +181,7 @@ class _Walk:
             if side is not None:
                 side.release()
         for number in range(reference.num_layers):
-            note(f"layer {number + 1} of {reference.num_layers}")
+            note(f"layer {number} ({number + 1} of {reference.num_layers})")
             rounded = self._layer(number, right, own, rounded)
             right, own = self._right, self._own
         self._rounded = rounded

@@ -20,9 +20,9 @@ from moeconv.verify.hf_model import HfLayers, HfModel, rounding_between
 from moeconv.verify.maxtext import MaxTextModel
 from moeconv.verify.maxtext_layers import MaxTextLayers
 from moeconv.verify.metrics import Positions, compare_logits, join
-from moeconv.verify.outcome import Check, passed
+from moeconv.verify.outcome import Check
 from moeconv.verify.parity import Parity, parity_checks
-from moeconv.verify.reference import reference_config
+from moeconv.verify.reference import reference_check, reference_config
 from moeconv.verify.rounding import roundings
 from moeconv.verify.routing import Routing, compare_routing
 from moeconv.verify.settings import Note, ParityOptions
@@ -80,17 +80,13 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
     note(f"transformers: {subject.out}, forward over {rows.tokens.size} positions")
     candidate = HfModel.load(subject.out, dtype=options.dtype)
     parity = _compare(subject, rows, reference, candidate)
-    told = "" if reference.independent else ", so what was told wrong there is wrong here too"
     checks = [
-        passed(
+        reference_check(
             "logits",
-            "reference",
-            f"{reference.name}, by {reference.origin}{told}",
-            metrics={
-                "against": options.side,
-                "config": reference.origin,
-                "independent": reference.independent,
-            },
+            reference.name,
+            side=options.side,
+            origin=reference.origin,
+            independent=reference.independent,
         ),
         *parity_checks("logits", parity, reference=reference.name),
     ]

@@ -11,6 +11,7 @@ from moeconv.arch.parameters import LayerKind
 from moeconv.arch.told import load_config_file
 from moeconv.convert.source import find_sidecar
 from moeconv.orbax.locate import Step
+from moeconv.verify.outcome import Check, Level, Status
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,31 @@ def reference_config(
         return ReferenceConfig(sidecar[0].config, f"the run's sidecar in {sidecar[1]}", True)
     keys = {**_sizes(model, layout), **_semantics(model)}
     return ReferenceConfig(keys, "the description in the output's manifest", False)
+
+
+def reference_check(level: Level, name: str, *, side: str, origin: str, independent: bool) -> Check:
+    """What a level compared with.
+
+    Args:
+        level: The level.
+        name: The model's name.
+        side: `maxtext` or `hf`.
+        origin: See `ReferenceConfig`.
+        independent: See `ReferenceConfig`; a warning where it is not.
+    """
+    summary = f"{name}, by {origin}"
+    if not independent:
+        summary += (
+            ": what the conversion was told wrong (rope_theta, say) is wrong there too and cannot "
+            "be found; give the run's own config with --config"
+        )
+    return Check(
+        level=level,
+        name="reference",
+        status=Status.PASS if independent else Status.WARN,
+        summary=summary,
+        metrics={"against": side, "config": origin, "independent": independent},
+    )
 
 
 def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:

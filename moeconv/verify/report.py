@@ -5,11 +5,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from moeconv import __version__
+from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.verify.outcome import Check, Level, Status, worst
 from moeconv.verify.structure import sha256
 from moeconv.verify.subject import Subject
+from moeconv.verify.tokens import KINDS
 
 REPORT_NAME = "verify.json"
+# Fewer positions hide a wrong RoPE.
+ENOUGH = 512
 _ORDER: tuple[Level, ...] = ("structure", "weights", "logits", "layers")
 
 
@@ -39,7 +43,14 @@ class Report(BaseModel):
         some tokens may differ in a row of the embedding.
         """
         good = {name for name, found in self.levels.items() if found in (Status.PASS, Status.WARN)}
-        return "weights" in good and not good.isdisjoint({"logits", "layers"})
+        ran = good & {"logits", "layers"}
+        return "weights" in good and any(self.positions(level) >= ENOUGH for level in ran)
+
+    def positions(self, level: Level) -> int:
+        """Positions of each kind (text, random ids) that a level of running models compared."""
+        found = next((c for c in self.checks if (c.level, c.name) == (level, "parity")), None)
+        kinds = [found.metrics[kind] for kind in KINDS if kind in found.metrics] if found else []
+        return min((int(kind["positions"]) for kind in kinds), default=0)
 
     def with_earlier(self, earlier: "Report") -> "Report":
         """Takes over the levels that did not run this time, if they spoke of the same bytes."""
@@ -66,13 +77,19 @@ def _levels(checks: list[Check]) -> dict[Level, Status]:
 
 
 def make_report(subject: Subject, checks: list[Check]) -> Report:
-    """Puts the verdict together."""
-    names = [*subject.manifest.files, "moeconv.json"]
+    """Puts the verdict together.
+
+    Raises:
+        OutputError: The bytes are not those that the levels saw.
+    """
+    names = [*subject.manifest.files, MANIFEST_NAME]
     present = [n for n in sorted(names) if (subject.out / n).is_file()]
+    files = {name: sha256(subject.out / name) for name in present}
+    subject.demand_unchanged()
     return Report(
         verdict=worst(checks),
         levels=_levels(checks),
         checks=checks,
         source=subject.manifest.source.digest,
-        files={name: sha256(subject.out / name) for name in present},
+        files=files,
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError
-from moeconv.verify.outcome import Check, Level, skipped
+from moeconv.verify.outcome import Check, Level, Status, skipped, worst
 from moeconv.verify.report import Report, make_report
 from moeconv.verify.settings import Note, ParityOptions
 from moeconv.verify.structure import check_structure
@@ -65,7 +65,8 @@ def verify(
         meter: Shows how far level weights is.
 
     Raises:
-        MoeconvError: Something needed is missing or cannot be read: there is no verdict.
+        MoeconvError: Something needed is missing or cannot be read, and nothing has failed before:
+            there is no verdict.
     """
     subject = Subject.open(out, source=source)
     checks: list[Check] = []
@@ -85,8 +86,10 @@ def verify(
                 _require(level, options.parity)
                 rows = rows or _rows(subject, options.parity)
                 checks += _parity_level(level, subject, rows, options.parity, note)
-        except (MissingPackageError, UnsupportedError) as error:
-            if not options.skip:
+        except MoeconvError as error:
+            # What has failed has failed, whatever later levels cannot do with it.
+            lacks = isinstance(error, (MissingPackageError, UnsupportedError))
+            if not (options.skip and lacks) and worst(checks) is not Status.FAIL:
                 raise
             checks.append(skipped(level, level, str(error)))
     return make_report(subject, checks)

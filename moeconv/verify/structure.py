@@ -41,6 +41,7 @@ def check_structure(subject: Subject) -> list[Check]:
     for check in (
         _files,
         _tensors,
+        _dtypes,
         _index,
         _tying,
         _finite,
@@ -108,6 +109,27 @@ def _tensors(subject: Subject) -> Check:
     return passed("structure", "tensors", f"{len(names)} tensors in {len(found)} files, no gaps")
 
 
+def _dtypes(subject: Subject) -> Check:
+    """What config.json declares is what the tensors have."""
+    claimed = subject.config.get("dtype")
+    sizes: dict[str, int] = {}
+    for stored in subject.tensors.values():
+        sizes[stored.spec.dtype] = sizes.get(stored.spec.dtype, 0) + stored.spec.nbytes
+    most = max(sizes, key=sizes.__getitem__, default=None)
+    kept = subject.manifest.dtype_kept
+    if most == claimed and (kept or len(sizes) == 1):
+        also = f", {len(sizes) - 1} other dtypes of the checkpoint kept" if len(sizes) > 1 else ""
+        return passed("structure", "dtypes", f"tensors are {claimed}, as config.json says{also}")
+    other = [n for n, stored in subject.tensors.items() if stored.spec.dtype != claimed]
+    return failed(
+        "structure",
+        "dtypes",
+        f"config.json says {claimed}, but {len(other)} of {len(subject.tensors)} tensors are "
+        f"{' and '.join(sorted(set(sizes) - {claimed}))}",
+        tensors=other,
+    )
+
+
 def _index(subject: Subject) -> Check:
     """The index names the file of every tensor, and only those."""
     path = subject.out / "model.safetensors.index.json"
@@ -118,7 +140,9 @@ def _index(subject: Subject) -> Check:
                 "structure", "index", "several files, but no model.safetensors.index.json"
             )
         return passed("structure", "index", "one file needs no index")
-    listed: Mapping[str, str] = read_object(path).get("weight_map", {})
+    listed = read_object(path).get("weight_map")
+    if not isinstance(listed, Mapping):
+        return failed("structure", "index", f"{path.name} has no weight_map of names to files")
     wrong = sorted(n for n in set(listed) | set(files) if listed.get(n) != files.get(n))
     if wrong:
         return failed(

@@ -18,7 +18,8 @@ from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.parameters import LayerKind
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.convert.source import UNUSED
-from moeconv.errors import ConfigError, NotACheckpointError
+from moeconv.convert.stamps import Stamp, stamp
+from moeconv.errors import ConfigError, NotACheckpointError, OutputError
 from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.edges import Edge, expand
 from moeconv.mapping.families import FAMILIES
@@ -45,11 +46,13 @@ class Subject:
         out: The directory.
         manifest: What it claims.
         source: The checkpoint to compare with: the manifest's own, or another one.
+        stamps: Size and time of every file at the beginning.
     """
 
     out: Path
     manifest: Manifest
     source: str
+    stamps: Mapping[str, Stamp | None]
 
     @classmethod
     def open(cls, out: Path, *, source: str | None = None) -> "Subject":
@@ -63,9 +66,11 @@ class Subject:
         if not out.is_dir():
             raise NotACheckpointError(f"{out} does not exist; give an output of moeconv convert")
         try:
+            first = stamp(path)
             content = json.loads(path.read_text(encoding="utf-8"))
             manifest = Manifest.model_validate(content)
-            subject = cls(out, manifest, source or manifest.source.path)
+            stamps = {MANIFEST_NAME: first, **{n: stamp(out / n) for n in manifest.files}}
+            subject = cls(out, manifest, source or manifest.source.path, stamps)
             # Read once here, so that what does not describe a model is a damaged manifest.
             _ = subject.model, subject.family
         except FileNotFoundError:
@@ -77,6 +82,18 @@ class Subject:
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
         return subject
+
+    def demand_unchanged(self) -> None:
+        """What was looked at is still there.
+
+        Raises:
+            OutputError: A file was written since the beginning.
+        """
+        moved = [name for name, one in self.stamps.items() if stamp(self.out / name) != one]
+        if moved:
+            raise OutputError(
+                f"{self.out} changed while it was verified ({', '.join(moved[:3])}); verify again"
+            )
 
     @cached_property
     def model(self) -> ModelDescription:
@@ -97,8 +114,20 @@ class Subject:
 
     @cached_property
     def step(self) -> Step:
-        """The source, found."""
-        return locate(self.source)
+        """The source, found.
+
+        Raises:
+            NotACheckpointError: It is not there.
+        """
+        try:
+            return locate(self.source)
+        except NotACheckpointError as error:
+            if self.source != self.manifest.source.path:
+                raise
+            raise NotACheckpointError(
+                f"{error} (the one that {self.out / MANIFEST_NAME} names; --source gives another, "
+                "and level structure needs none)"
+            ) from None
 
     @property
     def items(self) -> Path | None:
@@ -126,8 +155,7 @@ class Subject:
     def edges(self) -> Mapping[str, Edge]:
         """What every tensor should be, by name."""
         dtypes = {name: info.dtype for name, info in self.arrays.info.items()}
-        stored = {e.spec.dtype for e in self.tensors.values()}
-        dtype = self.manifest.dtype if stored == {self.manifest.dtype} else None
+        dtype = None if self.manifest.dtype_kept else self.manifest.dtype
         edges = expand(
             self.family, self.model, self.layout, dtypes, dtype=dtype, options=self.options
         )

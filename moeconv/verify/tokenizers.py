@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.convert.source import find_sidecar
+from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import check_fits, read_tokenizer
 from moeconv.verify.outcome import Check, Status, failed, passed, skipped
-from moeconv.verify.subject import Subject
+from moeconv.verify.subject import Subject, read_object
 
 _SAMPLE = (
     "Once upon a time there was a little mixture of experts. It said: «Good morning!»",
@@ -70,7 +71,9 @@ def check_own_tokenizer(subject: Subject) -> list[Check]:
     if not path.is_file():
         return [skipped("weights", "tokenizer", "the model was written without a tokenizer")]
     trained = json.loads(read_tokenizer(place, model_max_length=None).files["tokenizer.json"])
-    written = json.loads(path.read_bytes())
+    written = read_object(path)
+    if not isinstance(written.get("model"), dict):
+        raise TokenizerError(f"{path} is no tokenizer: it has no model")
     if apart := _other_ids(trained, written):
         return [
             failed(

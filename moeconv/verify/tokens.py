@@ -4,7 +4,6 @@ Rows are packed: documents follow each other, each with the ids that the tokeniz
 without padding, from position 0 to the row's end. Short prompts would hide a wrong RoPE.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -13,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
-from moeconv.errors import MoeconvError, UsageError
+from moeconv.errors import MoeconvError, TokenizerError, UsageError
 from moeconv.mapping.axes import Array
 from moeconv.orbax.locate import Step
+from moeconv.verify.subject import read_object
 
-TEXT, RANDOM = "text", "random"
+KINDS = TEXT, RANDOM = "text", "random"
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,21 @@ def _packed(out: Path, documents: Sequence[str], rows: int, length: int, vocab_s
     """Documents one after the other, begun anew when they are used up."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    end = json.loads((out / "config.json").read_text()).get("eos_token_id")
+    path = out / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing else
+        raise TokenizerError(f"{path} cannot be read by tokenizers: {error}") from None
+    eos = read_object(out / "config.json").get("eos_token_id")
+    end = [eos] if isinstance(eos, int) else []
     stream: list[int] = []
     for encoded in tokenizer.encode_batch(list(documents)):
-        closed = isinstance(end, int) and encoded.ids[-1:] != [end]
-        stream += [*encoded.ids, *([end] if closed else [])]
+        stream += encoded.ids if encoded.ids[-1:] == end else [*encoded.ids, *end]
     if not stream:
         raise UsageError("the text holds no tokens; give another one with --prompts")
     ids = np.resize(np.asarray(stream), rows * length).reshape(rows, length)
     if ids.max() >= vocab_size:
-        raise UsageError(
-            f"{out / 'tokenizer.json'} makes id {ids.max()}, but the model has {vocab_size} rows"
-        )
+        raise UsageError(f"{path} makes id {ids.max()}, but the model has {vocab_size} rows")
     return ids
 
 

@@ -82,20 +82,20 @@ def check_weights(
         NotACheckpointError: The checkpoint is not there.
     """
     edges, stored = subject.edges, subject.tensors
-    absent = sorted(set(edges) - set(stored))
+    absent, unknown = sorted(set(edges) - set(stored)), sorted(set(stored) - set(edges))
     wrong = [
         n
         for n in sorted(set(edges) & set(stored))
         if (stored[n].spec.shape, stored[n].spec.dtype) != (edges[n].shape, edges[n].dtype)
     ]
-    if absent or wrong:
+    if absent or unknown or wrong:
         return [
             failed(
                 "weights",
                 "tensors",
-                f"{len(absent)} tensors are missing and {len(wrong)} have another shape or dtype "
-                "than the checkpoint's mapping gives them",
-                tensors=absent + wrong,
+                f"{len(absent)} tensors are missing, {len(unknown)} are not the checkpoint's, and "
+                f"{len(wrong)} have another shape or dtype than its mapping gives them",
+                tensors=absent + unknown + wrong,
                 layer=_first_layer(edges, absent + wrong),
             )
         ]
@@ -142,8 +142,12 @@ def _compare_all(
             budget.release(cost)
 
     with ThreadPoolExecutor(jobs) as pool:
-        for done in [pool.submit(work, unit) for unit in units]:
-            done.result()
+        try:
+            for done in [pool.submit(work, unit) for unit in units]:
+                done.result()
+        except BaseException:  # Ctrl-C, or a damaged chunk: nobody waits for all the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _compare_piece(
@@ -188,10 +192,12 @@ def _compare_block(
         exact = expected.astype(np.float64) * factor
         # Half a unit in the last place, and the rounding of this very product in float64.
         half, slack = 0.5 * _ulp(exact, edge.dtype), np.abs(exact) * 2.0**-51
-        apart = np.abs(restored.astype(np.float64) - exact)
+        got = restored.astype(np.float64)
+        apart = np.abs(got - exact)
         odd = (_bits(restored) & 1).astype(bool).reshape(restored.shape)
         # A value half way between two numbers goes to the even one.
         wrong = ~(apart <= half + slack) | (odd & (apart >= half) & (slack < half))
+        wrong |= np.signbit(got) != np.signbit(exact)  # -0.0 is 0.0, but for its bits
     if wrong.any():
         moved = wrong.transpose(route.place.by.permutation)
         findings.note(edge, moved, [s.start for s in place])
@@ -246,8 +252,8 @@ def _check_filled(subject: Subject, findings: _Findings) -> None:
 
 
 def _first_layer(edges: Mapping[str, Edge], names: Sequence[str]) -> int | None:
-    layers = [layer for n in names if (layer := edges[n].layer) is not None]
-    return min(layers, default=None)
+    layers = [edges[n].layer for n in names if n in edges]
+    return min((layer for layer in layers if layer is not None), default=None)
 
 
 def _source_check(subject: Subject, findings: _Findings) -> Check:

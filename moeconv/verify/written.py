@@ -1,5 +1,6 @@
 """Writing a report: verify.json, verify.md and the plots, and nothing old beside them."""
 
+import os
 from pathlib import Path
 
 from moeconv.errors import OutputError
@@ -17,6 +18,19 @@ def earlier_report(folder: Path) -> Report | None:
         return Report.model_validate_json((folder / REPORT_NAME).read_bytes())
     except (OSError, ValueError):
         return None
+
+
+def demand_writable(folder: Path) -> None:
+    """Whether a report can be written there.
+
+    Raises:
+        OutputError: It cannot.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OutputError(
+            f"the report cannot be written to {folder}; give another folder with --report"
+        )
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

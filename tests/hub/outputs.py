@@ -108,16 +108,21 @@ def convert_run(run: Path, out: Path, **options) -> Path:
     return out
 
 
-def parity(noise: float, reference: str = "MaxText 0.2.5", against: str = "maxtext") -> list[Check]:
+def parity(
+    noise: float,
+    reference: str = "MaxText 0.2.5",
+    against: str = "maxtext",
+    length: int = 512,
+) -> list[Check]:
     """The checks of level logits, of logits that differ by noise: what real runs give is tested
     in test_push_load.py; here only their form matters."""
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, 30, (2, 40)).astype(np.int32)
+    tokens = rng.integers(0, 30, (2, length)).astype(np.int32)
     rows = Rows(tokens, (TEXT, RANDOM), "a test")
-    right = rng.standard_normal((80, 30))
-    other = compare_logits(right, right + noise * rng.standard_normal((80, 30)), rows.targets)
-    router = {1: rng.standard_normal((2, 40, 4))}
-    routing = compare_routing(router, router, top_k=2, shape=(2, 40))
+    right = rng.standard_normal((2 * length, 30))
+    other = compare_logits(right, right + noise * rng.standard_normal(right.shape), rows.targets)
+    router = {1: rng.standard_normal((2, length, 4))}
+    routing = compare_routing(router, router, top_k=2, shape=(2, length))
     found = Parity(rows, other, other, other, routing)
     return [
         passed(

@@ -60,9 +60,7 @@ def proven(tmp_path_factory):
     """An output, verified against MaxText itself; not to be changed."""
     folder = tmp_path_factory.mktemp("proven")
     out = outputs.convert_run(outputs.write_run(folder / "run"), folder / "out")
-    options = VerifyOptions(
-        levels=("structure", "weights", "logits"), parity=ParityOptions(tokens=16)
-    )
+    options = VerifyOptions(levels=("structure", "weights", "logits"), parity=ParityOptions())
     report = verify(out, source=None, options=options)
     assert report.verdict is Status.PASS, [c.summary for c in report.checks]
     write_report(report, out)
@@ -97,7 +95,7 @@ def test_levels_that_real_runs_leave_out_do_not_pass(proven, tmp_path):
     assert "neither level logits nor level layers ran" in judge(Output.open(proven)).problem
     against = VerifyOptions(
         levels=("structure", "weights", "logits"),
-        parity=ParityOptions(tokens=16, against=proven),
+        parity=ParityOptions(against=proven),
     )
     report = verify(proven, source=None, options=against)
     assert report.verdict is Status.PASS

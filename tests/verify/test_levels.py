@@ -13,16 +13,19 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import samples
+from safetensors.numpy import save_file
 
 from moeconv.arch.parameters import PARAMETERS
 from moeconv.arch.sidecar import SIDECAR_NAME
 from moeconv.cli.verify import command
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.errors import MoeconvError, OutputError
 from moeconv.hf.safetensors import read_header
 from moeconv.mapping.edges import cannot_hold
 from moeconv.mapping.families import FAMILIES
 from moeconv.verify.outcome import Status, worst
-from moeconv.verify.structure import check_structure
+from moeconv.verify.run import VerifyOptions, verify
+from moeconv.verify.structure import check_structure, sha256
 from moeconv.verify.subject import Subject
 from moeconv.verify.tokenizers import check_own_tokenizer
 from moeconv.verify.weights import check_weights
@@ -95,6 +98,7 @@ def right(tmp_path_factory):
                 stacked = [shape[0], 3, *shape[1:]]
                 path = ("decoder", "layers", f"layers_{slot}", *name)
                 arrays[path] = rng.standard_normal(stacked).astype(np.float32)
+                arrays[path][0] = 0.0
     step = orbax_writer.write(root / "run" / "checkpoints" / "9", arrays)
     (root / "config.yml").write_text("decoder_block: envy\nnum_experts_per_tok: 2\n")
     options = ConvertOptions(config=root / "config.yml")
@@ -128,6 +132,12 @@ def change(out: Path, name: str, by) -> None:
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
     return (values.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+def minus_zero(values: np.ndarray) -> np.ndarray:
+    """The first 0.0 becomes -0.0, which compares equal."""
+    values[tuple(np.argwhere(values == 0)[0])] = -0.0
+    return values
 
 
 LAYER = "model.layers.{}."
@@ -193,6 +203,9 @@ MUTATIONS = {
         lambda o: (o / "model.safetensors").write_bytes(
             (o / "model.safetensors").read_bytes()[:-4]), "tensors", None),
     "a file gone": (lambda o: (o / "generation_config.json").unlink(), "files", None),
+    "the sign of a zero": (
+        lambda o: change(o, ATTENTION + "q_proj.weight", minus_zero), "values", 2),
+    "another dtype claimed": (lambda o: edit(o, dtype="bfloat16"), "dtypes", None),
 }  # fmt: skip
 
 
@@ -291,6 +304,117 @@ def tokenizer_check(out: Path):
     return next(c for c in check_structure(Subject.open(out)) if c.name == "tokenizer")
 
 
+def test_text_must_survive_the_tokenizer(told, tmp_path):
+    found = tokenizer_check(told)  # which has 30 words
+    assert found.status is Status.FAIL and "text does not survive the tokenizer" in found.summary
+    out = tmp_path / "out"
+    shutil.copytree(told, out)
+    content = json.loads((out / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Unheard"}
+    (out / "tokenizer.json").write_text(json.dumps(content))
+    found = tokenizer_check(out)
+    assert found.status is Status.FAIL and "cannot" in found.summary
+
+
+def admit(out: Path, *names: str, **fields) -> None:
+    """The manifest is made to agree with files that somebody changed."""
+    manifest = json.loads((out / "moeconv.json").read_text())
+    for name in names:
+        record = {"size": (out / name).stat().st_size, "sha256": sha256(out / name)}
+        manifest["files"][name] = record
+    (out / "moeconv.json").write_text(json.dumps(manifest | fields))
+
+
+def test_a_tensor_too_many_is_found_without_transformers(right, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    save_file({"model.more.weight": np.ones(4, np.float32)}, out / "model-more.safetensors")
+    admit(out, "model-more.safetensors")
+    (found,) = weights(out)
+    assert found.status is Status.FAIL and found.tensors == ["model.more.weight"]
+
+
+def test_rounded_weights_that_everything_calls_fp32_are_found(right, tmp_path):
+    options = ConvertOptions(config=right.parent / "config.yml", dtype="bfloat16")
+    out = tmp_path / "out"
+    convert(plan_conversion(str(right.parent / "run"), options), out)
+    assert worst(check_structure(Subject.open(out))) is Status.PASS
+    edit(out, dtype="float32", torch_dtype="float32")
+    admit(out, "config.json", dtype="float32")
+    found = {c.name: c for c in check_structure(Subject.open(out))}
+    assert {n for n, c in found.items() if c.status is Status.FAIL} == {"dtypes"}
+    assert "config.json says float32" in found["dtypes"].summary
+    assert weights(out)[0].status is Status.FAIL
+
+
+def cut(out: Path) -> None:
+    file = out / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+
+
+# What is damaged, so that level weights cannot run; a check of level structure that fails.
+CUT = {
+    "weights cut": (cut, "tensors"),
+    "tokenizer no JSON": (lambda o: (o / "tokenizer.json").write_text("{"), "tokenizer"),
+    "tokenizer no object": (lambda o: (o / "tokenizer.json").write_text("[]"), "tokenizer"),
+    "tokenizer of nothing": (lambda o: (o / "tokenizer.json").write_text("{}"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_what_failed_stays_failed_when_a_later_level_cannot_run(told, tmp_path, name):
+    damage, check = CUT[name]
+    out = tmp_path / "out"
+    shutil.copytree(told, out)
+    damage(out)
+    options = VerifyOptions(levels=("structure", "weights"))
+    report = verify(out, source=None, options=options)
+    assert report.verdict is Status.FAIL
+    assert report.levels["structure"] is Status.FAIL
+    found = {(c.level, c.name): c for c in report.checks}
+    assert found["structure", check].status is Status.FAIL
+    assert found["weights", "weights"].status is Status.SKIP
+    assert str(out) in found["weights", "weights"].summary
+    with pytest.raises(MoeconvError):
+        verify(out, source=None, options=VerifyOptions(levels=("weights",)))
+
+
+def test_a_verdict_is_of_the_bytes_that_were_seen(right, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+
+    def somebody(text: str) -> None:
+        if text == "level weights":
+            edit(out, rms_norm_eps=1e-6)
+            admit(out, "config.json")
+
+    options = VerifyOptions(levels=("structure", "weights"))
+    with pytest.raises(OutputError, match=r"changed while it was verified \(.*config.json"):
+        verify(out, source=None, options=options, note=somebody)
+
+
+def test_a_report_that_cannot_be_written_is_known_before_the_work(right, tmp_path):
+    (tmp_path / "file").write_text("")
+    place = str(tmp_path / "file" / "report")
+    result = CliRunner().invoke(command, [str(right), "--report", place])
+    assert result.exit_code == 2
+    assert "give another folder with --report" in result.output and "level" not in result.output
+
+
+def test_a_checkpoint_that_is_gone_is_asked_for(right, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    manifest = json.loads((out / "moeconv.json").read_text())
+    manifest["source"]["path"] = str(tmp_path / "gone")
+    (out / "moeconv.json").write_text(json.dumps(manifest))
+    result = CliRunner().invoke(command, [str(out), "--level", "weights"])
+    assert result.exit_code == 2
+    assert "--source gives another, and level structure needs none" in result.output
+    quiet = CliRunner().invoke(command, [str(out), "--level", "structure", "--quiet"])
+    assert (quiet.exit_code, quiet.output) == (0, "")
+
+
 def test_the_command_writes_a_bound_verdict(right, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(right, out)
@@ -333,6 +457,11 @@ DAMAGED = {
     "config gone": (lambda o: (o / "config.json").unlink(), 1, "cannot be read"),
     "manifest of no model": (damage_manifest, 2, "is not a manifest"),
     "nothing there": (shutil.rmtree, 2, "does not exist"),
+    "index of no names": (
+        lambda o: (o / "model.safetensors.index.json").write_text('{"weight_map": []}'),
+        1,
+        "has no weight_map",
+    ),
 }
 
 
