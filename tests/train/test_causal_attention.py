@@ -7,7 +7,8 @@ from moeconv_train import causal_attention
 
 from moeconv.errors import ConfigError, UnsupportedError
 
-pytestmark = pytest.mark.maxtext
+# Of what is off unless asked for.
+pytestmark = [pytest.mark.maxtext, pytest.mark.slow]
 
 B, T, H, K, h = 2, 24, 4, 2, 8
 

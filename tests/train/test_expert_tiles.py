@@ -10,7 +10,8 @@ from moeconv_train.preflight import hlo
 
 from moeconv.errors import ConfigError, UnsupportedError
 
-pytestmark = pytest.mark.maxtext
+# Of what is off unless asked for.
+pytestmark = [pytest.mark.maxtext, pytest.mark.slow]
 
 E, D, F, K = 4, 16, 24, 2
 # Tokens' first expert, then their second: evenly drawn, all on two, one alone on the last.

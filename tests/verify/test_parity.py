@@ -66,7 +66,7 @@ def envy(maxtext_lab, tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("name", ["fp32", "bf16", "compact"])
+@pytest.mark.parametrize("name", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "compact"])
 @pytest.mark.parametrize("level", ["logits", "layers"])
 def test_a_right_conversion_passes(envy, name, level):
     found = check(level, envy / name)
@@ -89,7 +89,7 @@ def test_a_right_conversion_passes(envy, name, level):
 @pytest.mark.parametrize(
     "parts",
     [
-        (MIXTRAL, TIED, {"scan_layers": False}),
+        pytest.param((MIXTRAL, TIED, {"scan_layers": False}), marks=pytest.mark.slow),
         pytest.param((MIXTRAL,), marks=pytest.mark.slow),
         pytest.param((LLAMA2,), marks=pytest.mark.slow),
     ],
