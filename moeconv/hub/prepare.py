@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeconv.convert.beside import ALLOWED, CARD_NAME, LOSS_PLOT
 from moeconv.errors import OutputError, UsageError
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
 from moeconv.hub.gate import Judgement, judge
-from moeconv.hub.local import ALLOWED, CARD_NAME, LOSS_PLOT, File, Output, newest_output, stamp
+from moeconv.hub.local import File, Output, newest_output, stamp
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
-from moeconv.hub.plot import draw_losses
+from moeconv.hub.plot import draw_losses, has_curve
 from moeconv.hub.public import machine_paths, public_files, refuse_secrets
 from moeconv.verify.plots import PLOTS
 
@@ -246,4 +247,9 @@ def _warnings(
         found.append(f"not as moeconv convert wrote them: {', '.join(output.changed)}")
     if not output.has_tokenizer:
         found.append("the output has no tokenizer; convert with --tokenizer to push one")
+    if has_curve(output.manifest.run) and not any(file.name == LOSS_PLOT for file in files):
+        found.append(
+            "matplotlib is not installed, so the card has no plot of the losses; "
+            'pip install "moeconv[verify]"'
+        )
     return found + [f"verify: {text}" for text in judgement.warnings]
