@@ -81,7 +81,7 @@ def command(
     from moeconv.hub.account import demand_token
     from moeconv.hub.failures import hub_words
     from moeconv.hub.prepare import PushOptions, find_output, prepare
-    from moeconv.hub.push import check_allowed, plan_push, push
+    from moeconv.hub.push import plan_push, push
 
     if json_mode or quiet:
         disable_progress_bars()
@@ -101,7 +101,6 @@ def command(
                 output.data(describe(plan, settings))
                 _print_plan(output, plan, settings)
                 return
-            check_allowed(plan, settings)
             done = push(plan, settings, note=output.note)
     except KeyboardInterrupt:
         sys.stderr.write(
