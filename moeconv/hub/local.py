@@ -95,10 +95,12 @@ class Output:
             OutputError: The manifest is damaged, or names what convert never writes.
         """
         path = folder / MANIFEST_NAME
+        if not folder.is_dir():
+            raise NotACheckpointError(f"{folder} does not exist; give an output of moeconv convert")
         try:
             manifest = Manifest.model_validate(json.loads(path.read_bytes()))
             manifest.description()  # what describes no model is no manifest
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             raise NotACheckpointError(
                 f"{folder} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
             ) from None

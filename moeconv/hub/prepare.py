@@ -53,7 +53,7 @@ class Parcel:
         body: The card's text, where nobody wrote another one.
         readme: The README in OUT, None where there is none.
         left_behind: What lies in OUT and is not sent.
-        warnings: A sentence each.
+        warnings: Of what is known without the Hub, a sentence each.
     """
 
     output: Output
@@ -155,7 +155,7 @@ def prepare(out: Path, options: PushOptions) -> Parcel:
         body=body,
         readme=readme,
         left_behind=tuple(left),
-        warnings=tuple(_warnings(output, files, license_id, judgement)),
+        warnings=tuple(_warnings(output, files, judgement)),
     )
 
 
@@ -232,15 +232,8 @@ def _numbers(output: Output) -> int:
     return total
 
 
-def _warnings(
-    output: Output, files: list[File], license_id: str | None, judgement: Judgement
-) -> list[str]:
+def _warnings(output: Output, files: list[File], judgement: Judgement) -> list[str]:
     found = []
-    if license_id is None:
-        found.append(
-            "nobody said which license the model has, so the card names none; pass --license ID "
-            "(https://huggingface.co/docs/hub/repositories-licenses)"
-        )
     for name in machine_paths(files, output):
         found.append(f"{name} names a folder of this machine; it is sent as it is")
     if output.changed:

@@ -17,6 +17,7 @@ from moeconv.hub.changes import Change, plan_changes
 from moeconv.hub.failures import Note, hub_errors, patiently, status_of, upload_errors
 from moeconv.hub.gate import demand
 from moeconv.hub.local import File
+from moeconv.hub.metadata import read_metadata
 from moeconv.hub.prepare import Parcel, PushOptions
 from moeconv.hub.public import refuse_secrets
 from moeconv.hub.remote import Remote, read_remote
@@ -44,7 +45,7 @@ class PushPlan:
         card: The README as it would be.
         card_origin: Whose text it is.
         card_checked: Whether the Hub has validated its metadata.
-        unknown: What could not be found out, a sentence each.
+        warnings: The parcel's, and what could not be found out; a sentence each.
         dry_run: It is for looking at: nothing was refused.
     """
 
@@ -56,7 +57,7 @@ class PushPlan:
     card: str
     card_origin: str
     card_checked: bool
-    unknown: tuple[str, ...]
+    warnings: tuple[str, ...]
     dry_run: bool
 
 
@@ -127,9 +128,19 @@ def plan_push(
         card,
         origin,
         checked,
-        tuple(unknown),
+        (*parcel.warnings, *_no_license(card, origin), *unknown),
         dry_run,
     )
+
+
+def _no_license(card: str, origin: str) -> list[str]:
+    """A warning, if neither the run nor a flag nor an earlier README told the license."""
+    if read_metadata(card, f"the card ({origin})").get("license"):
+        return []
+    return [
+        "nobody said which license the model has, so the card names none; pass --license ID "
+        "(https://huggingface.co/docs/hub/repositories-licenses)"
+    ]
 
 
 def _demand_place(

@@ -17,6 +17,7 @@ from huggingface_hub.utils import close_session
 from moeconv.convert import beside
 from moeconv.errors import HubError, NotACheckpointError, OutputError, UnverifiedError, UsageError
 from moeconv.verify import plots as verify_plots
+from moeconv.verify.outcome import skipped
 from moeconv.verify.report import REPORT_NAME
 from moeconv.verify.written import PAGE_NAME
 
@@ -110,6 +111,10 @@ def edit_report(out, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+NOT_INSTALLED = [
+    skipped(level, level, f"level {level} compares two models, but torch is not installed")
+    for level in ("logits", "layers")
+]
 VOID = {
     "no report": (lambda out: (out / "verify.json").unlink(), "there is no verify.json"),
     "no JSON": (lambda out: (out / "verify.json").write_text("{"), "verify.json is no report"),
@@ -133,6 +138,10 @@ VOID = {
         outputs.attest,
         "neither level logits nor level layers ran",
     ),
+    "not installed": (
+        lambda out: outputs.attest(out, NOT_INSTALLED),
+        "layers ran (compares two models, but torch is not installed); run",
+    ),
     "no weights": (
         lambda out: edit_report(out, levels={"structure": "pass", "logits": "pass"}),
         "level weights did not run",
@@ -155,10 +164,10 @@ def test_what_is_not_proven_is_not_pushed(hub, push, out, case):
     assert forced.code == 0, forced.err
     card = hub.text("README.md")
     assert "**Not verified.**" in card and "- unverified" in card
-    if case in ("failed", "structure and weights only", "no weights", "against another model"):
-        assert "verify.json" in hub.repo().files()
-    else:  # a report of other bytes would lie there
-        assert "verify.json" not in hub.repo().files()
+    # A report of other bytes, or of none, stays here.
+    other_bytes = "no report", "no JSON", "report of fewer files"
+    kept = case not in other_bytes and "changed" not in case
+    assert ("verify.json" in hub.repo().files()) == kept
 
 
 def test_a_warning_passes_and_is_told(hub, push, out):
@@ -265,7 +274,9 @@ def test_the_newest_output_below_is_taken_and_named(hub, made, tmp_path, monkeyp
 
 def test_what_is_no_output_is_said(hub, tmp_path):
     ran = cli_runner.moeconv("push", tmp_path / "nothing")
-    assert ran.code == NotACheckpointError.exit_code and "moeconv.json" in ran.error
+    assert ran.code == NotACheckpointError.exit_code and "nothing does not exist" in ran.error
+    ran = cli_runner.moeconv("push", tmp_path)
+    assert ran.code == NotACheckpointError.exit_code and "has no moeconv.json" in ran.error
 
 
 def test_a_missing_file_is_named(hub, push, out):
