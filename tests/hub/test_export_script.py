@@ -125,7 +125,8 @@ def test_an_environment_to_verify_in_is_made_where_none_is(finished):
     script = (
         shutil.copytree(SCRIPT.parent, finished / "checkout" / "train" / "kaggle") / SCRIPT.name
     )
-    (finished / "checkout" / "pyproject.toml").touch()
+    for name in ("pyproject.toml", "README.md", "LICENSE", "moeconv", "requirements"):
+        (finished / "checkout" / name).touch()
     for name in ("venv/bin/python", "bin/python"):
         path = finished / name
         path.parent.mkdir(parents=True, exist_ok=True)

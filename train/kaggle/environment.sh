@@ -10,20 +10,21 @@ make_env() { # make_env DIR EXTRA...: moeconv[EXTRA,...] in DIR, unless it is th
   if [ -x "$dir/bin/moeconv" ]; then
     return 0
   fi
-  case " $* " in
-    *" cuda12 "*" verify "* | *" verify "*" cuda12 "*)
+  extras=" $* "
+  if [[ $extras == *" cuda12 "* ]]; then
+    pins=kaggle
+    if [[ $extras == *" verify "* ]]; then
       echo "make_env: verify (torch) and cuda12 do not go into one environment" >&2
       return 2
-      ;;
-    *" cuda12 "*) pins=kaggle ;;
-  esac
+    fi
+  fi
   extras=$(IFS=,; echo "$*")
   here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
   echo "== installing moeconv${extras:+[$extras]} into $dir"
   # A copy, as Kaggle's inputs cannot be written to and a build leaves files behind.
   copy=$(mktemp -d)
   [ ! -f "$dir/pyvenv.cfg" ] || rm -rf "$dir" # of an installation that broke off
-  cp -r "$here/." "$copy" &&
+  cp -r "$here"/{pyproject.toml,README.md,LICENSE,moeconv,train,requirements} "$copy" &&
     python3 -m pip install --quiet --require-hashes -r "$copy/requirements/uv.txt" &&
     python3 -m uv venv --quiet --python 3.12 "$dir" &&
     python3 -m uv pip install --quiet --python "$dir" \

@@ -5,13 +5,13 @@
 #
 # RUN_DIR is the run's folder (with checkpoints/ in it). REPO_ID is NAMESPACE/NAME; without it the
 # model goes where the run's config says. The model is made in RUN_DIR-hf, or in $MOECONV_OUT; a
-# README.md, LICENSE or NOTICE that lies there is kept. Nothing is pushed that is not verified. Every
-# step can be repeated: what the Hub has is not sent again.
+# README.md, LICENSE or NOTICE that lies there is kept. Nothing is pushed that is not verified. All of
+# it can be repeated: what the Hub has is not sent again.
 #
 # To verify, MaxText and torch must be in one environment, which that of a training on GPUs is not:
 # their CUDA libraries exclude each other. $PYTHON is a Python with `moeconv[train,verify]`; without
-# it that of $EXPORT_VENV (~/.moeconv-export-venv), of $VENV (~/.moeconv-venv, of kaggle_train.sh) or
-# the `python` of this shell, the first that has both; if none has, $EXPORT_VENV is made.
+# it that of $EXPORT_VENV (~/.moeconv-export-venv), of $VENV (~/.moeconv-venv, of kaggle_train.sh)
+# or the `python` of this shell, the first that has both; if none has, $EXPORT_VENV is made.
 set -euo pipefail
 
 usage() {
