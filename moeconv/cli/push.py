@@ -81,7 +81,7 @@ def command(
     from moeconv.hub.account import demand_token
     from moeconv.hub.failures import hub_words
     from moeconv.hub.prepare import PushOptions, find_output, prepare
-    from moeconv.hub.push import check_allowed, plan_push, push
+    from moeconv.hub.push import plan_push, push
 
     if json_mode or quiet:
         disable_progress_bars()
@@ -95,13 +95,12 @@ def command(
     try:
         with hub_words(output.note):
             plan = plan_push(parcel, settings, endpoint=endpoint, dry_run=dry_run, note=output.note)
-            for text in (*parcel.warnings, *plan.unknown):
+            for text in plan.warnings:
                 output.warn(text)
             if dry_run:
                 output.data(describe(plan, settings))
                 _print_plan(output, plan, settings)
                 return
-            check_allowed(plan, settings)
             done = push(plan, settings, note=output.note)
     except KeyboardInterrupt:
         sys.stderr.write(
@@ -139,7 +138,7 @@ def describe(plan: "PushPlan", settings: Any) -> dict[str, Any]:
         "left_behind": list(plan.parcel.left_behind),
         "card": plan.card,
         "card_checked": plan.card_checked,
-        "warnings": [*plan.parcel.warnings, *plan.unknown],
+        "warnings": list(plan.warnings),
     }
 
 
@@ -155,7 +154,7 @@ def _result(plan: "PushPlan", done: "Pushed") -> dict[str, Any]:
         "sent_bytes": done.sent_bytes,
         "files": _files(done.changes),
         "left_behind": list(plan.parcel.left_behind),
-        "warnings": list(plan.parcel.warnings),
+        "warnings": list(plan.warnings),
     }
 
 

@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import LayerKind
 from moeconv.convert.plan import Plan
 from moeconv.convert.run_record import RunRecord
 from moeconv.mapping.ops import Scale
@@ -82,6 +84,18 @@ class Manifest(_Frozen):
     plan: str
     files: dict[str, FileRecord]
     run: RunRecord | None = None
+
+    def description(self) -> ModelDescription:
+        """The model that `model` tells of.
+
+        Raises:
+            KeyError: It lacks the kinds of layers.
+            TypeError: It lacks another field, or has one too many.
+            ValueError: A layer is of no known kind.
+        """
+        values = {name: record.value for name, record in self.model.items()}
+        values["layer_kinds"] = tuple(LayerKind(kind) for kind in values["layer_kinds"])
+        return ModelDescription(**values)
 
 
 def folds(plan: Plan) -> list[FoldRecord]:

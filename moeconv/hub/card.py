@@ -5,14 +5,16 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from moeconv.arch.counts import count
+from moeconv.convert.beside import LOSS_PLOT
 from moeconv.convert.run_record import RunRecord
 from moeconv.hub.gate import Judgement
-from moeconv.hub.local import LOSS_PLOT, Output
+from moeconv.hub.local import Output
 from moeconv.hub.public import own_paths, shorten, tail
 from moeconv.hub.usage import usage
 from moeconv.verify.markdown import verdict_line
 from moeconv.verify.outcome import Check, Status
 from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, parity_of
+from moeconv.verify.tables import table
 from moeconv.verify.written import PAGE_NAME
 
 _SETTINGS = {
@@ -144,7 +146,7 @@ def _architecture(given: CardInput) -> list[str]:
         ("output head", "tied to the embedding" if model.tie_word_embeddings else "its own"),
         ("dtype of the files", output.manifest.dtype),
     ]
-    parts = [_table(("", ""), rows)]
+    parts = [table(("", ""), rows)]
     if output.manifest.target == "mixtral" and model.dense_layers:
         parts.append(
             f"In the files, the MLP of each dense layer stands {model.num_experts} times, as equal "
@@ -188,7 +190,7 @@ def _training(given: CardInput) -> list[str]:
         if facts and facts.dataset_digest:
             rows.append(("SHA-256 of the prepared data", f"`{facts.dataset_digest}`"))
     if rows:
-        parts.append(_table(("", ""), rows))
+        parts.append(table(("", ""), rows))
     if run is not None and (run.train or run.evaluation):
         parts += _losses(run, LOSS_PLOT in given.names)
     return parts
@@ -210,7 +212,7 @@ def _losses(run: RunRecord, plot: bool) -> list[str]:
             rows.append((name, f"{found.step:,}", f"{found.loss:.4f}", perplexity))
     heads = ("last loss", "after step", "cross entropy (nats per token)", "perplexity")
     picture = [f"![Loss of training and evaluation]({LOSS_PLOT})"] if plot else []
-    return [_table(heads, rows), *picture]
+    return [table(heads, rows), *picture]
 
 
 def _conversion(given: CardInput) -> list[str]:
@@ -249,9 +251,9 @@ def _verification(given: CardInput) -> list[str]:
     for level, status in report.levels.items():
         checks = [c for c in report.checks if c.level == level and c.status is not Status.SKIP]
         rows.append((level, status.value, _public(given, _summary(checks))))
-    parts.append(_table(("level", "verdict", "what was found"), rows))
+    parts.append(table(("level", "verdict", "what was found"), rows))
     if (parity := parity_of(report)) is not None:
-        parts.append(_table(("", ""), _figures(parity)))
+        parts.append(table(("", ""), _figures(parity)))
     if judgement.warnings:
         parts += ["Warnings:", _list(_public(given, text) for text in judgement.warnings)]
     if judgement.skipped:
@@ -315,12 +317,3 @@ def _millions(number: int) -> str:
 
 def _list(items: Iterable[str]) -> str:
     return "\n".join(f"- {' '.join(item.split())}" for item in items)
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from moeconv.convert.beside import LOSS_PLOT
 from moeconv.convert.manifest import MANIFEST_NAME
-from moeconv.hub.local import LOSS_PLOT, File
+from moeconv.hub.local import File
 from moeconv.hub.remote import RemoteFile
 from moeconv.verify.plots import PLOTS
 from moeconv.verify.report import REPORT_NAME

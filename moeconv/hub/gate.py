@@ -129,7 +129,12 @@ def _why(report: Report, level: Level) -> str:
 
 
 def _reasons(report: Report, *levels: Level) -> list[str]:
-    return [c.summary for c in report.checks if c.level in levels and c.status is Status.SKIP]
+    """Of levels that were skipped, without their names: several have the same one."""
+    return [
+        c.summary.removeprefix(f"level {c.level} ")
+        for c in report.checks
+        if c.level in levels and c.status is Status.SKIP
+    ]
 
 
 def _skipped(report: Report) -> list[str]:

@@ -11,28 +11,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import LayerKind
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.errors import NotACheckpointError, OutputError
 from moeconv.hf.tokenizer import TOKENIZER_FILES
-from moeconv.verify.plots import PLOTS
 from moeconv.verify.report import REPORT_NAME, Report
 from moeconv.verify.structure import sha256
-from moeconv.verify.written import PAGE_NAME
 
-CARD_NAME = "README.md"
-LOSS_PLOT = "training_loss.png"
-# What may go beside the files of the manifest; everything else stays here.
-ALLOWED = (
-    CARD_NAME,
-    REPORT_NAME,
-    PAGE_NAME,
-    *PLOTS,
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-)
 # What a manifest of ours can name; one that names more was not written by convert.
 _CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -111,13 +95,16 @@ class Output:
             OutputError: The manifest is damaged, or names what convert never writes.
         """
         path = folder / MANIFEST_NAME
+        if not folder.is_dir():
+            raise NotACheckpointError(f"{folder} does not exist; give an output of moeconv convert")
         try:
             manifest = Manifest.model_validate(json.loads(path.read_bytes()))
-        except (FileNotFoundError, NotADirectoryError):
+            manifest.description()  # what describes no model is no manifest
+        except FileNotFoundError:
             raise NotACheckpointError(
                 f"{folder} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
             ) from None
-        except (OSError, ValueError, RecursionError, ValidationError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError):
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
@@ -143,9 +130,7 @@ class Output:
     @cached_property
     def model(self) -> ModelDescription:
         """The model that the manifest describes."""
-        values = {name: one.value for name, one in self.manifest.model.items()}
-        values["layer_kinds"] = tuple(LayerKind(kind) for kind in values["layer_kinds"])
-        return ModelDescription(**values)
+        return self.manifest.description()
 
     @cached_property
     def changed(self) -> list[str]:

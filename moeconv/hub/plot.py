@@ -3,18 +3,23 @@
 import importlib.util
 import io
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from moeconv.convert.run_record import Measured, RunRecord
 
 
+def has_curve(run: RunRecord | None) -> TypeGuard[RunRecord]:
+    """Whether there is something to draw."""
+    return run is not None and len(run.train_curve) > 1
+
+
 def draw_losses(run: RunRecord | None) -> bytes | None:
     """A PNG; None without a curve, or without matplotlib."""
-    from matplotlib.ticker import MaxNLocator
-
-    if run is None or len(run.train_curve) < 2 or importlib.util.find_spec("matplotlib") is None:
+    if not has_curve(run) or importlib.util.find_spec("matplotlib") is None:
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained", facecolor="white")
     canvas = FigureCanvasAgg(figure)

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moeconv.convert.beside import ALLOWED, CARD_NAME, LOSS_PLOT
 from moeconv.errors import OutputError, UsageError
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
 from moeconv.hub.gate import Judgement, judge
-from moeconv.hub.local import ALLOWED, CARD_NAME, LOSS_PLOT, File, Output, newest_output, stamp
+from moeconv.hub.local import File, Output, newest_output, stamp
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
-from moeconv.hub.plot import draw_losses
+from moeconv.hub.plot import draw_losses, has_curve
 from moeconv.hub.public import machine_paths, public_files, refuse_secrets
 from moeconv.verify.plots import PLOTS
 
@@ -52,7 +53,7 @@ class Parcel:
         body: The card's text, where nobody wrote another one.
         readme: The README in OUT, None where there is none.
         left_behind: What lies in OUT and is not sent.
-        warnings: A sentence each.
+        warnings: Of what is known without the Hub, a sentence each.
     """
 
     output: Output
@@ -154,7 +155,7 @@ def prepare(out: Path, options: PushOptions) -> Parcel:
         body=body,
         readme=readme,
         left_behind=tuple(left),
-        warnings=tuple(_warnings(output, files, license_id, judgement)),
+        warnings=tuple(_warnings(output, files, judgement)),
     )
 
 
@@ -231,19 +232,17 @@ def _numbers(output: Output) -> int:
     return total
 
 
-def _warnings(
-    output: Output, files: list[File], license_id: str | None, judgement: Judgement
-) -> list[str]:
+def _warnings(output: Output, files: list[File], judgement: Judgement) -> list[str]:
     found = []
-    if license_id is None:
-        found.append(
-            "nobody said which license the model has, so the card names none; pass --license ID "
-            "(https://huggingface.co/docs/hub/repositories-licenses)"
-        )
     for name in machine_paths(files, output):
         found.append(f"{name} names a folder of this machine; it is sent as it is")
     if output.changed:
         found.append(f"not as moeconv convert wrote them: {', '.join(output.changed)}")
     if not output.has_tokenizer:
         found.append("the output has no tokenizer; convert with --tokenizer to push one")
+    if has_curve(output.manifest.run) and not any(file.name == LOSS_PLOT for file in files):
+        found.append(
+            "matplotlib is not installed, so the card has no plot of the losses; "
+            'pip install "moeconv[verify]"'
+        )
     return found + [f"verify: {text}" for text in judgement.warnings]

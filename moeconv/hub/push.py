@@ -8,6 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from moeconv import __version__
+from moeconv.convert.beside import CARD_NAME
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.convert.sizes import format_size
 from moeconv.errors import HubError, OutputError, UsageError
@@ -15,7 +16,8 @@ from moeconv.hub.account import Account, address_of, demand_token, read_account,
 from moeconv.hub.changes import Change, plan_changes
 from moeconv.hub.failures import Note, hub_errors, patiently, status_of, upload_errors
 from moeconv.hub.gate import demand
-from moeconv.hub.local import CARD_NAME, File
+from moeconv.hub.local import File
+from moeconv.hub.metadata import read_metadata
 from moeconv.hub.prepare import Parcel, PushOptions
 from moeconv.hub.public import refuse_secrets
 from moeconv.hub.remote import Remote, read_remote
@@ -43,7 +45,8 @@ class PushPlan:
         card: The README as it would be.
         card_origin: Whose text it is.
         card_checked: Whether the Hub has validated its metadata.
-        unknown: What could not be found out, a sentence each.
+        warnings: The parcel's, and what could not be found out; a sentence each.
+        dry_run: It is for looking at: nothing was refused.
     """
 
     parcel: Parcel
@@ -54,7 +57,8 @@ class PushPlan:
     card: str
     card_origin: str
     card_checked: bool
-    unknown: tuple[str, ...]
+    warnings: tuple[str, ...]
+    dry_run: bool
 
 
 def plan_push(
@@ -66,12 +70,13 @@ def plan_push(
         parcel: From `prepare`.
         options: The user's.
         endpoint: The Hub's address, None for the one of huggingface_hub (HF_ENDPOINT).
-        dry_run: What cannot be found out (no token, no network) is told instead of refused.
+        dry_run: What forbids a push, or cannot be found out (no token, no network), is told
+            instead of refused; `push` does not take such a plan.
         note: For people.
 
     Raises:
         MoeconvError: The card's metadata are wrong, or, outside of a dry run, the output is not
-            proven to be the model or the Hub cannot be asked.
+            proven to be the model, the Hub cannot be asked, or it must not go there.
     """
     if not dry_run and not options.unverified:
         demand(parcel.output, parcel.judgement)
@@ -112,30 +117,49 @@ def plan_push(
         unknown.append(f"whether the card is valid: {error}")
     files = [*parcel.files, File.of(CARD_NAME, card.encode())]
     changes = plan_changes(files, remote.files if remote else {}, old_manifest=old_manifest)
+    if not dry_run:
+        _demand_place(account, remote, repo_id, options)
     return PushPlan(
-        parcel, address, account, remote, tuple(changes), card, origin, checked, tuple(unknown)
+        parcel,
+        address,
+        account,
+        remote,
+        tuple(changes),
+        card,
+        origin,
+        checked,
+        (*parcel.warnings, *_no_license(card, origin), *unknown),
+        dry_run,
     )
 
 
-def check_allowed(plan: PushPlan, options: PushOptions) -> None:
-    """What must hold before anything is sent.
+def _no_license(card: str, origin: str) -> list[str]:
+    """A warning, if neither the run nor a flag nor an earlier README told the license."""
+    if read_metadata(card, f"the card ({origin})").get("license"):
+        return []
+    return [
+        "nobody said which license the model has, so the card names none; pass --license ID "
+        "(https://huggingface.co/docs/hub/repositories-licenses)"
+    ]
+
+
+def _demand_place(
+    account: Account | None, remote: Remote | None, repo_id: str, options: PushOptions
+) -> None:
+    """Lets a push go where it may.
 
     Raises:
-        UnverifiedError: It is not proven to be the model.
         HubError: The token may not write there.
         UsageError: It would be public against the user's word.
     """
-    if not options.unverified:
-        demand(plan.parcel.output, plan.parcel.judgement)
-    account, remote = plan.account, plan.remote
     if account is not None and account.may_write is False and not options.create_pr:
         raise HubError(
-            f"the account {account.name} may not write to {plan.parcel.repo_id}: {account.why}; "
+            f"the account {account.name} may not write to {repo_id}: {account.why}; "
             "set HF_TOKEN to a token with write access, or give another --repo-id"
         )
     if options.private and remote is not None and remote.exists and remote.private is False:
         raise UsageError(
-            f"{plan.parcel.repo_id} is there and public, and --private only decides about a new "
+            f"{repo_id} is there and public, and --private only decides about a new "
             "repository; make it private in its settings, or leave out --private"
         )
 
@@ -163,9 +187,10 @@ def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
             the Hub, so that another run does not send them again.
     """
     parcel, repo_id = plan.parcel, plan.parcel.repo_id
+    # `plan_push` has refused already what must not go; a dry run's plan may be of such.
+    assert not plan.dry_run
     assert plan.account is not None
     assert plan.remote is not None
-    check_allowed(plan, options)
     api = _api(plan.endpoint, token_for(plan.endpoint))
     remote, changes = plan.remote, list(plan.changes)
     if not remote.exists:

@@ -1,6 +1,6 @@
 """`verify.md`: the report for people, with every number from verify.json."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from moeconv.verify.grading import LIMITS, PASS_ROUNDING, WARN_ROUNDING
 from moeconv.verify.outcome import Check, Status
 from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, find
 from moeconv.verify.report import Report
+from moeconv.verify.tables import table
 
 _FIGURES = (
     ("positions", "positions"),
@@ -55,14 +56,14 @@ def to_markdown(report: Report, plots: Iterable[Path]) -> str:
         f"moeconv {report.moeconv_version}; checkpoint digest `{report.source}`; bound to the "
         f"SHA-256 of {len(report.files)} files in verify.json: a change of one byte voids it.",
         "## Checks",
-        _table(
+        table(
             ("level", "check", "verdict", "what was found"),
             [(c.level, c.name, c.status.value, c.summary) for c in report.checks],
         ),
     ]
     if wrong := [c for c in report.checks if c.tensors and c.status is not Status.PASS]:
         rows = [(f"{c.level}/{c.name}", f"`{t}`") for c in wrong for t in c.tensors[:10]]
-        parts += ["## Tensors and files at fault", _table(("check", "name"), rows)]
+        parts += ["## Tensors and files at fault", table(("check", "name"), rows)]
     for level in ("logits", "layers"):
         if (parity := find(report, level, "parity")) is not None:
             parts += _parity(report, level, parity)
@@ -81,17 +82,13 @@ def limits_table() -> str:
         f"(warning: {WARN_ROUNDING:g} times) what rounding alone does to the reference besides; "
         "that is measured in the same run."
     )
-    return _table(("figure", "passes up to", "warns up to", "meaning"), rows) + note
+    return table(("figure", "passes up to", "warns up to", "meaning"), rows) + note
 
 
 def _parity(report: Report, level: str, parity: Check) -> list[str]:
     columns: list[tuple[str, Mapping[str, float]]] = [
         (name, parity.metrics[key])
-        for key, name in (
-            ("text", "text"),
-            ("random", "random ids"),
-            ("rounding", "rounding alone"),
-        )
+        for key, name in _COLUMNS
         if isinstance(parity.metrics.get(key), Mapping)
     ]
     if (stock := find(report, level, "stock")) is not None:
@@ -101,7 +98,7 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
     parts = [
         f"## Logits (level {level})",
         f"Text: {parity.metrics['origin']}.",
-        _table(("", *(name for name, _ in columns)), rows),
+        table(("", *(name for name, _ in columns)), rows),
     ]
     if (router := find(report, level, "router")) is not None:
         rows = [
@@ -115,7 +112,7 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
             for one in router.metrics["layers"]
         ]
         heads = ("layer", "same experts", "flips", "smallest margin (std)", "largest Δ (std)")
-        parts += [f"### Routers (level {level})", _table(heads, rows)]
+        parts += [f"### Routers (level {level})", table(heads, rows)]
     return parts
 
 
@@ -132,7 +129,7 @@ def _hidden(hidden: Check) -> str:
         rounding = parts["output"]["rounding"]
         grown = _number(parts["output"]["own"]["largest"])
         rows.append((layer, *cells, grown, _number(rounding["largest"] if rounding else None)))
-    return _table(("layer", *_PARTS, "grown so far", "rounding alone"), rows)
+    return table(("layer", *_PARTS, "grown so far", "rounding alone"), rows)
 
 
 def _cell(place: Mapping[str, Any] | None) -> str:
@@ -146,12 +143,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return "—"
     return f"{value:,.0f}" if value >= 1000 and value == int(value) else f"{value:.3g}"
-
-
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines)
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|").replace("\n", " ")

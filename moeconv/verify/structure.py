@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from moeconv.convert.beside import KNOWN
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import MoeconvError
 from moeconv.hf.config import model_config
@@ -24,15 +25,6 @@ from moeconv.verify.tokenizers import check_tokenizer
 _HASH_BLOCK = 1 << 20
 _SCAN_BLOCK = 1 << 22
 _EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
-_IGNORED = (
-    "verify.json",
-    "verify.md",
-    "verify_kl_by_position.png",
-    "verify_error_by_layer.png",
-    "verify_logits.png",
-    "README.md",
-    ".gitattributes",
-)
 
 
 def check_structure(subject: Subject) -> list[Check]:
@@ -70,7 +62,7 @@ def _files(subject: Subject) -> Check:
             wrong.append(f"{name} (size)")
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
-    known = {*subject.manifest.files, MANIFEST_NAME, *_IGNORED}
+    known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
     extra = sorted(p.name for p in subject.out.iterdir() if p.name not in known)
     if wrong:
         return failed(

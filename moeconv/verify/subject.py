@@ -15,7 +15,6 @@ from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout, detect_layout
-from moeconv.arch.parameters import LayerKind
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.convert.source import UNUSED
 from moeconv.convert.stamps import Stamp, stamp
@@ -98,9 +97,7 @@ class Subject:
     @cached_property
     def model(self) -> ModelDescription:
         """The model that the manifest claims."""
-        values = {name: field.value for name, field in self.manifest.model.items()}
-        values["layer_kinds"] = tuple(LayerKind(kind) for kind in values["layer_kinds"])
-        return ModelDescription(**values)
+        return self.manifest.description()
 
     @property
     def family(self) -> Family:

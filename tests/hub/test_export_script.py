@@ -1,8 +1,11 @@
 """train/kaggle/export_to_hub.sh: a finished run to the Hub, in one command."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import cli_runner
 import outputs
@@ -11,10 +14,10 @@ import pytest
 SCRIPT = cli_runner.ROOT / "train" / "kaggle" / "export_to_hub.sh"
 
 
-def export(*args: object, **env: str) -> "subprocess.CompletedProcess[str]":
+def export(*args: object, script: Path = SCRIPT, **env: str) -> "subprocess.CompletedProcess[str]":
     clean = {k: v for k, v in cli_runner.environment().items() if k != "HF_TOKEN"}
     return subprocess.run(
-        [SCRIPT, *map(str, args)],
+        [script, *map(str, args)],
         env={**clean, "PYTHON": sys.executable, **env},
         capture_output=True,
         text=True,
@@ -42,6 +45,113 @@ def test_what_cannot_be_converted_is_not_pushed(hub, tmp_path):
     ran = export(run, "alice/exported", HF_TOKEN="tok", HF_ENDPOINT=hub.url)
     assert ran.returncode == 4
     assert "==> verify" not in ran.stdout and hub.seen == []
+
+
+# In place of moeconv: convert swaps OUT as the real one does; FAIL names the step that fails.
+STAND_IN = """#!/bin/bash
+echo "$@" >> {calls}
+case "$*" in
+  -c*) exit "${{LACKS:-0}}" ;;
+  *main\\ convert*) rm -rf "$5"; [ "${{FAIL:-}}" = gone ] || mkdir "$5" ;;
+esac
+case "$*" in
+  *main\\ "${{FAIL:-none}}"*) exit 9 ;;
+  *main\\ convert*) [ "${{FAIL:-}}" != gone ] || exit 130 ;;
+esac
+"""
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run with an output beside it, in which somebody put files."""
+    (tmp_path / "my run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "my run-hf").mkdir()
+    for name in KEPT:
+        (tmp_path / "my run-hf" / name).write_text(f"{name} of mine\n")
+    stand_in(tmp_path / "python", tmp_path / "calls")
+    (tmp_path / "tmp").mkdir()
+    return tmp_path
+
+
+KEPT = ("README.md", "LICENSE", "NOTICE")
+
+
+def stand_in(path: Path, calls: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(STAND_IN.format(calls=shlex.quote(str(calls))))
+    path.chmod(0o755)
+
+
+def export_finished(
+    folder: Path, *args: str, script: Path = SCRIPT, **env: str
+) -> "subprocess.CompletedProcess[str]":
+    told = {"PYTHON": str(folder / "python"), "TMPDIR": str(folder / "tmp"), "HF_TOKEN": "tok"}
+    return export(folder / "my run", *args, script=script, **{**told, **env})
+
+
+@pytest.mark.parametrize(("fail", "code"), [("none", 0), ("convert", 9), ("gone", 130)])
+def test_what_people_put_beside_the_model_outlives_convert(finished, fail, code):
+    """It is there again, however convert ended: OUT old, swapped, or gone."""
+    ran = export_finished(finished, FAIL=fail)
+    assert ran.returncode == code, ran.stderr
+    for name in KEPT:
+        assert (finished / "my run-hf" / name).read_text() == f"{name} of mine\n"
+    assert os.listdir(finished / "tmp") == []
+
+
+def test_a_failed_push_names_the_whole_command(finished):
+    """With --private, say: without it the same command would make a public repository."""
+    given = ("a/b", "--private", "--create-pr", "--message", "it's new")
+    ran = export_finished(finished, *given, FAIL="push")
+    assert ran.returncode == 9
+    hint = ran.stderr.strip().split("go on with: ")[1]
+    assert shlex.split(hint) == [
+        *(str(finished / "python"), "-m", "moeconv.cli.main", "push"),
+        *(str(finished / "my run-hf"), "--repo-id", *given),
+    ]
+
+
+def test_a_python_without_torch_is_refused_before_the_work(finished):
+    ran = export_finished(finished, LACKS="1")
+    assert ran.returncode == 2
+    assert "MaxText, torch and transformers; make one" in ran.stderr
+    assert "moeconv[train,verify]" in ran.stderr and "==>" not in ran.stdout
+
+
+def test_an_environment_to_verify_in_is_made_where_none_is(finished):
+    """The trainer's has no torch. What installs is a stand-in; it makes a Python that has it."""
+    made = finished / "export"
+    # A checkout of its own: this one has gigabytes of environment beside it.
+    script = (
+        shutil.copytree(SCRIPT.parent, finished / "checkout" / "train" / "kaggle") / SCRIPT.name
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE", "moeconv", "requirements"):
+        (finished / "checkout" / name).touch()
+    for name in ("venv/bin/python", "bin/python"):
+        path = finished / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/bash\nexit 1\n")
+        path.chmod(0o755)
+    (finished / "bin" / "python3").write_text(
+        f'#!/bin/bash\necho "$*" >> {finished}/installed\n'
+        f'case "$*" in *"uv pip"*) mkdir -p {made}/bin\n'
+        f'  cp "{finished}/python" {made}/bin/python ;; esac\n'
+    )
+    (finished / "bin" / "python3").chmod(0o755)
+    env = {
+        "PYTHON": "",
+        "VENV": str(finished / "venv"),
+        "EXPORT_VENV": str(made),
+        "PATH": f"{finished / 'bin'}{os.pathsep}{os.environ['PATH']}",
+    }
+    ran = export_finished(finished, script=script, **env)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    installed = (finished / "installed").read_text()
+    assert "[train,verify]" in installed and "cuda12" not in installed
+    # Found the next time.
+    (finished / "installed").unlink()
+    ran = export_finished(finished, script=script, **env)
+    assert ran.returncode == 0 and not (finished / "installed").exists()
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 
 import cli_runner
@@ -12,7 +14,12 @@ import outputs
 import pytest
 from huggingface_hub.utils import close_session
 
+from moeconv.convert import beside
 from moeconv.errors import HubError, NotACheckpointError, OutputError, UnverifiedError, UsageError
+from moeconv.verify import plots as verify_plots
+from moeconv.verify.outcome import skipped
+from moeconv.verify.report import REPORT_NAME
+from moeconv.verify.written import PAGE_NAME
 
 BESIDE = {"moeconv.json", "verify.json", "verify.md", "README.md", "training_loss.png"}
 PLOTS = {"verify_kl_by_position.png", "verify_logits.png"}
@@ -104,6 +111,10 @@ def edit_report(out, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+NOT_INSTALLED = [
+    skipped(level, level, f"level {level} compares two models, but torch is not installed")
+    for level in ("logits", "layers")
+]
 VOID = {
     "no report": (lambda out: (out / "verify.json").unlink(), "there is no verify.json"),
     "no JSON": (lambda out: (out / "verify.json").write_text("{"), "verify.json is no report"),
@@ -127,6 +138,10 @@ VOID = {
         outputs.attest,
         "neither level logits nor level layers ran",
     ),
+    "not installed": (
+        lambda out: outputs.attest(out, NOT_INSTALLED),
+        "layers ran (compares two models, but torch is not installed); run",
+    ),
     "no weights": (
         lambda out: edit_report(out, levels={"structure": "pass", "logits": "pass"}),
         "level weights did not run",
@@ -137,10 +152,6 @@ VOID = {
     ),
     "against another model": (against_another, "compared it with another model than MaxText's"),
 }
-
-# Of these the report speaks of the very bytes that are pushed.
-BOUND = ("failed", "structure and weights only", "no weights", "few positions")
-BOUND += ("against another model",)
 
 
 @pytest.mark.parametrize("case", VOID)
@@ -157,10 +168,10 @@ def test_what_is_not_proven_is_not_pushed(hub, push, out, case):
     assert forced.code == 0, forced.err
     card = hub.text("README.md")
     assert "**Not verified.**" in card and "- unverified" in card
-    if case in BOUND:
-        assert "verify.json" in hub.repo().files()
-    else:  # a report of other bytes would lie there
-        assert "verify.json" not in hub.repo().files()
+    # A report of other bytes, or of none, stays here.
+    other_bytes = "no report", "no JSON", "report of fewer files"
+    kept = case not in other_bytes and "changed" not in case
+    assert ("verify.json" in hub.repo().files()) == kept
 
 
 def test_a_warning_passes_and_is_told(hub, push, out):
@@ -267,7 +278,9 @@ def test_the_newest_output_below_is_taken_and_named(hub, made, tmp_path, monkeyp
 
 def test_what_is_no_output_is_said(hub, tmp_path):
     ran = cli_runner.moeconv("push", tmp_path / "nothing")
-    assert ran.code == NotACheckpointError.exit_code and "moeconv.json" in ran.error
+    assert ran.code == NotACheckpointError.exit_code and "nothing does not exist" in ran.error
+    ran = cli_runner.moeconv("push", tmp_path)
+    assert ran.code == NotACheckpointError.exit_code and "has no moeconv.json" in ran.error
 
 
 def test_a_missing_file_is_named(hub, push, out):
@@ -459,3 +472,82 @@ def test_a_published_model_can_be_pushed_again(hub, push, tmp_path, made):
     ran = cli_runner.moeconv("push", copy, "--json")
     assert ran.code == 0, ran.err
     assert set(actions(ran).values()) == {"same", "keep"}
+
+
+HF = (sys.executable, "-m", "huggingface_hub.cli.hf")
+
+
+def test_what_was_downloaded_is_no_stranger_to_verify(hub, push, out, tmp_path):
+    """Nor is what people put beside it: `verify DOWNLOADED` finds nothing to warn of."""
+    for name in ("LICENSE", "NOTICE"):
+        (out / name).write_text("words\n")
+    assert push().code == 0
+    copy = tmp_path / "downloaded"
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "huggingface_hub.cli.hf",
+            "download",
+            "alice/model",
+            "--local-dir",
+            copy,
+        ],
+        env=cli_runner.environment(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"),
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
+    assert {"training_loss.png", "LICENSE", "NOTICE", ".cache"} <= set(os.listdir(copy))
+    ran = cli_runner.moeconv("verify", copy, "--level", "structure", "--json")
+    assert ran.code == 0, ran.err
+    files = next(c for c in json.loads(ran.out)["checks"] if c["name"] == "files")
+    assert files["status"] == "pass", files
+    (copy / "notes.txt").write_text("mine")
+    ran = cli_runner.moeconv("verify", copy, "--level", "structure", "--json")
+    files = next(c for c in json.loads(ran.out)["checks"] if c["name"] == "files")
+    assert (files["status"], files["tensors"]) == ("warn", ["notes.txt"])
+
+
+def test_the_list_of_what_may_lie_beside_is_whole():
+    assert set(beside.VERDICT) == {REPORT_NAME, PAGE_NAME, *verify_plots.PLOTS}
+
+
+def test_a_manifest_that_describes_no_model_is_damaged(hub, push, out):
+    path = out / "moeconv.json"
+    content = json.loads(path.read_text())
+    del content["model"]["layer_kinds"]
+    path.write_text(json.dumps(content))
+    ran = push()
+    assert ran.code == OutputError.exit_code
+    assert "is not a manifest that this moeconv can read" in ran.error
+
+
+# What the bare install has not.
+NO_EXTRAS = """
+import importlib.machinery, sys
+absent = {"matplotlib", "torch", "transformers", "jax", "maxtext", "PIL"}
+real = importlib.machinery.PathFinder.find_spec
+def find_spec(name, path=None, target=None):
+    return None if name.split(".")[0] in absent else real(name, path, target)
+importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
+from moeconv.cli.main import main
+main()
+"""
+
+
+def test_the_bare_install_pushes(hub, out):
+    """Without matplotlib there is no plot, which is said; everything else goes as always."""
+    close_session()
+    ran = subprocess.run(
+        [sys.executable, "-c", NO_EXTRAS, "push", out],
+        env=cli_runner.environment(HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "matplotlib is not installed, so the card has no plot of the losses" in ran.stderr
+    assert "training_loss.png" not in hub.repo().files()
+    card = hub.text("README.md")
+    assert "last loss" in card and "training_loss.png" not in card

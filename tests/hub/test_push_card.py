@@ -121,6 +121,16 @@ def test_nothing_is_invented_of_a_run_that_tells_nothing(hub, tmp_path):
     assert metadata(licensed)["license"] == "mit"
 
 
+def test_a_license_that_the_hub_s_card_names_is_not_asked_for(hub, tmp_path):
+    run = outputs.write_run(tmp_path / "run", facts={**outputs.FACTS, "license": None})
+    out = outputs.convert_run(run, tmp_path / "out")
+    ran = cli_runner.moeconv("push", out, "--unverified", "--license", "mit")
+    assert ran.code == 0, ran.err
+    again = cli_runner.moeconv("push", out, "--unverified")
+    assert again.code == 0 and "which license" not in again.err
+    assert metadata(hub.text("README.md"))["license"] == "mit"
+
+
 def test_an_earlier_step_is_not_told_as_the_whole_run(hub, tmp_path):
     facts = {**outputs.FACTS, "steps": 5000, "dataset": "/data/private corpus"}
     run = outputs.write_run(tmp_path / "run", facts=facts)

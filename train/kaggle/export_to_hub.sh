@@ -5,9 +5,13 @@
 #
 # RUN_DIR is the run's folder (with checkpoints/ in it). REPO_ID is NAMESPACE/NAME; without it the
 # model goes where the run's config says. The model is made in RUN_DIR-hf, or in $MOECONV_OUT; a
-# README.md that lies there is kept. Nothing is pushed that is not verified. Every step can be
-# repeated: what the Hub has is not sent again. $PYTHON is the Python that moeconv is installed in;
-# otherwise that of kaggle_train.sh (VENV), if it was used, or the `python` of this shell.
+# README.md, LICENSE or NOTICE that lies there is kept. Nothing is pushed that is not verified. All of
+# it can be repeated: what the Hub has is not sent again.
+#
+# To verify, MaxText and torch must be in one environment, which that of a training on GPUs is not:
+# their CUDA libraries exclude each other. $PYTHON is a Python with `moeconv[train,verify]`; without
+# it that of $EXPORT_VENV (~/.moeconv-export-venv), of $VENV (~/.moeconv-venv, of kaggle_train.sh)
+# or the `python` of this shell, the first that has both; if none has, $EXPORT_VENV is made.
 set -euo pipefail
 
 usage() {
@@ -45,25 +49,72 @@ fi
 export it: os.environ['HF_TOKEN'] = UserSecretsClient().get_secret('HF_TOKEN')"
 
 out=${MOECONV_OUT:-$run-hf}
-python=${PYTHON:-${VENV:-$HOME/.moeconv-venv}/bin/python}
-[ -n "${PYTHON:-}" ] || [ -x "$python" ] || python=python
-"$python" -c 'import moeconv' 2>/dev/null ||
-  die "moeconv is not installed in $python; run kaggle_train.sh first, or set PYTHON to the Python it is in"
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+env=${EXPORT_VENV:-$HOME/.moeconv-export-venv}
+scratch=$(mktemp -d)
+
+# What people put beside the model, and convert would replace along with it.
+kept="README.md LICENSE LICENSE.md LICENSE.txt NOTICE"
+
+put_back() { # never over a file that lies there
+  local name
+  for name in $kept; do
+    if [ -f "$scratch/$name" ] && [ ! -e "$out/$name" ]; then
+      mkdir -p "$out" && cp -p "$scratch/$name" "$out/$name" || return 1
+    fi
+  done
+}
+
+leave() {
+  if put_back; then
+    rm -rf "$scratch"
+  else
+    echo "export_to_hub.sh: what lay in $out (README, LICENSE, …) is kept in $scratch" >&2
+  fi
+}
+trap leave EXIT
+
+fits() { # whether a Python has all that is needed; looked for, not imported
+  "$1" -c '
+import importlib.util, sys
+names = "moeconv", "maxtext", "torch", "transformers"
+sys.exit(any(importlib.util.find_spec(name) is None for name in names))' 2>/dev/null
+}
+
+advice="make one, python3 -m venv DIR && DIR/bin/pip install 'moeconv[train,verify]', and set PYTHON=DIR/bin/python"
+if [ -n "${PYTHON:-}" ]; then
+  python=$PYTHON
+  fits "$python" || die "PYTHON=$python is not of an environment with moeconv, MaxText, torch and transformers; $advice"
+else
+  python=
+  for candidate in "$env/bin/python" "${VENV:-$HOME/.moeconv-venv}/bin/python" python; do
+    if fits "$candidate"; then
+      python=$candidate
+      break
+    fi
+  done
+  if [ -z "$python" ]; then
+    [ -f "$here/../../pyproject.toml" ] ||
+      die "no environment has moeconv, MaxText, torch and transformers, and this script lies in no checkout to install them from; $advice"
+    . "$here/environment.sh"
+    make_env "$env" train verify
+    python=$env/bin/python
+    fits "$python" || die "$env was made without MaxText, torch or transformers; remove it and run this again"
+  fi
+fi
 moeconv() {
   "$python" -m moeconv.cli.main "$@"
 }
 
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-readme=
-if [ -f "$out/README.md" ]; then
-  cp -p "$out/README.md" "$scratch/README.md"
-  readme=$scratch/README.md
-fi
+for name in $kept; do
+  if [ -f "$out/$name" ]; then
+    cp -p "$out/$name" "$scratch/$name"
+  fi
+done
 
 echo "==> convert $run -> $out"
 moeconv convert "$run" "$out" --overwrite --resume
-[ -z "$readme" ] || cp -p "$readme" "$out/README.md"
+put_back
 
 echo "==> verify $out"
 code=0
@@ -75,7 +126,8 @@ case $code in
 esac
 
 echo "==> push $out"
-moeconv push "$out" ${repo[@]+"${repo[@]}"} "$@" || {
+push=("$python" -m moeconv.cli.main push "$out" ${repo[@]+"${repo[@]}"} "$@")
+"${push[@]}" || {
   code=$?
-  die "the push failed; when that is mended, go on with: moeconv push $out ${repo[*]:-}" "$code"
+  die "the push failed; when that is mended, go on with: $(printf '%q ' "${push[@]}")" "$code"
 }
