@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
+from moeconv.convert.stamps import Stamp, stamp
 from moeconv.errors import NotACheckpointError, OutputError
 from moeconv.hf.tokenizer import TOKENIZER_FILES
 from moeconv.verify.report import REPORT_NAME, Report
@@ -82,7 +83,7 @@ class Output:
     folder: Path
     manifest: Manifest
     digests: dict[str, str | None]
-    stamps: dict[Path, tuple[int, int]]
+    stamps: dict[Path, Stamp | None]
     report: Report | None
     unreadable: bool = False
 
@@ -114,7 +115,7 @@ class Output:
                 "is sent, convert again"
             )
         digests: dict[str, str | None] = {}
-        stamps: dict[Path, tuple[int, int]] = {}
+        stamps: dict[Path, Stamp | None] = {}
         for name in sorted({*manifest.files, MANIFEST_NAME}):
             here = folder / name
             try:
@@ -163,12 +164,6 @@ class Output:
             for p in self.folder.iterdir()
             if p.name not in known
         )
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Size and time of a file: what changes when somebody writes to it."""
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _is_ours(name: str) -> bool:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.convert.beside import ALLOWED, CARD_NAME, LOSS_PLOT
+from moeconv.convert.stamps import stamp
 from moeconv.errors import OutputError, UsageError
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
 from moeconv.hub.gate import Judgement, judge
-from moeconv.hub.local import File, Output, newest_output, stamp
+from moeconv.hub.local import File, Output, newest_output
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
 from moeconv.hub.plot import draw_losses, has_curve
 from moeconv.hub.public import machine_paths, public_files, refuse_secrets
@@ -93,7 +94,7 @@ class Parcel:
             OutputError: Somebody did.
         """
         for path, then in self.output.stamps.items():
-            if not path.is_file() or stamp(path) != then:
+            if stamp(path) != then:
                 raise OutputError(
                     f"{path} was changed while it was being pushed; nothing was committed, verify "
                     "and push again"
