@@ -19,7 +19,7 @@ from moeconv_train.preflight.target import T4X2, Gpu, Target, local
 from moeconv_train.recipe import Recipe
 from moeconv_train.settings import RunFile
 
-from moeconv.errors import ConfigError
+from moeconv.errors import ConfigError, UsageError
 
 OUTPUT = "runs"
 
@@ -259,6 +259,11 @@ def _counted(plan: Plan) -> Plan:
     found = {key: value_of(text) for key, text in dataset.overrides().items()}
     for key in ("max_target_length", "enable_data_shuffling", "data_shuffle_seed"):
         del found[key]  # the model's, and the run's own
+    if "num_epoch" in given:
+        raise UsageError(
+            f"num_epoch={given['num_epoch']}: steps and evaluations are counted by run.epochs; set "
+            f"run.epochs={given['num_epoch']} instead"
+        )
     batch = plan.batch
     if batch < 1 or float(config["per_device_batch_size"]) % 1:
         raise ConfigError(
@@ -273,7 +278,10 @@ def _counted(plan: Plan) -> Plan:
         steps = int(value_of(given["steps"])) if "steps" in given else available
     else:
         steps = int(config["steps"])
-        epochs = max(1, math.ceil(steps / one))
+        # Not steps / one: MaxText fills an epoch's last batch with rows of the next.
+        epochs = max(1, steps // one)
+        while dataset.steps_for_epochs(epochs, batch, workers=workers) < steps:
+            epochs += 1
         available = dataset.steps_for_epochs(epochs, batch, workers=workers)
     found |= {"num_epoch": epochs, "steps": steps}
     found |= _evaluations(plan, dataset.eval_batches(batch) > 0, steps, available / epochs)

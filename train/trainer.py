@@ -195,6 +195,8 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["moeconv"])  # absl's, which grain's workers read
     logging.set_verbosity(logging.INFO)
+    if plan.config["hardware"] == "gpu":
+        check_gpu()
     try:
         config, recorder = maxtext.initialize(plan.argv())
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
@@ -208,6 +210,25 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
             f"expected: the mesh of this config spans {plan.devices} devices"
         )
     return config, recorder
+
+
+def check_gpu() -> None:
+    """Nobody wants the GPU's run on the CPU, where it would take a year.
+
+    Raises:
+        MissingPackageError: JAX has no GPU.
+    """
+    import jax
+
+    try:
+        platform = jax.devices()[0].platform
+    except RuntimeError as error:
+        platform = f"none ({first_line(error)})"
+    if platform != "gpu":
+        raise MissingPackageError(
+            f"hardware=gpu: JAX computes on {platform}, not on the GPU; install its CUDA plugin, "
+            'pip install "moeconv[train,cuda12]", and leave JAX_PLATFORMS unset'
+        )
 
 
 def _write_sidecar(plan: Plan, config: Any) -> None:

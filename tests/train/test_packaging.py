@@ -36,7 +36,9 @@ def test_no_pin_file_names_a_machine_or_an_index():
 
 def pins(name):
     """Package -> version of a pin file."""
-    return dict(re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / "requirements" / name).read_text(), re.M))
+    return dict(
+        re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / "requirements" / name).read_text(), re.M)
+    )
 
 
 def test_kaggle_trains_without_torch_and_with_one_cuda():

@@ -150,12 +150,19 @@ def test_without_the_plugin_there_is_a_sentence_and_no_guess(tmp_path, monkeypat
     keys = {**RECIPE, "base_output_directory": str(tmp_path)}
     report = preflight(keys, KNOWN, target=T4X2, memory=True, online=False)
     finding = report.of("memory")
-    assert finding.status == "skipped" and report.memory is None
+    assert finding.status == "warn" and report.memory is None
+    assert finding.message.startswith("Memory was not checked: ")
     assert finding.message.endswith('pip install "moeconv[train,cuda12]"')
 
     monkeypatch.setenv(compiled.PLUGIN_DIRECTORY, str(tmp_path))
     with pytest.raises(compiled.PluginMissingError, match="pip install --no-deps --target"):
         compiled.plugin_environment()
+
+
+def test_a_run_on_the_cpu_says_why_memory_is_not_checked(tmp_path):
+    keys = {**RECIPE, "base_output_directory": str(tmp_path), "hardware": "cpu"}
+    report = preflight(keys, KNOWN, target=T4X2, memory=True, online=False)
+    assert report.of("memory").message.startswith("Memory was not checked: hardware=cpu")
 
 
 def test_without_a_gpu_there_is_nothing_to_compile_for_it(monkeypatch, tmp_path):

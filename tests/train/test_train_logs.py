@@ -386,6 +386,31 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
                 os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_in_the_middle_of_a_write_writes_nothing():
+    stopper = stopping.Stopper(None, lambda _: pytest.fail("written by the handler"))
+    stopper.stepping = True
+    stopper.signalled(signal.SIGINT)
+
+
+def test_nobody_has_to_read_the_progress():
+    """A real pipe whose reader is gone: what is left of it fails neither now nor at the end."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        progress = Progress(stream, 10)
+        progress.note("heard")
+        os.close(reader)
+        progress.note("not heard")
+        assert progress.stream is None
+        progress.note("nor this")
+        progress.step(train_line(scalars(), 0, 0, 0.5), 10)
+        progress.step(train_line(scalars(), 9, 0, 0.5), 10)
+        progress.close()
+    closed = Progress(io.StringIO(), 10)
+    closed.stream.close()
+    closed.step(train_line(scalars(), 0, 0, 0.5), 10)
+    assert closed.stream is None and closed.completed == 1
+
+
 def test_the_time_limit_counts_from_the_beginning():
     clock = Clock()
     stopper = stopping.Stopper(60, print, clock)

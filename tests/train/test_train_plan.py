@@ -1,15 +1,20 @@
 """What is decided before MaxText is imported: data, steps, evaluations, devices, model size."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeconv_train import feed, plan, recipe, run_dir, start, trainer, values
+from moeconv_train.environment import environment
 from moeconv_train.model_size import model_size, peak
+from moeconv_train.preflight import check, memory
 from moeconv_train.preflight import config as preflight_config
-from moeconv_train.preflight.target import T4X2, Gpu, gpus
+from moeconv_train.preflight.target import T4X2, Gpu, gpus, local
 from moeconv_train.settings import EMBEDDED, DataSettings
 from moeconv_train.sidecar import public_config
 
@@ -83,6 +88,22 @@ def test_more_steps_than_there_are_batches_are_refused(prepared):
 def test_steps_without_epochs_take_as_many_epochs_as_they_need(prepared):
     made = tiny(prepared, "run.epochs=none", "steps=100")
     assert made.config["num_epoch"] == 3 and made.steps == 100
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4, 7])
+@pytest.mark.parametrize("steps", [1, 47, 94, 1000, 5000])
+def test_epochs_for_steps_are_enough_and_not_one_too_many(prepared, steps, batch):
+    # 375 rows; an epoch's last batch is filled with rows of the next.
+    words = ["run.epochs=none", f"steps={steps}", f"per_device_batch_size={batch}"]
+    made = tiny(prepared, *words)
+    assert made.available >= steps
+    assert (made.config["num_epoch"] - 1) * 375 < steps * made.batch
+    start.refuse(start.plan_run(["tiny_cpu", f"run.data.directory={prepared}", *words]))
+
+
+def test_epochs_are_not_given_behind_our_back(prepared):
+    with pytest.raises(UsageError, match=r"num_epoch=3: .* set run\.epochs=3 instead"):
+        tiny(prepared, "num_epoch=3")
 
 
 def test_evaluations_are_the_users_if_said(prepared):
@@ -311,6 +332,53 @@ def test_gpus_are_those_that_cuda_shows(tmp_path, monkeypatch, visible, count):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert len(gpus()) == count
+
+
+def test_gpus_that_nvidia_smi_does_not_know_all_of(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 12.1'\necho 'Old, 1024, [N/A]'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = gpus()
+    assert found == [Gpu("NVIDIA GB10", None, (12, 1)), Gpu("Old", 2**30, None)]
+    assert check.check_gpus(found[1:], local(found[1:])).status == "warn"
+
+    def hangs(*_, **options):
+        raise subprocess.TimeoutExpired(str(program), options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(ConfigError, match="gives no answer about the GPUs"):
+        gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpus() == []
+
+
+def test_a_gpu_run_is_told_to_jax_and_never_falls_back(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    words = [f"base_output_directory={tmp_path}", "run.wandb.enabled=false"]
+    with environment(planned(*words, found=[T4, T4])):
+        assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
+    assert "JAX_PLATFORMS" not in os.environ
+    monkeypatch.setattr(memory, "_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setattr(check, "gpus", lambda: [T4, T4])
+    monkeypatch.setattr(start, "gpus", lambda: [T4, T4])
+    with pytest.raises(ConfigError, match=r"would compute on the CPU.*moeconv\[train,cuda12\]"):
+        start.refuse(start.plan_run(words, network=False))
+
+
+def test_a_gpu_run_does_not_train_on_the_cpu():
+    """JAX in a process of its own, as this one may not import it."""
+    code = "from moeconv_train.trainer import check_gpu; check_gpu()"
+    for platforms in ("cpu", "cuda,cpu"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "JAX_PLATFORMS": platforms},
+            capture_output=True,
+            text=True,
+        )
+        assert "MissingPackageError: hardware=gpu: JAX computes on" in done.stderr
+        assert "moeconv[train,cuda12]" in done.stderr
 
 
 def test_a_gpu_run_does_not_start_without_one():
