@@ -1,12 +1,16 @@
 """What is decided before MaxText is imported: data, steps, evaluations, devices, model size."""
 
+import importlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from cli_runner import moeconv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeconv_train import feed, plan, recipe, run_dir, start, trainer, values
@@ -19,7 +23,7 @@ from moeconv_train.settings import EMBEDDED, DataSettings
 from moeconv_train.sidecar import public_config
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
-from moeconv.errors import ConfigError, UsageError
+from moeconv.errors import ConfigError, TimeLimitError, UsageError
 
 T4 = Gpu("Tesla T4", 15 * 2**30, (7, 5))
 
@@ -244,6 +248,37 @@ def test_data_that_are_there_are_those_that_are_asked_for(prepared, tmp_path):
             ConfigError, match=r"with another .*; give another run\.data\.directory"
         ):
             ready(begun)
+
+
+def test_preparing_counts_for_the_time_limit(tmp_path, monkeypatch):
+    hours = itertools.count(step=3600)
+    clock = SimpleNamespace(monotonic=lambda: next(hours))
+    monkeypatch.setattr(importlib.import_module("moeconv.cli.train"), "time", clock)
+    words = ["tiny_cpu", f"base_output_directory={tmp_path}"]
+    ran = moeconv("train", *words, "--time-limit", "1h")
+    assert ran.code == TimeLimitError.exit_code
+    assert "embedded-128: the data were not prepared before the time limit" in ran.error
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_what_is_found_once_rows_are_counted_is_told_and_an_interrupt_names_what_is_saved(
+    tmp_path, monkeypatch
+):
+    stories = tmp_path / "mine.txt"
+    stories.write_text("<|endoftext|>".join(f"A story of {n} mice at home." for n in range(9000)))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", interrupted)
+    words = ["tiny_cpu", f"run.data.source={stories}", f"base_output_directory={tmp_path}"]
+    words += ["run.epochs=1", "learning_rate_schedule_steps=48"]
+    ran = moeconv("train", *words)
+    assert ran.code == 130
+    assert ran.err.count("schedule: learning_rate_schedule_steps=48 ends before steps=") == 1
+    assert f"interrupted: {tmp_path}/tiny: nothing was saved" in ran.err
+    monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
+    assert "checkpoint 19 is the last one saved" in moeconv("train", *words).err
 
 
 def test_a_local_source_may_be_gone_once_it_is_prepared(tmp_path):
