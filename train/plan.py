@@ -18,6 +18,7 @@ from moeconv_train.preflight.report import word
 from moeconv_train.preflight.target import T4X2, Gpu, Target, local
 from moeconv_train.recipe import Recipe
 from moeconv_train.settings import RunFile
+from moeconv_train.streaming import hf_settings, source_digest
 
 from moeconv.errors import ConfigError, UsageError
 
@@ -108,6 +109,11 @@ class Plan:
         return self.batch * int(self.config["max_target_length"])
 
     @property
+    def source_digest(self) -> str | None:
+        """Of the data that MaxText reads by itself; prepared ones have a digest of their own."""
+        return None if self.feed.dataset else source_digest(self.config)
+
+    @property
     def size(self) -> ModelSize | None:
         """The model's."""
         return model_size(self.config)
@@ -126,7 +132,7 @@ class Plan:
 
     def known(self) -> RunSettings:
         """What the preflight checks besides the config."""
-        data, dataset = self.run.data, self.feed.dataset
+        data, dataset = self.feed.settings, self.feed.dataset
         fetched = dataset is None and self.feed.kind != "maxtext"
         tokenizer = None if data.tokenizer in ("llama3", feeds.EMBEDDED) else data.tokenizer
         here = dataset.manifest.request.tokenizer if dataset else None
@@ -134,7 +140,7 @@ class Plan:
         embedded = data.source == feeds.EMBEDDED
         size = self.size
         return RunSettings(
-            dataset=data.source if fetched and not embedded else None,
+            dataset=self.feed.named or (data.source if fetched and not embedded else None),
             tokenizer=tokenizer if fetched else None,
             tokenizer_size=here.size if here else (128_256 if llama3 else None),
             pad_id=here.pad_token_id if here else (-1 if llama3 else None),
@@ -215,7 +221,7 @@ def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
         derived["skip_jax_distributed_system"] = True  # one host
     target = target_of(config, found)
     devices = target.devices or mesh_devices(config)
-    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute())
+    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
     plan = Plan(recipe, target, devices, feed, derived, notes=tuple(notes))
     derived |= _wandb(plan, own)
     if feed.kind == "hf":
@@ -235,13 +241,14 @@ def _wandb(plan: Plan, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _streamed(plan: Plan) -> dict[str, Any]:
-    """MaxText's own streaming, where the run file names the source."""
-    data = plan.run.data
-    found = feeds.hf_settings(plan.config, data)
+    """What MaxText needs to tokenise while it trains."""
+    data = plan.feed.settings
+    found = hf_settings(plan.config, data)
     if not found:
         return {}
-    if not feeds.evaluates(data):
-        found |= {"eval_interval": -1}
+    if plan.recipe.keys.get("dataset_type") == "hf" and data.source is None:
+        # A file that is made for streaming: what it says stays.
+        found = {key: value for key, value in found.items() if key not in plan.recipe.keys}
     if plan.run.epochs is not None:
         found |= {"num_epoch": plan.run.epochs}
     return {key: value for key, value in found.items() if key not in plan.recipe.given}

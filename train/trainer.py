@@ -102,9 +102,8 @@ def train(
         with explained(log, directory):
             config, recorder = _initialize(plan)
             if saved is not None:
-                digest = plan.feed.dataset.digest if plan.feed.dataset else None
                 now = public_config(config.get_keys())
-                notes = run_dir.check_same(directory, before, now, digest, plan.patches)
+                notes = run_dir.check_same(directory, before, now, _data(plan), plan.patches)
                 for text in notes:
                     progress.note(f"note: {text}")
                 progress.note(f"going on after step {saved + 1:,} of {plan.steps:,}")
@@ -129,15 +128,18 @@ def _check_finished(plan: Plan, before: RunSidecar | None, done: int) -> list[st
     Raises:
         ConfigError: It is another run, or a shorter one.
     """
-    digest = plan.feed.dataset.digest if plan.feed.dataset else None
     asked = public_config(plan.told)
-    notes = run_dir.check_same(plan.run_dir, before, asked, digest, plan.patches)
+    notes = run_dir.check_same(plan.run_dir, before, asked, _data(plan), plan.patches)
     if done > plan.steps:
         raise ConfigError(
             f"{plan.run_dir}: has {done:,} steps already, more than steps={plan.steps}; "
             f"give steps={done}, or begin a new run_name"
         )
     return notes
+
+
+def _data(plan: Plan) -> run_dir.Data:
+    return run_dir.Data(plan.feed.dataset.digest if plan.feed.dataset else None, plan.source_digest)
 
 
 def _end(plan: Plan, records: logger.Records, stopper: stopping.Stopper, begun: float) -> Outcome:
@@ -243,6 +245,7 @@ def _write_sidecar(plan: Plan, config: Any) -> None:
         steps=plan.steps,
         tokens_per_step=plan.tokens_per_step,
         patches=plan.patches,  # type: ignore[call-arg]
+        source_digest=plan.source_digest,  # type: ignore[call-arg]
     )
     data = None
     if dataset is not None:

@@ -307,8 +307,62 @@ def test_streaming_sets_what_maxtext_needs(tmp_path):
     tiny = planned("tiny_cpu", "dataset_type=hf", f"run.data.source={local}", "run.epochs=1").config
     assert tiny["num_epoch"] == 1, "not the recipe's, which stands for prepared rows"
     assert config["eval_interval"] == -1
-    mine = planned("dataset_type=hf", "hf_path=other/set", "packing=false").config
-    assert mine["hf_path"] == "other/set" and not mine["packing"]
+
+
+def test_a_stream_that_maxtexts_settings_name_is_that_and_no_other(tmp_path):
+    mine = planned("dataset_type=hf", "hf_path=other/set", "packing=false")
+    config = mine.config
+    assert config["hf_path"] == "other/set" and not config["packing"]
+    # The recipe's own are for prepared rows.
+    assert config["tokenize_train_data"] and config["tokenizer_type"] == "huggingface"
+    assert config["eval_interval"] == -1
+    assert feed.hub_id(mine.feed) == mine.known().dataset == "other/set"
+    assert start.facts(mine)["data"]["source"] == "other/set"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    files = f"hf_train_files={tmp_path}/*.jsonl"
+    local = start.plan_run(
+        ["dataset_type=hf", "hf_path=json", files, "hf_eval_split=train"], network=False
+    )
+    assert feed.hub_id(local.plan.feed) is None and local.plan.config["eval_interval"] > 0
+    assert local.report.of("dataset").message == f"{tmp_path}/rows.jsonl is a local path."
+    with pytest.raises(UsageError, match=r"hf_path and run\.data\.source: both name data"):
+        planned("dataset_type=hf", "hf_path=other/set", "run.data.source=one/more")
+    (tmp_path / "mine.yml").write_text("dataset_type: hf\nhf_path: a/b\npacking: false\n")
+    assert not planned(str(tmp_path / "mine.yml")).config["packing"]
+
+
+def test_other_data_of_maxtexts_own_are_another_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "moved").mkdir()
+    words = ["dataset_type=hf", "hf_path=json", f"tokenizer_path={tmp_path}/tokenizer"]
+
+    def digest(folder, *more):
+        return planned(*words, f"hf_train_files={folder}/*.jsonl", *more).source_digest
+
+    begun = digest(tmp_path)
+    facts = RunFacts(source_digest=begun)
+    before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "moved")
+    moved = run_dir.Data(source_digest=digest(tmp_path / "moved"))
+    assert run_dir.check_same(tmp_path, before, {}, moved) == []
+    (tmp_path / "rows.jsonl").write_text('{"text": "other"}\n')
+    for other in (digest(tmp_path), digest(tmp_path / "moved", "train_split=x"), None):
+        with pytest.raises(ConfigError, match="the data or the tokenizer have other names"):
+            run_dir.check_same(tmp_path, before, {}, run_dir.Data(source_digest=other))
+    assert planned("dataset_type=synthetic").source_digest != begun
+
+
+def test_other_releases_are_told(tmp_path):
+    then = {"jax": "0.1", "maxtext": "0.2.5", "grain": "0.1"}
+    before = RunSidecar(
+        format="moeconv-run", version=1, config={}, moeconv_version="0.0.9", versions=then
+    )
+    (note,) = run_dir.check_same(tmp_path, before, {}, run_dir.Data())
+    assert note.startswith("moeconv was 0.0.9 and is ") and ", jax was 0.1 and is " in note
+    assert note.endswith("the last bits may differ") and "grain" not in note
+
+
+def test_what_a_stream_cannot_read():
     with pytest.raises(UsageError, match="streams from the Hub or from one local file"):
         planned("tiny_cpu", "dataset_type=hf")
 

@@ -10,7 +10,8 @@
 #   WORK      what Kaggle keeps as the notebook's output (/kaggle/working)
 #   INPUT     where the last session's output is attached (/kaggle/input)
 #   VENV      where moeconv is installed; not below WORK, it would be saved (~/.moeconv-venv)
-#   CHECK     0 leaves out `--check`, which compiles the step once more: minutes on Kaggle's CPU (1)
+#   CHECK     0 leaves out `--check`, which compiles the step once more: half a minute on two
+#             cores, not timed on Kaggle (1)
 set -euo pipefail
 
 name='*' # of the run to go on with
