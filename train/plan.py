@@ -1,7 +1,6 @@
 """What is decided about a run before MaxText is imported: its settings, data and steps."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from moeconv_train.data.manifest import VALIDATION
 from moeconv_train.feed import Feed
 from moeconv_train.model_size import ModelSize, model_size
 from moeconv_train.preflight import RunSettings
-from moeconv_train.preflight.config import resolve, value_of
+from moeconv_train.preflight.config import mesh_devices, resolve, value_of
 from moeconv_train.preflight.report import word
 from moeconv_train.preflight.target import T4X2, Gpu, Target, local
 from moeconv_train.recipe import Recipe
@@ -170,16 +169,6 @@ def target_of(config: Mapping[str, Any], found: list[Gpu]) -> Target:
     if config["hardware"] == "cpu":
         return Target("this CPU", mesh_devices(config))
     return local(found) if found else T4X2
-
-
-def mesh_devices(config: Mapping[str, Any]) -> int:
-    """The product of the mesh's axes within a host; an axis of -1 takes what is left."""
-    axes = [
-        int(value)
-        for key, value in config.items()
-        if key.startswith("ici_") and key.endswith("_parallelism")
-    ]
-    return math.prod(axis for axis in axes if axis > 0)
 
 
 def global_batch(config: Mapping[str, Any], devices: int) -> int:

@@ -11,14 +11,15 @@ from moeconv_train.preflight import LOCAL, T4X2, PreflightReport, RunSettings, p
 from moeconv_train.preflight import memory as compiled
 from moeconv_train.preflight.case import Case
 from moeconv_train.preflight.check import check_gpus
-from moeconv_train.preflight.config import maxtext_defaults, overrides, read_recipe, resolve
+from moeconv_train.preflight.config import maxtext_defaults, overrides, resolve
 from moeconv_train.preflight.disk import check_disk
 from moeconv_train.preflight.target import Gpu, Target, gpus, local
+from moeconv_train.recipe import read_config
 
 from moeconv.errors import MoeconvError, UsageError
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
-RECIPE = read_recipe(CONFIGS / "llama3_moe_200m_tinystories.yml")
+RECIPE = read_config(CONFIGS / "llama3_moe_200m_tinystories.yml")
 T4 = Gpu("Tesla T4", 15_360 * 2**20, (7, 5))
 KNOWN = {"tokenizer_size": 128_256, "pad_id": -1, "wandb": False, "state_bytes": 3_645_453_372}
 

@@ -505,4 +505,7 @@ def test_peaks_are_only_those_that_are_known():
     assert peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
     assert peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak("NVIDIA L40S", "float16") == 362e12 and peak("NVIDIA L4", "float16") == 121e12
+    assert peak("NVIDIA A100-SXM4-40GB", "bfloat16") == 312e12
+    for other in ("L40", "A10G", "T400", "RTX A1000", "T4G", "A100-SXM4-40GB MIG 1g.5gb", "GH200"):
+        assert peak(f"NVIDIA {other}", "float16") is None
     assert peak("cpu", "float16") is None and peak("NVIDIA GeForce RTX 9999", "float16") is None
