@@ -22,6 +22,8 @@ from moeconv_train.streaming import hf_settings, source_digest
 from moeconv.errors import ConfigError, UsageError
 
 OUTPUT = "runs"
+# Of prepared rows: up to 3 for the id, and the file that is being read (docs/data.md).
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,29 @@ class Plan:
         return self.batch * int(self.config["max_target_length"])
 
     @property
+    def data_bytes(self) -> int | None:
+        """About what data take beside the run that are still to be prepared; None: not known."""
+        data, directory = self.feed.settings, self.feed.directory
+        if self.feed.kind != "prepared" or self.feed.dataset or directory is None:
+            return 0
+        if data.source == feeds.EMBEDDED or _disk(directory) != _disk(self.run_dir):
+            return 0
+        source = Path(str(data.source)).expanduser()
+        if source.exists():  # a token is shorter than its text, but parquet and gzip are packed
+            files = [source] if source.is_file() else source.rglob("*")
+            packed = (".parquet", ".gz")
+            return sum(
+                file.stat().st_size * (3 if file.suffix in packed else 1)
+                for file in files
+                if file.is_file()
+            )
+        if "data.source" in self.recipe.told or not self.recipe.epochs:
+            return None
+        # The recipe's own steps are about its own data.
+        steps = int(self.recipe.keys.get("steps", 0)) / self.recipe.epochs
+        return round(steps * self.tokens_per_step * TOKEN_BYTES)
+
+    @property
     def source_digest(self) -> str | None:
         """Of the data that MaxText reads by itself; prepared ones have a digest of their own."""
         return None if self.feed.dataset else source_digest(self.config)
@@ -149,6 +174,7 @@ class Plan:
             hub_repo=self.run.hub_repo,
             wandb=bool(self.config["enable_wandb"]),
             state_bytes=size.state_bytes if size else None,
+            data_bytes=self.data_bytes,
             patches=self.patches,
         )
 
@@ -169,6 +195,13 @@ def target_of(config: Mapping[str, Any], found: list[Gpu]) -> Target:
     if config["hardware"] == "cpu":
         return Target("this CPU", mesh_devices(config))
     return local(found) if found else T4X2
+
+
+def _disk(path: Path) -> int:
+    """The device that a path lies on, or would."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
 
 
 def global_batch(config: Mapping[str, Any], devices: int) -> int:

@@ -63,6 +63,19 @@ def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(tmp_path, monkeypa
     assert disk(tmp_path, 100).status == "refused"
 
 
+def test_data_that_are_not_prepared_yet_need_space_too(tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 310})
+    monkeypatch.setattr("moeconv_train.preflight.disk.shutil.disk_usage", lambda _: usage)
+    keys = {**RECIPE, "base_output_directory": str(tmp_path)}
+
+    def check(data):
+        return check_disk(Case.of(keys, RunSettings(data_bytes=data), T4X2), 100)
+
+    assert check(0).status == check(10).status == check(None).status == "ok"
+    assert "not counted" in check(None).message
+    assert check(11).status == "warn" and "prepared about 11 B" in check(11).message
+
+
 def test_disks_that_are_not_measured(tmp_path):
     assert disk(tmp_path, None).status == "skipped"
     assert disk(tmp_path, 1, enable_checkpointing=False).status == "note"

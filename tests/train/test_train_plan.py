@@ -75,6 +75,16 @@ def test_before_the_data_are_there_steps_are_about_those_of_the_epochs(tmp_path)
     assert never.config["eval_interval"] == -1
 
 
+def test_data_that_are_to_be_prepared_are_about_the_recipes_or_the_files(prepared, tmp_path):
+    where = f"base_output_directory={tmp_path}"
+    assert planned(where).known().data_bytes == pytest.approx(1.9e9, rel=0.02)
+    assert planned(where, "steps=10").known().data_bytes == pytest.approx(1.9e9, rel=0.02)
+    assert planned(where, "run.data.source=some/other").known().data_bytes is None
+    (tmp_path / "a.jsonl").write_text("x" * 100)
+    assert planned(where, f"run.data.source={tmp_path}/a.jsonl").known().data_bytes == 100
+    assert tiny(prepared).known().data_bytes == planned("tiny_cpu", where).known().data_bytes == 0
+
+
 def test_fewer_steps_may_be_given(prepared):
     made = tiny(prepared, "run.epochs=2", "steps=10")
     assert (made.steps, made.available, made.config["num_epoch"]) == (10, 94, 2)
