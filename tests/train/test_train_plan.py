@@ -21,6 +21,7 @@ from moeconv_train.preflight import config as preflight_config
 from moeconv_train.preflight.target import T4X2, Gpu, gpus, local
 from moeconv_train.settings import EMBEDDED, DataSettings
 from moeconv_train.sidecar import public_config
+from moeconv_train.steps import evaluations
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, TimeLimitError, UsageError
@@ -133,7 +134,7 @@ def test_evaluations_are_the_users_if_said(prepared):
 def test_the_last_evaluation_is_of_the_last_step(steps, epochs, each):
     made = planned("tiny_cpu", f"run.evaluations_per_epoch={each}")
     epoch = steps / epochs
-    found = plan._evaluations(made, True, steps, epoch)
+    found = evaluations(made, True, steps, epoch)
     interval, first = found["eval_interval"], found["eval_start_step"]
     at = [s for s in range(steps) if s >= first and (s - first) % interval == 0]
     assert at[-1] == steps - 1
