@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 def counted(plan: "Plan") -> "Plan":
     """Steps and evaluations of prepared rows; the recipe's own are only about right."""
     run, given, dataset = plan.run, plan.recipe.given, plan.feed.dataset
+    if "num_epoch" in given:
+        raise UsageError(
+            f"num_epoch={given['num_epoch']}: steps and evaluations are counted by run.epochs; set "
+            f"run.epochs={given['num_epoch']} instead"
+        )
     if dataset is None:
         return replace(plan, derived={**plan.derived, **about(plan)})
     config = plan.config
@@ -25,11 +30,6 @@ def counted(plan: "Plan") -> "Plan":
     found = {key: value_of(text) for key, text in dataset.overrides().items()}
     for key in ("max_target_length", "enable_data_shuffling", "data_shuffle_seed"):
         del found[key]  # the model's, and the run's own
-    if "num_epoch" in given:
-        raise UsageError(
-            f"num_epoch={given['num_epoch']}: steps and evaluations are counted by run.epochs; set "
-            f"run.epochs={given['num_epoch']} instead"
-        )
     batch = plan.batch
     if batch < 1 or float(config["per_device_batch_size"]) % 1:
         raise ConfigError(

@@ -225,7 +225,7 @@ def test_another_model_data_or_schedule_is_another_run(whole, output):
 
 
 def test_what_maxtext_refuses_is_one_sentence(output):
-    ran = moeconv("train", *words(output, "wrong", attention_type="nonsense"))
+    ran = moeconv("train", *words(output, "wrong", sharding_tolerance=2.0))
     assert ran.code == ConfigError.exit_code
-    assert "MaxText refuses this config: " in ran.error and "attention_type" in ran.error
+    assert "MaxText refuses this config: " in ran.error and "sharding_tolerance" in ran.error
     assert not (output / "wrong").exists()

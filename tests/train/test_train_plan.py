@@ -119,6 +119,8 @@ def test_epochs_for_steps_are_enough_and_not_one_too_many(prepared, steps, batch
 def test_epochs_are_not_given_behind_our_back(prepared):
     with pytest.raises(UsageError, match=r"num_epoch=3: .* set run\.epochs=3 instead"):
         tiny(prepared, "num_epoch=3")
+    with pytest.raises(UsageError, match="num_epoch=3"):
+        planned("num_epoch=3")  # before the data are prepared
 
 
 def test_evaluations_are_the_users_if_said(prepared):
