@@ -109,6 +109,15 @@ def test_it_goes_on_with_the_run_that_is_named(kaggle, tmp_path):
     assert not (tmp_path / "working" / "runs" / "llama3-moe-200m").exists()
 
 
+def test_a_new_run_takes_the_data_that_another_has_prepared(kaggle, tmp_path):
+    attach(tmp_path, "one", 1000, mtime=0)
+    done, _ = kaggle("run_name=other")
+    assert "a new one, with the data of " in done.stdout
+    runs = tmp_path / "working" / "runs"
+    assert [each.name for each in runs.iterdir()] == ["data"]
+    assert (runs / "data" / "tinystories-2048" / "data.json").is_file()
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_it_says_that_it_begins_a_new_run(kaggle, tmp_path, there):
     if there:

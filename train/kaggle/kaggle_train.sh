@@ -61,14 +61,23 @@ last_run() { # the run with the highest checkpoint; one that has none counts as 
       printf '%s %s\n' "${step:--1}" "$run"
     done | sort -n | tail -1 | cut -d' ' -f2-
 }
+take() { # take DIR PLACE: a copy in WORK, whole or not at all
+  rm -rf "$work/runs.partial"
+  mkdir -p "$work/runs.partial/$2"
+  cp -rL "$1/." "$work/runs.partial/$2"
+  chmod -R u+w "$work/runs.partial"
+  mv "$work/runs.partial" "$work/runs"
+}
 if [ ! -e "$work/runs" ]; then
   last=$(last_run)
+  data=$({ find -L "$input" -maxdepth 5 -type d -path '*/runs/data' 2>/dev/null || true; } |
+    sort | tail -1)
   if [ -n "$last" ]; then
     say "going on from $last"
-    mkdir -p "$work/runs.partial"
-    cp -rL "$(dirname "$last")/." "$work/runs.partial"
-    chmod -R u+w "$work/runs.partial"
-    mv "$work/runs.partial" "$work/runs"
+    take "$(dirname "$last")" .
+  elif [ -n "$data" ]; then
+    say "no earlier run below $input: a new one, with the data of $data"
+    take "$data" data
   else
     say "no earlier run below $input: a new one"
   fi
