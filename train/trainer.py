@@ -198,14 +198,19 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["moeconv"])  # absl's, which grain's workers read
     logging.set_verbosity(logging.INFO)
-    if plan.config["hardware"] == "gpu":
-        check_gpu()
+    on_gpu = plan.config["hardware"] == "gpu"
     try:
         config, recorder = maxtext.initialize(plan.argv())
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
         raise ConfigError(f"MaxText refuses this config: {first_line(error.__context__)}") from None
+    except RuntimeError:
+        if on_gpu:
+            check_gpu()  # JAX has no such backend
+        raise
     except (ValueError, TypeError) as error:  # the same, where unittest is loaded
         raise ConfigError(f"MaxText refuses this config: {first_line(error)}") from None
+    if on_gpu:
+        check_gpu()  # not earlier: MaxText sets XLA's flags, which JAX reads once
     counted = int(config.global_batch_size_to_load)
     if plan.steps_per_epoch and counted != plan.batch:
         raise ConfigError(
