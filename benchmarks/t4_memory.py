@@ -47,9 +47,9 @@ CONFIGURATIONS: list[tuple[str, dict[str, object], dict[str, object]]] = [
 def main() -> None:
     """Prints the table."""
     from moeconv_train.preflight import T4X2
-    from moeconv_train.preflight.config import read_recipe
     from moeconv_train.preflight.memory import STOCK, Patch, PluginMissingError, Variant, measure
     from moeconv_train.preflight.report import MEMORY_HEADINGS, memory_cells
+    from moeconv_train.recipe import read_config
 
     parser = argparse.ArgumentParser(description=__doc__)
     recipes = Path(__file__).resolve().parents[1] / "train" / "configs"
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers there too")
     args = parser.parse_args()
 
-    recipe, begun = read_recipe(args.recipe), time.perf_counter()
+    recipe, begun = read_config(args.recipe), time.perf_counter()
     # What the recipe says itself need not be compiled again.
     configurations = [
         Variant(name, *parts)

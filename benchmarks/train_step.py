@@ -84,20 +84,12 @@ def say(text: str = "") -> None:
 
 def model_flops(keys: dict[str, Any]) -> float:
     """What one step of this model asks for: two of eight experts, the past only, nothing twice."""
-    d, layers, length = (
-        keys[k] for k in ("base_emb_dim", "base_num_decoder_layers", "max_target_length")
-    )
-    wide = keys["head_dim"] * keys["base_num_query_heads"]
-    narrow = keys["head_dim"] * keys["base_num_kv_heads"]
-    every = keys["interleave_moe_layer_step"] if keys["decoder_block"] == "envy" else 1
-    moe = layers // every
-    matrices = layers * 2 * d * (wide + narrow) + d * keys["vocab_size"]
-    matrices += (layers - moe) * 3 * d * keys["base_mlp_dim"]
-    experts = keys["num_experts_per_tok"] * 3 * d * keys["base_moe_mlp_dim"]
-    matrices += moe * (d * keys["num_experts"] + experts)
-    # Two matmuls with each earlier position, half of the length on average; backward as twice.
-    attention = layers * 2 * 2 * wide * length / 2
-    return 3 * positions(keys) * (2 * matrices + attention)
+    from moeconv_train.model_size import model_size
+    from moeconv_train.preflight.config import resolve
+
+    size = model_size(resolve(keys))
+    assert size is not None, "the recipes' decoder blocks are known"
+    return size.flops * positions(keys)
 
 
 def positions(keys: dict[str, Any]) -> int:
@@ -237,8 +229,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench-out", "train_step"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     args = parser.parse_args()
-    from moeconv_train.preflight.config import read_recipe
     from moeconv_train.preflight.target import gpus
+    from moeconv_train.recipe import read_config
 
     args.work.mkdir(parents=True, exist_ok=True)
     on_cpu = not gpus()
@@ -247,7 +239,7 @@ def main() -> None:
     models = {args.model: RECIPES[args.model]} if args.model else RECIPES
     rates: dict[str, Any] = {}
     for model, file in models.items():
-        keys = read_recipe(HERE.parent / "train" / "configs" / file)
+        keys = read_config(HERE.parent / "train" / "configs" / file)
         say(f"\n## {model}\n")
         if args.t4:
             report[model] = for_t4s(keys)

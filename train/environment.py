@@ -22,6 +22,9 @@ def environment(plan: Plan) -> Iterator[None]:
             values["XLA_FLAGS"] = f"{flags} {flag}={plan.devices}".strip()
     elif not os.environ.get(MEMORY_FRACTION):
         values[MEMORY_FRACTION] = str(DEFAULT_FRACTION)
+    if config["hardware"] == "gpu" and not os.environ.get("JAX_PLATFORMS"):
+        # Left to itself JAX takes the CPU where CUDA fails. MaxText puts some arrays on the CPU.
+        values["JAX_PLATFORMS"] = "cuda,cpu"
     values["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
     if config["enable_wandb"]:
         values |= wandb.environment(plan.run_dir, plan.run.wandb)

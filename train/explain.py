@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeconv_train import run_dir
+from moeconv_train.words import first_line
 
 from moeconv.arch.sidecar import METRICS_NAME
 from moeconv.errors import MoeconvError, TrainingError
@@ -41,13 +42,3 @@ def explained(log: Path, directory: Path) -> Iterator[None]:
         raise TrainingError(
             f"{directory}: {type(error).__name__}: {first_line(error)}; see {log}"
         ) from error
-
-
-def first_line(error: BaseException | None) -> str:
-    """The first line of what an exception says; for pydantic's, the first field that is wrong."""
-    details = getattr(error, "errors", None)
-    if callable(details):
-        first = details()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else type(error).__name__

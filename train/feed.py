@@ -4,15 +4,14 @@ import contextlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moeconv_train.data import DataSet, Progress, prepare_dataset, read_stories, tokens
+from moeconv_train.data import DataSet, Progress, prepare_dataset, read_stories
 from moeconv_train.data.manifest import NAME, TRAIN, VALIDATION
-from moeconv_train.data.records import LENGTHS, TEXT, TOKENS, read_shard, write_bytes
-from moeconv_train.data.source import format_of
+from moeconv_train.data.records import LENGTHS, TEXT, TOKENS, read_shard
 from moeconv_train.make_corpus import CORPUS
 from moeconv_train.settings import EMBEDDED, DataSettings
 
@@ -32,6 +31,7 @@ class Feed:
         kind: `prepared` by us, streamed from the Hub by MaxText (`hf`), or `maxtext`: anything
             else that its own settings name.
         settings: What is to be prepared.
+        named: The dataset on the Hub that MaxText's own `hf_path` names.
         directory: Where the prepared rows lie or will lie.
         dataset: They, once they are there.
     """
@@ -40,6 +40,7 @@ class Feed:
     settings: DataSettings
     directory: Path | None = None
     dataset: DataSet | None = None
+    named: str | None = None
 
     @property
     def packed(self) -> bool:
@@ -52,7 +53,11 @@ class Feed:
 
 
 def find(
-    config: Mapping[str, Any], given: Mapping[str, str], settings: DataSettings, output: Path
+    config: Mapping[str, Any],
+    given: Mapping[str, str],
+    settings: DataSettings,
+    output: Path,
+    told: Collection[str] = (),
 ) -> Feed:
     """Decides, without reading anything but what is prepared already.
 
@@ -61,6 +66,7 @@ def find(
         given: Those of the command line.
         settings: The run's `data` section.
         output: MaxText's base_output_directory.
+        told: The `run.…` settings of the command line.
 
     Raises:
         ConfigError: What lies in the directory is no whole dataset.
@@ -68,15 +74,15 @@ def find(
     """
     kind = config["dataset_type"]
     if kind == "hf":
-        return Feed("hf", settings)
+        if not _named_by(("hf_path", "hf_train_files"), config, given, settings, told):
+            return Feed("hf", settings)
+        local = bool(config["hf_train_files"])
+        named = None if local else str(config["hf_path"])
+        return Feed("hf", settings.model_copy(update={"source": None}), named=named)
     if kind != "grain":
         return Feed("maxtext", settings)
-    if config["grain_train_files"]:
-        if "grain_train_files" in given or not (settings.source or settings.directory):
-            return _named(settings, str(config["grain_train_files"]))
-        raise UsageError(
-            "grain_train_files and run.data.source: both name data; leave one of them out"
-        )
+    if _named_by(("grain_train_files",), config, given, settings, told):
+        return _named(settings, str(config["grain_train_files"]))
     if not (settings.source or settings.directory):
         raise UsageError(
             "there is no data to train on: set run.data.source (a dataset on the Hub, a local file "
@@ -92,6 +98,27 @@ def find(
     elif dataset is None and not settings.source:
         DataSet.read(directory)  # says what is missing
     return Feed("prepared", settings, directory, dataset)
+
+
+def _named_by(
+    keys: tuple[str, ...],
+    config: Mapping[str, Any],
+    given: Mapping[str, str],
+    settings: DataSettings,
+    told: Collection[str],
+) -> bool:
+    """Whether MaxText's own settings name the data; on the command line they win over a file's.
+
+    Raises:
+        UsageError: `run.data` names some too.
+    """
+    naming = [key for key in keys if config[key]]
+    ours = [f"data.{key}" for key in ("source", "directory") if getattr(settings, key)]
+    if not naming or not ours:
+        return bool(naming)
+    if any(key in given for key in naming) and not any(key in told for key in ours):
+        return True
+    raise UsageError(f"{naming[0]} and run.{ours[0]}: both name data; leave one of them out")
 
 
 def _named(settings: DataSettings, files: str) -> Feed:
@@ -183,64 +210,13 @@ def embedded_tokenizer() -> Iterator[Path]:
         yield directory
 
 
-def hf_settings(config: Mapping[str, Any], settings: DataSettings) -> dict[str, Any]:
-    """MaxText's settings to tokenise `settings.source` while it trains (docs/data.md)."""
-    if not settings.source or config["hf_path"] or config["hf_train_files"]:
-        return {}  # the user's own
-    found: dict[str, Any] = {
-        "tokenizer_type": "huggingface",
-        "tokenize_train_data": True,
-        "tokenize_eval_data": True,
-        "packing": True,
-        "add_bos": True,
-        "add_eos": True,
-        "train_split": "train",
-        "train_data_columns": [settings.column],
-        "eval_data_columns": [settings.column],
-        # 0 reads other data at the second evaluation (docs/data.md).
-        "grain_worker_count": 1,
-        "grain_worker_count_eval": 1,
-    }
-    path = Path(settings.source).expanduser()
-    if settings.source == EMBEDDED or path.is_dir():
-        raise UsageError(
-            "dataset_type=hf: streams from the Hub or from one local file; use dataset_type=grain "
-            f"for {settings.source}"
-        )
-    if path.exists():
-        return {**found, "hf_path": format_of(path.name), "hf_train_files": str(path.absolute())}
-    return {**found, "hf_path": settings.source, "hf_eval_split": "validation"}
-
-
-def hf_tokenizer(settings: DataSettings, output: Path) -> str:
-    """The tokenizer for streaming: what comes with moeconv or MaxText becomes a directory."""
-    if settings.tokenizer not in (tokens.LLAMA3, EMBEDDED):
-        return settings.tokenizer
-    with contextlib.ExitStack() as stack:
-        name = settings.tokenizer
-        if name == EMBEDDED:
-            name = str(stack.enter_context(embedded_tokenizer()))
-        # "stories": with a pad token of its own, as MaxText masks by value here.
-        loaded = tokens.load(name, "stories")
-    directory = output / "data" / f"tokenizer-{settings.tokenizer}"
-    for name, content in loaded.files.items():
-        write_bytes(directory / name, content)
-    return str(directory)
-
-
 def hub_id(feed: Feed) -> str | None:
     """The dataset on the Hub that a run is trained on; a local path is nobody else's business."""
     if feed.dataset is not None:
         source = feed.dataset.manifest.request.source
         return source.name if source.kind == "hub" else None
-    if feed.kind == "hf" and feed.settings.source and not Path(feed.settings.source).exists():
-        return feed.settings.source
-    return None
-
-
-def evaluates(settings: DataSettings) -> bool:
-    """Whether a streamed source has something to evaluate on."""
-    return not Path(settings.source or "").exists()
+    name = feed.named or (feed.settings.source if feed.kind == "hf" else None)
+    return name if name and not Path(name).expanduser().exists() else None
 
 
 def sample(feed: Feed) -> list[str]:

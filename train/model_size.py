@@ -5,6 +5,7 @@ holds the counts to MaxText's own abstract model.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,12 @@ from moeconv.arch.parameters import (
 # Weights and both of Adam's moments in float32.
 STATE_BYTES = 12
 
-# Dense FLOP/s of the tensor cores in 16 bits, by the vendor's data sheets; by parts of the name
+# Dense FLOP/s of the tensor cores in 16 bits, by the vendor's data sheets; by words of the name
 # that jax gives the device (`device_kind`), the longest first where one contains another.
 PEAKS_16_BIT: Mapping[str, float] = {
     "T4": 65e12,
     "V100": 125e12,
+    "V100-PCIE": 112e12,
     "L40S": 362e12,
     "L4": 121e12,
     "A100": 312e12,
@@ -35,6 +37,7 @@ PEAKS_16_BIT: Mapping[str, float] = {
     "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
+    "H200 NVL": 835e12,
 }
 
 
@@ -114,11 +117,11 @@ def kinds(config: Mapping[str, Any], layers: int) -> list[LayerKind]:
 
 def peak(device_kind: str, dtype: str) -> float | None:
     """FLOP/s of one device in 16 bits; None where that is not known for certain."""
-    if dtype not in ("float16", "bfloat16"):
+    if dtype not in ("float16", "bfloat16") or "MIG" in device_kind:  # a slice of a GPU
         return None
     for name in sorted(PEAKS_16_BIT, key=len, reverse=True):
-        if name in device_kind:
-            if dtype == "bfloat16" and name in ("T4", "V100"):
+        if re.search(rf"\b{name}\b", device_kind):
+            if dtype == "bfloat16" and name in ("T4", "V100", "V100-PCIE"):
                 return None  # no bfloat16 tensor cores
             return PEAKS_16_BIT[name]
     return None

@@ -1,27 +1,29 @@
 """What is decided about a run before MaxText is imported: its settings, data and steps."""
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 from moeconv_train import feed as feeds
-from moeconv_train.data.manifest import VALIDATION
 from moeconv_train.feed import Feed
 from moeconv_train.model_size import ModelSize, model_size
 from moeconv_train.preflight import RunSettings
-from moeconv_train.preflight.config import resolve, value_of
+from moeconv_train.preflight.config import mesh_devices, resolve
 from moeconv_train.preflight.report import word
 from moeconv_train.preflight.target import T4X2, Gpu, Target, local
 from moeconv_train.recipe import Recipe
 from moeconv_train.settings import RunFile
+from moeconv_train.steps import counted
+from moeconv_train.streaming import hf_settings, source_digest
 
 from moeconv.errors import ConfigError
 
 OUTPUT = "runs"
+# Of prepared rows: up to 3 for the id, and the file that is being read (docs/data.md).
+TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,34 @@ class Plan:
         return self.batch * int(self.config["max_target_length"])
 
     @property
+    def data_bytes(self) -> int | None:
+        """About what data take beside the run that are still to be prepared; None: not known."""
+        data, directory = self.feed.settings, self.feed.directory
+        if self.feed.kind != "prepared" or self.feed.dataset or directory is None:
+            return 0
+        if data.source == feeds.EMBEDDED or _disk(directory) != _disk(self.run_dir):
+            return 0
+        source = Path(str(data.source)).expanduser()
+        if source.exists():  # a token is shorter than its text, but parquet and gzip are packed
+            files = [source] if source.is_file() else source.rglob("*")
+            packed = (".parquet", ".gz")
+            return sum(
+                file.stat().st_size * (3 if file.suffix in packed else 1)
+                for file in files
+                if file.is_file()
+            )
+        if "data.source" in self.recipe.told or not self.recipe.epochs:
+            return None
+        # The recipe's own steps are about its own data.
+        steps = int(self.recipe.keys.get("steps", 0)) / self.recipe.epochs
+        return round(steps * self.tokens_per_step * TOKEN_BYTES)
+
+    @property
+    def source_digest(self) -> str | None:
+        """Of the data that MaxText reads by itself; prepared ones have a digest of their own."""
+        return None if self.feed.dataset else source_digest(self.config)
+
+    @property
     def size(self) -> ModelSize | None:
         """The model's."""
         return model_size(self.config)
@@ -126,7 +156,7 @@ class Plan:
 
     def known(self) -> RunSettings:
         """What the preflight checks besides the config."""
-        data, dataset = self.run.data, self.feed.dataset
+        data, dataset = self.feed.settings, self.feed.dataset
         fetched = dataset is None and self.feed.kind != "maxtext"
         tokenizer = None if data.tokenizer in ("llama3", feeds.EMBEDDED) else data.tokenizer
         here = dataset.manifest.request.tokenizer if dataset else None
@@ -134,7 +164,7 @@ class Plan:
         embedded = data.source == feeds.EMBEDDED
         size = self.size
         return RunSettings(
-            dataset=data.source if fetched and not embedded else None,
+            dataset=self.feed.named or (data.source if fetched and not embedded else None),
             tokenizer=tokenizer if fetched else None,
             tokenizer_size=here.size if here else (128_256 if llama3 else None),
             pad_id=here.pad_token_id if here else (-1 if llama3 else None),
@@ -144,6 +174,7 @@ class Plan:
             hub_repo=self.run.hub_repo,
             wandb=bool(self.config["enable_wandb"]),
             state_bytes=size.state_bytes if size else None,
+            data_bytes=self.data_bytes,
             patches=self.patches,
         )
 
@@ -166,14 +197,11 @@ def target_of(config: Mapping[str, Any], found: list[Gpu]) -> Target:
     return local(found) if found else T4X2
 
 
-def mesh_devices(config: Mapping[str, Any]) -> int:
-    """The product of the mesh's axes within a host; an axis of -1 takes what is left."""
-    axes = [
-        int(value)
-        for key, value in config.items()
-        if key.startswith("ici_") and key.endswith("_parallelism")
-    ]
-    return math.prod(axis for axis in axes if axis > 0)
+def _disk(path: Path) -> int:
+    """The device that a path lies on, or would."""
+    while not path.exists():
+        path = path.parent
+    return path.stat().st_dev
 
 
 def global_batch(config: Mapping[str, Any], devices: int) -> int:
@@ -215,13 +243,13 @@ def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
         derived["skip_jax_distributed_system"] = True  # one host
     target = target_of(config, found)
     devices = target.devices or mesh_devices(config)
-    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute())
+    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
     plan = Plan(recipe, target, devices, feed, derived, notes=tuple(notes))
     derived |= _wandb(plan, own)
     if feed.kind == "hf":
         derived |= _streamed(plan)
         return plan
-    return _counted(plan) if feed.kind == "prepared" else plan
+    return counted(plan) if feed.kind == "prepared" else plan
 
 
 def _wandb(plan: Plan, own: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,95 +263,14 @@ def _wandb(plan: Plan, own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _streamed(plan: Plan) -> dict[str, Any]:
-    """MaxText's own streaming, where the run file names the source."""
-    data = plan.run.data
-    found = feeds.hf_settings(plan.config, data)
+    """What MaxText needs to tokenise while it trains."""
+    data = plan.feed.settings
+    found = hf_settings(plan.config, data)
     if not found:
         return {}
-    if not feeds.evaluates(data):
-        found |= {"eval_interval": -1}
+    if plan.recipe.keys.get("dataset_type") == "hf" and data.source is None:
+        # A file that is made for streaming: what it says stays.
+        found = {key: value for key, value in found.items() if key not in plan.recipe.keys}
     if plan.run.epochs is not None:
         found |= {"num_epoch": plan.run.epochs}
     return {key: value for key, value in found.items() if key not in plan.recipe.given}
-
-
-def _counted(plan: Plan) -> Plan:
-    """Steps and evaluations of prepared rows; the recipe's own are only about right."""
-    run, given, dataset = plan.run, plan.recipe.given, plan.feed.dataset
-    if dataset is None:
-        return replace(plan, derived={**plan.derived, **_about(plan)})
-    config = plan.config
-    dataset.check(
-        max_target_length=int(config["max_target_length"]), vocab_size=int(config["vocab_size"])
-    )
-    found = {key: value_of(text) for key, text in dataset.overrides().items()}
-    for key in ("max_target_length", "enable_data_shuffling", "data_shuffle_seed"):
-        del found[key]  # the model's, and the run's own
-    batch = plan.batch
-    if batch < 1 or float(config["per_device_batch_size"]) % 1:
-        raise ConfigError(
-            f"per_device_batch_size={config['per_device_batch_size']}: must be a whole number, so "
-            "that steps can be counted; make gradient_accumulation_steps smaller instead"
-        )
-    workers = int(value_of(given.get("grain_worker_count", 0)))
-    one = dataset.steps_for_epochs(1, batch, workers=workers)
-    if run.epochs is not None:
-        epochs = run.epochs
-        available = dataset.steps_for_epochs(epochs, batch, workers=workers)
-        steps = int(value_of(given["steps"])) if "steps" in given else available
-    else:
-        steps = int(config["steps"])
-        epochs = max(1, math.ceil(steps / one))
-        available = dataset.steps_for_epochs(epochs, batch, workers=workers)
-    found |= {"num_epoch": epochs, "steps": steps}
-    found |= _evaluations(plan, dataset.eval_batches(batch) > 0, steps, available / epochs)
-    kept = {key: value for key, value in found.items() if key not in given}
-    notes = plan.notes
-    if not dataset.counts(VALIDATION).rows:
-        notes += (f"{dataset.directory}: has no validation split: the run is never evaluated",)
-    return Plan(
-        plan.recipe,
-        plan.target,
-        plan.devices,
-        plan.feed,
-        {**plan.derived, **kept},
-        steps_per_epoch=available / epochs,
-        available=available,
-        notes=notes,
-    )
-
-
-def _about(plan: Plan) -> dict[str, Any]:
-    """Steps and evaluations before the rows are counted, by what the recipe's steps stand for."""
-    recipe, config = plan.recipe, plan.config
-    steps, epochs = int(config["steps"]), plan.run.epochs or recipe.epochs
-    found: dict[str, Any] = {}
-    if epochs and recipe.epochs and "steps" in recipe.keys:
-        epoch = int(recipe.keys["steps"]) / recipe.epochs
-        if plan.run.epochs and "steps" not in recipe.given:
-            steps = max(1, round(epoch * epochs))
-            found = {"steps": steps, "num_epoch": epochs}
-    else:
-        epoch = steps / (epochs or 1)
-    possible = plan.run.data.validation_fraction > 0 or plan.run.data.source == feeds.EMBEDDED
-    found |= _evaluations(plan, possible, steps, epoch)
-    return {key: value for key, value in found.items() if key not in recipe.given}
-
-
-def _evaluations(plan: Plan, possible: bool, steps: int, epoch: float) -> dict[str, Any]:
-    """`eval_interval` and `eval_start_step`, so that the last evaluation is of the last step.
-
-    MaxText evaluates after step s (from 0) where s >= start and (s - start) % interval == 0.
-    """
-    if "eval_interval" in plan.recipe.given:
-        return {}
-    wanted = round(plan.run.evaluations_per_epoch * steps / epoch)
-    if not possible or plan.run.evaluations_per_epoch == 0 or steps < 1:
-        return {"eval_interval": -1, "eval_start_step": 0}
-    count = min(steps, max(1, wanted))
-    interval = steps // count
-    return {
-        "eval_interval": interval,
-        "eval_start_step": steps - 1 - (count - 1) * interval,
-        "eval_steps": -1,
-    }

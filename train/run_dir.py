@@ -5,12 +5,15 @@ import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+from moeconv_train.sidecar import versions
 from pydantic import ValidationError
 
+import moeconv
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.errors import (
     ConfigError,
@@ -128,11 +131,24 @@ def read_sidecar(run_dir: Path) -> RunSidecar | None:
         raise ConfigError(f"{path}: {where}: {first['msg']}; begin a new run_name") from None
 
 
+@dataclass(frozen=True)
+class Data:
+    """What tells a run's data from others.
+
+    Attributes:
+        digest: Of prepared data.
+        source_digest: Of what MaxText's own settings name (streaming.py).
+    """
+
+    digest: str | None = None
+    source_digest: str | None = None
+
+
 def check_same(
     run_dir: Path,
     before: RunSidecar | None,
     config: Mapping[str, Any],
-    digest: str | None,
+    data: Data,
     patches: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Refuses to go on with another model, optimizer, schedule or other data.
@@ -141,7 +157,7 @@ def check_same(
         run_dir: For the message.
         before: The sidecar of the run so far.
         config: MaxText's resolved config now, as the sidecar holds it.
-        digest: Of the prepared data now.
+        data: Now.
         patches: How MaxText's step is computed now.
 
     Returns:
@@ -175,9 +191,16 @@ def check_same(
             f"loss scale and patches were {computed} and are {dict(patches)}: the same model, but "
             "not to the bit"
         )
+    if computed_otherwise := _other_versions(before):
+        notes.append(f"{computed_otherwise}: the same run, but the last bits may differ")
     then = before.run.dataset_digest if before.run else None
-    if then is not None and then != digest:
-        told.append(f"the data's digest was {then[:12]} and is {(digest or 'none')[:12]}")
+    if then is not None and then != data.digest:
+        told.append(f"the data's digest was {then[:12]} and is {(data.digest or 'none')[:12]}")
+    named = (before.run.model_extra or {}).get("source_digest") if before.run else None
+    if named is not None and named != data.source_digest:
+        told.append(
+            "the data or the tokenizer have other names or sizes than those that it began with"
+        )
     if told:
         more = f" and {len(told) - 8} more" if len(told) > 8 else ""
         raise ConfigError(
@@ -185,3 +208,15 @@ def check_same(
             "give these as they were, or begin a new run_name"
         )
     return notes
+
+
+def _other_versions(before: RunSidecar) -> str:
+    """The releases that compute a step, where they are not those that the run began with."""
+    extra = before.model_extra or {}
+    then = {**(extra.get("versions") or {}), "moeconv": before.moeconv_version}
+    now = {**versions(), "moeconv": moeconv.__version__}
+    return ", ".join(
+        f"{name} was {then[name]} and is {now[name]}"
+        for name in ("moeconv", "maxtext", "jax", "jaxlib")
+        if then.get(name) and now.get(name) and then[name] != now[name]
+    )

@@ -9,6 +9,7 @@ from typing import Any
 from moeconv_train import feed as feeds
 from moeconv_train import plan as plans
 from moeconv_train import recipe as recipes
+from moeconv_train import streaming
 from moeconv_train.data import Progress
 from moeconv_train.logs import wandb
 from moeconv_train.plan import Plan
@@ -106,7 +107,7 @@ def with_data(
         refuse(start)
     if start.plan.feed.kind == "hf" and not start.plan.config["tokenizer_path"]:
         output = start.plan.derived["base_output_directory"]
-        path = feeds.hf_tokenizer(start.plan.run.data, Path(output))
+        path = streaming.tokenizer_for(start.plan.run.data, Path(output))
         derived = {**start.plan.derived, "tokenizer_path": path}
         start = replace(start, plan=replace(start.plan, derived=derived))
     return start
@@ -124,7 +125,7 @@ def facts(plan: Plan) -> Mapping[str, Any]:
         "active_parameters": size.active if size else None,
         "data": {
             "kind": plan.feed.kind,
-            "source": plan.run.data.source,
+            "source": plan.feed.named or plan.feed.settings.source,
             "directory": str(plan.feed.directory) if plan.feed.directory else None,
             "prepared": plan.feed.dataset is not None,
         },

@@ -48,6 +48,7 @@ class Stopper:
         self._limit, self._note, self._clock = limit, note, clock
         self._begun = clock() if begun is None else begun
         self._signals = 0
+        self._signal: int | None = None
         self.stepping = False
         self.reason: Reason | None = None
         self.saved: int | None = None
@@ -61,6 +62,10 @@ class Stopper:
 
     def due(self) -> Reason | None:
         """Asked after each step."""
+        if self._signal is not None:
+            number, self._signal = self._signal, None
+            name = signal.Signals(number).name
+            self._note(f"{name}: saving a checkpoint, then leaving; again to not save")
         over = self._limit is not None and self._clock() - self._begun >= self._limit
         if self.reason is None and over:
             self.reason = "time limit"
@@ -74,9 +79,8 @@ class Stopper:
         self._signals += 1
         if not self.stepping or self._signals > 1:
             raise KeyboardInterrupt
-        self.reason = "signal"
-        name = signal.Signals(number).name
-        self._note(f"{name}: saving a checkpoint after this step, then leaving; again to not save")
+        # It may have come in the middle of a write, so due() tells it.
+        self.reason, self._signal = "signal", number
 
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from moeconv_train import feed as feeds
 from moeconv_train import run_dir, stopping
 from moeconv_train.environment import environment
-from moeconv_train.explain import explained, first_line
+from moeconv_train.explain import explained
 from moeconv_train.logs import logger, wandb
 from moeconv_train.logs.console import LOG_NAME, logged
 from moeconv_train.logs.metrics import MetricsFile
@@ -22,6 +22,7 @@ from moeconv_train.plan import Plan
 from moeconv_train.preflight import patches
 from moeconv_train.run_dir import Resume
 from moeconv_train.sidecar import public_config, write_sidecar
+from moeconv_train.words import first_line
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, MissingPackageError, TrainingError
@@ -102,9 +103,8 @@ def train(
         with explained(log, directory):
             config, recorder = _initialize(plan)
             if saved is not None:
-                digest = plan.feed.dataset.digest if plan.feed.dataset else None
                 now = public_config(config.get_keys())
-                notes = run_dir.check_same(directory, before, now, digest, plan.patches)
+                notes = run_dir.check_same(directory, before, now, _data(plan), plan.patches)
                 for text in notes:
                     progress.note(f"note: {text}")
                 progress.note(f"going on after step {saved + 1:,} of {plan.steps:,}")
@@ -129,15 +129,18 @@ def _check_finished(plan: Plan, before: RunSidecar | None, done: int) -> list[st
     Raises:
         ConfigError: It is another run, or a shorter one.
     """
-    digest = plan.feed.dataset.digest if plan.feed.dataset else None
     asked = public_config(plan.told)
-    notes = run_dir.check_same(plan.run_dir, before, asked, digest, plan.patches)
+    notes = run_dir.check_same(plan.run_dir, before, asked, _data(plan), plan.patches)
     if done > plan.steps:
         raise ConfigError(
             f"{plan.run_dir}: has {done:,} steps already, more than steps={plan.steps}; "
             f"give steps={done}, or begin a new run_name"
         )
     return notes
+
+
+def _data(plan: Plan) -> run_dir.Data:
+    return run_dir.Data(plan.feed.dataset.digest if plan.feed.dataset else None, plan.source_digest)
 
 
 def _end(plan: Plan, records: logger.Records, stopper: stopping.Stopper, begun: float) -> Outcome:
@@ -195,12 +198,19 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["moeconv"])  # absl's, which grain's workers read
     logging.set_verbosity(logging.INFO)
+    on_gpu = plan.config["hardware"] == "gpu"
     try:
         config, recorder = maxtext.initialize(plan.argv())
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
         raise ConfigError(f"MaxText refuses this config: {first_line(error.__context__)}") from None
+    except RuntimeError:
+        if on_gpu:
+            check_gpu()  # JAX has no such backend
+        raise
     except (ValueError, TypeError) as error:  # the same, where unittest is loaded
         raise ConfigError(f"MaxText refuses this config: {first_line(error)}") from None
+    if on_gpu:
+        check_gpu()  # not earlier: MaxText sets XLA's flags, which JAX reads once
     counted = int(config.global_batch_size_to_load)
     if plan.steps_per_epoch and counted != plan.batch:
         raise ConfigError(
@@ -208,6 +218,25 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
             f"expected: the mesh of this config spans {plan.devices} devices"
         )
     return config, recorder
+
+
+def check_gpu() -> None:
+    """Nobody wants the GPU's run on the CPU, where it would take a year.
+
+    Raises:
+        MissingPackageError: JAX has no GPU.
+    """
+    import jax
+
+    try:
+        platform = jax.devices()[0].platform
+    except RuntimeError as error:
+        platform = f"none ({first_line(error)})"
+    if platform != "gpu":
+        raise MissingPackageError(
+            f"hardware=gpu: JAX computes on {platform}, not on the GPU; install its CUDA plugin, "
+            'pip install "moeconv[train,cuda12]", and leave JAX_PLATFORMS unset'
+        )
 
 
 def _write_sidecar(plan: Plan, config: Any) -> None:
@@ -222,6 +251,7 @@ def _write_sidecar(plan: Plan, config: Any) -> None:
         steps=plan.steps,
         tokens_per_step=plan.tokens_per_step,
         patches=plan.patches,  # type: ignore[call-arg]
+        source_digest=plan.source_digest,  # type: ignore[call-arg]
     )
     data = None
     if dataset is not None:

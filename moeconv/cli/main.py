@@ -1,5 +1,6 @@
 """`moeconv`: the group of commands, imported one at a time, and the one place that meets errors."""
 
+import contextlib
 import importlib
 import io
 import os
@@ -74,18 +75,24 @@ def main() -> None:
         code = cli.main(standalone_mode=False)
         sys.stdout.flush()
     except MoeconvError as error:
-        sys.stderr.write(f"error: {error}\n")
+        _say(f"error: {error}")
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        sys.stderr.write("interrupted\n")
+        _say("interrupted")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # nobody reads our output; click ends with the same code
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say(text: str) -> None:
+    """The exit code counts, also where nobody reads the words (`2>&1 | tee`, interrupted)."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """`moeconv train`: the door to moeconv_train, which trains with MaxText's own loop."""
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -59,7 +61,7 @@ def command(
     that MaxText has not: run.epochs=1, run.data.source=stories.jsonl, run.wandb.enabled=false.
 
     The run lies in runs/<run_name> (base_output_directory, run_name). The same command goes on
-    where it was interrupted, to the bit.
+    where it was interrupted: to the bit on CPUs; on GPUs the last bits may differ.
     """
     if importlib.util.find_spec("maxtext") is None:
         raise MissingPackageError('training needs MaxText: pip install "moeconv[train]"')
@@ -87,15 +89,34 @@ def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, 
     report = progress_report(output)
     # Until the first step SIGTERM ends as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    limit = begun.plan.run.time_limit
+
+    def prepared(state: Any) -> None:
+        report(state)
+        if limit is not None and time.monotonic() - since >= limit:
+            raise TimeLimitError(
+                f"{begun.plan.feed.directory}: the data were not prepared before the time limit; "
+                "the same command goes on"
+            )
+
     try:
-        ready = start.with_data(begun, note=output.note, progress=report, quiet=quiet)
+        ready = start.with_data(begun, note=output.note, progress=prepared, quiet=quiet)
+        _tell(output, ready, begun.report.findings)
         for text in ready.plan.notes:
             output.note(f"note: {text}")
         output.note(describe(ready.plan))
         return trainer.train(ready.plan, resume=resume, note=output.note, quiet=quiet, begun=since)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing new was saved; the same command goes on\n")
-        sys.exit(INTERRUPTED)
+        saved = importlib.import_module("moeconv_train.run_dir").saved_step(begun.plan.run_dir)
+        last = "nothing was saved" if saved is None else f"checkpoint {saved} is the last one saved"
+        _interrupted(f"{begun.plan.run_dir}: {last}; the same command goes on")
+
+
+def _interrupted(text: str) -> NoReturn:
+    """Whoever listened may have been interrupted too (`2>&1 | tee log`)."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"interrupted: {text}\n")
+    sys.exit(INTERRUPTED)
 
 
 def _end(output: "Output", outcome: Any) -> None:
@@ -105,8 +126,7 @@ def _end(output: "Output", outcome: Any) -> None:
     if outcome.status == "time limit":
         raise TimeLimitError(f"{where} before the time limit{saved}; the same command goes on")
     if outcome.status == "interrupted":
-        sys.stderr.write(f"interrupted: {where}{saved}; the same command goes on\n")
-        sys.exit(INTERRUPTED)
+        _interrupted(f"{where}{saved}; the same command goes on")
     if outcome.status == "stopped":
         output.warn(f"{where}{saved}: {outcome.message}")
         return
@@ -134,15 +154,19 @@ def _show(output: "Output", facts: Any, begun: Any, check: bool) -> None:
         for setting in begun.plan.argv()[2:]:
             output.print(f"  {setting}")
     output.print(report.table())
+    if check and report.memory is None and report.of("memory").status == "warn":
+        output.warn(report.of("memory").message)
     if refused := report.refused:
         count = "1 check refuses" if len(refused) == 1 else f"{len(refused)} checks refuse"
         told = "; ".join(f"{each.check}: {each.message.rstrip('.')}" for each in refused)
         raise ConfigError(f"{count} this run: {told}")
 
 
-def _tell(output: "Output", begun: Any) -> None:
-    """What was mended, and what should be known, before the run starts."""
+def _tell(output: "Output", begun: Any, told: Collection[Any] = ()) -> None:
+    """What was mended, and what should be known, before the run starts; nothing twice."""
     for finding in begun.report.findings:
+        if finding in told:
+            continue
         if finding.status == "mended":
             mended = " ".join(f"{key}={json.dumps(value)}" for key, value in finding.mended.items())
             output.note(f"mended: {finding.check}: {finding.message} -> {mended}")

@@ -38,10 +38,12 @@ def test_the_models_flops_by_hand(bench):
     attention = 2 * (8 * 8 + 2 * 8 * 4 + 8 * 8)  # query, key and value, out: two layers
     dense, experts = 3 * 8 * 16, 8 * 4 + 2 * 3 * 8 * 12
     head = 8 * 100
-    matrices = 2 * (attention + dense + experts + head)
+    norms = (2 * 2 + 1) * 8
+    matrices = 2 * (attention + dense + experts + head + norms)
     scores = 2 * (2 * 2 * 8 * 5)  # two layers, two matmuls, five earlier positions
     assert bench.model_flops(keys) == 3 * 30 * (matrices + scores)
-    mixtral = {**keys, "decoder_block": "mixtral"}
+    # Whose experts are as wide as base_mlp_dim.
+    mixtral = {**keys, "decoder_block": "mixtral", "base_mlp_dim": 12}
     assert bench.model_flops(mixtral) - bench.model_flops(keys) == 3 * 30 * 2 * (experts - dense)
 
 

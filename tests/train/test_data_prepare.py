@@ -244,6 +244,15 @@ def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path, tok
     assert report["overrides"]["grain_train_files"] == str(out / "train-*.array_record")
 
 
+def test_what_is_prepared_may_lie_where_nothing_can_be_written(tmp_path, options):
+    """Nothing is put into the directory, not even for a moment: its time does not change."""
+    source, out = jsonl(tmp_path / "stories.jsonl", STORIES[:20]), tmp_path / "rows"
+    first = prepare_dataset(str(source), out, options())
+    os.utime(out, (0, 0))
+    assert prepare_dataset(str(source), out, options()).digest == first.digest
+    assert out.stat().st_mtime_ns == 0
+
+
 def test_part_of_something_else_is_not_gone_on_with(tmp_path, options):
     source = jsonl(tmp_path / "a.jsonl", STORIES[:40])
     out = tmp_path / "out"

@@ -73,27 +73,87 @@ def test_a_failure_is_one(kaggle, code):
     assert done.returncode == code and "finished" not in done.stdout
 
 
-def test_it_goes_on_from_the_newest_output_that_is_attached(kaggle, tmp_path):
-    for number, name in enumerate(("older", "newer")):
-        run = tmp_path / "input" / "notebooks" / name / "runs" / "llama3-moe-200m"
-        (run / "checkpoints" / "200").mkdir(parents=True)
-        (run / "moeconv.json").write_text(name)
-        os.utime(run / "moeconv.json", (number, number))
-        data = run.parent / "data" / "tinystories-2048"
-        data.mkdir(parents=True)
-        (data / "data.json").write_text("{}")
-    (tmp_path / "input").chmod(0o755)
+def attach(tmp_path, name, step, mtime, run_name="llama3-moe-200m"):
+    """An earlier notebook's output."""
+    run = tmp_path / "input" / "notebooks" / name / "runs" / run_name
+    (run / "checkpoints" / f"{step}").mkdir(parents=True)
+    (run / "checkpoints" / f"{step + 200}.orbax-checkpoint-tmp-0").mkdir()
+    (run / "moeconv.json").write_text(name)
+    os.utime(run / "moeconv.json", (mtime, mtime))
+    data = run.parent / "data" / "tinystories-2048"
+    data.mkdir(parents=True, exist_ok=True)
+    (data / "data.json").write_text("{}")
+
+
+def test_it_goes_on_from_the_furthest_output_that_is_attached(kaggle, tmp_path):
+    attach(tmp_path, "further", 1000, mtime=0)
+    attach(tmp_path, "behind", 800, mtime=1)
     done, _ = kaggle()
     assert "going on from" in done.stdout
     runs = tmp_path / "working" / "runs"
-    assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "newer"
-    assert (runs / "llama3-moe-200m" / "checkpoints" / "200").is_dir()
+    assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "further"
+    assert (runs / "llama3-moe-200m" / "checkpoints" / "1000").is_dir()
     assert (runs / "data" / "tinystories-2048" / "data.json").is_file()
     # A second call of the same session leaves what is there.
     (runs / "llama3-moe-200m" / "moeconv.json").write_text("this session's")
     done, _ = kaggle()
-    assert "going on from" not in done.stdout
+    assert "going on from" not in done.stdout and "no earlier run" not in done.stdout
     assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "this session's"
+
+
+def test_it_goes_on_with_the_run_that_is_named(kaggle, tmp_path):
+    attach(tmp_path, "one", 1000, mtime=0)
+    attach(tmp_path, "two", 200, mtime=0, run_name="mine")
+    done, _ = kaggle("run_name=mine")
+    assert "notebooks/two/runs/mine" in done.stdout
+    assert not (tmp_path / "working" / "runs" / "llama3-moe-200m").exists()
+
+
+def test_a_new_run_takes_the_data_that_another_has_prepared(kaggle, tmp_path):
+    attach(tmp_path, "one", 1000, mtime=0)
+    done, _ = kaggle("run_name=other")
+    assert "a new one, with the data of " in done.stdout
+    runs = tmp_path / "working" / "runs"
+    assert [each.name for each in runs.iterdir()] == ["data"]
+    assert (runs / "data" / "tinystories-2048" / "data.json").is_file()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_it_says_that_it_begins_a_new_run(kaggle, tmp_path, there):
+    if there:
+        (tmp_path / "input" / "moeconv").mkdir(parents=True)
+    done, calls = kaggle()
+    assert done.returncode == 0, done.stderr
+    assert f"no earlier run below {tmp_path}/input: a new one" in done.stdout and len(calls) == 2
+
+
+def test_the_run_stays_where_kaggle_saves(kaggle):
+    done, calls = kaggle("tiny_cpu", "base_output_directory=/tmp/elsewhere")
+    assert done.returncode == 2 and "set WORK instead" in done.stderr and not calls
+
+
+def test_it_installs_for_training_only(kaggle, tmp_path):
+    """A stand-in for pip and uv notes what they are asked for."""
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "python3"
+    fake.write_text(
+        f'#!/bin/bash\necho "$*" >> {tmp_path}/installed\n[[ "$*" != *"uv pip"* ]] || exit 3\n'
+    )
+    fake.chmod(0o755)
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    done, calls = kaggle(VENV=str(tmp_path / "new"), PATH=path)
+    assert done.returncode == 3 and not calls
+    assert f"{tmp_path}/new: moeconv could not be installed" in done.stderr
+    words = (tmp_path / "installed").read_text().splitlines()[-1].split()
+    assert words[-1].endswith("[train,cuda12]")
+    assert words[words.index("--constraint") + 1].endswith("requirements/kaggle.txt")
+
+
+def test_torch_and_jax_for_cuda_do_not_share_an_environment(tmp_path):
+    source = f". {KAGGLE}/environment.sh; make_env {tmp_path}/v train verify cuda12"
+    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "do not go into one environment" in done.stderr
+    assert not (tmp_path / "v").exists()
 
 
 def test_a_wrong_session_is_refused(kaggle):

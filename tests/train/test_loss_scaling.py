@@ -276,13 +276,3 @@ def test_what_does_not_go_with_scaling_is_refused(keys, directory):
     wrong = SimpleNamespace(**{**fine.get_keys(), **keys})
     with pytest.raises(ConfigError, match=next(iter(keys))):
         loss_scaling.check_config(wrong)
-
-
-def test_hazards_of_the_forward_pass_are_named(directory):
-    fine = fp16_lab.resolve(dict(fp16_lab.FP16), directory)
-    assert loss_scaling.hazards(fine) == []
-    for key in ("float32_logits", "float32_gate_logits", "float32_weight_sum"):
-        wrong = SimpleNamespace(**{**fine.get_keys(), key: False})
-        assert [text.split(":")[0] for text in loss_scaling.hazards(wrong)] == [key]
-    wrong.dtype = "float32"
-    assert loss_scaling.hazards(wrong) == []

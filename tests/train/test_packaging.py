@@ -1,5 +1,6 @@
 """pyproject.toml lists the packages by hand; these hold it to what is there."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -31,3 +32,26 @@ def test_no_pin_file_names_a_machine_or_an_index():
         text = file.read_text()
         assert "://" not in text and "--index" not in text and "--find-links" not in text
         assert "--hash=sha256:" in text
+
+
+def pins(name):
+    """Package -> version of a pin file."""
+    return dict(
+        re.findall(r"^([a-z0-9-]+)==(\S+)", (ROOT / "requirements" / name).read_text(), re.M)
+    )
+
+
+def test_kaggle_trains_without_torch_and_with_one_cuda():
+    kaggle = pins("kaggle.txt")
+    assert not [name for name in kaggle if name.startswith(("torch", "triton"))]
+    assert {"maxtext", "jax-cuda12-plugin", "nvidia-cudnn-cu12"} <= kaggle.keys()
+    for file in ("kaggle.txt", "dev.txt", "convert.txt"):
+        stems = [re.sub(r"-cu1\d$", "", name) for name in pins(file)]
+        assert len(stems) == len(set(stems)), file
+
+
+def test_kaggle_trains_with_the_versions_that_are_tested():
+    kaggle, dev = pins("kaggle.txt"), pins("dev.txt")
+    assert {n: v for n, v in kaggle.items() if v != dev.get(n, v)} == {}
+    plugin = pins("cuda-plugin.txt")["jax-cuda12-plugin"]
+    assert kaggle["jax"] == kaggle["jax-cuda12-plugin"] == plugin

@@ -11,14 +11,15 @@ from moeconv_train.preflight import LOCAL, T4X2, PreflightReport, RunSettings, p
 from moeconv_train.preflight import memory as compiled
 from moeconv_train.preflight.case import Case
 from moeconv_train.preflight.check import check_gpus
-from moeconv_train.preflight.config import maxtext_defaults, overrides, read_recipe, resolve
+from moeconv_train.preflight.config import maxtext_defaults, overrides, resolve
 from moeconv_train.preflight.disk import check_disk
 from moeconv_train.preflight.target import Gpu, Target, gpus, local
+from moeconv_train.recipe import read_config
 
 from moeconv.errors import MoeconvError, UsageError
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
-RECIPE = read_recipe(CONFIGS / "llama3_moe_200m_tinystories.yml")
+RECIPE = read_config(CONFIGS / "llama3_moe_200m_tinystories.yml")
 T4 = Gpu("Tesla T4", 15_360 * 2**20, (7, 5))
 KNOWN = {"tokenizer_size": 128_256, "pad_id": -1, "wandb": False, "state_bytes": 3_645_453_372}
 
@@ -60,6 +61,19 @@ def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(tmp_path, monkeypa
     assert disk(tmp_path, 100).status == "ok"
     free["bytes"] = 99
     assert disk(tmp_path, 100).status == "refused"
+
+
+def test_data_that_are_not_prepared_yet_need_space_too(tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 310})
+    monkeypatch.setattr("moeconv_train.preflight.disk.shutil.disk_usage", lambda _: usage)
+    keys = {**RECIPE, "base_output_directory": str(tmp_path)}
+
+    def check(data):
+        return check_disk(Case.of(keys, RunSettings(data_bytes=data), T4X2), 100)
+
+    assert check(0).status == check(10).status == check(None).status == "ok"
+    assert "not counted" in check(None).message
+    assert check(11).status == "warn" and "prepared about 11 B" in check(11).message
 
 
 def test_disks_that_are_not_measured(tmp_path):
@@ -150,12 +164,19 @@ def test_without_the_plugin_there_is_a_sentence_and_no_guess(tmp_path, monkeypat
     keys = {**RECIPE, "base_output_directory": str(tmp_path)}
     report = preflight(keys, KNOWN, target=T4X2, memory=True, online=False)
     finding = report.of("memory")
-    assert finding.status == "skipped" and report.memory is None
+    assert finding.status == "warn" and report.memory is None
+    assert finding.message.startswith("Memory was not checked: ")
     assert finding.message.endswith('pip install "moeconv[train,cuda12]"')
 
     monkeypatch.setenv(compiled.PLUGIN_DIRECTORY, str(tmp_path))
     with pytest.raises(compiled.PluginMissingError, match="pip install --no-deps --target"):
         compiled.plugin_environment()
+
+
+def test_a_run_on_the_cpu_says_why_memory_is_not_checked(tmp_path):
+    keys = {**RECIPE, "base_output_directory": str(tmp_path), "hardware": "cpu"}
+    report = preflight(keys, KNOWN, target=T4X2, memory=True, online=False)
+    assert report.of("memory").message.startswith("Memory was not checked: hardware=cpu")
 
 
 def test_without_a_gpu_there_is_nothing_to_compile_for_it(monkeypatch, tmp_path):

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from moeconv_train.preflight import T4X2, hlo, preflight
-from moeconv_train.preflight.config import read_recipe
 from moeconv_train.preflight.memory import (
     STOCK,
     Patch,
@@ -16,14 +15,15 @@ from moeconv_train.preflight.memory import (
     plugin_environment,
     state_size,
 )
+from moeconv_train.recipe import read_config
 
 from moeconv.errors import ConfigError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
-RECIPE = read_recipe(CONFIGS / "llama3_moe_200m_tinystories.yml")
-ALL_MOE = read_recipe(CONFIGS / "llama3_moe_200m_tinystories_all_moe.yml")
+RECIPE = read_config(CONFIGS / "llama3_moe_200m_tinystories.yml")
+ALL_MOE = read_config(CONFIGS / "llama3_moe_200m_tinystories_all_moe.yml")
 KNOWN = {"tokenizer_size": 128_256, "pad_id": -1, "wandb": False}
 # What the recipe promises, whatever fraction of a GPU JAX is told to take.
 PROMISED = 14.6 * 2**30

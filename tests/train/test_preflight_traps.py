@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from moeconv_train.preflight import LOCAL, T4X2, RunSettings, Target
 from moeconv_train.preflight.case import Case
-from moeconv_train.preflight.config import read_recipe
 from moeconv_train.preflight.traps import TRAPS, find
+from moeconv_train.recipe import read_config
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
-RECIPE = read_recipe(CONFIGS / "llama3_moe_200m_tinystories.yml")
+RECIPE = read_config(CONFIGS / "llama3_moe_200m_tinystories.yml")
 KNOWN = RunSettings(tokenizer_size=128_256, pad_id=-1, batches=57_700)
 H200 = Target("1xH200", 1, (9, 0), 141 * 10**9)
 

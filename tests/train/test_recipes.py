@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
-from moeconv_train.preflight.config import maxtext_defaults, read_recipe
+from moeconv_train.preflight.config import maxtext_defaults
+from moeconv_train.recipe import read_config
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
 DEFAULT = "llama3_moe_200m_tinystories.yml"
@@ -111,7 +112,7 @@ def layers(shapes: dict) -> list[str]:
 
 
 def test_the_recipes_differ_only_in_the_architecture_and_what_it_needs():
-    default, all_moe = (read_recipe(CONFIGS / name) for name in PARAMETERS)
+    default, all_moe = (read_config(CONFIGS / name) for name in PARAMETERS)
     keys = {key for key in default | all_moe if default.get(key) != all_moe.get(key)}
     assert keys <= {
         "run_name",
@@ -128,6 +129,6 @@ def test_the_recipes_differ_only_in_the_architecture_and_what_it_needs():
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_a_recipe_is_maxtexts_alone_and_names_no_machine(name):
-    recipe = read_recipe(CONFIGS / name)
+    recipe = read_config(CONFIGS / name)
     assert set(recipe) <= set(maxtext_defaults())
     assert not any(isinstance(value, str) and value.startswith("/") for value in recipe.values())

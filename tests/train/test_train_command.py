@@ -187,7 +187,7 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_bit(whole, output):
     with at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         first = moeconv("train", *command, "--json")
     assert first.code == 130, first.err
-    assert "SIGTERM: saving a checkpoint after this step" in first.err
+    assert "SIGTERM: saving a checkpoint" in first.err
     stopped = json.loads(first.out)
     assert stopped["status"] == "interrupted"
     # A step's metrics come while the next one runs. No step is lost, and none is there twice.
@@ -225,7 +225,7 @@ def test_another_model_data_or_schedule_is_another_run(whole, output):
 
 
 def test_what_maxtext_refuses_is_one_sentence(output):
-    ran = moeconv("train", *words(output, "wrong", attention_type="nonsense"))
+    ran = moeconv("train", *words(output, "wrong", sharding_tolerance=2.0))
     assert ran.code == ConfigError.exit_code
-    assert "MaxText refuses this config: " in ran.error and "attention_type" in ran.error
+    assert "MaxText refuses this config: " in ran.error and "sharding_tolerance" in ran.error
     assert not (output / "wrong").exists()

@@ -14,6 +14,7 @@ from moeconv_train.logs import logger, plots, wandb
 from moeconv_train.logs.console import last_lines, logged
 from moeconv_train.logs.metrics import MetricsFile, eval_line, read_metrics, train_line
 from moeconv_train.logs.progress import Progress, duration
+from moeconv_train.run_dir import Data
 from moeconv_train.settings import WandbSettings
 
 from moeconv.arch.sidecar import MetricsLine, RunFacts, RunSidecar
@@ -386,6 +387,31 @@ def test_the_first_signal_waits_for_the_step_and_the_second_does_not():
                 os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_in_the_middle_of_a_write_writes_nothing():
+    stopper = stopping.Stopper(None, lambda _: pytest.fail("written by the handler"))
+    stopper.stepping = True
+    stopper.signalled(signal.SIGINT)
+
+
+def test_nobody_has_to_read_the_progress():
+    """A real pipe whose reader is gone: what is left of it fails neither now nor at the end."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as stream:
+        progress = Progress(stream, 10)
+        progress.note("heard")
+        os.close(reader)
+        progress.note("not heard")
+        assert progress.stream is None
+        progress.note("nor this")
+        progress.step(train_line(scalars(), 0, 0, 0.5), 10)
+        progress.step(train_line(scalars(), 9, 0, 0.5), 10)
+        progress.close()
+    closed = Progress(io.StringIO(), 10)
+    closed.stream.close()
+    closed.step(train_line(scalars(), 0, 0, 0.5), 10)
+    assert closed.stream is None and closed.completed == 1
+
+
 def test_the_time_limit_counts_from_the_beginning():
     clock = Clock()
     stopper = stopping.Stopper(60, print, clock)
@@ -406,16 +432,16 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     before = sidecar(steps=10, log_period=1, eval_interval=5, checkpoint_period=2, vocab_size=9)
     now = {**before.config, "steps": 20, "log_period": 3, "eval_interval": 7, "new_key": 1}
     now |= {"checkpoint_period": 4, "enable_wandb": True}
-    assert run_dir.check_same(tmp_path, before, now, "d" * 64) == []
+    assert run_dir.check_same(tmp_path, before, now, Data("d" * 64)) == []
     before = sidecar(remat_policy="full", vocab_size=9)
     (note,) = run_dir.check_same(
-        tmp_path, before, {"remat_policy": "minimal", "vocab_size": 9}, "d" * 64
+        tmp_path, before, {"remat_policy": "minimal", "vocab_size": 9}, Data("d" * 64)
     )
     facts = RunFacts(patches={"fp16_head": True})
     before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
-    (other,) = run_dir.check_same(tmp_path, before, {}, None, {"fp16_head": False})
+    (other,) = run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": False})
     assert "loss scale and patches were" in other and other.endswith("not to the bit")
-    assert run_dir.check_same(tmp_path, before, {}, None, {"fp16_head": True}) == []
+    assert run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": True}) == []
     assert note == "remat_policy was full and is minimal: the same model, but not to the bit"
 
 
@@ -423,7 +449,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     before = sidecar(vocab_size=9, learning_rate_schedule_steps=10)
     now = {"vocab_size": 8, "learning_rate_schedule_steps": 20}
     with pytest.raises(ConfigError) as raised:
-        run_dir.check_same(tmp_path, before, now, "e" * 64)
+        run_dir.check_same(tmp_path, before, now, Data("e" * 64))
     for text in (
         "vocab_size was 9 and is 8",
         "learning_rate_schedule_steps was 10 and is 20",
@@ -432,7 +458,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     ):
         assert text in str(raised.value)
     with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv\.json"):
-        run_dir.check_same(tmp_path, None, now, None)
+        run_dir.check_same(tmp_path, None, now, Data())
 
 
 def test_a_directory_is_one_processs(tmp_path):

@@ -1,20 +1,30 @@
 """What is decided before MaxText is imported: data, steps, evaluations, devices, model size."""
 
+import importlib
+import itertools
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from cli_runner import moeconv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeconv_train import feed, plan, recipe, run_dir, start, trainer, values
+from moeconv_train.environment import environment
 from moeconv_train.model_size import model_size, peak
+from moeconv_train.preflight import check, memory
 from moeconv_train.preflight import config as preflight_config
-from moeconv_train.preflight.target import T4X2, Gpu, gpus
+from moeconv_train.preflight.target import T4X2, Gpu, gpus, local
 from moeconv_train.settings import EMBEDDED, DataSettings
 from moeconv_train.sidecar import public_config
+from moeconv_train.steps import evaluations
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
-from moeconv.errors import ConfigError, UsageError
+from moeconv.errors import ConfigError, TimeLimitError, UsageError
 
 T4 = Gpu("Tesla T4", 15 * 2**30, (7, 5))
 
@@ -66,6 +76,16 @@ def test_before_the_data_are_there_steps_are_about_those_of_the_epochs(tmp_path)
     assert never.config["eval_interval"] == -1
 
 
+def test_data_that_are_to_be_prepared_are_about_the_recipes_or_the_files(prepared, tmp_path):
+    where = f"base_output_directory={tmp_path}"
+    assert planned(where).known().data_bytes == pytest.approx(1.9e9, rel=0.02)
+    assert planned(where, "steps=10").known().data_bytes == pytest.approx(1.9e9, rel=0.02)
+    assert planned(where, "run.data.source=some/other").known().data_bytes is None
+    (tmp_path / "a.jsonl").write_text("x" * 100)
+    assert planned(where, f"run.data.source={tmp_path}/a.jsonl").known().data_bytes == 100
+    assert tiny(prepared).known().data_bytes == planned("tiny_cpu", where).known().data_bytes == 0
+
+
 def test_fewer_steps_may_be_given(prepared):
     made = tiny(prepared, "run.epochs=2", "steps=10")
     assert (made.steps, made.available, made.config["num_epoch"]) == (10, 94, 2)
@@ -85,6 +105,24 @@ def test_steps_without_epochs_take_as_many_epochs_as_they_need(prepared):
     assert made.config["num_epoch"] == 3 and made.steps == 100
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4, 7])
+@pytest.mark.parametrize("steps", [1, 47, 94, 1000, 5000])
+def test_epochs_for_steps_are_enough_and_not_one_too_many(prepared, steps, batch):
+    # 375 rows; an epoch's last batch is filled with rows of the next.
+    words = ["run.epochs=none", f"steps={steps}", f"per_device_batch_size={batch}"]
+    made = tiny(prepared, *words)
+    assert made.available >= steps
+    assert (made.config["num_epoch"] - 1) * 375 < steps * made.batch
+    start.refuse(start.plan_run(["tiny_cpu", f"run.data.directory={prepared}", *words]))
+
+
+def test_epochs_are_not_given_behind_our_back(prepared):
+    with pytest.raises(UsageError, match=r"num_epoch=3: .* set run\.epochs=3 instead"):
+        tiny(prepared, "num_epoch=3")
+    with pytest.raises(UsageError, match="num_epoch=3"):
+        planned("num_epoch=3")  # before the data are prepared
+
+
 def test_evaluations_are_the_users_if_said(prepared):
     made = tiny(prepared, "eval_interval=5", "eval_start_step=3")
     assert (made.config["eval_interval"], made.config["eval_start_step"]) == (5, 3)
@@ -98,7 +136,7 @@ def test_evaluations_are_the_users_if_said(prepared):
 def test_the_last_evaluation_is_of_the_last_step(steps, epochs, each):
     made = planned("tiny_cpu", f"run.evaluations_per_epoch={each}")
     epoch = steps / epochs
-    found = plan._evaluations(made, True, steps, epoch)
+    found = evaluations(made, True, steps, epoch)
     interval, first = found["eval_interval"], found["eval_start_step"]
     at = [s for s in range(steps) if s >= first and (s - first) % interval == 0]
     assert at[-1] == steps - 1
@@ -225,6 +263,37 @@ def test_data_that_are_there_are_those_that_are_asked_for(prepared, tmp_path):
             ready(begun)
 
 
+def test_preparing_counts_for_the_time_limit(tmp_path, monkeypatch):
+    hours = itertools.count(step=3600)
+    clock = SimpleNamespace(monotonic=lambda: next(hours))
+    monkeypatch.setattr(importlib.import_module("moeconv.cli.train"), "time", clock)
+    words = ["tiny_cpu", f"base_output_directory={tmp_path}"]
+    ran = moeconv("train", *words, "--time-limit", "1h")
+    assert ran.code == TimeLimitError.exit_code
+    assert "embedded-128: the data were not prepared before the time limit" in ran.error
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_what_is_found_once_rows_are_counted_is_told_and_an_interrupt_names_what_is_saved(
+    tmp_path, monkeypatch
+):
+    stories = tmp_path / "mine.txt"
+    stories.write_text("<|endoftext|>".join(f"A story of {n} mice at home." for n in range(9000)))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train", interrupted)
+    words = ["tiny_cpu", f"run.data.source={stories}", f"base_output_directory={tmp_path}"]
+    words += ["run.epochs=1", "learning_rate_schedule_steps=48"]
+    ran = moeconv("train", *words)
+    assert ran.code == 130
+    assert ran.err.count("schedule: learning_rate_schedule_steps=48 ends before steps=") == 1
+    assert f"interrupted: {tmp_path}/tiny: nothing was saved" in ran.err
+    monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
+    assert "checkpoint 19 is the last one saved" in moeconv("train", *words).err
+
+
 def test_a_local_source_may_be_gone_once_it_is_prepared(tmp_path):
     stories = tmp_path / "mine.jsonl"
     stories.write_text("".join(f'{{"text": "A story of {n} mice."}}\n' for n in range(200)))
@@ -251,8 +320,62 @@ def test_streaming_sets_what_maxtext_needs(tmp_path):
     tiny = planned("tiny_cpu", "dataset_type=hf", f"run.data.source={local}", "run.epochs=1").config
     assert tiny["num_epoch"] == 1, "not the recipe's, which stands for prepared rows"
     assert config["eval_interval"] == -1
-    mine = planned("dataset_type=hf", "hf_path=other/set", "packing=false").config
-    assert mine["hf_path"] == "other/set" and not mine["packing"]
+
+
+def test_a_stream_that_maxtexts_settings_name_is_that_and_no_other(tmp_path):
+    mine = planned("dataset_type=hf", "hf_path=other/set", "packing=false")
+    config = mine.config
+    assert config["hf_path"] == "other/set" and not config["packing"]
+    # The recipe's own are for prepared rows.
+    assert config["tokenize_train_data"] and config["tokenizer_type"] == "huggingface"
+    assert config["eval_interval"] == -1
+    assert feed.hub_id(mine.feed) == mine.known().dataset == "other/set"
+    assert start.facts(mine)["data"]["source"] == "other/set"
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    files = f"hf_train_files={tmp_path}/*.jsonl"
+    local = start.plan_run(
+        ["dataset_type=hf", "hf_path=json", files, "hf_eval_split=train"], network=False
+    )
+    assert feed.hub_id(local.plan.feed) is None and local.plan.config["eval_interval"] > 0
+    assert local.report.of("dataset").message == f"{tmp_path}/rows.jsonl is a local path."
+    with pytest.raises(UsageError, match=r"hf_path and run\.data\.source: both name data"):
+        planned("dataset_type=hf", "hf_path=other/set", "run.data.source=one/more")
+    (tmp_path / "mine.yml").write_text("dataset_type: hf\nhf_path: a/b\npacking: false\n")
+    assert not planned(str(tmp_path / "mine.yml")).config["packing"]
+
+
+def test_other_data_of_maxtexts_own_are_another_run(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "moved").mkdir()
+    words = ["dataset_type=hf", "hf_path=json", f"tokenizer_path={tmp_path}/tokenizer"]
+
+    def digest(folder, *more):
+        return planned(*words, f"hf_train_files={folder}/*.jsonl", *more).source_digest
+
+    begun = digest(tmp_path)
+    facts = RunFacts(source_digest=begun)
+    before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
+    shutil.copy(tmp_path / "rows.jsonl", tmp_path / "moved")
+    moved = run_dir.Data(source_digest=digest(tmp_path / "moved"))
+    assert run_dir.check_same(tmp_path, before, {}, moved) == []
+    (tmp_path / "rows.jsonl").write_text('{"text": "other"}\n')
+    for other in (digest(tmp_path), digest(tmp_path / "moved", "train_split=x"), None):
+        with pytest.raises(ConfigError, match="the data or the tokenizer have other names"):
+            run_dir.check_same(tmp_path, before, {}, run_dir.Data(source_digest=other))
+    assert planned("dataset_type=synthetic").source_digest != begun
+
+
+def test_other_releases_are_told(tmp_path):
+    then = {"jax": "0.1", "maxtext": "0.2.5", "grain": "0.1"}
+    before = RunSidecar(
+        format="moeconv-run", version=1, config={}, moeconv_version="0.0.9", versions=then
+    )
+    (note,) = run_dir.check_same(tmp_path, before, {}, run_dir.Data())
+    assert note.startswith("moeconv was 0.0.9 and is ") and ", jax was 0.1 and is " in note
+    assert note.endswith("the last bits may differ") and "grain" not in note
+
+
+def test_what_a_stream_cannot_read():
     with pytest.raises(UsageError, match="streams from the Hub or from one local file"):
         planned("tiny_cpu", "dataset_type=hf")
 
@@ -313,6 +436,53 @@ def test_gpus_are_those_that_cuda_shows(tmp_path, monkeypatch, visible, count):
     assert len(gpus()) == count
 
 
+def test_gpus_that_nvidia_smi_does_not_know_all_of(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 12.1'\necho 'Old, 1024, [N/A]'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = gpus()
+    assert found == [Gpu("NVIDIA GB10", None, (12, 1)), Gpu("Old", 2**30, None)]
+    assert check.check_gpus(found[1:], local(found[1:])).status == "warn"
+
+    def hangs(*_, **options):
+        raise subprocess.TimeoutExpired(str(program), options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(ConfigError, match="gives no answer about the GPUs"):
+        gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpus() == []
+
+
+def test_a_gpu_run_is_told_to_jax_and_never_falls_back(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    words = [f"base_output_directory={tmp_path}", "run.wandb.enabled=false"]
+    with environment(planned(*words, found=[T4, T4])):
+        assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
+    assert "JAX_PLATFORMS" not in os.environ
+    monkeypatch.setattr(memory, "_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setattr(check, "gpus", lambda: [T4, T4])
+    monkeypatch.setattr(start, "gpus", lambda: [T4, T4])
+    with pytest.raises(ConfigError, match=r"would compute on the CPU.*moeconv\[train,cuda12\]"):
+        start.refuse(start.plan_run(words, network=False))
+
+
+def test_a_gpu_run_does_not_train_on_the_cpu():
+    """JAX in a process of its own, as this one may not import it."""
+    code = "from moeconv_train.trainer import check_gpu; check_gpu()"
+    for platforms in ("cpu", "cuda,cpu"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "JAX_PLATFORMS": platforms},
+            capture_output=True,
+            text=True,
+        )
+        assert "MissingPackageError: hardware=gpu: JAX computes on" in done.stderr
+        assert "moeconv[train,cuda12]" in done.stderr
+
+
 def test_a_gpu_run_does_not_start_without_one():
     begun = start.plan_run([], network=False)
     with pytest.raises(ConfigError, match="there is no NVIDIA GPU here"):
@@ -348,4 +518,7 @@ def test_peaks_are_only_those_that_are_known():
     assert peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
     assert peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
     assert peak("NVIDIA L40S", "float16") == 362e12 and peak("NVIDIA L4", "float16") == 121e12
+    assert peak("NVIDIA A100-SXM4-40GB", "bfloat16") == 312e12
+    for other in ("L40", "A10G", "T400", "RTX A1000", "T4G", "A100-SXM4-40GB MIG 1g.5gb", "GH200"):
+        assert peak(f"NVIDIA {other}", "float16") is None
     assert peak("cpu", "float16") is None and peak("NVIDIA GeForce RTX 9999", "float16") is None

@@ -7,6 +7,7 @@ from pathlib import Path
 from moeconv_train.data.manifest import SPLITS, Source, SourceFile
 from moeconv_train.data.records import sha256
 from moeconv_train.data.source import choose
+from moeconv_train.words import first_line
 
 from moeconv.errors import StorageError, UsageError
 
@@ -130,14 +131,10 @@ def _failure(
         return StorageError(f"{repo_id}: the Hub answers with {status}; try again later")
     if file is not None:
         return StorageError(
-            f"{repo_id}: {file} could not be fetched ({_first_line(error)}); "
+            f"{repo_id}: {file} could not be fetched ({first_line(error)}); "
             "run the same command again to go on"
         )
     return StorageError(
         f"{repo_id}: no such file or folder, and the Hub at {constants.ENDPOINT} cannot be reached "
-        f"({_first_line(error)}); check the network, or give local files"
+        f"({first_line(error)}); check the network, or give local files"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

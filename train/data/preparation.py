@@ -122,6 +122,9 @@ def prepare_dataset(
     out = out.absolute()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if (out / NAME).exists() and not options.overwrite:
+            # Nothing is written, so it may lie where nothing can be, as Kaggle's inputs do.
+            return _prepare(name, out, options, progress, note, quiet)
         with journal.locked(out):
             if options.overwrite:
                 journal.clear(out)

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from moeconv_train.data.manifest import SPLITS, TRAIN, VALIDATION, Source, SourceFile
 from moeconv_train.data.records import sha256
+from moeconv_train.words import first_line
 
 from moeconv.errors import MissingPackageError, MoeconvError, UsageError
 
@@ -149,7 +150,7 @@ def read_texts(path: Path, *, column: str, separator: str) -> Iterator[str | Non
     except MoeconvError:
         raise
     except (OSError, EOFError, ValueError) as error:  # pyarrow's errors are among them
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UsageError(f"{path}: cannot be read as {format_} ({reason})") from error
 
 

@@ -10,15 +10,22 @@
 #   WORK      what Kaggle keeps as the notebook's output (/kaggle/working)
 #   INPUT     where the last session's output is attached (/kaggle/input)
 #   VENV      where moeconv is installed; not below WORK, it would be saved (~/.moeconv-venv)
-#   CHECK     0 leaves out `--check`, which takes about two minutes (1)
+#   CHECK     0 leaves out `--check`, which compiles the step once more: half a minute on two
+#             cores, not timed on Kaggle (1)
 set -euo pipefail
 
+name='*' # of the run to go on with
 for word in "$@"; do
   case $word in
     -h | --help)
       sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
       exit 0
       ;;
+    base_output_directory=*)
+      echo "$word: what Kaggle keeps lies in WORK; set WORK instead" >&2
+      exit 2
+      ;;
+    run_name=*) name=${word#run_name=} ;;
   esac
 done
 
@@ -26,7 +33,7 @@ session=${SESSION:-11h30m}
 work=${WORK:-/kaggle/working}
 input=${INPUT:-/kaggle/input}
 venv=${VENV:-$HOME/.moeconv-venv}
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 say() { echo "== $*"; }
 
@@ -36,30 +43,43 @@ seconds_of() { # 8h30m, 45m or 90s
 }
 limit=$(seconds_of "$session") || { echo "SESSION=$session: write it as 11h30m" >&2; exit 2; }
 
-if [ ! -x "$venv/bin/moeconv" ]; then
-  say "installing moeconv and MaxText into $venv"
-  # A copy, as Kaggle's inputs cannot be written to and a build leaves files behind.
-  source=$(mktemp -d)
-  trap 'rm -rf "$source"' EXIT
-  cp -r "$here/." "$source"
-  python3 -m pip install --quiet uv
-  python3 -m uv venv --quiet --python 3.12 "$venv"
-  python3 -m uv pip install --quiet --python "$venv" --constraint "$source/requirements/dev.txt" \
-    "$source[train,verify,cuda12]"
-fi
+# Without torch, which MaxText does not need and whose CUDA libraries are not JAX's.
+make_env "$venv" train cuda12
 moeconv=$venv/bin/moeconv
 
-# The last session's output, wherever it is attached: its runs and its prepared data. What is in
-# WORK already is newer.
-if [ ! -e "$work/runs" ] && [ -d "$input" ]; then
-  last=$(find -L "$input" -maxdepth 6 -type d -path '*/runs/data' -prune -o -name moeconv.json \
-    -path '*/runs/*' -printf '%T@ %h\n' 2>/dev/null | sort -n | tail -1 | cut -d' ' -f2-)
+# The last session's output, wherever it is attached: its runs and its prepared data. Of several
+# the one that is furthest: files that Kaggle attaches do not keep their times. What is in WORK
+# already is newer.
+last_run() { # the run with the highest checkpoint; one that has none counts as step -1
+  local sidecar run step
+  { find -L "$input" -maxdepth 6 -type d -path '*/runs/data' -prune -o -name moeconv.json \
+    -path "*/runs/$name/moeconv.json" -print 2>/dev/null || true; } |
+    while IFS= read -r sidecar; do
+      run=$(dirname "$sidecar")
+      step=$( (ls "$run/checkpoints" 2>/dev/null || true) | { grep -xE '[0-9]+' || true; } |
+        sort -n | tail -1)
+      printf '%s %s\n' "${step:--1}" "$run"
+    done | sort -n | tail -1 | cut -d' ' -f2-
+}
+take() { # take DIR PLACE: a copy in WORK, whole or not at all
+  rm -rf "$work/runs.partial"
+  mkdir -p "$work/runs.partial/$2"
+  cp -rL "$1/." "$work/runs.partial/$2"
+  chmod -R u+w "$work/runs.partial"
+  mv "$work/runs.partial" "$work/runs"
+}
+if [ ! -e "$work/runs" ]; then
+  last=$(last_run)
+  data=$({ find -L "$input" -maxdepth 5 -type d -path '*/runs/data' 2>/dev/null || true; } |
+    sort | tail -1)
   if [ -n "$last" ]; then
-    say "going on from $(dirname "$last")"
-    mkdir -p "$work/runs.partial"
-    cp -rL "$(dirname "$last")/." "$work/runs.partial"
-    chmod -R u+w "$work/runs.partial"
-    mv "$work/runs.partial" "$work/runs"
+    say "going on from $last"
+    take "$(dirname "$last")" .
+  elif [ -n "$data" ]; then
+    say "no earlier run below $input: a new one, with the data of $data"
+    take "$data" data
+  else
+    say "no earlier run below $input: a new one"
   fi
 fi
 

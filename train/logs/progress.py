@@ -1,9 +1,13 @@
 """One line that says how far a run is: rewritten on a terminal, now and then elsewhere."""
 
+import contextlib
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 from moeconv.arch.sidecar import MetricsLine
@@ -19,14 +23,14 @@ class Progress:
     """Counts target tokens (padding is none) over the steps whose time is known.
 
     Attributes:
-        stream: Where to.
+        stream: Where to; None once nobody reads it.
         steps: Of the whole run.
         completed: Steps that were done before this process.
         flops_per_token: Of training, by the model's active parameters; None if not known.
         peak: FLOP/s of all devices together; None if not known.
     """
 
-    stream: IO[str]
+    stream: IO[str] | None
     steps: int
     completed: int = 0
     flops_per_token: float | None = None
@@ -85,18 +89,28 @@ class Progress:
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        if self._width:
-            self.stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        wiped = "\r" + " " * self._width + "\r" if self._width else ""
+        self._width = 0
+        self._write(f"{wiped}{text}\n")
 
     def close(self) -> None:
         """Leaves a rewritten line where it is."""
         if self._width:
-            self.stream.write("\n")
-            self.stream.flush()
             self._width = 0
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        """Never a reason to fail: whoever listened may be gone (`moeconv train 2>&1 | head`)."""
+        if self.stream is None:
+            return
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError, RuntimeError) as error:
+            stream, self.stream = self.stream, None
+            logging.warning("nobody reads the progress any more (%s); the run goes on", error)
+            with contextlib.suppress(OSError, ValueError, RuntimeError):
+                _forget(stream)
 
     def _text(self, line: MetricsLine) -> str:
         parts = [
@@ -116,16 +130,24 @@ class Progress:
 
     def _show(self, text: str, *, final: bool) -> None:
         now = self.clock()
-        terminal = self.stream.isatty()
+        if self.stream is None:
+            return
+        terminal = not self.stream.closed and self.stream.isatty()
         if not final and now - self._shown < (_REWRITES if terminal else _LINES):
             return
         self._shown = now
         if not terminal:
-            self.stream.write(text + "\n")
+            self._write(text + "\n")
         else:
-            self.stream.write("\r" + text.ljust(self._width))
+            padded = text.ljust(self._width)
             self._width = max(self._width, len(text))
-        self.stream.flush()
+            self._write("\r" + padded)
+
+
+def _forget(stream: IO[str]) -> None:
+    """Points it at nothing, or what it still holds would fail again when it is closed."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nothing:
+        os.dup2(nothing.fileno(), stream.fileno())
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 from moeconv_train.data.records import write_bytes
 from moeconv_train.settings import WandbSettings
+from moeconv_train.words import first_line
 
 ID_NAME = "wandb-run-id.txt"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -96,7 +97,7 @@ def guarded(config: Callable[[], Mapping[str, Any]], note: Callable[[str], None]
                 run = init(*args, **kwargs, **({"mode": mode} if mode else {}))
                 run.config.update(dict(config()), allow_val_change=True)
             except Exception as error:
-                note(f"W&B: {_first_line(error)}; {'not used' if mode else 'logging offline'}")
+                note(f"W&B: {first_line(error)}; {'not used' if mode else 'logging offline'}")
                 continue
             state["alive"] = True
             return run
@@ -109,7 +110,7 @@ def guarded(config: Callable[[], Mapping[str, Any]], note: Callable[[str], None]
             log(*args, **kwargs)
         except Exception as error:
             state["alive"] = False
-            note(f"W&B: {_first_line(error)}; logging there ends, the run goes on")
+            note(f"W&B: {first_line(error)}; logging there ends, the run goes on")
 
     wandb.init, wandb.log = guarded_init, guarded_log
     try:
@@ -128,7 +129,7 @@ def _finish(wandb: Any, note: Callable[[str], None]) -> None:
         try:
             wandb.finish()
         except Exception as error:
-            trouble.append(_first_line(error))
+            trouble.append(first_line(error))
 
     thread = threading.Thread(target=finish, daemon=True)
     thread.start()
@@ -137,7 +138,3 @@ def _finish(wandb: Any, note: Callable[[str], None]) -> None:
         trouble.append(f"is still uploading after {_FINISH_SECONDS:.0f} s")
     for text in trouble:
         note(f"W&B: {text}; `wandb sync` uploads what is in the run's wandb folder")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -8,13 +8,12 @@ counters live in the optimizer's state, so that MaxText saves and restores them.
 
 from moeconv_train.loss_scaling.optimizer import LossScaleState, with_loss_scale
 from moeconv_train.loss_scaling.seam import install
-from moeconv_train.loss_scaling.settings import LossScaleSettings, check_config, hazards
+from moeconv_train.loss_scaling.settings import LossScaleSettings, check_config
 
 __all__ = [
     "LossScaleSettings",
     "LossScaleState",
     "check_config",
-    "hazards",
     "install",
     "with_loss_scale",
 ]

@@ -63,31 +63,3 @@ def check_config(config: Any) -> None:
                 f"{key}: {value} does not go with loss scaling; unset it, or set the loss scale's "
                 "mode to off."
             )
-
-
-def hazards(config: Any) -> list[str]:
-    """What can overflow in an FP16 forward pass, where no loss scale helps: one sentence each.
-
-    RMSNorm, the router's softmax and, by default, the softmax of the loss and the weighted sum over
-    experts are in fp32 in MaxText (normalizations.py; moe.py `get_topk`; cast_logits_to_fp32;
-    float32_weight_sum). Attention is not: attention_op.py `compute_local_attention` multiplies the
-    values by weights that are not normalised yet, and the sum over keys is rounded to `dtype`.
-    """
-    if np.dtype(config.dtype) != np.float16:
-        return []
-    found = []
-    if config.attention == "dot_product" and not config.float32_logits:
-        found.append(
-            "float32_logits: false adds up to max_target_length unnormalised attention weights "
-            "times values in fp16, which ends at 65504; set it to true."
-        )
-    if config.num_experts > 1 and not config.float32_gate_logits:
-        found.append(
-            "float32_gate_logits: false rounds the router's logits to 11 bits, so near ties choose "
-            "other experts; set it to true, which costs nothing."
-        )
-    if config.num_experts > 1 and not config.float32_weight_sum:
-        found.append("float32_weight_sum: false adds up experts in fp16; set it to true.")
-    if not config.cast_logits_to_fp32:
-        found.append("cast_logits_to_fp32: false computes the loss in fp16; set it to true.")
-    return found

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from moeconv_train.words import first_line
+
 # What the compiled step does not depend on, and what must not touch the network or the disk.
 _HARMLESS = {
     "dataset_type": "synthetic",
@@ -71,12 +73,10 @@ def _say(out: IO[str], **what: Any) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    details = getattr(error, "errors", None)
-    if callable(details):  # pydantic's: the first field that is wrong
-        first = details()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']}"[:500]
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:500]}" if lines else type(error).__name__
+    kind = type(error).__name__
+    text = first_line(error)
+    named = text == kind or callable(getattr(error, "errors", None))  # pydantic's names a field
+    return text if named else f"{kind}: {text}"
 
 
 def _devices(request: Mapping[str, Any]) -> tuple[list[Any], int | None]:

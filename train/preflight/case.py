@@ -1,7 +1,6 @@
 """What the config traps look at: the whole config, what is known of the run, the target."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeconv_train.preflight.config import resolve
+from moeconv_train.preflight.config import mesh_axes, mesh_devices, resolve
 from moeconv_train.preflight.settings import RunSettings
 from moeconv_train.preflight.target import Target
 
@@ -53,16 +52,12 @@ class Case:
     @property
     def mesh_axes(self) -> dict[str, int]:
         """How many devices each axis within the host spans; -1 takes what is left."""
-        return {
-            key: int(value)
-            for key, value in self.config.items()
-            if key.startswith("ici_") and key.endswith("_parallelism")
-        }
+        return mesh_axes(self.config)
 
     @property
     def mesh_devices(self) -> int:
         """The product of the axes that are said."""
-        return math.prod(axis for axis in self.mesh_axes.values() if axis > 0)
+        return mesh_devices(self.config)
 
     @property
     def mesh_open(self) -> list[str]:

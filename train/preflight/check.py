@@ -57,9 +57,18 @@ def preflight(
     on_cpu = case["hardware"] == "cpu"
     if not on_cpu:
         report.findings.append(check_gpus(found, here))
+    if case["hardware"] == "gpu" and found and not compiled.plugin_installed():
+        message = (
+            "JAX's CUDA plugin is not installed, so it would compute on the CPU: "
+            'pip install "moeconv[train,cuda12]".'
+        )
+        report.findings.append(Finding(check="cuda", status="refused", message=message))
     state_bytes = known.state_bytes
     if not any(finding.status == "refused" for finding in trapped):
         finding, report.memory = _memory(case, memory and not on_cpu, progress)
+        if memory and on_cpu:
+            message = "Memory was not checked: hardware=cpu, and only GPUs are compiled for. "
+            finding = finding.model_copy(update={"message": message + finding.message})
         report.findings.append(finding)
         state_bytes = report.memory.state_bytes if report.memory else state_bytes
     else:
@@ -83,6 +92,9 @@ def check_gpus(found: list[Gpu], target: Target) -> Finding:
         )
         return Finding(check="gpu", status="warn", message=message)
     capability = found[0].compute_capability
+    if capability is None:
+        message = f"{names}: nvidia-smi does not know what they can compute."
+        return Finding(check="gpu", status="warn", message=message)
     if capability == (7, 5):
         message = f"{names}: FP16 tensor cores, no bfloat16."
         return Finding(check="gpu", status="ok", message=message)
@@ -119,7 +131,9 @@ def _memory(
     except ConfigError as error:
         return Finding(check="memory", status="refused", message=str(error)), None
     except MoeconvError as error:
-        return Finding(check="memory", status="skipped", message=str(error)), None
+        status: Any = "warn" if compile_step else "skipped"
+        message = f"Memory was not checked: {error}"
+        return Finding(check="memory", status=status, message=message), None
     return _verdict(report), report
 
 

@@ -6,6 +6,7 @@ The defaults are those of the installed release's own base.yml; values read as M
 
 import enum
 import importlib.util
+import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -88,11 +89,18 @@ def overrides(keys: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The keys of a recipe, a YAML file over base.yml."""
-    keys: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    keys.pop("base_config", None)
-    return keys
+def mesh_axes(config: Mapping[str, Any]) -> dict[str, int]:
+    """How many devices each axis within a host spans; -1 takes what is left."""
+    return {
+        key: int(value)
+        for key, value in config.items()
+        if key.startswith("ici_") and key.endswith("_parallelism")
+    }
+
+
+def mesh_devices(config: Mapping[str, Any]) -> int:
+    """The product of the axes that are said."""
+    return math.prod(axis for axis in mesh_axes(config).values() if axis > 0)
 
 
 def _none(value: Any) -> Any:

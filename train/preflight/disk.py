@@ -37,9 +37,16 @@ def check_disk(case: Case, state_bytes: int | None) -> Finding:
         f"and one being saved{f', {there} there already,' if there else ''} need "
         f"{format_size(needed)}"
     )
+    data = case.settings.data_bytes
+    if data is None:
+        sentence += ", the data that are still to be prepared not counted"
+    elif data:
+        sentence += f", and the data that are still to be prepared about {format_size(data)}"
+    fix = "free space there, or choose another base_output_directory"
     if needed > free:
-        fix = "free space there, or choose another base_output_directory"
         return Finding(check="disk", status="refused", message=f"{sentence}: {fix}.")
+    if needed + (data or 0) > free:  # which is only about right
+        return Finding(check="disk", status="warn", message=f"{sentence}: {fix}.")
     return Finding(check="disk", status="ok", message=f"{sentence}.")
 
 

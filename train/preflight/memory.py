@@ -89,6 +89,11 @@ def name_of(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={word(value)}" for key, value in settings.items())
 
 
+def plugin_installed() -> bool:
+    """Whether JAX in this environment finds a CUDA plugin, to train with."""
+    return any(importlib.util.find_spec(name) for name in _PLUGINS)
+
+
 def plugin_environment() -> dict[str, str]:
     """Environment variables under which a new process finds the CUDA plugin.
 
@@ -103,7 +108,7 @@ def plugin_environment() -> dict[str, str]:
             )
         paths = [str(Path(directory).absolute()), os.environ.get("PYTHONPATH", "")]
         return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if not any(importlib.util.find_spec(name) for name in _PLUGINS):
+    if not plugin_installed():
         raise PluginMissingError(INSTALL)
     return {}
 

@@ -10,6 +10,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _TIMEOUT = 15
 def check_reach(case: Case, *, online: bool) -> Iterator[Finding]:
     """Dataset, tokenizer, Hub repository and W&B, in this order."""
     settings = case.settings
-    dataset = settings.dataset or (case["hf_path"] if case["dataset_type"] == "hf" else None)
+    dataset = settings.dataset or _streamed(case)
     tokenizer = settings.tokenizer or case["tokenizer_path"]
     if dataset:
         yield _source("dataset", str(dataset), "dataset", online)
@@ -33,6 +34,14 @@ def check_reach(case: Case, *, online: bool) -> Iterator[Finding]:
         yield _target_repository(settings.hub_repo, online)
     if settings.wandb:
         yield _wandb(online)
+
+
+def _streamed(case: Case) -> Any:
+    """What MaxText streams: local files, where `hf_path` is their format, or a dataset."""
+    if case["dataset_type"] != "hf" or "://" in str(case["hf_train_files"]):
+        return None
+    files = str(case["hf_train_files"] or "")
+    return next(iter(glob(files)), files) or case["hf_path"]  # noqa: PTH207 (may be absolute)
 
 
 def _source(check: str, name: str, kind: str, online: bool) -> Finding:

@@ -23,6 +23,7 @@ class RunSettings:
         hub_repo: Where the model is to be pushed in the end.
         wandb: Whether the run is to be logged to Weights & Biases.
         state_bytes: Size of the train state, where the caller knows it already.
+        data_bytes: About what the data that are still to be prepared take on the same disk.
     """
 
     dataset: str | None = None
@@ -35,6 +36,7 @@ class RunSettings:
     hub_repo: str | None = None
     wandb: bool = True
     state_bytes: int | None = None
+    data_bytes: int | None = 0
     # Arguments of patches.trainer: what the trainer changes in MaxText while it traces the step.
     patches: Mapping[str, Any] = field(default_factory=dict)
 

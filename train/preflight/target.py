@@ -1,10 +1,13 @@
 """Which GPUs a run is for: two T4s that need not be there, or whatever CUDA devices are."""
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
 from importlib import resources
+
+from moeconv.errors import ConfigError
 
 # JAX takes 75 % of a GPU unless told otherwise; the trainer sets this.
 MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -59,25 +62,37 @@ def memory_fraction() -> float:
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as nvidia-smi describes it."""
+    """One GPU as nvidia-smi describes it; None for what it does not know."""
 
     name: str
-    memory: int
-    compute_capability: tuple[int, int]
+    memory: int | None
+    compute_capability: tuple[int, int] | None
 
 
 def gpus() -> list[Gpu]:
-    """The GPUs of this machine; none where there is no driver."""
+    """The GPUs of this machine; none where there is no driver.
+
+    Raises:
+        ConfigError: The driver hangs.
+    """
     program = shutil.which("nvidia-smi")
-    if program is None:
+    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":
         return []
     query = ["--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    result = subprocess.run([program, *query], capture_output=True, text=True, timeout=30)
+    try:
+        result = subprocess.run([program, *query], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(
+            f"{program}: gives no answer about the GPUs ({type(error).__name__}); restart the "
+            "machine if it hangs, or set CUDA_VISIBLE_DEVICES=-1 to do without them"
+        ) from None
     found: list[Gpu] = []
     for line in result.stdout.splitlines() if result.returncode == 0 else []:
         name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
-        major, minor = capability.split(".")
-        found.append(Gpu(name, int(memory) * 2**20, (int(major), int(minor))))
+        # "[N/A]" where the driver does not know, as of memory that is shared with the CPU.
+        size = int(memory) * 2**20 if memory.isdigit() else None
+        digits = re.fullmatch(r"(\d+)\.(\d+)", capability)
+        found.append(Gpu(name, size, (int(digits[1]), int(digits[2])) if digits else None))
     return _visible(found)
 
 
