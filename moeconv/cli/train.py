@@ -154,8 +154,9 @@ def _show(output: "Output", facts: Any, begun: Any, check: bool) -> None:
         for setting in begun.plan.argv()[2:]:
             output.print(f"  {setting}")
     output.print(report.table())
-    if check and report.memory is None and report.of("memory").status == "warn":
-        output.warn(report.of("memory").message)
+    for finding in report.findings if check and report.memory is None else ():
+        if (finding.check, finding.status) == ("memory", "warn"):
+            output.warn(finding.message)
     if refused := report.refused:
         count = "1 check refuses" if len(refused) == 1 else f"{len(refused)} checks refuse"
         told = "; ".join(f"{each.check}: {each.message.rstrip('.')}" for each in refused)
