@@ -140,7 +140,7 @@ def test_untie(maxtext_lab, tmp_path, name):
     assert_same_model(checkpoint, tmp_path / "out")
 
 
-@pytest.mark.parametrize("stored", ["bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("block", ["mixtral-tied", "envy-tied", "llama2"])
 def test_half_precision_weights(maxtext_lab, tmp_path, block, stored):
     """Stored in 16 bits, written in 32: only the exact widening and one rounding of the folds."""

@@ -50,6 +50,7 @@ def test_without_scaling_gradients_are_wrong(directory, reference):
     assert fp16_lab.error(gradient, reference) > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exponent", [12, 15, 18])
 def test_with_scaling_gradients_are_those_of_fp32(scaled, reference, exponent):
     gradient = scaled.gradient(loss_scale=2.0**exponent)

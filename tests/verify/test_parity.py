@@ -239,6 +239,7 @@ def test_a_mistake_is_found_and_placed(envy, tmp_path):
     test_every_mistake_is_found_and_placed(envy, tmp_path, "two experts swapped")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_rounded_output_is_found(envy, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(envy / "bf16", out)
