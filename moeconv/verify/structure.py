@@ -107,7 +107,7 @@ def _dtypes(subject: Subject) -> Check:
     sizes: dict[str, int] = {}
     for stored in subject.tensors.values():
         sizes[stored.spec.dtype] = sizes.get(stored.spec.dtype, 0) + stored.spec.nbytes
-    most = max(sizes, key=sizes.__getitem__, default=None)
+    most = max(sorted(sizes), key=sizes.__getitem__, default=None)  # as convert chooses
     kept = subject.manifest.dtype_kept
     if most == claimed and (kept or len(sizes) == 1):
         also = f", {len(sizes) - 1} other dtypes of the checkpoint kept" if len(sizes) > 1 else ""
@@ -117,7 +117,7 @@ def _dtypes(subject: Subject) -> Check:
         "structure",
         "dtypes",
         f"config.json says {claimed}, but {len(other)} of {len(subject.tensors)} tensors are "
-        f"{' and '.join(sorted(set(sizes) - {claimed}))}",
+        f"{' and '.join(sorted(dtype for dtype in sizes if dtype != claimed))}",
         tensors=other,
     )
 

@@ -206,6 +206,7 @@ MUTATIONS = {
     "the sign of a zero": (
         lambda o: change(o, ATTENTION + "q_proj.weight", minus_zero), "values", 2),
     "another dtype claimed": (lambda o: edit(o, dtype="bfloat16"), "dtypes", None),
+    "a dtype that is none": (lambda o: edit(o, dtype=["float32"]), "dtypes", None),
 }  # fmt: skip
 
 
