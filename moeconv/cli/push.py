@@ -90,8 +90,7 @@ def command(
     folder = find_output(out, output.warn if quiet else output.note)
     if not dry_run:
         demand_token(endpoint)  # before minutes of reading
-    output.note(f"reading every byte of {folder}")
-    parcel = prepare(folder, settings)
+    parcel = prepare(folder, settings, dry_run=dry_run, note=output.note)
     try:
         with hub_words(output.note):
             plan = plan_push(parcel, settings, endpoint=endpoint, dry_run=dry_run, note=output.note)

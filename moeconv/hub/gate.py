@@ -41,17 +41,24 @@ class Judgement:
 
 
 def judge(output: Output) -> Judgement:
-    """Looks at the verdict; never raises, so that a dry run can tell what is wrong."""
+    """Looks at the verdict and reads every byte; a dry run tells what is wrong, so none is raised.
+
+    Raises:
+        OutputError: A file cannot be read.
+    """
     report = output.report
     if report is None:
-        what = f"{REPORT_NAME} is no report" if output.unreadable else f"there is no {REPORT_NAME}"
-        return Judgement(None, what)
+        return Judgement(None, _no_report(output))
     if other := _other_bytes(output, report):
         return Judgement(None, f"{REPORT_NAME} speaks of other bytes than those of {_few(other)}")
     report = _of_what_is_sent(report)
     warned = [c for c in report.checks if c.status is Status.WARN]
     warnings = tuple(f"{c.level}/{c.name}: {c.summary}" for c in warned)
     return Judgement(report, _problem(report), warnings, tuple(_skipped(report)))
+
+
+def _no_report(output: Output) -> str:
+    return f"{REPORT_NAME} is no report" if output.unreadable else f"there is no {REPORT_NAME}"
 
 
 def _of_what_is_sent(report: Report) -> Report:
@@ -74,20 +81,32 @@ def demand(output: Output, judgement: Judgement) -> None:
     Raises:
         UnverifiedError: It is not proven; says why and what to do.
     """
-    if judgement.problem is not None:
+    _refuse(output, judgement.problem)
+
+
+def demand_verdict(output: Output) -> None:
+    """Lets an output pass whose report proves it, if it is of these bytes, which nobody reads here.
+
+    Raises:
+        UnverifiedError: Whatever the bytes are, it is not proven; says why and what to do.
+    """
+    _refuse(output, _problem(output.report) if output.report else _no_report(output))
+
+
+def _refuse(output: Output, problem: str | None) -> None:
+    if problem is not None:
         raise UnverifiedError(
-            f"{output.folder} is not verified: {judgement.problem}; run `moeconv verify "
+            f"{output.folder} is not verified: {problem}; run `moeconv verify "
             f"{output.folder}`, or pass --unverified to push it all the same, marked so in its card"
         )
 
 
 def _other_bytes(output: Output, report: Report) -> list[str]:
     """Files whose bytes are not those of the report, or of the manifest."""
-    there = {n: d for n, d in output.digests.items() if d is not None}
-    names = report.files.keys() | output.digests.keys()
-    wrong = {n for n in names if report.files.get(n) != there.get(n)} | {*output.changed}
-    wrong |= {*output.missing}
-    return sorted(wrong)
+    there = output.digests
+    names = report.files.keys() | there.keys()
+    wrong = {n for n in names if report.files.get(n) != there.get(n)}
+    return sorted(wrong | {*output.changed})
 
 
 def _problem(report: Report) -> str | None:

@@ -68,28 +68,23 @@ class File:
 
 @dataclass(frozen=True)
 class Output:
-    """An output of `convert`.
+    """An output of `convert`; its weights are read when their digests are asked for, once.
 
     Attributes:
         folder: Where it lies.
         manifest: What it claims.
-        digests: SHA-256 of the files it consists of, the manifest's own included; None for one
-            that is missing.
-        stamps: Size and time of each of them before it was read.
         report: `verify.json`, None when there is none.
         unreadable: `verify.json` is there, but is no report.
     """
 
     folder: Path
     manifest: Manifest
-    digests: dict[str, str | None]
-    stamps: dict[Path, Stamp | None]
     report: Report | None
     unreadable: bool = False
 
     @classmethod
     def open(cls, folder: Path) -> "Output":
-        """Reads the manifest and the verdict, and every byte of every file.
+        """Reads the manifest and the verdict.
 
         Raises:
             NotACheckpointError: It is no output of `convert`.
@@ -114,19 +109,44 @@ class Output:
                 f"{path} names {', '.join(foreign)}, which moeconv convert never writes; nothing "
                 "is sent, convert again"
             )
-        digests: dict[str, str | None] = {}
-        stamps: dict[Path, Stamp | None] = {}
-        for name in sorted({*manifest.files, MANIFEST_NAME}):
-            here = folder / name
+        report, unreadable = _read_report(folder / REPORT_NAME)
+        return cls(folder, manifest, report, unreadable)
+
+    @property
+    def names(self) -> list[str]:
+        """The files it consists of, the manifest's own included."""
+        return sorted({*self.manifest.files, MANIFEST_NAME})
+
+    @property
+    def missing(self) -> list[str]:
+        """Files that are not there."""
+        return [name for name in self.names if not (self.folder / name).is_file()]
+
+    @cached_property
+    def _seen(self) -> dict[str, tuple[Stamp | None, str]]:
+        """By name: what tells the file from a later one, taken before it was read; its SHA-256.
+
+        Raises:
+            OutputError: A file cannot be read.
+        """
+        seen = {}
+        for name in self.names:
+            here = self.folder / name
             try:
-                digests[name] = None
-                if here.is_file():
-                    stamps[here] = stamp(here)
-                    digests[name] = sha256(here)
+                seen[name] = stamp(here), sha256(here)
             except OSError as error:
                 raise OutputError(f"{here} cannot be read: {error.strerror}") from None
-        report, unreadable = _read_report(folder / REPORT_NAME)
-        return cls(folder, manifest, digests, stamps, report, unreadable)
+        return seen
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each file."""
+        return {name: digest for name, (_, digest) in self._seen.items()}
+
+    @property
+    def stamps(self) -> dict[Path, Stamp | None]:
+        """What tells each file from a later one, taken before it was read."""
+        return {self.folder / name: before for name, (before, _) in self._seen.items()}
 
     @cached_property
     def model(self) -> ModelDescription:
@@ -136,13 +156,8 @@ class Output:
     @cached_property
     def changed(self) -> list[str]:
         """Files that are not as convert wrote them."""
-        records = self.manifest.files
-        return [n for n, record in records.items() if self.digests[n] != record.sha256]
-
-    @cached_property
-    def missing(self) -> list[str]:
-        """Files that are not there."""
-        return [name for name, digest in self.digests.items() if digest is None]
+        records, digests = self.manifest.files, self.digests
+        return [n for n, record in records.items() if digests[n] != record.sha256]
 
     @property
     def dataset(self) -> str | None:

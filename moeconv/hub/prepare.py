@@ -10,7 +10,8 @@ from moeconv.convert.stamps import stamp
 from moeconv.errors import OutputError, UsageError
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
-from moeconv.hub.gate import Judgement, judge
+from moeconv.hub.failures import Note
+from moeconv.hub.gate import Judgement, demand_verdict, judge
 from moeconv.hub.local import File, Output, newest_output
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
 from moeconv.hub.plot import draw_losses, has_curve
@@ -119,11 +120,18 @@ def find_output(out: Path | None, note: Callable[[str], None]) -> Path:
     return found
 
 
-def prepare(out: Path, options: PushOptions) -> Parcel:
+def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Parcel:
     """Reads OUT and makes everything that is to be sent; sends nothing.
 
+    Args:
+        out: An output of `convert`.
+        options: The user's.
+        dry_run: What is not proven to be the model is told of, not refused.
+        note: For people.
+
     Raises:
-        MoeconvError: OUT is damaged, holds a secret, or nobody said where it goes.
+        MoeconvError: OUT is damaged, holds a secret, or nobody said where it goes; or, outside of
+            a dry run, its report cannot prove it, which is said before gigabytes are read.
     """
     if options.create_pr and options.revision != "main":
         raise UsageError("--create-pr asks for a merge into main; leave out --revision")
@@ -132,8 +140,11 @@ def prepare(out: Path, options: PushOptions) -> Parcel:
         raise OutputError(
             f"{out} lacks {', '.join(output.missing)}, which its manifest names; convert again"
         )
-    judgement = judge(output)
     repo_id = _repo_id(options, output)
+    if not dry_run and not options.unverified:
+        demand_verdict(output)
+    note(f"reading every byte of {out}")
+    judgement = judge(output)
     files = _files(output, judgement)
     license_id = options.license or _fact(output, "license")
     names = [file.name for file in files]
@@ -162,12 +173,10 @@ def prepare(out: Path, options: PushOptions) -> Parcel:
 
 def _files(output: Output, judgement: Judgement) -> list[File]:
     """All but the card: those of the manifest, and what is allowed beside them."""
-    files = []
+    files, digests = [], output.digests
     for name in output.manifest.files:
         path = output.folder / name
-        digest = output.digests[name]
-        assert digest is not None
-        files.append(File(name, path.stat().st_size, digest, path=path))
+        files.append(File(name, path.stat().st_size, digests[name], path=path))
     files += public_files(output, judgement.report)
     made = {file.name for file in files}
     for name in ALLOWED:

@@ -161,6 +161,8 @@ def test_what_is_not_proven_is_not_pushed(hub, push, out, case):
     ran = push()
     assert ran.code == UnverifiedError.exit_code
     assert says in ran.error and "moeconv verify" in ran.error and "--unverified" in ran.error
+    # What the report itself tells is said before gigabytes are read.
+    assert ("reading every byte" in ran.err) == ("other bytes" in says)
     assert hub.store.repos == {} and hub.uploaded() == []
     dry = push("--dry-run")
     assert dry.code == 0 and "push would refuse (--unverified)" in dry.out
