@@ -39,6 +39,7 @@ test-slow: cuda-plugin ## the tests that take minutes
 lint: venv ## ruff, mypy and the limits between packages
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@mkdir -p $(VENV)/types && ln -sfn ../../train $(VENV)/types/moeconv_train
 	@$(VENV)/bin/mypy
 	@$(VENV)/bin/lint-imports --no-logo
 

@@ -29,7 +29,7 @@ _PARAMETERS = (
     " w1_bias, wo_bias, input_ids=None, forced_routed_experts=None)"
 )
 # Keys under which `dense_matmul` does something else; the value that goes with tiles.
-_NEEDS = {
+_NEEDS: dict[str, Callable[[Any], bool]] = {
     "capacity_factor": lambda value: value <= 0,
     "mlp_bias": lambda value: not value,
     "quantization": lambda value: not value,
@@ -245,10 +245,12 @@ def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., A
             probabilities = jax.nn.softmax(gate_logits.astype(jnp.float32), axis=-1)
             loss = self.load_balance_loss(indices, probabilities.astype(self.dtype))
 
-        def local(x: Any, weights: Any, indices: Any, *kernels: Any) -> Any:
-            flat = (part.reshape(-1, part.shape[-1]) for part in (x, weights, indices))
+        def local(x: Any, weights: Any, indices: Any, *kernels: *tuple[Any, Any, Any]) -> Any:
+            tokens, shares, chosen = (p.reshape(-1, p.shape[-1]) for p in (x, weights, indices))
             result = moe(
-                *flat,
+                tokens,
+                shares,
+                chosen,
                 kernels,
                 self.apply_ffn_activation,
                 tile=tile,

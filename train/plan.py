@@ -15,7 +15,7 @@ from moeconv_train.preflight.config import mesh_devices, resolve
 from moeconv_train.preflight.report import word
 from moeconv_train.preflight.target import T4X2, Gpu, Target, local
 from moeconv_train.recipe import Recipe
-from moeconv_train.settings import RunFile
+from moeconv_train.settings import EMBEDDED, RunFile
 from moeconv_train.steps import counted
 from moeconv_train.streaming import hf_settings, source_digest
 
@@ -115,7 +115,7 @@ class Plan:
         data, directory = self.feed.settings, self.feed.directory
         if self.feed.kind != "prepared" or self.feed.dataset or directory is None:
             return 0
-        if data.source == feeds.EMBEDDED or _disk(directory) != _disk(self.run_dir):
+        if data.source == EMBEDDED or _disk(directory) != _disk(self.run_dir):
             return 0
         source = Path(str(data.source)).expanduser()
         if source.exists():  # a token is shorter than its text, but parquet and gzip are packed
@@ -158,10 +158,10 @@ class Plan:
         """What the preflight checks besides the config."""
         data, dataset = self.feed.settings, self.feed.dataset
         fetched = dataset is None and self.feed.kind != "maxtext"
-        tokenizer = None if data.tokenizer in ("llama3", feeds.EMBEDDED) else data.tokenizer
+        tokenizer = None if data.tokenizer in ("llama3", EMBEDDED) else data.tokenizer
         here = dataset.manifest.request.tokenizer if dataset else None
         llama3 = fetched and data.tokenizer == "llama3"
-        embedded = data.source == feeds.EMBEDDED
+        embedded = data.source == EMBEDDED
         size = self.size
         return RunSettings(
             dataset=self.feed.named or (data.source if fetched and not embedded else None),

@@ -250,8 +250,8 @@ def _write_sidecar(plan: Plan, config: Any) -> None:
         epochs=round(plan.epochs, 6) if plan.epochs else None,
         steps=plan.steps,
         tokens_per_step=plan.tokens_per_step,
-        patches=plan.patches,  # type: ignore[call-arg]
-        source_digest=plan.source_digest,  # type: ignore[call-arg]
+        patches=plan.patches,
+        source_digest=plan.source_digest,
     )
     data = None
     if dataset is not None:

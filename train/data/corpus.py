@@ -36,6 +36,7 @@ def read_stories(path: Path = CORPUS) -> list[str]:
 def tokenise(stories: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Each story as `BOS story EOS`."""
     eos = tokenizer.token_to_id(EOS)
+    assert eos is not None  # `train_tokenizer` made it
     return [[*encoding.ids, eos] for encoding in tokenizer.encode_batch(stories)]
 
 

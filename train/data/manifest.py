@@ -15,7 +15,9 @@ from moeconv.errors import ConfigError, UsageError
 
 NAME = "data.json"
 TOKENIZER = "tokenizer"
-TRAIN, VALIDATION = "train", "validation"
+Split = Literal["train", "validation"]
+TRAIN: Split = "train"
+VALIDATION: Split = "validation"
 SPLITS = (TRAIN, VALIDATION)
 
 
@@ -31,7 +33,7 @@ class SourceFile(Record):
     path: str
     size: int | None
     digest: str | None
-    split: Literal["train", "validation"]
+    split: Split
 
 
 class Source(Record):
@@ -101,7 +103,7 @@ class Shard(Record):
     """One ArrayRecord file."""
 
     name: str
-    split: Literal["train", "validation"]
+    split: Split
     bytes: int
     sha256: str
     counts: Counts

@@ -63,12 +63,9 @@ def load(spec: str, layout: Layout) -> DataTokenizer:
     """
     read = read_tokenizer(str(_llama3()) if spec == LLAMA3 else spec, model_max_length=None)
     read = replace(read, source=spec)
-    missing = [
-        name
-        for name, value in (("bos_token", read.bos_token_id), ("eos_token", read.eos_token_id))
-        if value is None
-    ]
-    if missing or read.bos_token_id is None or read.eos_token_id is None:
+    bos, eos = read.bos_token_id, read.eos_token_id
+    if bos is None or eos is None:
+        missing = [name for name, id in (("bos_token", bos), ("eos_token", eos)) if id is None]
         raise TokenizerError(
             f"{spec}: tokenizer_config.json names no {' and no '.join(missing)}; stories are "
             "written as BOS story EOS, so add it"
@@ -79,8 +76,8 @@ def load(spec: str, layout: Layout) -> DataTokenizer:
         source=spec,
         files=read.files,
         size=read.size,
-        bos=read.bos_token_id,
-        eos=read.eos_token_id,
+        bos=bos,
+        eos=eos,
         pad=pad_of(read),
         notes=read.notes,
     )

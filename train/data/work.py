@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from moeconv_train.data import records
-from moeconv_train.data.manifest import TRAIN, VALIDATION, Counts, Record, Request, Shard
+from moeconv_train.data.manifest import TRAIN, VALIDATION, Counts, Record, Request, Shard, Split
 from moeconv_train.data.packing import pack
 from moeconv_train.data.tokens import DataTokenizer, Encoder
 
@@ -93,7 +94,7 @@ class Worker:
         """Writes the chunk's shards and then, once they are on disk, its receipt."""
         request = self._job.request
         home = request.source.files[chunk.file].split
-        indices: dict[str, list[int]] = {TRAIN: [], VALIDATION: []}
+        indices: dict[Split, list[int]] = {TRAIN: [], VALIDATION: []}
         empty = dict.fromkeys(indices, 0)
         for i, text in enumerate(chunk.texts):
             moved = home == TRAIN and held_out(request, chunk.file, chunk.begin + i)
@@ -191,8 +192,13 @@ def _begin(job: Job) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
     _worker = Worker(job)
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _work(chunk: Chunk) -> Receipt:

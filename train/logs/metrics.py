@@ -76,7 +76,7 @@ def train_line(
         skipped_steps=None if skipped is None else int(skipped),
         seconds=None if seconds is None else round(seconds, 6),
         tokens_per_second=round(weights / seconds, 3) if seconds else None,
-        **{name: value for name, value in extra.items() if value is not None},  # type: ignore[arg-type]
+        **{name: value for name, value in extra.items() if value is not None},
     )
 
 

@@ -188,7 +188,7 @@ def _scaled_loss_fn(stock: Callable[..., Any], scale: Any) -> Any:
 
     @functools.wraps(stock)  # nnx.value_and_grad reads the signature
     def loss_fn(model: Any, *args: Any, **kwargs: Any) -> Any:
-        loss_fn.calls += 1
+        loss_fn.calls += 1  # type: ignore[attr-defined]
         parameters = nnx.state(model, nnx.Param)
         nnx.update(model, jax.tree.map(lambda x: scale_cotangent(x, 1 / scale), parameters))
         try:

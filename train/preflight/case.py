@@ -37,7 +37,7 @@ class Case:
     @property
     def fp16(self) -> bool:
         """Whether activations are float16."""
-        return self["dtype"] == "float16"
+        return bool(self["dtype"] == "float16")
 
     @property
     def moe(self) -> bool:
