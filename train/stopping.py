@@ -123,6 +123,9 @@ def install(stopper: Stopper) -> Iterator[None]:
             else:
                 stopper.other = text
             raise
+        if step == 0 and fixed["steps"] == 1 and fixed["config"].save_checkpoint_on_completion:
+            # common/checkpointing.py `_should_save_checkpoint_at_step` never saves step 0.
+            _save(stopper, device_state, variables, fixed["config"], step)
         if step + 1 < fixed["steps"] and (reason := stopper.due()):
             _save(stopper, device_state, variables, fixed["config"], step)
             raise exceptions.StopTraining(reason)

@@ -91,8 +91,10 @@ def may_write(me: Mapping[str, Any], repo_id: str) -> tuple[bool | None, str]:
             in_org = org.get("roleInOrg")
             if in_org is None:
                 return None, f"the Hub does not tell the account's role in {namespace}"
-            may = in_org in _WRITING_ROLES
-            return may, "" if may else f"the account is only {in_org} in {namespace}"
+            if in_org in _WRITING_ROLES:
+                return True, ""
+            # A resource group may give more (huggingface.co/docs/hub/security-resource-groups).
+            return None, f"the account is only {in_org} in {namespace}"
     return False, f"{namespace} is neither the account {name} nor an organization it is in"
 
 
@@ -100,8 +102,9 @@ def _fine_grained(
     rights: Mapping[str, Any], namespace: str, repo_id: str
 ) -> tuple[bool | None, str]:
     for scope in rights.get("scoped") or ():
-        if (scope.get("entity") or {}).get("name") in (namespace, repo_id) and any(
-            str(right) == "repo.write" for right in scope.get("permissions") or ()
-        ):
+        entity = scope.get("entity") or {}
+        other = entity.get("type") in ("dataset", "space")  # which may have the model's name
+        writes = "repo.write" in (scope.get("permissions") or ())
+        if writes and not other and entity.get("name") in (namespace, repo_id):
             return True, ""
     return False, f"the fine-grained token has no write permission (repo.write) for {repo_id}"

@@ -84,8 +84,8 @@ def with_token(**token) -> dict:
     return {**WHO, "auth": {"accessToken": token}}
 
 
-def scoped(name: str, *rights: str) -> dict:
-    scope = {"entity": {"type": "user", "name": name}, "permissions": list(rights)}
+def scoped(name: str, *rights: str, kind: str = "user") -> dict:
+    scope = {"entity": {"type": kind, "name": name}, "permissions": list(rights)}
     return with_token(role="fineGrained", fineGrained={"scoped": [scope]})
 
 
@@ -94,13 +94,15 @@ def scoped(name: str, *rights: str) -> dict:
     [
         (with_token(role="write"), "ann/x", True),
         (with_token(role="read"), "ann/x", False),
-        (with_token(role="write"), "lab/x", False),
+        (with_token(role="write"), "lab/x", None),
         (with_token(role="write"), "new/x", None),
         (with_token(role="write"), "bob/x", False),
         (scoped("ann", "repo.write"), "ann/x", True),
         (scoped("ann", "repo.content.read"), "ann/x", False),
         (scoped("ann/x", "repo.write"), "ann/x", True),
         (scoped("ann/y", "repo.write"), "ann/x", False),
+        (scoped("ann/x", "repo.write", kind="model"), "ann/x", True),
+        (scoped("ann/x", "repo.write", kind="dataset"), "ann/x", False),
         (WHO, "ann/x", True),
     ],
 )

@@ -3,7 +3,10 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,9 +22,12 @@ def kaggle(tmp_path):
     program = tmp_path / "venv" / "bin" / "moeconv"
     (tmp_path / "working").mkdir()
 
-    def run(*args, code=0, **extra):
+    def run(*args, code=0, recipes="llama3-moe-200m", refuses=0, **extra):
+        names = [word.removeprefix("run_name=") for word in args if word.startswith("run_name=")]
+        plan = json.dumps({"plan": {"run_dir": f"/somewhere/runs/{[recipes, *names][-1]}"}})
         program.write_text(
-            f'#!/bin/bash\necho "$PWD: $*" >> {tmp_path}/calls\n'
+            f"#!/bin/bash\n[[ \"$*\" == *--dry-run* ]] && echo '{plan}' && exit {refuses}\n"
+            f'echo "$PWD: $*" >> {tmp_path}/calls\n'
             f'[[ "$*" == *--check* ]] || exit {code}\n'
         )
         program.chmod(0o755)
@@ -46,9 +52,12 @@ def test_it_checks_and_trains_where_kaggle_saves(kaggle, tmp_path):
     done, calls = kaggle("tiny_cpu", "run.epochs=1", SESSION="2h")
     assert done.returncode == 0, done.stderr
     check, train = calls
-    assert check == f"{tmp_path}/working: train --check tiny_cpu run.epochs=1"
+    # Where the user is, so that files are found that the words name.
+    words = f"{Path.cwd()}: train tiny_cpu run.epochs=1"
+    words += f" base_output_directory={tmp_path}/working/runs"
+    assert check == f"{words} --check"
     begin, limit = train.rsplit(" ", 1)
-    assert begin == f"{tmp_path}/working: train tiny_cpu run.epochs=1 --time-limit"
+    assert begin == f"{words} --time-limit"
     assert 7190 <= int(limit.removesuffix("s")) <= 7200
     assert "finished" in done.stdout
 
@@ -101,12 +110,35 @@ def test_it_goes_on_from_the_furthest_output_that_is_attached(kaggle, tmp_path):
     assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "this session's"
 
 
-def test_it_goes_on_with_the_run_that_is_named(kaggle, tmp_path):
+@pytest.mark.parametrize("words", [{}, {"recipes": "mine"}], ids=["by the user", "by the recipe"])
+def test_it_goes_on_with_the_run_that_is_named(kaggle, tmp_path, words):
     attach(tmp_path, "one", 1000, mtime=0)
     attach(tmp_path, "two", 200, mtime=0, run_name="mine")
-    done, _ = kaggle("run_name=mine")
+    attach(tmp_path, "two", 900, mtime=0)  # beside it, and too large to be taken along
+    done, _ = kaggle(*([] if words else ["run_name=mine"]), **words)
+    assert done.returncode == 0, done.stderr
     assert "notebooks/two/runs/mine" in done.stdout
-    assert not (tmp_path / "working" / "runs" / "llama3-moe-200m").exists()
+    runs = tmp_path / "working" / "runs"
+    assert sorted(each.name for each in runs.iterdir()) == ["data", "mine"]
+
+
+def test_a_run_without_its_data_takes_those_of_another_output(kaggle, tmp_path):
+    attach(tmp_path, "one", 1000, mtime=0)
+    attach(tmp_path, "two", 200, mtime=0, run_name="mine")
+    shutil.rmtree(tmp_path / "input" / "notebooks" / "two" / "runs" / "data")
+    done, _ = kaggle("run_name=mine")
+    assert done.returncode == 0, done.stderr
+    assert sorted(each.name for each in (tmp_path / "working" / "runs").iterdir()) == [
+        "data",
+        "mine",
+    ]
+
+
+def test_words_that_are_refused_end_it_before_anything_is_copied(kaggle, tmp_path):
+    attach(tmp_path, "one", 1000, mtime=0)
+    done, calls = kaggle(refuses=4)
+    assert done.returncode == 4 and not calls
+    assert not (tmp_path / "working" / "runs").exists()
 
 
 def test_a_new_run_takes_the_data_that_another_has_prepared(kaggle, tmp_path):
@@ -124,7 +156,8 @@ def test_it_says_that_it_begins_a_new_run(kaggle, tmp_path, there):
         (tmp_path / "input" / "moeconv").mkdir(parents=True)
     done, calls = kaggle()
     assert done.returncode == 0, done.stderr
-    assert f"no earlier run below {tmp_path}/input: a new one" in done.stdout and len(calls) == 2
+    says = f"no earlier run llama3-moe-200m below {tmp_path}/input: a new one"
+    assert says in done.stdout and len(calls) == 2
 
 
 def test_the_run_stays_where_kaggle_saves(kaggle):
@@ -156,10 +189,39 @@ def test_torch_and_jax_for_cuda_do_not_share_an_environment(tmp_path):
     assert not (tmp_path / "v").exists()
 
 
+def test_a_session_may_begin_with_a_zero(kaggle):
+    done, calls = kaggle(SESSION="09h08m", CHECK="0")
+    assert done.returncode == 0, done.stderr
+    assert 0 <= 9 * 3600 + 8 * 60 - int(calls[0].rsplit(" ", 1)[1].removesuffix("s")) <= 10
+
+
 def test_a_wrong_session_is_refused(kaggle):
     for wrong in ("soon", "8h30", ""):
         done, calls = kaggle(SESSION=wrong or "h")
         assert done.returncode == 2 and "write it as 11h30m" in done.stderr and not calls
+
+
+def test_the_notebook_shows_what_there_is(tmp_path, monkeypatch, capsys):
+    """A cell that raises would end the notebook as failed, and a run may have no plot yet."""
+    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
+    cell = next(
+        "".join(c["source"]) for c in notebook["cells"] if "loss.png" in "".join(c["source"])
+    )
+    shown = []
+    display = types.SimpleNamespace(Image=lambda path: path, display=shown.append)
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    cell = cell.replace("/kaggle/working", str(tmp_path))
+    exec(cell, {})
+    assert shown == []
+    for name in ("early", "late"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "moeconv.json").touch()
+    (tmp_path / "runs" / "late" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "runs" / "late" / "loss.png").touch()
+    exec(cell, {})
+    assert shown == [str(tmp_path / "runs" / "late" / "loss.png")]
+    assert capsys.readouterr().out.splitlines() == ["early no step yet", 'late {"step": 2}']
 
 
 def test_the_notebook_is_clean_and_runs_the_script():

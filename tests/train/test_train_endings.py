@@ -47,6 +47,14 @@ def test_a_loss_that_is_no_number_names_the_last_checkpoint(train):
     assert 0 < len(lines) < 24  # every line a number, none after
 
 
+def test_a_run_of_one_step_has_a_checkpoint(train):
+    """MaxText never saves step 0 when it is done, so nothing could be converted."""
+    ran, run = train(steps=1)
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["saved_step"] == 0
+    assert (run / "checkpoints" / "0" / "items").is_dir()
+
+
 def test_hopeless_fp16_gives_up(train):
     scale = {"mode": "static", "initial": 2**24, "patience": 3}
     scaled = {f"run.loss_scale.{key}": value for key, value in scale.items()}

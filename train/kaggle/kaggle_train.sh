@@ -14,7 +14,6 @@
 #             cores, not timed on Kaggle (1)
 set -euo pipefail
 
-name='*' # of the run to go on with
 for word in "$@"; do
   case $word in
     -h | --help)
@@ -25,7 +24,6 @@ for word in "$@"; do
       echo "$word: what Kaggle keeps lies in WORK; set WORK instead" >&2
       exit 2
       ;;
-    run_name=*) name=${word#run_name=} ;;
   esac
 done
 
@@ -39,21 +37,30 @@ say() { echo "== $*"; }
 
 seconds_of() { # 8h30m, 45m or 90s
   [[ $1 =~ ^(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?$ && -n $1 ]] || return 1
-  echo $((${BASH_REMATCH[2]:-0} * 3600 + ${BASH_REMATCH[4]:-0} * 60 + ${BASH_REMATCH[6]:-0}))
+  # 10#: bash takes 09 for octal.
+  echo $((10#${BASH_REMATCH[2]:-0} * 3600 + 10#${BASH_REMATCH[4]:-0} * 60 + 10#${BASH_REMATCH[6]:-0}))
 }
 limit=$(seconds_of "$session") || { echo "SESSION=$session: write it as 11h30m" >&2; exit 2; }
 
 # Without torch, which MaxText does not need and whose CUDA libraries are not JAX's.
 make_env "$venv" train cuda12
 moeconv=$venv/bin/moeconv
+words=("$@" "base_output_directory=$work/runs")
+
+run_name() { # of the run that these words mean, which a recipe may name
+  local plan
+  plan=$("$moeconv" train "${words[@]}" --dry-run --json) || return
+  python3 -c 'import json, os, sys; print(os.path.basename(json.load(sys.stdin)["plan"]["run_dir"]))' \
+    <<<"$plan"
+}
 
 # The last session's output, wherever it is attached: its runs and its prepared data. Of several
 # the one that is furthest: files that Kaggle attaches do not keep their times. What is in WORK
 # already is newer.
-last_run() { # the run with the highest checkpoint; one that has none counts as step -1
+last_run() { # last_run NAME: that with the highest checkpoint; one that has none counts as step -1
   local sidecar run step
   { find -L "$input" -maxdepth 6 -type d -path '*/runs/data' -prune -o -name moeconv.json \
-    -path "*/runs/$name/moeconv.json" -print 2>/dev/null || true; } |
+    -path "*/runs/$1/moeconv.json" -print 2>/dev/null || true; } |
     while IFS= read -r sidecar; do
       run=$(dirname "$sidecar")
       step=$( (ls "$run/checkpoints" 2>/dev/null || true) | { grep -xE '[0-9]+' || true; } |
@@ -61,39 +68,42 @@ last_run() { # the run with the highest checkpoint; one that has none counts as 
       printf '%s %s\n' "${step:--1}" "$run"
     done | sort -n | tail -1 | cut -d' ' -f2-
 }
-take() { # take DIR PLACE: a copy in WORK, whole or not at all
+take() { # take DIR...: copies in WORK/runs, all whole or none
   rm -rf "$work/runs.partial"
-  mkdir -p "$work/runs.partial/$2"
-  cp -rL "$1/." "$work/runs.partial/$2"
+  mkdir -p "$work/runs.partial"
+  cp -rL "$@" "$work/runs.partial"
   chmod -R u+w "$work/runs.partial"
   mv "$work/runs.partial" "$work/runs"
 }
 if [ ! -e "$work/runs" ]; then
-  last=$(last_run)
-  data=$({ find -L "$input" -maxdepth 5 -type d -path '*/runs/data' 2>/dev/null || true; } |
-    sort | tail -1)
+  name=$(run_name)
+  last=$(last_run "$name")
+  data=${last:+$(dirname "$last")/data}
+  if [ ! -d "$data" ]; then
+    data=$({ find -L "$input" -maxdepth 5 -type d -path '*/runs/data' 2>/dev/null || true; } |
+      sort | tail -1)
+  fi
   if [ -n "$last" ]; then
     say "going on from $last"
-    take "$(dirname "$last")" .
+    take "$last" ${data:+"$data"}
   elif [ -n "$data" ]; then
-    say "no earlier run below $input: a new one, with the data of $data"
-    take "$data" data
+    say "no earlier run $name below $input: a new one, with the data of $data"
+    take "$data"
   else
-    say "no earlier run below $input: a new one"
+    say "no earlier run $name below $input: a new one"
   fi
 fi
 
-cd "$work"
 if [ "${CHECK:-1}" != 0 ]; then
   say "checking"
-  "$moeconv" train --check "$@"
+  "$moeconv" train "${words[@]}" --check
 fi
 
 left=$((limit - SECONDS))
 [ "$left" -gt 0 ] || { echo "SESSION=$session is over before training began" >&2; exit 2; }
 say "training for at most $left s"
 code=0
-"$moeconv" train "$@" --time-limit "${left}s" || code=$?
+"$moeconv" train "${words[@]}" --time-limit "${left}s" || code=$?
 if [ "$code" = 14 ]; then
   say "not finished: attach this notebook's output to it as an input, and run it again"
   exit 0
