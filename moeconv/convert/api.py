@@ -221,12 +221,8 @@ def _carry_out(
     )
     result = engine.run()
     journal.close()
-    if result.zeros:
-        note(
-            "warning: these parameters hold whole chunks of zeros; the Orbax that wrote the "
-            "checkpoint stores none, so a lost chunk would look the same: "
-            + ", ".join(result.zeros)
-        )
+    for text in result.warnings:
+        note(f"warning: {text}")
     return _write_small_files(prepared, staging, result)
 
 
@@ -337,7 +333,7 @@ def make_manifest(
         rules=rules(plan),
         folds=folds(plan),
         dropped=dict(plan.dropped),
-        warnings=list(plan.warnings),
+        warnings=[*plan.warnings, *result.warnings],
         tokenizer=prepared.tokenizer.source if prepared.tokenizer else None,
         plan=plan.digest,
         files=dict(sorted(records.items())),

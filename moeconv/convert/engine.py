@@ -59,6 +59,16 @@ class Result:
     arrays: Mapping[str, str]
     zeros: tuple[str, ...] = ()
 
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences for people."""
+        if not self.zeros:
+            return []
+        return [
+            "these parameters hold whole chunks of zeros; the Orbax that wrote the checkpoint "
+            "stores none, so a lost chunk would look the same: " + ", ".join(self.zeros)
+        ]
+
 
 @dataclass
 class _Parking:
@@ -141,6 +151,7 @@ class Engine:
                 name not in self._parking or self._journal.settled.issuperset({name})
             ):
                 self._note_chunks(unit, done[unit.number])
+                self._zeros |= {(name, p): True for p in self._journal.zeros[unit.number]}
                 for number, ranges in pieces(unit, self._plan.routes[name]):
                     route = self._plan.routes[name][number]
                     self._written(route, piece_bytes(route, ranges))
@@ -299,7 +310,8 @@ class Engine:
 
     def _finish(self, unit: Unit, digests: dict[tuple[int, ...], str]) -> None:
         name = unit.array.name
-        self._to_sync.put(lambda: self._journal.unit(unit.number, digests))
+        zeros = [position for position in digests if self._zeros.get((name, position))]
+        self._to_sync.put(lambda: self._journal.unit(unit.number, digests, zeros))
         with self._lock:
             waiting = self._waiting.get(name)
             if waiting is None:

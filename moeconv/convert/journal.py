@@ -6,6 +6,7 @@ finished units with the digests of their chunks, and arrays whose parked pieces 
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Journal:
             ValueError: There is a journal, but of another plan.
         """
         self.done: dict[int, dict[tuple[int, ...], str]] = {}
+        self.zeros: dict[int, list[tuple[int, ...]]] = {}
         self.settled: set[str] = set()
         self.resumed = False
         path = folder / NAME
@@ -46,15 +48,19 @@ class Journal:
             if "unit" in entry:
                 chunks = {tuple(position): digest for position, digest in entry["chunks"]}
                 self.done[entry["unit"]] = chunks
+                self.zeros[entry["unit"]] = [tuple(position) for position in entry.get("zeros", ())]
             elif "settled" in entry:
                 self.settled.add(entry["settled"])
         self.resumed = True
         text = "".join(json.dumps(entry) + "\n" for entry in lines)
         path.write_text(text, encoding="utf-8")
 
-    def unit(self, number: int, chunks: dict[tuple[int, ...], str]) -> None:
-        """Records a unit whose bytes are synced."""
-        self._append({"unit": number, "chunks": [[list(p), d] for p, d in chunks.items()]})
+    def unit(
+        self, number: int, chunks: dict[tuple[int, ...], str], zeros: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Records a unit whose bytes are synced: its chunks, and which of them hold only zeros."""
+        entry = {"unit": number, "chunks": [[list(p), d] for p, d in chunks.items()]}
+        self._append({**entry, "zeros": [list(p) for p in zeros]})
 
     def settle(self, array: str) -> None:
         """Records an array whose parked pieces are in their places, synced."""

@@ -152,10 +152,15 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides the output's bytes."""
+        """SHA-256 of everything that decides the output's bytes.
+
+        The source may have been moved, but where nothing else tells it from another of the same
+        shapes (stored without OCDBT, and not on this machine), its place has to.
+        """
+        moved = "manifest.ocdbt" in self.source["metadata"] or "files" in self.source
         content = {
             "moeconv": __version__,
-            "source": {k: v for k, v in self.source.items() if k != "path"},
+            "source": {k: v for k, v in self.source.items() if k != "path" or not moved},
             "model": self.model.values(),
             "family": self.family.name,
             "untie": self.options.untie,

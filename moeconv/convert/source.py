@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,6 +27,10 @@ UNUSED = {
     "mtp_block": "multi-token prediction heads, which the main logits do not use "
     "(MaxText models/models.py)"
 }
+
+
+# Of the step; Orbax writes when the save began into it.
+_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,29 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: place, step, and digests of its metadata."""
-        parts = {name: self.step.items.read(name) for name in ("_METADATA", "manifest.ocdbt")}
+        """What tells this checkpoint from another: place, step, and digests of its metadata.
+
+        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
+        `files` is a digest of the names, sizes and times of what lies there, if that is known.
+        """
+        items = self.step.items
+        parts = {name: items.read(name) for name in ("_METADATA", "manifest.ocdbt")}
+        if items.name == "items":
+            parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
         digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
-        return {"path": str(self.step.items), "step": self.step.number, "metadata": digests}
+        found = {"path": str(items), "step": self.step.number, "metadata": digests}
+        if "manifest.ocdbt" not in digests and items.local is not None:
+            found["files"] = _inventory(items.local)
+        return found
+
+
+def _inventory(folder: Path) -> str:
+    lines = []
+    for place, _, names in os.walk(folder):
+        for path in (Path(place, name) for name in names):
+            status = path.stat()
+            lines.append(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_checkpoint(

@@ -96,8 +96,9 @@ class Route:
 
     @property
     def rows_per_block(self) -> int:
-        """Steps along `lead` that fit a block."""
-        return max(1, BLOCK_BYTES // max(1, self.row_bytes))
+        """Steps along `lead` that fit a block, in float64 where it is scaled."""
+        width = 8 * math.prod(self.target_shape[1:]) if self.scale else self.row_bytes
+        return max(1, BLOCK_BYTES // max(1, width))
 
 
 @dataclass(frozen=True)

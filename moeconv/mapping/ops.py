@@ -114,8 +114,7 @@ class Scale:
         return shape
 
     def apply(self, array: Array, sizes: Sizes) -> Array:
-        with np.errstate(over="ignore"):  # an overflow becomes Inf, which the engine refuses
-            return (array.astype(np.float64) * self.factor).astype(DTYPES[self.target])
+        return round_once(array.astype(np.float64) * self.factor, self.target)
 
     def inverse(self) -> "Scale":
         return Scale(1.0 / self.factor, f"1/({self.why})", self.target, self.source)
@@ -125,6 +124,29 @@ class Scale:
         if power_of_two and self.target in ("float32", self.source):
             return 0.0
         return 2.0 ** -SIGNIFICAND_BITS[self.target]
+
+
+def round_once(values: Array, dtype: str) -> Array:
+    """float64 to another dtype, to the nearest value, ties to even; an overflow becomes Inf.
+
+    ml_dtypes converts float64 to bfloat16 by way of float32, so that a value a little above the
+    middle of two falls onto it, and then to the wrong side. Rounding to odd in between (Boldo and
+    Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
+    to odd") keeps what is needed: an inexact float32 never ends on an even last bit.
+    """
+    # An overflow becomes Inf, which the engine refuses; the error of one is Inf or NaN.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "bfloat16":
+            return values.astype(DTYPES[dtype])
+        near = values.astype(np.float32)
+        error = near.astype(np.float64)
+        error -= values
+        inexact = (error != 0) & (error == error)
+        beyond = inexact & ((error > 0) != np.signbit(near))
+        bits = near.view(np.uint32)
+        bits -= beyond  # towards zero
+        bits |= inexact
+        return near.astype(DTYPES[dtype])
 
 
 @dataclass(frozen=True)

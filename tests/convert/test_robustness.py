@@ -422,6 +422,48 @@ def test_resuming_another_checkpoint(tiny, crashes, tmp_path):
         to(other, out, resume=True)
 
 
+@pytest.mark.parametrize("same_place", [True, False])
+def test_resuming_another_checkpoint_of_the_same_shapes(crashes, tmp_path, same_place):
+    """Without OCDBT no metadata speak of the chunks, so all that is written about both is equal."""
+    storage = {"ocdbt": False, "zarr3": False}
+    one = synthetic.write(tmp_path / "one", "envy", **storage)
+    other = synthetic.write(tmp_path / "other", "envy", seed=1, **storage)
+    one.config_file()
+    out = tmp_path / "out"
+    crashes.leave_unfinished(one, out)
+    if same_place:
+        shutil.rmtree(one.run)
+        other.run.rename(one.run)
+        other = one
+    other.config_file()
+    with pytest.raises(OutputError, match="of another checkpoint"):
+        to(other, out, resume=True)
+
+
+def test_resuming_a_checkpoint_without_ocdbt(crashes, tmp_path):
+    checkpoint = synthetic.write(tmp_path / "run", "envy", ocdbt=False, zarr3=False)
+    checkpoint.config_file()
+    out = tmp_path / "out"
+    crashes.leave_unfinished(checkpoint, out)
+    to(checkpoint, out, resume=True)
+    to(checkpoint, tmp_path / "whole")
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_chunks_of_zeros_are_told_when_resumed(crashes, tmp_path):
+    """Of an older Orbax, which stores none, so that a lost one reads the same."""
+
+    def change(arrays):
+        arrays["token_embedder.embedding"][:] = 0
+
+    checkpoint = synthetic.write(tmp_path / "run", "envy", change=change, zeros=False)
+    checkpoint.config_file()
+    out = tmp_path / "out"
+    crashes.leave_unfinished(checkpoint, out)
+    manifest = to(checkpoint, out, resume=True)
+    assert any("token_embedder.embedding" in text for text in manifest.warnings)
+
+
 def test_beginning_anew_over_an_unfinished_conversion(tiny, crashes, tmp_path):
     out = tmp_path / "out"
     crashes.convert(tiny, tmp_path / "whole")

@@ -28,6 +28,8 @@ def test_whole_chunks_of_zeros_are_warned_about(tmp_path_factory, sample, zero):
     options = ConvertOptions(
         config=root / "config.yml", sets=(f"param_scan_axis={sample.told['param_scan_axis']}",)
     )
-    convert(plan_conversion(str(step), options), root / "out", note=notes.append)
+    manifest = convert(plan_conversion(str(step), options), root / "out", note=notes.append)
     warned = any("token_embedder.embedding" in n and "zeros" in n for n in notes)
     assert warned == zero
+    told = any("token_embedder.embedding" in w and "zeros" in w for w in manifest.warnings)
+    assert told == zero

@@ -1,5 +1,8 @@
 """What must hold for every model, not just for those somebody thought of."""
 
+from fractions import Fraction
+
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +13,7 @@ from moeconv.arch.layout import detect_layout
 from moeconv.errors import MoeconvError, TensorError
 from moeconv.mapping.edges import cannot_hold, expand
 from moeconv.mapping.families import FAMILIES
-from moeconv.mapping.ops import DTYPES, Scale
+from moeconv.mapping.ops import DTYPES, Scale, round_once
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import Options
 
@@ -87,6 +90,36 @@ def test_errors_stay_within_the_declared_bound(sample, dtype):
             tiny = {"float16": 2.0**-24, "bfloat16": 1e-38, "float32": 1e-38}[dtype]
             bound = other.bound() * (1 + 1e-6)
             assert (abs(got.astype(np.float64) - exact) <= bound * abs(exact) + tiny).all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0x0000, 0x7F7E),
+    st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
+    st.integers(-(2**30), 2**30),
+    st.booleans(),
+)
+def test_bfloat16_is_rounded_once(number, part, nudge, negative):
+    """Also a hair's breadth from the middle of two values, where float32 has no room for it."""
+    low, high = np.array([number, number + 1], np.uint16).view(ml_dtypes.bfloat16)
+    low, high = Fraction(float(low)), Fraction(float(high))
+    value = float(low + (high - low) * Fraction(part))
+    value += nudge * np.spacing(value)
+    rounded = round_once(np.array([-value if negative else value]), "bfloat16")
+    exact, off = Fraction(value), abs(abs(Fraction(float(rounded[0]))) - Fraction(value))
+    assert off <= min(abs(high - exact), abs(exact - low))
+    if off == high - exact == exact - low:
+        assert rounded.view(np.uint16)[0] % 2 == 0
+
+
+def test_what_is_no_number_stays_one():
+    values = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e300, -1e300, 1e-300, -1e-300])
+    for dtype, limit in (("bfloat16", 1e39), ("float16", 1e5), ("float32", 1e39)):
+        got = round_once(values, dtype).astype(np.float64)
+        want = np.where(abs(values) > limit, np.copysign(np.inf, values), values)
+        want = np.where(abs(values) < 1e-200, np.copysign(0.0, values), want)
+        assert np.array_equal(got, want, equal_nan=True)
+        assert np.array_equal(np.signbit(got)[1:], np.signbit(want)[1:])
 
 
 @settings(max_examples=60, deadline=None)
