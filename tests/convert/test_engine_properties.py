@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import orbax_writer
 import pytest
+import synthetic
 import yaml
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
@@ -18,6 +19,9 @@ from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.mapping.edges import cannot_hold
 from moeconv.mapping.families import FAMILIES
 from moeconv.mapping.ops import DTYPES
+from moeconv.verify.outcome import Status, worst
+from moeconv.verify.subject import Subject
+from moeconv.verify.weights import check_weights
 
 
 @pytest.fixture
@@ -107,3 +111,24 @@ def test_units_tile_every_array(sample, data, limit):
                 chunks |= own
             assert (count == 1).all()
             assert len(chunks) == math.prod(info.grid)
+
+
+def test_bfloat16_of_a_scaled_kernel_is_the_nearest(tmp_path):
+    """Just beyond the middle of two bfloat16 numbers, which float32 cannot tell from the middle."""
+    sizes = {"h": 32}
+    factor = np.sqrt(sizes["h"])
+    middles = 1 + (2 * np.arange(128) + 1) / 256
+    near = (middles / factor).astype(np.float32)
+    off = near.astype(np.float64) * factor / middles - 1
+    values = near[(off > 0) & (off < 2**-26)]
+    assert len(values) > 3
+
+    def change(arrays):
+        kernel = arrays["decoder.layers.self_attention.query.kernel"]
+        kernel[...] = np.resize(values, kernel.shape)
+
+    checkpoint = synthetic.write(tmp_path / "run", sizes=sizes, change=change)
+    options = ConvertOptions(config=checkpoint.config_file(), dtype="bfloat16")
+    convert(plan_conversion(str(checkpoint.run), options), tmp_path / "out")
+    found = check_weights(Subject.open(tmp_path / "out"), jobs=1, memory=2**30)
+    assert worst(found) is Status.PASS, found
