@@ -24,7 +24,7 @@ from moeconv.verify.grading import HIDDEN, ROUTER
 from moeconv.verify.hf_model import HfLayers, rounding_between
 from moeconv.verify.maxtext_layers import MaxTextLayers
 from moeconv.verify.metrics import compare_logits, join
-from moeconv.verify.outcome import Check, Status, passed, worse
+from moeconv.verify.outcome import Check, Status, failed, passed, worse
 from moeconv.verify.parity import Parity, parity_checks
 from moeconv.verify.reference import reference_check, reference_config
 from moeconv.verify.rounding import roundings
@@ -101,6 +101,17 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
     """
     with _sides(subject, options, note) as sides:
         candidate = HfLayers(subject.out, dtype=options.dtype)
+        reference = reference_check(
+            "layers",
+            sides.name,
+            side=options.side,
+            origin=sides.origin,
+            independent=sides.independent,
+        )
+        right, own = sides.reference.num_layers, candidate.num_layers
+        if right != own:  # the shorter one would be found right as far as it goes
+            summary = f"the converted model has {own} layers, {sides.name} has {right}"
+            return [reference, failed("layers", "depth", summary)]
         top_k = subject.model.num_experts_per_tok or 1
         walk = _Walk(sides, candidate, rows, top_k, options.scratch)
         walk.run(note)
@@ -114,13 +125,7 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
                 "folder with room"
             ) from None
         return [
-            reference_check(
-                "layers",
-                sides.name,
-                side=options.side,
-                origin=sides.origin,
-                independent=sides.independent,
-            ),
+            reference,
             _hidden(walk.places, sides.name),
             *parity_checks("layers", parity, reference=sides.name),
         ]

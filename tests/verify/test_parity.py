@@ -8,6 +8,7 @@ import pytest
 from helpers import run
 from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
 from moeconv_train.sidecar import public_config
+from safetensors.numpy import load_file, save_file
 
 from moeconv.arch.sidecar import SIDECAR_NAME
 from moeconv.errors import UnsupportedError, UsageError
@@ -257,6 +258,47 @@ def test_models_that_cannot_be_compared_do_not_hide_what_has_failed(envy, tmp_pa
     assert report.verdict is Status.FAIL
     assert report.levels == {"structure": Status.FAIL, "logits": Status.SKIP}
     assert "not all finite" in report.checks[-1].summary
+
+
+@pytest.fixture(scope="module")
+def shorter(envy, tmp_path_factory):
+    """The same model without its last two layers."""
+    out = tmp_path_factory.mktemp("shorter") / "out"
+    out.mkdir()
+    kept = {
+        name: value
+        for name, value in load_file(envy / "fp32" / "model.safetensors").items()
+        if not name.startswith(("model.layers.2.", "model.layers.3."))
+    }
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    shutil.copy(envy / "fp32" / "config.json", out)
+    edit(num_hidden_layers=2)(out)
+    return out
+
+
+def test_a_reference_of_fewer_layers_is_another_model(envy, shorter):
+    found = check("layers", envy / "fp32", ParityOptions(against=shorter))
+    assert set(found) == {"reference", "depth"}
+    assert found["depth"].status is Status.FAIL
+    assert "has 4 layers" in found["depth"].summary and "has 2" in found["depth"].summary
+
+
+def test_a_reference_of_more_layers_is_another_model(envy, shorter, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(envy / "fp32", out)
+    for path in shorter.iterdir():
+        shutil.copy(path, out)
+    found = check("layers", out, ParityOptions(against=envy / "fp32"))
+    assert found["depth"].status is Status.FAIL
+    assert "has 2 layers" in found["depth"].summary and "has 4" in found["depth"].summary
+
+
+def test_logits_of_zeros_are_compared(envy, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(envy / "fp32", out)
+    apply("model.norm.weight", lambda v: v * 0)(out)
+    found = check("layers", out, ParityOptions(against=out))
+    assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
 
 
 # --- the parts -----------------------------------------------------------------------------------
