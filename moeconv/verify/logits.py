@@ -203,7 +203,7 @@ def _check_order(layers: MaxTextLayers, walked: Walked, whole: list[Array]) -> N
     """The layers taken one at a time are those of the whole, in the same order."""
     tail = layers.logits(layers.norm(walked.hidden[:, -_TAIL:]), "unrounded")
     expected = np.concatenate([logits[:, -_TAIL:] for logits in whole])
-    apart = float(np.abs(tail - expected).max() / np.abs(expected).max())
+    apart = float(np.abs(tail - expected).max()) / (float(np.abs(expected).max()) or 1.0)
     if not apart <= LOGITS.passing:
         raise TensorError(
             f"MaxText's layers one at a time give other logits than MaxText as a whole ({apart:.1e}"
