@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import synthetic
-from helpers import run
+from helpers import config_file, run
 from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
 from moeconv_train.sidecar import public_config
 from safetensors.numpy import load_file, save_file
@@ -101,12 +101,18 @@ def test_a_right_conversion_passes(envy, name, level):
     ],
 )
 def test_other_blocks_pass_too(maxtext_lab, tmp_path, parts):
-    run(maxtext_lab.checkpoint(*parts), tmp_path / "out")
+    made = maxtext_lab.checkpoint(*parts)
+    run(made, tmp_path / "out", untie=True)
     for level in ("logits", "layers"):
         found = check(level, tmp_path / "out")
         reference = found.pop("reference")
         assert reference.status is Status.WARN and "--config" in reference.summary
         assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
+    found = check(
+        "layers", tmp_path / "out", ParityOptions(config=config_file(tmp_path, made.config))
+    )
+    assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
+    assert "description" in found
 
 
 @pytest.mark.parametrize("name", ["compact", pytest.param("bf16", marks=pytest.mark.slow)])
