@@ -1,14 +1,17 @@
 """`moeconv verify`: evidence that the output is the model of the checkpoint."""
 
 import os
+import signal
 import sys
-from contextlib import contextmanager
+import traceback
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.errors import MoeconvError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -115,18 +118,18 @@ def command(
     The verdict is written to verify.json, bound to the SHA-256 of every file, and for people to
     verify.md with its plots. Levels that ran earlier on the same bytes stay in the report.
     """
-    from moeconv.convert.sizes import parse_size
-    from moeconv.errors import MoeconvError
-    from moeconv.verify.markdown import verdict_line
-    from moeconv.verify.outcome import Status
-    from moeconv.verify.run import LEVELS, VerifyOptions, verify
-    from moeconv.verify.settings import ParityOptions, parse_against
-    from moeconv.verify.written import demand_writable, earlier_report, write_report
-
-    output = output_of(json_mode, quiet)
+    # SIGTERM ends as Ctrl-C does: what lies in the temporary folder is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Both models run on the CPU, also where jax would take a GPU and most of its memory.
     os.environ["JAX_PLATFORMS"] = "cpu"
+    output = output_of(json_mode, quiet)
     try:
+        from moeconv.convert.sizes import parse_size
+        from moeconv.verify.outcome import Status
+        from moeconv.verify.run import LEVELS, VerifyOptions, verify
+        from moeconv.verify.settings import ParityOptions, parse_against
+        from moeconv.verify.written import demand_writable, earlier_report, write_report
+
         options = VerifyOptions(
             levels=[name for name in LEVELS if level in (name, "all")],
             jobs=jobs,
@@ -147,10 +150,29 @@ def command(
         if (earlier := earlier_report(folder)) is not None:
             whole = found.with_earlier(earlier)
         files = write_report(whole, folder)
+    # One code for every reason: scripts ask whether there is a verdict.
     except MoeconvError as error:
-        # One code for every reason: scripts ask whether there is a verdict.
-        sys.stderr.write(f"error: no verdict: {error}\n")
-        sys.exit(COULD_NOT_RUN)
+        _no_verdict(f"error: no verdict: {error}")
+    except Exception:
+        _no_verdict(f"{traceback.format_exc()}error: no verdict: this is a bug of moeconv")
+    try:
+        _tell(output, found, whole, files)
+        sys.stdout.flush()
+    except (BrokenPipeError, SystemExit):  # nobody reads it, and rich would end with 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(FAILED if found.verdict is Status.FAIL else 0)
+
+
+def _no_verdict(why: str) -> NoReturn:
+    with suppress(OSError):  # the code tells it too
+        sys.stderr.write(f"{why}\n")
+    sys.exit(COULD_NOT_RUN)
+
+
+def _tell(output: "Output", found: "Report", whole: "Report", files: list[Path]) -> None:
+    """The verdict, for machines or for people."""
+    from moeconv.verify.markdown import verdict_line
+
     output.data(found.model_dump(mode="json"))
     _print(output, found)
     output.print(verdict_line(found))
@@ -158,7 +180,6 @@ def command(
     if kept:
         output.print(f"kept in the report, of the same bytes: {', '.join(kept)}")
     output.print(f"report: {', '.join(map(str, files))}")
-    sys.exit(FAILED if found.verdict is Status.FAIL else 0)
 
 
 def _meter(output: "Output") -> "Meter":

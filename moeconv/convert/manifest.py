@@ -1,9 +1,12 @@
 """`moeconv.json`: what was converted, how, and the digest of everything read and written."""
 
+import json
+import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from moeconv.arch.blocks import BLOCKS
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import LayerKind
 from moeconv.convert.plan import Plan
@@ -11,6 +14,7 @@ from moeconv.convert.run_record import RunRecord
 from moeconv.mapping.ops import Scale
 
 MANIFEST_NAME = "moeconv.json"
+_DESCRIPTION = TypeAdapter(ModelDescription)
 
 
 class _Frozen(BaseModel):
@@ -89,13 +93,22 @@ class Manifest(_Frozen):
         """The model that `model` tells of.
 
         Raises:
-            KeyError: It lacks the kinds of layers.
-            TypeError: It lacks another field, or has one too many.
-            ValueError: A layer is of no known kind.
+            ValueError: It lacks a field, has one too many, or one has a value that no model has.
         """
         values = {name: record.value for name, record in self.model.items()}
-        values["layer_kinds"] = tuple(LayerKind(kind) for kind in values["layer_kinds"])
-        return ModelDescription(**values)
+        model = _DESCRIPTION.validate_json(json.dumps(values), strict=True)
+        kinds = set(model.layer_kinds)
+        wanted = [model.decoder_block in BLOCKS, kinds, not values.keys() - model.values().keys()]
+        for name, value in values.items():
+            if isinstance(value, int | float) and not name.endswith("token_id"):
+                wanted.append(isinstance(value, bool) or 0 < value < math.inf)
+        if LayerKind.DENSE in kinds:
+            wanted.append(model.intermediate_size)
+        if LayerKind.MOE in kinds:
+            wanted += [model.moe_intermediate_size, model.num_experts, model.num_experts_per_tok]
+        if not all(wanted):
+            raise ValueError("it describes no model")
+        return model
 
 
 def folds(plan: Plan) -> list[FoldRecord]:

@@ -87,6 +87,8 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
             if length > min(size, 100_000_000):
                 raise ValueError("the header is longer than the file")
             table = json.loads(file.read(length))
+        if not isinstance(table, dict):
+            raise ValueError("its header is no JSON object")
         names = {code: name for name, code in _CODES.items()}
         found = {}
         position = 8 + length
@@ -94,13 +96,15 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
         for name, entry in sorted(entries, key=lambda item: item[1]["data_offsets"]):
             spec = TensorSpec(name, names[entry["dtype"]], tuple(entry["shape"]))
             start, stop = (8 + length + o for o in entry["data_offsets"])
+            if not all(type(n) is int and n >= 0 for n in (*spec.shape, start, stop)):
+                raise ValueError(f"tensor {name} has sizes that are no whole numbers")
             if start != position or stop - start != spec.nbytes:
                 raise ValueError(f"tensor {name} does not lie where its shape says")
             found[name] = (spec, start)
             position = stop
         if position != size:
             raise ValueError(f"it has {size} bytes where its header says {position}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TensorError(f"{path} is not a whole safetensors file: {error}") from None
     return found
 

@@ -17,16 +17,17 @@ from typing import IO
 
 import numpy as np
 
-from moeconv.errors import OutputError
+from moeconv.errors import MoeconvError, OutputError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import Scale
+from moeconv.verify.described import check_description
 from moeconv.verify.grading import HIDDEN, ROUTER
 from moeconv.verify.hf_model import HfLayers, rounding_between
 from moeconv.verify.maxtext_layers import MaxTextLayers
 from moeconv.verify.metrics import compare_logits, join
-from moeconv.verify.outcome import Check, Status, passed, worse
+from moeconv.verify.outcome import Check, Status, failed, passed, worse
 from moeconv.verify.parity import Parity, parity_checks
-from moeconv.verify.reference import reference_check, reference_config
+from moeconv.verify.reference import ReferenceConfig, reference_check, reference_config
 from moeconv.verify.rounding import roundings
 from moeconv.verify.routing import Routing, chosen, compare_routing
 from moeconv.verify.settings import Note, ParityOptions
@@ -99,8 +100,27 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
     Raises:
         MoeconvError: A side cannot be built, or the checkpoint cannot be read.
     """
-    with _sides(subject, options, note) as sides:
+    config: ReferenceConfig | None = None
+    described: list[Check] = []
+    if options.against is None:
+        config = reference_config(subject.model, subject.layout, subject.step, options.config)
+        try:
+            described = check_description("layers", subject, config)
+        except MoeconvError as error:
+            return [failed("layers", "description", str(error))]
+    with _sides(subject, options, config, note) as sides:
         candidate = HfLayers(subject.out, dtype=options.dtype)
+        reference = reference_check(
+            "layers",
+            sides.name,
+            side=options.side,
+            origin=sides.origin,
+            independent=sides.independent,
+        )
+        right, own = sides.reference.num_layers, candidate.num_layers
+        if right != own:  # the shorter one would be found right as far as it goes
+            summary = f"the converted model has {own} layers, {sides.name} has {right}"
+            return [reference, *described, failed("layers", "depth", summary)]
         top_k = subject.model.num_experts_per_tok or 1
         walk = _Walk(sides, candidate, rows, top_k, options.scratch)
         walk.run(note)
@@ -114,20 +134,17 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
                 "folder with room"
             ) from None
         return [
-            reference_check(
-                "layers",
-                sides.name,
-                side=options.side,
-                origin=sides.origin,
-                independent=sides.independent,
-            ),
+            reference,
+            *described,
             _hidden(walk.places, sides.name),
             *parity_checks("layers", parity, reference=sides.name),
         ]
 
 
 @contextmanager
-def _sides(subject: Subject, options: ParityOptions, note: Note) -> Iterator[_Sides]:
+def _sides(
+    subject: Subject, options: ParityOptions, config: ReferenceConfig | None, note: Note
+) -> Iterator[_Sides]:
     if options.against is not None:
         folder = options.against
         rounding = rounding_between(folder, subject.out)
@@ -142,7 +159,7 @@ def _sides(subject: Subject, options: ParityOptions, note: Note) -> Iterator[_Si
         )
         return
     layout, weights = subject.layout, roundings(subject.edges.values())
-    config = reference_config(subject.model, layout, subject.step, options.config)
+    assert config is not None
     with LayerReader(subject.arrays, layout, scratch=options.scratch) as read:
         if read.scratch_bytes:
             note(f"laying out the layers of {subject.step.items}")

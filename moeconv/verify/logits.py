@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from moeconv.errors import TensorError, UnsupportedError
+from moeconv.errors import MoeconvError, TensorError, UnsupportedError
 from moeconv.mapping.axes import Array
+from moeconv.verify.described import check_description
 from moeconv.verify.grading import LOGITS
 from moeconv.verify.greedy import greedy_check
 from moeconv.verify.hf_model import HfLayers, HfModel, rounding_between
 from moeconv.verify.maxtext import MaxTextModel
 from moeconv.verify.maxtext_layers import MaxTextLayers
 from moeconv.verify.metrics import Positions, compare_logits, join
-from moeconv.verify.outcome import Check
+from moeconv.verify.outcome import Check, failed
 from moeconv.verify.parity import Parity, parity_checks
-from moeconv.verify.reference import reference_check, reference_config
+from moeconv.verify.reference import ReferenceConfig, reference_check, reference_config
 from moeconv.verify.rounding import roundings
 from moeconv.verify.routing import Routing, compare_routing
 from moeconv.verify.settings import Note, ParityOptions
@@ -73,10 +74,16 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
     Raises:
         MoeconvError: As `MaxTextModel.load` and `HfModel.load`.
     """
+    described: list[Check] = []
     if options.against is not None:
         reference = _hf_reference(subject, rows, options, options.against, note)
     else:
-        reference = _maxtext_reference(subject, rows, options, note)
+        config = reference_config(subject.model, subject.layout, subject.step, options.config)
+        try:
+            described = check_description("logits", subject, config)
+        except MoeconvError as error:
+            return [failed("logits", "description", str(error))]
+        reference = _maxtext_reference(subject, rows, options, config, note)
     note(f"transformers: {subject.out}, forward over {rows.tokens.size} positions")
     candidate = HfModel.load(subject.out, dtype=options.dtype)
     parity = _compare(subject, rows, reference, candidate)
@@ -88,6 +95,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             origin=reference.origin,
             independent=reference.independent,
         ),
+        *described,
         *parity_checks("logits", parity, reference=reference.name),
     ]
     note("greedy generation with the KV cache")
@@ -155,7 +163,7 @@ def _routing(
 
 
 def _maxtext_reference(
-    subject: Subject, rows: Rows, options: ParityOptions, note: Note
+    subject: Subject, rows: Rows, options: ParityOptions, config: ReferenceConfig, note: Note
 ) -> _Reference:
     """MaxText as a whole, and its layers for the routers."""
     if subject.items is None:
@@ -164,7 +172,6 @@ def _maxtext_reference(
             "level layers reads it where it is"
         )
     layout = subject.layout
-    config = reference_config(subject.model, layout, subject.step, options.config)
     note(f"MaxText: {subject.items}, by {config.origin}")
     model = MaxTextModel.load(subject.items, config.keys)
     note(f"MaxText: forward over {rows.tokens.size} positions")
@@ -203,7 +210,7 @@ def _check_order(layers: MaxTextLayers, walked: Walked, whole: list[Array]) -> N
     """The layers taken one at a time are those of the whole, in the same order."""
     tail = layers.logits(layers.norm(walked.hidden[:, -_TAIL:]), "unrounded")
     expected = np.concatenate([logits[:, -_TAIL:] for logits in whole])
-    apart = float(np.abs(tail - expected).max() / np.abs(expected).max())
+    apart = float(np.abs(tail - expected).max()) / (float(np.abs(expected).max()) or 1.0)
     if not apart <= LOGITS.passing:
         raise TensorError(
             f"MaxText's layers one at a time give other logits than MaxText as a whole ({apart:.1e}"

@@ -68,3 +68,8 @@ def failed(level: Level, name: str, summary: str, **more: Any) -> Check:
 def skipped(level: Level, name: str, why: str) -> Check:
     """A check that could not be made here."""
     return Check(level=level, name=name, status=Status.SKIP, summary=why)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's says, or at least its name."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from moeconv.verify.outcome import Check, failed, passed
+from moeconv.verify.outcome import Check, failed, first_line, passed
 from moeconv.verify.subject import Subject
 
 Config = Mapping[str, Any]
@@ -43,6 +43,11 @@ def as_transformers_5(config: Config) -> dict[str, Any]:
 def check_readers(subject: Subject) -> Check:
     """The rules of 4.x and 5.x, and the installed release itself, read the same model."""
     config = subject.config
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key)
+        if not isinstance(value, dict | None):
+            summary = f"{key} of config.json is {value!r}, not an object"
+            return failed("structure", "readers", summary)
     four, five = as_transformers_4(config), as_transformers_5(config)
     wrong = [
         f"{key}: {four[key]} by the rules of transformers 4, {five[key]} by those of 5"
@@ -54,7 +59,7 @@ def check_readers(subject: Subject) -> Check:
         try:
             version, read = _installed(subject)
         except Exception as error:  # whatever it raises, it cannot read the file
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             return failed("structure", "readers", f"transformers cannot read config.json: {why}")
         told += f", and {version} itself,"
         wrong += [

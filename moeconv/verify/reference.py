@@ -1,14 +1,15 @@
 """The MaxText config that the reference is built from: the run's own where there is one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moeconv.arch.description import ModelDescription
+from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.layout import Layout, Stacking
 from moeconv.arch.parameters import LayerKind
-from moeconv.arch.told import load_config_file
+from moeconv.arch.sidecar import SIDECAR_NAME
+from moeconv.arch.told import Told, from_mapping, load_config_file
 from moeconv.convert.source import find_sidecar
 from moeconv.orbax.locate import Step
 from moeconv.verify.outcome import Check, Level, Status
@@ -23,11 +24,13 @@ class ReferenceConfig:
         origin: For people.
         independent: Whether they were told by somebody else than the conversion: a reference built
             from what the conversion believed cannot find out that it was told wrong.
+        told: Where they are independent: the same with MaxText's defaults, as convert reads them.
     """
 
     keys: Mapping[str, Any]
     origin: str
     independent: bool
+    told: Mapping[str, Told] = field(default_factory=dict)
 
 
 def reference_config(
@@ -45,10 +48,13 @@ def reference_config(
         ConfigError: The user's file or the run's sidecar cannot be read.
     """
     if config is not None:
-        told = load_config_file(config)
-        return ReferenceConfig({**_sizes(model, layout), **told}, str(config), True)
+        keys = load_config_file(config)
+        told = from_mapping(keys, Provenance(Origin.CONFIG, str(config)))
+        return ReferenceConfig({**_sizes(model, layout), **keys}, str(config), True, told)
     if (sidecar := find_sidecar(step, needed=True)) is not None:
-        return ReferenceConfig(sidecar[0].config, f"the run's sidecar in {sidecar[1]}", True)
+        keys, folder = sidecar[0].config, sidecar[1]
+        told = from_mapping(keys, Provenance(Origin.SIDECAR, str(folder / SIDECAR_NAME)))
+        return ReferenceConfig(keys, f"the run's sidecar in {folder}", True, told)
     keys = {**_sizes(model, layout), **_semantics(model)}
     return ReferenceConfig(keys, "the description in the output's manifest", False)
 

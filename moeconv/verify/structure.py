@@ -14,10 +14,10 @@ import numpy as np
 
 from moeconv.convert.beside import KNOWN
 from moeconv.convert.manifest import MANIFEST_NAME
-from moeconv.errors import MoeconvError
+from moeconv.errors import MoeconvError, OutputError
 from moeconv.hf.config import model_config
 from moeconv.mapping.ops import DTYPES
-from moeconv.verify.outcome import Check, Status, failed, passed, skipped
+from moeconv.verify.outcome import Check, Status, failed, first_line, passed, skipped
 from moeconv.verify.readers import check_readers
 from moeconv.verify.subject import Stored, Subject, read_object
 from moeconv.verify.tokenizers import check_tokenizer
@@ -63,7 +63,10 @@ def _files(subject: Subject) -> Check:
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
-    extra = sorted(p.name for p in subject.out.iterdir() if p.name not in known)
+    try:
+        extra = sorted({p.name for p in subject.out.iterdir()} - known)
+    except OSError as error:
+        raise OutputError(f"{subject.out} cannot be listed: {error.strerror}") from None
     if wrong:
         return failed(
             "structure", "files", f"{len(wrong)} files are not as they were written", tensors=wrong
@@ -81,11 +84,18 @@ def _files(subject: Subject) -> Check:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(_HASH_BLOCK):
+                digest.update(block)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -217,7 +227,7 @@ def _transformers(subject: Subject) -> Check:
         return failed(
             "structure",
             "transformers",
-            f"transformers cannot build a model from config.json: {str(error).splitlines()[0]}",
+            f"transformers cannot build a model from config.json: {first_line(error)}",
         )
     found = {name: stored.spec.shape for name, stored in subject.tensors.items()}
     problems = [f"{n} (missing)" for n in sorted(set(wanted) - set(found))]

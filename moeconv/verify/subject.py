@@ -76,7 +76,7 @@ class Subject:
             raise NotACheckpointError(
                 f"{out} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError):
             raise ConfigError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None

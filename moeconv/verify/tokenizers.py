@@ -9,7 +9,7 @@ from typing import Any
 from moeconv.convert.source import find_sidecar
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import check_fits, read_tokenizer
-from moeconv.verify.outcome import Check, Status, failed, passed, skipped
+from moeconv.verify.outcome import Check, Status, failed, first_line, passed, skipped
 from moeconv.verify.subject import Subject, read_object
 
 _SAMPLE = (
@@ -41,7 +41,7 @@ def check_tokenizer(subject: Subject) -> Check:
         try:
             bad = _round_trip(subject.out)
         except Exception as error:  # whatever transformers raises, it cannot load the tokenizer
-            why = str(error).splitlines()[0]
+            why = first_line(error)
             return failed("structure", "tokenizer", f"transformers cannot load it: {why}")
         if bad is not None:
             return failed("structure", "tokenizer", f"text does not survive the tokenizer: {bad!r}")

@@ -7,6 +7,7 @@ read once, within a memory budget.
 """
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,9 @@ import numpy as np
 from moeconv.convert.digest import array_digest, chunk_digests
 from moeconv.convert.memory import Budget
 from moeconv.convert.plan import WORKER_BYTES
+from moeconv.convert.sizes import format_size
 from moeconv.convert.work import (
+    MIB,
     UNIT_BYTES,
     Range,
     Route,
@@ -27,6 +30,7 @@ from moeconv.convert.work import (
     source_box,
     unit_boxes,
 )
+from moeconv.errors import MemoryLimitError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.edges import Edge
 from moeconv.mapping.ops import DTYPES, SIGNIFICAND_BITS, Cast, Scale
@@ -78,6 +82,7 @@ def check_weights(
         progress: Called with bytes of the checkpoint that were compared.
 
     Raises:
+        MemoryLimitError: Not even one chunk has room.
         TensorError: The checkpoint is damaged, or a header cannot be read.
         NotACheckpointError: The checkpoint is not there.
     """
@@ -105,6 +110,11 @@ def check_weights(
     return [_source_check(subject, findings), _values_check(subject, findings)]
 
 
+def _cost(unit: Unit) -> int:
+    """Bytes of a unit while it is compared: decoded, and compressed while it is decoded."""
+    return 2 * unit.nbytes + WORKER_BYTES
+
+
 def source_bytes(subject: Subject) -> int:
     """Bytes of the checkpoint that level weights compares."""
     sources = routes_of(list(subject.edges.values()))
@@ -123,10 +133,18 @@ def _compare_all(
         for box in unit_boxes(info[name], group[0].axes, group, limit)
     ]
     units.sort(key=lambda unit: (-unit.nbytes, unit.array.name, unit.box))
+    largest = units[0]
+    if memory < _cost(largest):
+        raise MemoryLimitError(
+            f"--max-memory {format_size(memory)} is below the {format_size(_cost(largest))} that "
+            f"level weights needs: {largest.array.name} is compared in pieces of "
+            f"{format_size(largest.nbytes)}; give --max-memory "
+            f"{math.ceil(_cost(largest) / MIB)}MiB or more"
+        )
     budget = Budget(memory)
 
     def work(unit: Unit) -> None:
-        cost = 2 * unit.nbytes + WORKER_BYTES
+        cost = _cost(unit)
         budget.acquire(cost)
         try:
             cache = unit.nbytes + unit.nbytes // 4 + (64 << 20)

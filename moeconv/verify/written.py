@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from moeconv.errors import OutputError
 from moeconv.hf.config import to_json
@@ -36,18 +37,38 @@ def demand_writable(folder: Path) -> None:
 def write_report(report: Report, folder: Path) -> list[Path]:
     """Writes the files of a report; returns their paths.
 
+    They are made beside and then renamed: an earlier report is there until this one is whole.
+
     Raises:
         OutputError: The folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (REPORT_NAME, PAGE_NAME, *PLOTS):
-            (folder / name).unlink(missing_ok=True)
-        plots = draw_plots(report, folder)
-        page = folder / PAGE_NAME
-        page.write_text(to_markdown(report, plots), encoding="utf-8")
-        path = folder / REPORT_NAME
-        path.write_bytes(to_json(report.model_dump(mode="json")))
+        with TemporaryDirectory(prefix=".moeconv-verify-", dir=folder) as name:
+            fresh = Path(name)
+            plots = draw_plots(report, fresh)
+            page = to_markdown(report, plots)
+            (fresh / PAGE_NAME).write_text(page, encoding="utf-8")
+            (fresh / REPORT_NAME).write_bytes(to_json(report.model_dump(mode="json")))
+            # The verdict last: what is interrupted before leaves the earlier one.
+            written = [*plots, fresh / PAGE_NAME, fresh / REPORT_NAME]
+            for path in written:
+                _sync(path)
+            for path in written:
+                path.replace(folder / path.name)
+        for stale in set(PLOTS) - {path.name for path in plots}:
+            (folder / stale).unlink(missing_ok=True)
+        _sync(folder)
     except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}") from None
-    return [path, page, *plots]
+        why = error.strerror or error
+        raise OutputError(f"{folder} cannot be written: {why}") from None
+    return [folder / path.name for path in reversed(written)]
+
+
+def _sync(path: Path) -> None:
+    """Waits until the disk has a file, or the names of a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,10 +1,15 @@
 """Levels structure and weights: what is right passes, and every way of being wrong is found."""
 
 import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import cli_runner
 import numpy as np
 import orbax_writer
 import pytest
@@ -451,8 +456,51 @@ def damage_manifest(out: Path) -> None:
     (out / "moeconv.json").write_text(json.dumps(content | {"model": {}}))
 
 
+def field(name: str, value):
+    """The manifest tells another value of the model."""
+
+    def change(out: Path) -> None:
+        content = json.loads((out / "moeconv.json").read_text())
+        content["model"][name]["value"] = value
+        (out / "moeconv.json").write_text(json.dumps(content))
+
+    return change
+
+
+def header(text: str):
+    """The safetensors file begins with another header."""
+
+    def change(out: Path) -> None:
+        raw = text.encode()
+        (out / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw)
+
+    return change
+
+
+def config(name: str, value):
+    return lambda out: edit(out, **{name: value})
+
+
+DEEP = "[" * 100_000
+SPARSE = '{"a": {"dtype": "F32", "shape": [1.0], "data_offsets": [0, 4]}}'
+
 # What is damaged; the exit code; words of the answer.
 DAMAGED = {
+    "scaling a text": (config("rope_scaling", "linear"), 1, "rope_scaling of config.json is"),
+    "scaling a number": (config("rope_scaling", -1), 1, "rope_scaling of config.json is -1"),
+    "parameters a text": (config("rope_parameters", "x"), 1, "rope_parameters of config.json is"),
+    "header a list": (header("[]"), 1, "is not a whole safetensors file: its header is no JSON"),
+    "header null": (header("null"), 1, "is not a whole safetensors file: its header is no JSON"),
+    "header deep": (header(DEEP), 1, "is not a whole safetensors file"),
+    "header of fractions": (header(SPARSE), 1, "sizes that are no whole numbers"),
+    "no vocabulary": (field("vocab_size", None), 2, "is not a manifest"),
+    "vocabulary a text": (field("vocab_size", "x"), 2, "is not a manifest"),
+    "vocabulary empty": (field("vocab_size", 0), 2, "is not a manifest"),
+    "width a text": (field("intermediate_size", "x"), 2, "is not a manifest"),
+    "no experts": (field("num_experts", None), 2, "is not a manifest"),
+    "no layers": (field("layer_kinds", []), 2, "is not a manifest"),
+    "foreign block": (field("decoder_block", "gemma"), 2, "is not a manifest"),
+    "manifest deep": (lambda o: (o / "moeconv.json").write_text(DEEP), 2, "is not a manifest"),
     "config no object": (lambda o: (o / "config.json").write_text("[]"), 1, "is no JSON object"),
     "config no UTF-8": (lambda o: (o / "config.json").write_bytes(b"\xff{}"), 1, "cannot be read"),
     "config gone": (lambda o: (o / "config.json").unlink(), 1, "cannot be read"),
@@ -476,6 +524,90 @@ def test_damaged_files_are_said_in_a_sentence(right, tmp_path, name):
     assert result.exit_code == code, result.output
     assert words in " ".join(result.output.split())
     assert isinstance(result.exception, SystemExit)
+
+
+def test_a_file_that_cannot_be_read_leaves_no_verdict(right, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(right, out)
+    opened = Path.open
+
+    def refuses(path: Path, *args, **kwargs):
+        if path.name == "generation_config.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuses)
+    result = CliRunner().invoke(command, [str(out), "--level", "structure", "--quiet"])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: no verdict: ")
+    assert "generation_config.json cannot be read: Permission denied" in result.output
+    assert result.output.count("\n") == 1
+
+
+def test_a_bug_is_no_verdict(right, monkeypatch, tmp_path):
+    def fails(*args, **kwargs):
+        raise AttributeError("of ours")
+
+    monkeypatch.setattr("moeconv.verify.run.check_structure", fails)
+    options = [str(right), "--level", "structure", "--report", str(tmp_path / "report")]
+    result = CliRunner().invoke(command, options)
+    assert result.exit_code == 2
+    assert "Traceback" in result.output and "AttributeError: of ours" in result.output
+    assert "error: no verdict" in result.output
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_verdict_that_nobody_reads_is_one(right, tmp_path):
+    """`moeconv verify OUT | head -1`, of one that passes."""
+    for args in ((), ("--json",)):
+        process = cli_runner.spawn(
+            "verify", right, "--level", "weights", "--report", tmp_path, *args
+        )
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+        assert process.wait(60) == 0
+        assert (tmp_path / "verify.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_it_alike(right, tmp_path, number):
+    """Interrupted while it works, it ends with 130 and leaves nothing."""
+    code = (
+        "import os, sys, tempfile, time\n"
+        "from moeconv.verify import run\n"
+        "def waits(subject):\n"
+        "    with tempfile.TemporaryDirectory(prefix='moeconv-verify-'):\n"
+        "        print('working', flush=True)\n"
+        "        time.sleep(60)\n"
+        "run.check_structure = waits\n"
+        "from moeconv.cli.main import main\n"
+        f"sys.argv = ['moeconv', 'verify', {str(right)!r}, '--level', 'structure', '-q',\n"
+        f"            '--report', {str(tmp_path / 'report')!r}]\n"
+        "main()\n"
+    )
+    (tmp_path / "tmp").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=cli_runner.environment(TMPDIR=str(tmp_path / "tmp")),
+    )
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (out, err.strip()) == ("", "interrupted")
+    assert process.returncode == 130
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_memory_that_cannot_suffice_is_refused(right, tmp_path):
+    options = [str(right), "--level", "weights", "--report", str(tmp_path), "--max-memory"]
+    result = CliRunner().invoke(command, [*options, "1KB"])
+    assert result.exit_code == 2
+    said = re.search(r"--max-memory 1 kB is below the .* give --max-memory (\d+MiB)", result.output)
+    assert said, result.output
+    assert CliRunner().invoke(command, [*options, said[1]]).exit_code == 0
 
 
 def test_the_command_fails_with_one(right, tmp_path):

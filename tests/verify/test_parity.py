@@ -5,17 +5,22 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import run
+import synthetic
+from helpers import config_file, run
 from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
 from moeconv_train.sidecar import public_config
+from safetensors.numpy import load_file, save_file
 
 from moeconv.arch.sidecar import SIDECAR_NAME
+from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import UnsupportedError, UsageError
 from moeconv.hf.safetensors import read_header
+from moeconv.verify.described import check_description
 from moeconv.verify.grading import HIDDEN, KL, LIMITS
 from moeconv.verify.layers import check_layers
 from moeconv.verify.logits import check_logits
 from moeconv.verify.outcome import Status, worst
+from moeconv.verify.reference import reference_config
 from moeconv.verify.rounding import Rounding, roundings
 from moeconv.verify.routing import compare_routing
 from moeconv.verify.run import VerifyOptions, verify
@@ -72,6 +77,7 @@ def test_a_right_conversion_passes(envy, name, level):
     found = check(level, envy / name)
     assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
     assert found["reference"].metrics["independent"]
+    assert "description" in found
     assert {"parity", "stock", "router"} <= set(found)
     assert ("rounding" in found["parity"].metrics) == (name == "bf16")
     kl = found["parity"].metrics["all"]["kl_max"]
@@ -95,12 +101,18 @@ def test_a_right_conversion_passes(envy, name, level):
     ],
 )
 def test_other_blocks_pass_too(maxtext_lab, tmp_path, parts):
-    run(maxtext_lab.checkpoint(*parts), tmp_path / "out")
+    made = maxtext_lab.checkpoint(*parts)
+    run(made, tmp_path / "out", untie=True)
     for level in ("logits", "layers"):
         found = check(level, tmp_path / "out")
         reference = found.pop("reference")
         assert reference.status is Status.WARN and "--config" in reference.summary
         assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
+    found = check(
+        "layers", tmp_path / "out", ParityOptions(config=config_file(tmp_path, made.config))
+    )
+    assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
+    assert "description" in found
 
 
 @pytest.mark.parametrize("name", ["compact", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -257,6 +269,136 @@ def test_models_that_cannot_be_compared_do_not_hide_what_has_failed(envy, tmp_pa
     assert report.verdict is Status.FAIL
     assert report.levels == {"structure": Status.FAIL, "logits": Status.SKIP}
     assert "not all finite" in report.checks[-1].summary
+
+
+# --- what logits cannot show ----------------------------------------------------------------------
+
+# What the conversion was told by a flag over the run's config; the verdict; words of it.
+TOLD = {
+    "epsilon": (
+        "normalization_layer_epsilon=1e-6",
+        Status.FAIL,
+        "rms_norm_eps is 1e-06 in the output (flag: --set normalization_layer_epsilon=1e-6), but "
+        "1e-05 in the run (config file: ",
+    ),
+    "context": (
+        "max_target_length=4096",
+        Status.WARN,
+        "max_position_embeddings is 4096 in the output (flag: --set max_target_length=4096), but "
+        "64 in the run (config file: ",
+    ),
+    "top-k": ("num_experts_per_tok=1", Status.FAIL, "num_experts_per_tok is 1 in the output"),
+    "a default": ("rope_type=llama3.1", Status.WARN, "rope_type is llama3.1 in the output"),
+    "nothing new": ("num_experts_per_tok=2", Status.PASS, "fields of the output's description"),
+}
+
+
+def described(out, config=None):
+    subject = Subject.open(out)
+    return check_description(
+        "layers", subject, reference_config(subject.model, subject.layout, subject.step, config)
+    )
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_what_the_conversion_was_told_is_held_against_the_run(tmp_path, name):
+    flag, status, words = TOLD[name]
+    made = synthetic.write(tmp_path / "run")
+    config = made.config_file(normalization_layer_epsilon=1e-5)
+    options = ConvertOptions(config=config, sets=(flag,))
+    convert(plan_conversion(str(made.run), options), tmp_path / "out")
+    (found,) = described(tmp_path / "out", config)
+    assert found.status is status
+    assert words in found.summary
+    assert len(found.metrics) == (status is not Status.PASS)
+    assert described(tmp_path / "out") == [], "nobody else tells of the run"
+
+
+def test_a_flag_may_fill_what_the_config_leaves_open(tmp_path):
+    made = synthetic.write(tmp_path / "run")
+    config = made.config_file(rope_max_timescale=None, decoder_block=None)
+    flags = ("rope_max_timescale=7e5", "decoder_block=mixtral")
+    options = ConvertOptions(config=config, sets=flags)
+    convert(plan_conversion(str(made.run), options), tmp_path / "out")
+    (found,) = described(tmp_path / "out", config)
+    assert found.status is Status.WARN
+    assert set(found.metrics) == {"rope_theta", "decoder_block"}
+    other = made.config_file(tmp_path, rope_max_timescale=7e5)
+    assert described(tmp_path / "out", other)[0].status is Status.PASS
+
+
+def test_a_description_told_by_another_config_fails(tmp_path):
+    """Also where the run leaves a field to MaxText's default: the reference is built of that."""
+    made = synthetic.write(tmp_path / "run")
+    wrong = made.config_file(tmp_path, normalization_layer_epsilon=1e-6)
+    convert(plan_conversion(str(made.run), ConvertOptions(config=wrong)), tmp_path / "out")
+    (found,) = described(tmp_path / "out", made.config_file())
+    assert found.status is Status.FAIL
+    assert "in the run (MaxText default: " in found.summary
+
+
+def test_a_sidecar_is_held_against_the_output_in_a_level(envy, tmp_path):
+    sets = ("normalization_layer_epsilon=1e-6", "max_target_length=128")
+    options = ConvertOptions(sets=sets)
+    convert(plan_conversion(str(envy / "run"), options), tmp_path / "out")
+    found = check("layers", tmp_path / "out")
+    assert found["description"].status is Status.FAIL
+    assert found["description"].summary.startswith("rms_norm_eps is 1e-06")
+    assert "max_position_embeddings" in found["description"].summary
+
+
+@pytest.mark.parametrize("level", ["logits", "layers"])
+def test_a_config_of_another_model_is_no_reference(tmp_path, level):
+    made = synthetic.write(tmp_path / "run")
+    options = ConvertOptions(config=made.config_file())
+    convert(plan_conversion(str(made.run), options), tmp_path / "out")
+    config = made.config_file(tmp_path, base_num_decoder_layers=2)
+    found = check(level, tmp_path / "out", ParityOptions(config=config))
+    assert set(found) == {"description"}
+    assert found["description"].status is Status.FAIL
+    assert "base_num_decoder_layers=2" in found["description"].summary
+    assert "num_hidden_layers is 4" in found["description"].summary
+
+
+@pytest.fixture(scope="module")
+def shorter(envy, tmp_path_factory):
+    """The same model without its last two layers."""
+    out = tmp_path_factory.mktemp("shorter") / "out"
+    out.mkdir()
+    kept = {
+        name: value
+        for name, value in load_file(envy / "fp32" / "model.safetensors").items()
+        if not name.startswith(("model.layers.2.", "model.layers.3."))
+    }
+    save_file(kept, out / "model.safetensors", {"format": "pt"})
+    shutil.copy(envy / "fp32" / "config.json", out)
+    edit(num_hidden_layers=2)(out)
+    return out
+
+
+def test_a_reference_of_fewer_layers_is_another_model(envy, shorter):
+    found = check("layers", envy / "fp32", ParityOptions(against=shorter))
+    assert set(found) == {"reference", "depth"}
+    assert found["depth"].status is Status.FAIL
+    assert "has 4 layers" in found["depth"].summary and "has 2" in found["depth"].summary
+
+
+def test_a_reference_of_more_layers_is_another_model(envy, shorter, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(envy / "fp32", out)
+    for path in shorter.iterdir():
+        shutil.copy(path, out)
+    found = check("layers", out, ParityOptions(against=envy / "fp32"))
+    assert found["depth"].status is Status.FAIL
+    assert "has 2 layers" in found["depth"].summary and "has 4" in found["depth"].summary
+
+
+def test_logits_of_zeros_are_compared(envy, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(envy / "fp32", out)
+    apply("model.norm.weight", lambda v: v * 0)(out)
+    found = check("layers", out, ParityOptions(against=out))
+    assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
 
 
 # --- the parts -----------------------------------------------------------------------------------

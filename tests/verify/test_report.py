@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moeconv.errors import OutputError
+from moeconv.verify import written
 from moeconv.verify.grading import LIMITS
 from moeconv.verify.markdown import limits_table, to_markdown, verdict_line
 from moeconv.verify.metrics import compare_logits
@@ -75,6 +77,26 @@ def test_files_come_and_go_with_the_levels(tmp_path):
     assert read.verdict is Status.PASS
     write_report(report([passed("structure", "files", "whole")]), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"verify.json", "verify.md"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("late", ["to_markdown", "to_json", "_sync"])
+def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch, error, late):
+    write_report(report(parity(1e-6)), tmp_path)
+    before = content(tmp_path)
+
+    def fails(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(written, late, fails)
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        write_report(report([passed("structure", "files", "whole")]), tmp_path)
+    assert content(tmp_path) == before
 
 
 def test_the_first_line_says_where_it_fails():
