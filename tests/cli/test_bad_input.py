@@ -1093,6 +1093,15 @@ def test_exit_codes_are_documented():
         assert rows[code][2], "a typical fix"
 
 
+def test_help_is_documented_as_it_is_printed():
+    """`make docs-check` holds the rest."""
+    last = moeconv("inspect", "--help").out.splitlines()[-1].split()
+    assert last[:2] == ["-h,", "--help"]
+    lines = [line.split() for line in (DOCS / "cli.md").read_text().splitlines()]
+    assert not [line for line in lines if line[:1] == ["--help"]]
+    assert [line for line in lines if line[:2] == last[:2]]
+
+
 def test_yaml_is_what_the_tests_write(checkpoint):
     """The refusals above are the config's doing: as it is, it converts."""
     ran = convert(checkpoint)
