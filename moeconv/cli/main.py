@@ -4,12 +4,13 @@ import contextlib
 import importlib
 import io
 import os
+import re
 import sys
 
 import click
 
 from moeconv import __version__
-from moeconv.errors import MoeconvError
+from moeconv.errors import MoeconvError, UsageError
 
 # Command -> module; a module is imported when its command is used or its help is shown.
 COMMANDS = {
@@ -44,6 +45,18 @@ INTERRUPTED = 130
 
 class _Lazy(click.Group):
     """A group that imports a command only when it is needed."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for before, word in zip(["moeconv", *args], args, strict=False):
+            if not word:
+                what = f"the argument after {before}"
+            elif re.fullmatch("--[^=]+=", word):
+                what = f"the value of {word}"
+            else:
+                continue
+            # An empty path would mean the current directory.
+            raise UsageError(f"{what} is empty; is a shell variable not set?")
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)

@@ -137,6 +137,23 @@ def test_a_home_that_nobody_has():
     refused(moeconv("inspect", "~no-such-user/run"), NotACheckpointError, "~no-such-user")
 
 
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [(["convert", "CKPT", "", "--overwrite"], "the argument after CKPT"),
+     (["convert", "", "out"], "the argument after convert"),
+     (["convert", "CKPT", "out", "--config", ""], "the argument after --config"),
+     (["convert", "CKPT", "out", "--config="], "the value of --config="),
+     (["verify", "out", "--source="], "the value of --source="),
+     (["data", "prepare", "", "--out", "x"], "the argument after prepare"),
+     (["push", ""], "the argument after push"), ([""], "the argument after moeconv")],
+)  # fmt: skip
+def test_an_empty_argument(tmp_path, monkeypatch, args, what):
+    monkeypatch.chdir(tmp_path)
+    sentence = refused(moeconv(*args), UsageError, what)
+    assert sentence == f"{what} is empty; is a shell variable not set?"
+    assert os.listdir(tmp_path) == []
+
+
 def test_no_arguments():
     for args in (["convert"], ["convert", "run"], ["inspect"], ["frobnicate"], ["convert", "--x"]):
         ran = moeconv(*args)
