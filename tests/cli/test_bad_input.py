@@ -695,7 +695,6 @@ def test_a_config_that_is_not_there(checkpoint):
     [
         ("rope_max_timescale", ["not of the form key=value"]),
         ("=5", ["not of the form key=value"]),
-        ("", ["not of the form key=value"]),
         ("rope_theta=1e4", ["--set rope_theta", "no field of that name"]),
         ("learning_rate=1", ["no field of that name"]),
         ("rope_max_timescale=[1", ["not a YAML value"]),
@@ -719,7 +718,6 @@ def test_bad_set(checkpoint, pair, words):
         ("--max-memory", "0", ["above zero"]),
         ("--max-memory", "9" * 400, ["is not a size"]),
         ("--max-shard-size", "5 XB", ["is not a size such as 5GB, 512MiB"]),
-        ("--max-shard-size", "", ["is not a size"]),
         ("--max-shard-size", "0.1", ["above zero"]),
     ],
 )
@@ -912,7 +910,48 @@ def test_a_damaged_sidecar(checkpoint, content):
     ran = moeconv("convert", checkpoint.run, out_of(checkpoint))
     words = (str(path), "not the sidecar", "--config")
     refused(ran, ConfigError, *words, out=out_of(checkpoint))
-    assert convert(checkpoint).code == 0, "--config gets around it"
+    ran = convert(checkpoint)
+    assert ran.code == 0, "--config gets around it"
+    assert f"warning: {path} is not the sidecar" in ran.err
+
+
+@pytest.mark.parametrize("how", ["no permission", "directory"])
+def test_a_sidecar_that_cannot_be_read(checkpoint, monkeypatch, how):
+    path = checkpoint.run / "moeconv.json"
+    if how == "directory":
+        path.mkdir()
+    else:
+        unreadable(monkeypatch, sidecar(checkpoint))
+    reason = "it is a directory" if how == "directory" else "Permission denied"
+    words = (f"cannot read {path}: {reason}", "--config")
+    for command in (["convert", checkpoint.run, out_of(checkpoint)], ["inspect", checkpoint.run]):
+        refused(moeconv(*command), ConfigError, *words, out=out_of(checkpoint))
+    ran = convert(checkpoint)
+    assert ran.code == 0
+    assert f"warning: cannot read {path}: {reason}; --config replaces it" in ran.err
+
+
+def unreadable(monkeypatch, path: Path) -> None:
+    """As chmod 000 does, for root too."""
+    read = Path.read_bytes
+
+    def denied(self: Path) -> bytes:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+
+
+def test_metrics_that_cannot_be_read(checkpoint, monkeypatch):
+    path = checkpoint.run / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    unreadable(monkeypatch, path)
+    ran = convert(checkpoint)
+    assert ran.code == 0
+    assert f"warning: cannot read {path}: Permission denied; the manifest tells no losses" in (
+        ran.err
+    )
 
 
 @pytest.mark.parametrize(
