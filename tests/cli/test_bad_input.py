@@ -4,6 +4,7 @@ import inspect as python_inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -1077,14 +1078,50 @@ def test_a_terminal_that_knows_few_letters(checkpoint, encoding):
             assert json.loads(ran.out)["kind"] == "parameters only"
 
 
-def test_a_reader_that_goes_away(checkpoint):
-    """`moeconv inspect … | head -1`."""
+def piped(redirect: str, *args: object) -> Ran:
+    """`moeconv ARGS REDIRECT` in a shell, which gives the command's own exit code."""
+    words = shlex.join(cli_runner.command(*args))
+    ran = subprocess.run(
+        ["bash", "-c", f"{words} {redirect}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, env=cli_runner.environment(), timeout=300,
+    )  # fmt: skip
+    assert "Traceback" not in ran.stderr and "Exception" not in ran.stderr, ran.stderr
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.mark.parametrize("redirect", ["| head -1", "2>&1 | true", "2>&-"])
+def test_a_reader_that_goes_away(checkpoint, redirect):
+    """The work is whole, and its code is its own."""
     config = checkpoint.config_file(checkpoint.run.parent)
-    for args in (["--version"], ["inspect", checkpoint.run, "--config", config, "--json"]):
-        process = cli_runner.spawn(*args)
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(60) == 1
+    out = out_of(checkpoint)
+    assert piped(redirect, "inspect", checkpoint.run, "--config", config, "--json").code == 0
+    assert piped(redirect, "convert", checkpoint.run, out, "--config", config).code == 0
+    assert (out / "moeconv.json").exists()
+    assert piped(redirect, "convert", "nope", out).code == NotACheckpointError.exit_code
+    assert piped(redirect, "convert").code == CLICK_USAGE
+
+
+@pytest.mark.parametrize(
+    ("redirect", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+def test_an_answer_that_cannot_be_written(checkpoint, redirect, why):
+    config = checkpoint.config_file(checkpoint.run.parent)
+    out = out_of(checkpoint)
+    sentence = f"error: the answer cannot be written to stdout ({why}); all else is done\n"
+    for args in (["inspect", checkpoint.run], ["--help"], ["convert", checkpoint.run, out]):  # fmt: skip
+        ran = piped(redirect, *args, *([] if args == ["--help"] else ["--config", config]))
+        assert ran.code == CLICK_USAGE
+        assert ran.err.endswith(sentence)
+    assert (out / "moeconv.json").exists()
+    ran = piped(redirect, "convert", "nope", out)
+    assert ran.code == NotACheckpointError.exit_code
+    assert sentence not in ran.err, "there was no answer"
+    # A verdict that nobody could read is none; of a model that is not the same, 1 stays.
+    assert piped(redirect, "verify", out, "--level", "structure").code == 2
+    (out / "model.safetensors").write_bytes(b"")
+    assert piped(redirect, "verify", out, "--level", "structure").code == 1
+    ran = piped(f"{redirect} 2>&-", "convert", "nope", out)
+    assert (ran.code, ran.err) == (NotACheckpointError.exit_code, "")
 
 
 # --- light imports ------------------------------------------------------------------------------
