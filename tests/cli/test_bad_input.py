@@ -1108,7 +1108,7 @@ def test_an_answer_that_cannot_be_written(checkpoint, redirect, why):
     config = checkpoint.config_file(checkpoint.run.parent)
     out = out_of(checkpoint)
     sentence = f"error: the answer cannot be written to stdout ({why}); all else is done\n"
-    for args in (["inspect", checkpoint.run], ["--help"], ["convert", checkpoint.run, out]):  # fmt: skip
+    for args in (["inspect", checkpoint.run], ["--help"], ["convert", checkpoint.run, out]):
         ran = piped(redirect, *args, *([] if args == ["--help"] else ["--config", config]))
         assert ran.code == CLICK_USAGE
         assert ran.err.endswith(sentence)
@@ -1116,10 +1116,9 @@ def test_an_answer_that_cannot_be_written(checkpoint, redirect, why):
     ran = piped(redirect, "convert", "nope", out)
     assert ran.code == NotACheckpointError.exit_code
     assert sentence not in ran.err, "there was no answer"
-    # A verdict that nobody could read is none; of a model that is not the same, 1 stays.
-    assert piped(redirect, "verify", out, "--level", "structure").code == 2
-    (out / "model.safetensors").write_bytes(b"")
-    assert piped(redirect, "verify", out, "--level", "structure").code == 1
+    if redirect == ">&-":  # once: it imports transformers, as every verdict does
+        ran = piped(redirect, "verify", out, "--level", "structure")
+        assert ran.code == 2, "never 1, which is a verdict"
     ran = piped(f"{redirect} 2>&-", "convert", "nope", out)
     assert (ran.code, ran.err) == (NotACheckpointError.exit_code, "")
 
