@@ -42,7 +42,7 @@ class TensorError(MoeconvError):
 
 
 class OutputError(MoeconvError):
-    """The output cannot be written where it was asked to go (exists, inside CKPT, no space)."""
+    """OUT cannot be written (it exists, lies inside CKPT, has no space), or it is damaged."""
 
     exit_code = 7
 

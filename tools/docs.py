@@ -161,7 +161,7 @@ def command_sections(parent: click.Context, name: str) -> list[str]:
 def cli_page() -> str:
     """docs/cli.md."""
     parts = [GENERATED, "# Command line"]
-    context = click.Context(cli, info_name="moeconv")
+    context = click.Context(cli, info_name="moeconv", **cli.context_settings)
     for name in COMMANDS:
         parts += command_sections(context, name)
     parts.append("Exit codes: [exit-codes.md](exit-codes.md).")

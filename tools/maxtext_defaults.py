@@ -1,4 +1,4 @@
-"""Writes moeconv/arch/data/maxtext_defaults.json from the installed MaxText.
+"""Writes moeconv/arch/data/maxtext_defaults.json and maxtext_keys.json from the installed MaxText.
 
 Run it when a new MaxText is supported, once with each version on the path:
 
@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from moeconv_train.recipe import maxtext_keys
 
 from moeconv.arch.blocks import BLOCKS
 from moeconv.arch.features import FEATURES, Verdict
 from moeconv.arch.fields import TOLD_KEYS
 
 TARGET = Path(__file__).parents[1] / "moeconv" / "arch" / "data" / "maxtext_defaults.json"
+KEYS = TARGET.with_name("maxtext_keys.json")
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,13 +76,14 @@ def extract(folders: list[Path], versions: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Writes the file."""
+    """Writes both files."""
     pairs = [a.partition("=")[::2] for a in sys.argv[1:]]
     folders = [Path(folder) for _, folder in pairs] or [installed()]
     versions = [v for v, _ in pairs] or [version("maxtext")]
     text = json.dumps(extract(folders, versions), indent=1) + "\n"
     TARGET.write_text(text)
-    print(f"wrote {TARGET}")
+    KEYS.write_text(json.dumps(sorted(maxtext_keys()), indent=0) + "\n")
+    print(f"wrote {TARGET} and {KEYS}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from moeconv_train.settings import EMBEDDED, RunFile
 from moeconv_train.steps import counted
 from moeconv_train.streaming import hf_settings, source_digest
 
-from moeconv.errors import ConfigError
+from moeconv.errors import ConfigError, UsageError
 
 OUTPUT = "runs"
 # Of prepared rows: up to 3 for the id, and the file that is being read (docs/data.md).
@@ -237,8 +237,12 @@ def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
             "local folder; copy it elsewhere afterwards"
         )
     derived["base_output_directory"] = str(output.absolute())
+    if given.get("run_name") == "":
+        raise UsageError("run_name: is empty; is a shell variable not set?")
     if not config["run_name"]:
         derived["run_name"] = recipe.file.stem
+    else:
+        _check_name(str(config["run_name"]), output)
     if not config["skip_jax_distributed_system"]:
         derived["skip_jax_distributed_system"] = True  # one host
     target = target_of(config, found)
@@ -250,6 +254,20 @@ def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
         derived |= _streamed(plan)
         return plan
     return counted(plan) if feed.kind == "prepared" else plan
+
+
+def _check_name(name: str, output: Path) -> None:
+    """A run lies below its output directory, wherever that is.
+
+    Raises:
+        ConfigError: It would not.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ConfigError(
+            f"run_name={name}: leaves {output}; name a folder below it, and choose another place "
+            "with base_output_directory"
+        )
 
 
 def _wandb(plan: Plan, own: Mapping[str, Any]) -> dict[str, Any]:

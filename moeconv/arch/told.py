@@ -6,9 +6,10 @@ leaves out have the values MaxText would give them: those of `model_name`'s file
 then those of configs/base.yml.
 """
 
+import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -26,6 +27,9 @@ _ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
 _NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# How alike two names must be for one to be the other misspelt; no key of MaxText 0.1.0 to 0.2.5 is.
+_MISSPELT = 0.85
 
 # A resolved config holds derived keys too; `emb_dim` is `base_emb_dim` times a power of two.
 SCALED_KEYS = {
@@ -113,6 +117,28 @@ def known_keys() -> frozenset[str]:
     return frozenset({*maxtext_defaults()["base"], *SCALED_KEYS, *TOKEN_IDS})
 
 
+@cache
+def maxtext_keys() -> frozenset[str]:
+    """Every setting of the newest supported MaxText, written by tools/maxtext_defaults.py."""
+    path = resources.files("moeconv.arch") / "data" / "maxtext_keys.json"
+    return frozenset(json.loads(path.read_text()))
+
+
+def check_spelling(keys: Iterable[Any], where: str) -> None:
+    """Refuses a key that nearly decides a conversion; what other releases know is let pass.
+
+    Raises:
+        ConfigError: Names the key, and the one that is meant.
+    """
+    names = known_keys()
+    for key in map(str, keys):
+        if key in names or key in maxtext_keys():
+            continue
+        plain = key.strip().lower().replace("-", "_").replace(" ", "_")
+        if near := difflib.get_close_matches(plain, names, 1, _MISSPELT):
+            raise ConfigError(f"{where}: MaxText has no {key}; did you mean {near[0]}?")
+
+
 def from_config_file(path: Path) -> dict[str, Told]:
     """Reads any MaxText YAML: a run's own (`base_config` is followed), or a resolved config.
 
@@ -127,7 +153,7 @@ def load_config_file(path: Path) -> dict[str, Any]:
     """The keys of a MaxText YAML and of the files it builds on, as they stand there.
 
     Raises:
-        ConfigError: A file cannot be read, or is no YAML mapping.
+        ConfigError: A file cannot be read, is no YAML mapping, or has a key misspelt.
     """
     return _load(path, set())
 
@@ -146,6 +172,7 @@ def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
         raise ConfigError(
             f"--config {path} holds no `key: value` lines, so it is no MaxText config"
         )
+    check_spelling(content, f"--config {path}")
     parent = content.get("base_config")
     if not parent or Path(str(parent)).name == "base.yml":
         return content
@@ -161,7 +188,11 @@ def from_mapping(content: Mapping[str, Any], provenance: Provenance) -> dict[str
     In a YAML file `model_name` wins over the file's own keys, as in MaxText (configs/pyconfig.py
     `_initialize_pydantic` merges base, model, command line in that order); a resolved config,
     known by its derived keys, already holds the outcome.
+
+    Raises:
+        ConfigError: A key is misspelt, or it names a model that MaxText does not ship.
     """
+    check_spelling(content, provenance.detail)
     defaults = maxtext_defaults()
     versions = defaults["maxtext_versions"]
     base = {

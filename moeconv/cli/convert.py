@@ -62,7 +62,7 @@ from moeconv.cli.tables import fold
     help="Memory to stay within.",
 )
 @click.option(
-    "--overwrite", is_flag=True, help="Replace a non-empty OUT once the new one is whole."
+    "--overwrite", is_flag=True, help="Replace the model in OUT once the new one is whole."
 )
 @click.option("--resume", is_flag=True, help="Go on with an interrupted conversion to OUT.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
@@ -77,6 +77,7 @@ def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) 
     at all.
     """
     from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+    from moeconv.convert.out import resolve_out
     from moeconv.convert.sizes import format_size, parse_size
 
     output = output_of(json_mode, quiet)
@@ -86,6 +87,7 @@ def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) 
         max_memory=parse_size(options.pop("max_memory")),
         **options,
     )
+    resolve_out(out)  # before minutes of work
     prepared = plan_conversion(ckpt, settings)
     plan = prepared.plan
     for text in plan.warnings:

@@ -1,15 +1,14 @@
 """`moeconv`: the group of commands, imported one at a time, and the one place that meets errors."""
 
-import contextlib
 import importlib
-import io
-import os
+import re
 import sys
 
 import click
 
 from moeconv import __version__
-from moeconv.errors import MoeconvError
+from moeconv.cli import streams
+from moeconv.errors import MoeconvError, UsageError
 
 # Command -> module; a module is imported when its command is used or its help is shown.
 COMMANDS = {
@@ -45,6 +44,18 @@ INTERRUPTED = 130
 class _Lazy(click.Group):
     """A group that imports a command only when it is needed."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for before, word in zip(["moeconv", *args], args, strict=False):
+            if not word:
+                what = f"the argument after {before}"
+            elif re.fullmatch("--[^=]+=", word):
+                what = f"the value of {word}"
+            else:
+                continue
+            # An empty path would mean the current directory.
+            raise UsageError(f"{what} is empty; is a shell variable not set?")
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -68,31 +79,33 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence and a documented exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # of letters that a terminal does not know
+    below = streams.guard()
+    code = _run()
+    if (why := streams.lost(below)) is not None and code == 0:
+        _say(f"error: the answer cannot be written to stdout ({why}); all else is done")
+        code = UsageError.exit_code
+    sys.exit(code)
+
+
+def _run() -> int:
     try:
         code = cli.main(standalone_mode=False)
-        sys.stdout.flush()
+    except SystemExit as end:
+        code = end.code
     except MoeconvError as error:
         _say(f"error: {error}")
-        sys.exit(error.exit_code)
+        return error.exit_code
     except click.ClickException as error:
         error.show()
-        sys.exit(error.exit_code)
+        return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         _say("interrupted")
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # nobody reads our output; click ends with the same code
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+        return INTERRUPTED
+    return code if isinstance(code, int) else 0
 
 
 def _say(text: str) -> None:
-    """The exit code counts, also where nobody reads the words (`2>&1 | tee`, interrupted)."""
-    with contextlib.suppress(OSError):
-        sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ class Output:
             sys.stdout.write(json.dumps(content, indent=2) + "\n")
 
     def note(self, text: str) -> None:
-        """Something on the way, on stderr."""
-        if not self.quiet:
+        """Something on the way, on stderr; the library says warnings here too."""
+        if not self.quiet or text.startswith("warning: "):
             sys.stderr.write(text + "\n")
 
     def warn(self, text: str) -> None:

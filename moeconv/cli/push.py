@@ -78,7 +78,7 @@ def command(
         os.environ.setdefault("TQDM_MININTERVAL", "5")
     from huggingface_hub.utils import disable_progress_bars
 
-    from moeconv.hub.account import demand_token
+    from moeconv.hub.account import address_of, demand_token, token_for
     from moeconv.hub.failures import hub_words
     from moeconv.hub.prepare import PushOptions, find_output, prepare
     from moeconv.hub.push import plan_push, push
@@ -87,6 +87,7 @@ def command(
         disable_progress_bars()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = PushOptions(**options)
+    token_for(address_of(endpoint))  # an address that is none, before anything else
     folder = find_output(out, output.warn if quiet else output.note)
     if not dry_run:
         demand_token(endpoint)  # before minutes of reading

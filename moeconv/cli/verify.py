@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -155,17 +155,12 @@ def command(
         _no_verdict(f"error: no verdict: {error}")
     except Exception:
         _no_verdict(f"{traceback.format_exc()}error: no verdict: this is a bug of moeconv")
-    try:
-        _tell(output, found, whole, files)
-        sys.stdout.flush()
-    except (BrokenPipeError, SystemExit):  # nobody reads it, and rich would end with 1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _tell(output, found, whole, files)
     sys.exit(FAILED if found.verdict is Status.FAIL else 0)
 
 
 def _no_verdict(why: str) -> NoReturn:
-    with suppress(OSError):  # the code tells it too
-        sys.stderr.write(f"{why}\n")
+    sys.stderr.write(f"{why}\n")
     sys.exit(COULD_NOT_RUN)
 
 

@@ -19,6 +19,7 @@ from moeconv.convert.manifest import (
     folds,
     rules,
 )
+from moeconv.convert.out import resolve_out
 from moeconv.convert.plan import Plan, build_plan, index_json
 from moeconv.convert.run_record import RunRecord, read_run
 from moeconv.convert.source import Checkpoint, open_checkpoint
@@ -234,10 +235,7 @@ def _imports() -> int:
 
 def _place(out: Path, checkpoint: Checkpoint) -> Path:
     """OUT as an absolute path without symbolic links, outside of the checkpoint."""
-    try:
-        place = Path(out).expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
-        raise OutputError(f"OUT {out} is no path that can be written: {error}") from None
+    place = resolve_out(out)
     items = checkpoint.step.items.local
     if items is None:
         return place

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moeconv.arch.sidecar import METRICS_NAME, MetricsLine, RunFacts, RunSidecar
 from moeconv.errors import NotACheckpointError
-from moeconv.orbax.locate import Step
+from moeconv.orbax.locate import Step, read_beside
 
 # Settings a card may tell; nothing else of a config is taken over, so no path and no name.
 SETTINGS = (
@@ -121,9 +121,9 @@ def _metrics(step: Step) -> tuple[list[MetricsLine], list[str]]:
     raw = None
     for folder in step.beside:
         try:
-            raw = folder.read(METRICS_NAME)
-        except NotACheckpointError:
-            continue  # a remote folder that may not be read is no reason to fail
+            raw = read_beside(folder, METRICS_NAME)
+        except NotACheckpointError as error:
+            return [], [f"{error}; the manifest tells no losses"]
         if raw is not None:
             break
     found: dict[tuple[str, int], MetricsLine] = {}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.arch.told import ToldConfig, from_config_file, from_flags, from_mapping
 from moeconv.errors import ConfigError, NotACheckpointError
 from moeconv.orbax.arrays import Arrays
-from moeconv.orbax.locate import Step, locate
+from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
 
@@ -110,7 +110,13 @@ def open_checkpoint(
     step = locate(spec)
     tree = read_tree(step.items)
     arrays = Arrays(step.items, tree)
-    sidecar = find_sidecar(step, needed=config is None)
+    sidecar, unread = None, []
+    try:
+        sidecar = _read_sidecar(step)
+    except _DamagedError as error:
+        if config is None:
+            raise error.needed() from None
+        unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
     flags = from_flags(sets)
     if config is not None:
         told = ToldConfig(from_config_file(config), flags)
@@ -126,6 +132,7 @@ def open_checkpoint(
     resolution = resolve(
         layout, told, scan_layers=scan_layers if isinstance(scan_layers, bool) else None
     )
+    resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(step, tree, arrays, layout, told, resolution, sidecar, dropped)
 
 
@@ -141,13 +148,30 @@ def _scan_axis(told: ToldConfig) -> int | None:
     return int(axis.value)
 
 
+class _DamagedError(Exception):
+    """The sidecar is there and of no use; says where and why."""
+
+    def needed(self) -> ConfigError:
+        """Where nothing replaces it."""
+        return ConfigError(f"{self}; mend it, or give the run's config with --config")
+
+
 def find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | None:
     """The run's sidecar; a damaged one is an error only where its config is needed."""
+    try:
+        return _read_sidecar(step)
+    except _DamagedError as error:
+        if needed:
+            raise error.needed() from None
+        return None
+
+
+def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
     for folder in step.beside:
         try:
-            raw = folder.read(SIDECAR_NAME)
-        except NotACheckpointError:
-            continue  # a remote folder that may not be read is no reason to fail
+            raw = read_beside(folder, SIDECAR_NAME)
+        except NotACheckpointError as error:
+            raise _DamagedError(str(error)) from None
         if raw is None:
             continue
         try:
@@ -156,10 +180,7 @@ def find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | Non
                 continue  # the manifest of a converted model, not a run's sidecar
             return RunSidecar.model_validate(content), folder
         except (ValueError, RecursionError, ValidationError):
-            if not needed:
-                return None
-            raise ConfigError(
-                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes; mend it, "
-                "or give the run's config with --config"
+            raise _DamagedError(
+                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes"
             ) from None
     return None

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from moeconv.convert.journal import NAME as JOURNAL
+from moeconv.convert.out import holds_something, is_replaceable, strangers
 from moeconv.convert.sizes import format_size
 from moeconv.errors import OutputError
 
@@ -35,8 +36,8 @@ class Staging:
         """Claims OUT, which is absolute and no symbolic link.
 
         Raises:
-            OutputError: OUT is not empty and `overwrite` was not given, its parent cannot be
-                written, or another process is converting to it.
+            OutputError: OUT is not empty and holds no model or `overwrite` was not given, its
+                parent cannot be written, or another process is converting to it.
         """
         self.out = out
         self.folder = out.parent / f".{out.name}.moeconv-partial"
@@ -87,14 +88,23 @@ class Staging:
                 f"OUT {self.out} is a mount point, which nothing can be renamed to; give a "
                 "directory below it"
             )
-        if self._out_holds_something() and not self._overwrite:
+        if not holds_something(self.out):
+            return
+        if not is_replaceable(self.out):
+            raise OutputError(
+                f"OUT {self.out} is not empty and holds no model, so not even --overwrite replaces "
+                "it; choose another directory"
+            )
+        if not self._overwrite:
             raise OutputError(
                 f"OUT {self.out} is not empty; pass --overwrite to replace it once the new model "
                 "is whole, or choose another directory"
             )
-
-    def _out_holds_something(self) -> bool:
-        return self.out.is_dir() and any(self.out.iterdir())
+        if lost := strangers(self.out):
+            names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if lost[3:] else "")
+            self.notes.append(
+                f"warning: --overwrite also removes from OUT what moeconv did not write: {names}"
+            )
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
@@ -134,16 +144,17 @@ class Staging:
         Raises:
             OutputError: Somebody filled OUT meanwhile.
         """
-        if self._out_holds_something() and not self._overwrite:
+        occupied = holds_something(self.out)
+        if occupied and not (self._overwrite and is_replaceable(self.out)):
             raise OutputError(
                 f"OUT {self.out} was filled by somebody else during the conversion; the new model "
-                f"waits in {self.folder}: go on with --resume and --overwrite, or once OUT is empty"
+                f"waits in {self.folder}: go on with --resume once OUT is empty"
             )
         for path in self.folder.iterdir():
             if path.name not in names:
                 path.unlink()
         _sync_folder(self.folder)
-        if not self._out_holds_something():
+        if not occupied:
             self.folder.replace(self.out)
         elif not _exchange(self.folder, self.out):
             self.out.replace(self._old)

@@ -79,6 +79,23 @@ def locate(spec: str) -> Step:
     )
 
 
+def read_beside(folder: Folder, name: str) -> bytes | None:
+    """A file beside a step; None where there is none, or a remote store does not let it be read.
+
+    Raises:
+        NotACheckpointError: It is on this machine, and cannot be read.
+    """
+    try:
+        raw = folder.read(name)
+    except NotACheckpointError:
+        if folder.local is None:
+            return None
+        raise
+    if raw is None and folder.local is not None and (folder.local / name).is_dir():
+        raise NotACheckpointError(f"cannot read {folder / name}: it is a directory")
+    return raw
+
+
 def _steps(names: list[str]) -> list[str]:
     """Names that are steps, newest first."""
     numbered = [(int(m[1]), n) for n in names if (m := _STEP.match(n))]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from moeconv_train import recipe
 
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.features import FEATURES, Verdict
@@ -14,7 +15,10 @@ from moeconv.arch.told import (
     from_config_file,
     from_flags,
     from_mapping,
+    known_keys,
+    load_config_file,
     maxtext_defaults,
+    maxtext_keys,
 )
 from moeconv.errors import ConfigError
 
@@ -109,6 +113,43 @@ def test_a_circle_of_base_configs_ends(tmp_path):
     (tmp_path / "b.yml").write_text("base_config: a.yml\n")
     with pytest.raises(ConfigError, match="base_config"):
         from_config_file(tmp_path / "a.yml")
+
+
+def test_packaged_keys_are_those_of_the_installed_maxtext():
+    assert maxtext_keys() == recipe.maxtext_keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [("rope_max_timescal", "rope_max_timescale"), ("num_expert_per_tok", "num_experts_per_tok"),
+     ("decoder_blok", "decoder_block"), ("Rope-Max-Timescale", "rope_max_timescale"),
+     ("base_num_decoder_layer", "base_num_decoder_layers"), ("eos_tokenid", "eos_token_id")],
+)  # fmt: skip
+def test_a_misspelt_key_is_refused(tmp_path, key, meant):
+    path = tmp_path / "typo.yml"
+    path.write_text(f"{key}: 2\n")
+    words = rf"typo\.yml: MaxText has no {key}; did you mean {meant}\?"
+    # `verify` reads the file with load_config_file alone.
+    for read in (from_config_file, load_config_file):
+        with pytest.raises(ConfigError, match=words):
+            read(path)
+    with pytest.raises(ConfigError, match=rf"here: .*{meant}"):
+        from_mapping({key: 2}, HERE)
+    below = tmp_path / "run.yml"
+    below.write_text("base_config: typo.yml\n")
+    with pytest.raises(ConfigError, match=words):
+        from_config_file(below)
+    with pytest.raises(ConfigError, match="no field of that name"):
+        from_flags([f"{key}=2"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["enable_nnx", "pagedattn_num_pages", "index_n_heads", "micro_batch_size", "run.epochs", 3,
+     "wi_tile_fwd_buffer_count"],
+)  # fmt: skip
+def test_keys_of_other_releases_are_let_pass(key):
+    assert set(from_mapping({key: 2}, HERE)) <= known_keys()
 
 
 def test_enums_of_a_logged_config_are_understood():

@@ -4,6 +4,7 @@ import inspect as python_inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -135,6 +136,23 @@ def test_not_a_checkpoint(tmp_path, what, words, command):
 
 def test_a_home_that_nobody_has():
     refused(moeconv("inspect", "~no-such-user/run"), NotACheckpointError, "~no-such-user")
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [(["convert", "CKPT", "", "--overwrite"], "the argument after CKPT"),
+     (["convert", "", "out"], "the argument after convert"),
+     (["convert", "CKPT", "out", "--config", ""], "the argument after --config"),
+     (["convert", "CKPT", "out", "--config="], "the value of --config="),
+     (["verify", "out", "--source="], "the value of --source="),
+     (["data", "prepare", "", "--out", "x"], "the argument after prepare"),
+     (["push", ""], "the argument after push"), ([""], "the argument after moeconv")],
+)  # fmt: skip
+def test_an_empty_argument(tmp_path, monkeypatch, args, what):
+    monkeypatch.chdir(tmp_path)
+    sentence = refused(moeconv(*args), UsageError, what)
+    assert sentence == f"{what} is empty; is a shell variable not set?"
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_arguments():
@@ -678,7 +696,6 @@ def test_a_config_that_is_not_there(checkpoint):
     [
         ("rope_max_timescale", ["not of the form key=value"]),
         ("=5", ["not of the form key=value"]),
-        ("", ["not of the form key=value"]),
         ("rope_theta=1e4", ["--set rope_theta", "no field of that name"]),
         ("learning_rate=1", ["no field of that name"]),
         ("rope_max_timescale=[1", ["not a YAML value"]),
@@ -702,7 +719,6 @@ def test_bad_set(checkpoint, pair, words):
         ("--max-memory", "0", ["above zero"]),
         ("--max-memory", "9" * 400, ["is not a size"]),
         ("--max-shard-size", "5 XB", ["is not a size such as 5GB, 512MiB"]),
-        ("--max-shard-size", "", ["is not a size"]),
         ("--max-shard-size", "0.1", ["above zero"]),
     ],
 )
@@ -895,7 +911,48 @@ def test_a_damaged_sidecar(checkpoint, content):
     ran = moeconv("convert", checkpoint.run, out_of(checkpoint))
     words = (str(path), "not the sidecar", "--config")
     refused(ran, ConfigError, *words, out=out_of(checkpoint))
-    assert convert(checkpoint).code == 0, "--config gets around it"
+    ran = convert(checkpoint)
+    assert ran.code == 0, "--config gets around it"
+    assert f"warning: {path} is not the sidecar" in ran.err
+
+
+@pytest.mark.parametrize("how", ["no permission", "directory"])
+def test_a_sidecar_that_cannot_be_read(checkpoint, monkeypatch, how):
+    path = checkpoint.run / "moeconv.json"
+    if how == "directory":
+        path.mkdir()
+    else:
+        unreadable(monkeypatch, sidecar(checkpoint))
+    reason = "it is a directory" if how == "directory" else "Permission denied"
+    words = (f"cannot read {path}: {reason}", "--config")
+    for command in (["convert", checkpoint.run, out_of(checkpoint)], ["inspect", checkpoint.run]):
+        refused(moeconv(*command), ConfigError, *words, out=out_of(checkpoint))
+    ran = convert(checkpoint)
+    assert ran.code == 0
+    assert f"warning: cannot read {path}: {reason}; --config replaces it" in ran.err
+
+
+def unreadable(monkeypatch, path: Path) -> None:
+    """As chmod 000 does, for root too."""
+    read = Path.read_bytes
+
+    def denied(self: Path) -> bytes:
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+
+
+def test_metrics_that_cannot_be_read(checkpoint, monkeypatch):
+    path = checkpoint.run / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1, "loss": 2.0}\n')
+    unreadable(monkeypatch, path)
+    ran = convert(checkpoint)
+    assert ran.code == 0
+    assert f"warning: cannot read {path}: Permission denied; the manifest tells no losses" in (
+        ran.err
+    )
 
 
 @pytest.mark.parametrize(
@@ -1021,14 +1078,49 @@ def test_a_terminal_that_knows_few_letters(checkpoint, encoding):
             assert json.loads(ran.out)["kind"] == "parameters only"
 
 
-def test_a_reader_that_goes_away(checkpoint):
-    """`moeconv inspect … | head -1`."""
+def piped(redirect: str, *args: object) -> Ran:
+    """`moeconv ARGS REDIRECT` in a shell, which gives the command's own exit code."""
+    words = shlex.join(cli_runner.command(*args))
+    ran = subprocess.run(
+        ["bash", "-c", f"{words} {redirect}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, env=cli_runner.environment(), timeout=300,
+    )  # fmt: skip
+    assert "Traceback" not in ran.stderr and "Exception" not in ran.stderr, ran.stderr
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.mark.parametrize("redirect", ["| head -1", "2>&1 | true", "2>&-"])
+def test_a_reader_that_goes_away(checkpoint, redirect):
+    """The work is whole, and its code is its own."""
     config = checkpoint.config_file(checkpoint.run.parent)
-    for args in (["--version"], ["inspect", checkpoint.run, "--config", config, "--json"]):
-        process = cli_runner.spawn(*args)
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait(60) == 1
+    out = out_of(checkpoint)
+    assert piped(redirect, "inspect", checkpoint.run, "--config", config, "--json").code == 0
+    assert piped(redirect, "convert", checkpoint.run, out, "--config", config).code == 0
+    assert (out / "moeconv.json").exists()
+    assert piped(redirect, "convert", "nope", out).code == NotACheckpointError.exit_code
+    assert piped(redirect, "convert").code == CLICK_USAGE
+
+
+@pytest.mark.parametrize(
+    ("redirect", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+def test_an_answer_that_cannot_be_written(checkpoint, redirect, why):
+    config = checkpoint.config_file(checkpoint.run.parent)
+    out = out_of(checkpoint)
+    sentence = f"error: the answer cannot be written to stdout ({why}); all else is done\n"
+    for args in (["inspect", checkpoint.run], ["--help"], ["convert", checkpoint.run, out]):
+        ran = piped(redirect, *args, *([] if args == ["--help"] else ["--config", config]))
+        assert ran.code == CLICK_USAGE
+        assert ran.err.endswith(sentence)
+    assert (out / "moeconv.json").exists()
+    ran = piped(redirect, "convert", "nope", out)
+    assert ran.code == NotACheckpointError.exit_code
+    assert sentence not in ran.err, "there was no answer"
+    if redirect == ">&-":  # once: it imports transformers, as every verdict does
+        ran = piped(redirect, "verify", out, "--level", "structure")
+        assert ran.code == 2, "never 1, which is a verdict"
+    ran = piped(f"{redirect} 2>&-", "convert", "nope", out)
+    assert (ran.code, ran.err) == (NotACheckpointError.exit_code, "")
 
 
 # --- light imports ------------------------------------------------------------------------------
@@ -1091,6 +1183,15 @@ def test_exit_codes_are_documented():
         if code > CLICK_USAGE:
             assert rows[code][1] == python_inspect.getdoc(cls).splitlines()[0]
         assert rows[code][2], "a typical fix"
+
+
+def test_help_is_documented_as_it_is_printed():
+    """`make docs-check` holds the rest."""
+    last = moeconv("inspect", "--help").out.splitlines()[-1].split()
+    assert last[:2] == ["-h,", "--help"]
+    lines = [line.split() for line in (DOCS / "cli.md").read_text().splitlines()]
+    assert not [line for line in lines if line[:1] == ["--help"]]
+    assert [line for line in lines if line[:2] == last[:2]]
 
 
 def test_yaml_is_what_the_tests_write(checkpoint):

@@ -568,9 +568,79 @@ def test_a_non_empty_out_is_refused(tiny, tmp_path):
     (out / "mine.txt").write_text("mine")
     ran = moeconv("convert", tiny.run, out, "--config", tiny.run / "config.yml")
     assert ran.code == OutputError.exit_code
+    assert f"OUT {out} is not empty and holds no model" in ran.error
+    (out / "config.json").write_text("{}")
+    ran = moeconv("convert", tiny.run, out, "--config", tiny.run / "config.yml")
+    assert ran.code == OutputError.exit_code
     assert f"OUT {out} is not empty; pass --overwrite" in ran.error
-    assert contents(out) == {"mine.txt": b"mine"}
+    assert contents(out) == {"mine.txt": b"mine", "config.json": b"{}"}
     assert beside(out) == []
+
+
+def test_a_card_alone_may_be_replaced_and_is_told_of(tiny, tmp_path):
+    """Put there before the model, as for train/kaggle/export_to_hub.sh, which brings it back."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("mine")
+    config = ("--config", tiny.run / "config.yml")
+    ran = moeconv("convert", tiny.run, out, *config)
+    assert ran.code == OutputError.exit_code and "pass --overwrite" in ran.error
+    ran = moeconv("convert", tiny.run, out, *config, "--overwrite")
+    assert ran.code == 0, ran.err
+    assert "removes from OUT what moeconv did not write: README.md" in ran.err
+    assert not (out / "README.md").exists()
+
+
+@pytest.mark.parametrize("sidecar", [False, True])
+def test_what_is_no_model_is_never_replaced(tiny, tmp_path, sidecar):
+    out = tmp_path / "out"
+    (out / "src").mkdir(parents=True)
+    (out / "src" / "mine.py").write_text("mine")
+    if sidecar:  # another training run
+        (out / "moeconv.json").write_text('{"format": "moeconv-run", "version": 1, "config": {}}')
+    before = contents(out)
+    ran = moeconv("convert", tiny.run, out, "--config", tiny.run / "config.yml", "--overwrite")
+    assert ran.code == OutputError.exit_code
+    assert f"OUT {out} is not empty and holds no model" in ran.error
+    assert contents(out) == before
+    assert beside(out) == []
+
+
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_overwriting_names_what_people_put_there(tiny, tmp_path, quiet):
+    out = tmp_path / "out"
+    convert_again = ("convert", tiny.run, out, "--config", tiny.run / "config.yml", "--overwrite")
+    assert moeconv(*convert_again).code == 0
+    (out / "verify.json").write_text("{}")
+    assert "warning: --overwrite" not in moeconv(*convert_again).err
+    for name in ("README.md", "LICENSE", "a.txt", "b.txt"):
+        (out / name).write_text("mine")
+    ran = moeconv(*convert_again, *quiet)
+    assert ran.code == 0
+    assert (
+        "warning: --overwrite also removes from OUT what moeconv did not write: "
+        "LICENSE, README.md, a.txt and 1 more\n" in ran.err
+    )
+    assert not (out / "README.md").exists()
+
+
+@pytest.mark.parametrize("where", [".", "..", "/", "~", "link", "$home/.."])
+@pytest.mark.parametrize("flags", [(), ("--overwrite",), ("--overwrite", "--dry-run")])
+def test_an_out_that_people_live_in(tiny, tmp_path, monkeypatch, where, flags):
+    home, here = tmp_path / "people" / "home", tmp_path / "a" / "b"
+    for folder in (home, here):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("mine")
+    (here / "link").symlink_to(here.parent)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    before = contents(tmp_path)
+    out = where.replace("$home", str(home))
+    ran = moeconv("convert", tiny.run, out, "--config", tiny.run / "config.yml", *flags)
+    assert ran.code == OutputError.exit_code
+    assert f"OUT {out} " in ran.error
+    assert "directory, which is never replaced; name a new directory" in ran.error
+    assert contents(tmp_path) == before
 
 
 def test_an_empty_out_is_used(tiny, tmp_path):
@@ -596,7 +666,10 @@ def test_an_out_that_somebody_fills_meanwhile(tiny, tmp_path, monkeypatch):
         to(tiny, out)
     monkeypatch.undo()
     assert contents(out) == {"mine.txt": b"mine"}
-    to(tiny, out, resume=True, overwrite=True)
+    with pytest.raises(OutputError, match="holds no model"):
+        to(tiny, out, resume=True, overwrite=True)
+    (out / "mine.txt").unlink()
+    to(tiny, out, resume=True)
     to(tiny, tmp_path / "whole")
     assert contents(out) == contents(tmp_path / "whole")
     assert beside(out) == []
@@ -676,7 +749,7 @@ def test_a_home_that_nobody_has(tiny, tmp_path):
 def test_an_out_that_is_a_symbolic_link(tiny, tmp_path):
     """The link stays, what it points to is replaced."""
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "old").write_text("old")
+    (tmp_path / "elsewhere" / "config.json").write_text("old")
     (tmp_path / "out").symlink_to("elsewhere")
     (tmp_path / "nowhere").symlink_to("new")
     to(tiny, tmp_path / "out", overwrite=True)

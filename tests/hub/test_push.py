@@ -421,6 +421,15 @@ def test_a_token_does_not_go_over_an_open_line(push):
     assert ran.code == UsageError.exit_code
 
 
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_a_wrong_endpoint_is_refused_before_the_model_is_read(push, out, flags):
+    (out / "model-00001-of-00002.safetensors").unlink()  # what reading it would find
+    ran = push("--endpoint", "hub.example.org", *flags)
+    assert ran.code == UsageError.exit_code
+    assert "--endpoint hub.example.org is not an address" in ran.error
+    assert push(*flags).code == OutputError.exit_code
+
+
 def test_a_file_that_changes_meanwhile_is_not_committed(hub, push, out):
     weights = out / "model-00001-of-00002.safetensors"
 

@@ -432,3 +432,13 @@ def test_a_file_that_is_not_there_is_the_command_lines_mistake(tmp_path):
         with pytest.raises(UsageError, match="no such file or folder; give one"):
             prepare_dataset(name, tmp_path / "out", PrepareOptions())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--workers", -1), ("--shard-characters", -3), ("--shard-characters", 0)]
+)
+def test_the_option_that_is_wrong_is_named(tmp_path, option, value):
+    ran = cli_runner.moeconv("data", "prepare", "x.txt", "--out", tmp_path / "out", option, value)
+    assert ran.code == UsageError.exit_code
+    assert ran.error.startswith(f"{option}: must be ")
+    assert ran.error.count("--") == 1

@@ -393,6 +393,18 @@ def test_a_bucket_is_no_place_for_a_run():
         planned("tiny_cpu", "base_output_directory=gs://bucket/runs")
 
 
+@pytest.mark.parametrize("name", ["../../x", "/abs", "a/../../x", ".", "./"])
+def test_a_run_stays_below_its_directory(name):
+    with pytest.raises(ConfigError, match=r"leaves runs; name a folder below it"):
+        planned("tiny_cpu", f"run_name={name}")
+
+
+def test_a_run_may_lie_deeper_but_has_a_name():
+    assert planned("tiny_cpu", "run_name=a/b").run_dir == Path("runs/a/b").absolute()
+    with pytest.raises(UsageError, match="run_name: is empty; is a shell variable not set"):
+        planned("tiny_cpu", "run_name=")
+
+
 def test_the_command_line_for_maxtext_has_each_key_once(prepared):
     made = tiny(prepared, "learning_rate=1e-4", "steps=5")
     argv = made.argv()

@@ -146,8 +146,12 @@ def _check(options: PrepareOptions) -> None:
         raise UsageError("--seq-length: a row needs at least 2 tokens")
     if not 0 <= options.validation_fraction < 1:
         raise UsageError("--validation-fraction: must be from 0 to below 1")
-    if options.workers < 0 or options.shard_characters < 1 or not options.separator:
-        raise UsageError("--workers must be 0 or more, --separator not empty")
+    if options.workers < 0:
+        raise UsageError("--workers: must be 0 or more")
+    if options.shard_characters < 1:
+        raise UsageError("--shard-characters: must be 1 or more")
+    if not options.separator:
+        raise UsageError("--separator: must not be empty")
     if wrong := set(options.splits) - set(SPLITS):
         raise UsageError(f"--split: {min(wrong)!r} is neither train nor validation")
 

@@ -109,6 +109,7 @@ moeconv() {
 for name in $kept; do
   if [ -f "$out/$name" ]; then
     cp -p "$out/$name" "$scratch/$name"
+    echo "==> $name in $out is put back after convert"
   fi
 done
 

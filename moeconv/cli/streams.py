@@ -1,0 +1,58 @@
+"""stdout and stderr that may be closed, full or read by nobody: a command's work goes on."""
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Buffer
+
+
+class _Raw(io.FileIO):
+    """Remembers what could not be written, and lets it go."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Buffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = self.failure or error
+            return memoryview(data).nbytes
+
+
+def guard() -> list[_Raw]:
+    """Puts such streams in the places of this process's own; letters it does not know become `?`.
+
+    Returns:
+        What is below stdout, unless a caller has put something else there.
+    """
+    below = []
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, so that the next file to be opened would get its number
+            while (fd := os.open(os.devnull, os.O_RDONLY)) < number:
+                pass
+        elif isinstance(stream, io.TextIOWrapper):
+            fd = stream.fileno()
+        else:
+            continue
+        raw = _Raw(fd, "w", closefd=False)
+        fresh = io.TextIOWrapper(
+            io.BufferedWriter(raw),
+            encoding=stream.encoding if stream else "utf-8",
+            errors="replace",
+            line_buffering=number == 2 or bool(stream and stream.line_buffering),
+        )
+        setattr(sys, name, fresh)
+        if name == "stdout":
+            below.append(raw)
+    return below
+
+
+def lost(below: list[_Raw]) -> str | None:
+    """Why the answer on stdout is lost; a reader that went away has read what it wanted."""
+    sys.stdout.flush()
+    for raw in below:
+        if raw.failure is not None and raw.failure.errno != errno.EPIPE:
+            return "it is closed" if raw.failure.errno == errno.EBADF else raw.failure.strerror
+    return None

@@ -1,0 +1,69 @@
+"""What OUT may be, and what stands there already."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from moeconv.convert.beside import KNOWN, LOSS_PLOT, VERDICT
+from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.errors import OutputError
+
+# What lies beside a model without being the user's own.
+_OURS = {MANIFEST_NAME, LOSS_PLOT, *VERDICT, ".gitattributes", ".cache"}
+
+
+def resolve_out(out: Path) -> Path:
+    """OUT as an absolute path without symbolic links; never a folder that people live in.
+
+    Raises:
+        OutputError: It is no path, or the current directory, the home directory or one above them.
+    """
+    try:
+        place = Path(out).expanduser().resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
+        raise OutputError(f"OUT {out} is no path that can be written: {error}") from None
+    for name, find in (("current", Path.cwd), ("home", Path.home)):
+        with contextlib.suppress(OSError, RuntimeError):  # there may be none
+            here = find().resolve()
+            if place == here or place in here.parents:
+                is_it = "is" if place == here else f"contains {here},"
+                raise OutputError(
+                    f"OUT {out} {is_it} the {name} directory, which is never replaced; name a new "
+                    "directory"
+                )
+    return place
+
+
+def holds_something(out: Path) -> bool:
+    """Whether OUT is a folder that is not empty."""
+    return out.is_dir() and any(out.iterdir())
+
+
+def is_replaceable(out: Path) -> bool:
+    """Whether a folder looks like a model, or like one to be: a card or a license, nothing else.
+
+    A training run is no model, though it has a moeconv.json.
+    """
+    if all(path.name in KNOWN for path in out.iterdir()):
+        return True
+    content = _json(out / MANIFEST_NAME)
+    if isinstance(content, dict) and content.get("format") == "moeconv-run":
+        return False
+    named = any((out / name).is_file() for name in (MANIFEST_NAME, "config.json"))
+    return named or any(out.glob("*.safetensors"))
+
+
+def strangers(out: Path) -> list[str]:
+    """What would be lost with an old model without being part of it."""
+    content = _json(out / MANIFEST_NAME)
+    files = content.get("files") if isinstance(content, dict) else None
+    known = {*_OURS, *(files if isinstance(files, dict) else ())}
+    return sorted(path.name for path in out.iterdir() if path.name not in known)
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
