@@ -1116,11 +1116,17 @@ def test_an_answer_that_cannot_be_written(checkpoint, redirect, why):
     ran = piped(redirect, "convert", "nope", out)
     assert ran.code == NotACheckpointError.exit_code
     assert sentence not in ran.err, "there was no answer"
-    if redirect == ">&-":  # once: it imports transformers, as every verdict does
-        ran = piped(redirect, "verify", out, "--level", "structure")
-        assert ran.code == 2, "never 1, which is a verdict"
     ran = piped(f"{redirect} 2>&-", "convert", "nope", out)
     assert (ran.code, ran.err) == (NotACheckpointError.exit_code, "")
+
+
+@pytest.mark.slow
+def test_a_verdict_that_cannot_be_written(checkpoint):
+    config = checkpoint.config_file(checkpoint.run.parent)
+    out = out_of(checkpoint)
+    assert moeconv("convert", checkpoint.run, out, "--config", config).code == 0
+    ran = piped(">&-", "verify", out, "--level", "structure")
+    assert ran.code == 2, "never 1, which is a verdict"
 
 
 # --- light imports ------------------------------------------------------------------------------

@@ -205,7 +205,9 @@ def wait_for(path, pattern, count, process):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path, tokenizer, how):
     jsonl(tmp_path / "s" / "train-0.jsonl", STORIES * 10)
     jsonl(tmp_path / "s" / "train-1.jsonl", STORIES * 10)

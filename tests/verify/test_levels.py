@@ -577,7 +577,7 @@ def test_signals_end_it_alike(right, tmp_path, number):
         "from moeconv.verify import run\n"
         "def waits(subject):\n"
         "    with tempfile.TemporaryDirectory(prefix='moeconv-verify-'):\n"
-        "        print('working', flush=True)\n"
+        "        os.write(1, b'working\\n')\n"
         "        time.sleep(60)\n"
         "run.check_structure = waits\n"
         "from moeconv.cli.main import main\n"
