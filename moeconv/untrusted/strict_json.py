@@ -8,8 +8,8 @@ def loads(raw: bytes | str) -> Any:
     """Parses JSON that somebody else wrote.
 
     Raises:
-        ValueError: It is not JSON in UTF-8, is nested too deeply, holds NaN or Infinity (also as a number
-            too large for a double), or an escape of half a character.
+        ValueError: It is not JSON in UTF-8, is nested too deeply, holds NaN or Infinity (also as a
+            number too large for a double), or an escape of half a character.
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")

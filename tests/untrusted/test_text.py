@@ -5,7 +5,6 @@ import pytest
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.text import printable
 
-
 NO_JSON = {
     "nan": "NaN",
     "infinity": '{"a": [-Infinity]}',
