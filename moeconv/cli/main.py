@@ -9,6 +9,7 @@ import click
 from moeconv import __version__
 from moeconv.cli import streams
 from moeconv.errors import MoeconvError, UsageError
+from moeconv.untrusted.text import printable
 
 # Command -> module; a module is imported when its command is used or its help is shown.
 COMMANDS = {
@@ -105,7 +106,7 @@ def _run() -> int:
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    sys.stderr.write(f"{printable(text)}\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from moeconv.untrusted.text import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -30,8 +32,9 @@ class Output:
     def print(self, renderable: Any = "") -> None:
         """The command's answer, for people; nothing in json or quiet mode."""
         if not self.json_mode and not self.quiet:
+            text = isinstance(renderable, str)
             self._console(stderr=False).print(
-                renderable, markup=False, soft_wrap=isinstance(renderable, str)
+                printable(renderable) if text else renderable, markup=False, soft_wrap=text
             )
 
     def data(self, content: Any) -> None:
@@ -42,11 +45,11 @@ class Output:
     def note(self, text: str) -> None:
         """Something on the way, on stderr; the library says warnings here too."""
         if not self.quiet or text.startswith("warning: "):
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(printable(text) + "\n")
 
     def warn(self, text: str) -> None:
         """A warning, on stderr, in every mode."""
-        sys.stderr.write(f"warning: {text}\n")
+        sys.stderr.write(f"warning: {printable(text)}\n")
 
     @contextmanager
     def progress(

@@ -1,10 +1,11 @@
 """What a check found: pass, warn, fail or skipped, with the numbers and the tensors it is about."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 Level = Literal["structure", "weights", "logits", "layers"]
 
@@ -19,6 +20,36 @@ class Status(StrEnum):
 
 
 _RANK = {Status.SKIP: 0, Status.PASS: 1, Status.WARN: 2, Status.FAIL: 3}
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The checks of a level.
+
+    Attributes:
+        always: A level that has run and not failed has each of these.
+        at_times: It may have these besides.
+        can_skip: Of `always`, those that need packages or files that may be absent.
+    """
+
+    always: tuple[str, ...]
+    at_times: tuple[str, ...] = ()
+    can_skip: tuple[str, ...] = ()
+
+
+# Every check there is: `Check` takes no other, and push demands those that a level always has.
+CHECKS: dict[Level, Checks] = {
+    "structure": Checks(
+        ("files", "tensors", "dtypes", "index", "tying", "finite", "config", "readers",
+         "transformers", "tokenizer"),
+        can_skip=("readers", "transformers", "tokenizer"),
+    ),
+    "weights": Checks(("source", "values"), ("tensors", "tokenizer")),
+    "logits": Checks(("reference", "parity", "greedy"), ("description", "stock", "router")),
+    "layers": Checks(
+        ("reference", "hidden", "parity"), ("description", "depth", "stock", "router")
+    ),
+}  # fmt: skip
 
 
 class Check(BaseModel):
@@ -43,6 +74,15 @@ class Check(BaseModel):
     tensors: list[str] = []
     layer: int | None = None
     metrics: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        known = CHECKS[self.level]
+        # A level that cannot run here is skipped under its own name.
+        skipped = self.name == self.level and self.status is Status.SKIP
+        if not skipped and self.name not in (*known.always, *known.at_times):
+            raise ValueError(f"level {self.level} has no check {self.name!a}")
+        return self
 
 
 def worst(checks: Iterable[Check]) -> Status:

@@ -1,11 +1,14 @@
 """`verify.json`: the verdict, bound to the bytes it speaks of, so that changing one voids it."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from moeconv import __version__
+from moeconv.convert.beside import LEGAL
 from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.untrusted.files import is_file
 from moeconv.verify.outcome import Check, Level, Status, worst
 from moeconv.verify.structure import sha256
 from moeconv.verify.subject import Subject
@@ -21,7 +24,8 @@ class Report(BaseModel):
     """The file's schema.
 
     `files` has the SHA-256 of every file of the output at the time of the verdict, the manifest
-    included; `source` the digest of the arrays that were read, as the manifest claims it.
+    included; `source` the digest of the arrays that were read, as the manifest claims it; `beside`
+    the SHA-256 of the report's plots, and of LICENSE and NOTICE, which push sends along.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +38,7 @@ class Report(BaseModel):
     checks: list[Check]
     source: str
     files: dict[str, str]
+    beside: dict[str, str] = {}
 
     @property
     def proves(self) -> bool:
@@ -64,11 +69,11 @@ class Report(BaseModel):
             return self
         checks = sorted([*self.checks, *kept], key=lambda check: _ORDER.index(check.level))
         return self.model_copy(
-            update={"checks": checks, "verdict": worst(checks), "levels": _levels(checks)}
+            update={"checks": checks, "verdict": worst(checks), "levels": levels_of(checks)}
         )
 
 
-def _levels(checks: list[Check]) -> dict[Level, Status]:
+def levels_of(checks: list[Check]) -> dict[Level, Status]:
     """The verdict of every level; one whose checks were all skipped is skipped."""
     levels: dict[Level, list[Check]] = {}
     for check in checks:
@@ -88,8 +93,16 @@ def make_report(subject: Subject, checks: list[Check]) -> Report:
     subject.demand_unchanged()
     return Report(
         verdict=worst(checks),
-        levels=_levels(checks),
+        levels=levels_of(checks),
         checks=checks,
         source=subject.manifest.source.digest,
         files=files,
+        beside={name: sha256(subject.out, name) for name in LEGAL if _is_own(subject.out, name)},
     )
+
+
+def _is_own(folder: Path, name: str) -> bool:
+    try:
+        return is_file(folder, name, links=False)
+    except OSError:  # a link, say: push refuses it
+        return False
