@@ -40,7 +40,7 @@ class File:
         name: Its name there.
         size: In bytes.
         sha256: Its digest.
-        content: All of it, read once: what was looked at is what is sent.
+        content: All of it, read once: what was looked at is what is sent; None of weights.
         weights: A file too large for that.
         path: Where it lies, if it is sent as it is.
     """
@@ -48,7 +48,7 @@ class File:
     name: str
     size: int
     sha256: str
-    content: bytes = field(default=b"", repr=False)
+    content: bytes | None = field(default=None, repr=False)
     weights: Weights | None = None
     path: Path | None = None
 
@@ -73,13 +73,13 @@ class File:
     @property
     def looked_at(self) -> bytes:
         """What may hold a secret: all of it, or of weights the header with its names."""
-        return self.content if self.weights is None else self.weights.header
+        return self.weights.header if self.weights is not None else self.content or b""
 
     @cached_property
     def git_oid(self) -> str:
         """What git calls it, where it is no LFS file."""
         digest = hashlib.sha1(b"blob %d\0" % self.size)
-        for chunk in (self.content,) if self.weights is None else self.weights.chunks():
+        for chunk in self.weights.chunks() if self.weights else (self.looked_at,):
             digest.update(chunk)
         return digest.hexdigest()
 

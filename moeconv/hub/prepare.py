@@ -192,10 +192,15 @@ def _files(output: Output, judgement: Judgement) -> list[File]:
 
 
 def _beside(output: Output, report: Report | None) -> list[File]:
-    """Plots, LICENSE and NOTICE, as far as the report is bound to their bytes."""
+    """Plots, LICENSE and NOTICE, as far as the report is bound to their bytes.
+
+    Raises:
+        OutputError: One is a link, or cannot be read.
+    """
     found = []
-    for name in (*PLOTS, *LEGAL):
-        if report is not None and name in report.beside and is_own(output.folder, name):
+    for name in (*VERDICT, *LEGAL):
+        there = is_own(output.folder, name)  # refuses a link, whether it would be sent or not
+        if there and report is not None and name in report.beside:
             file = File.read(output.folder, name)
             if file.sha256 == report.beside[name]:
                 found.append(file)

@@ -74,12 +74,10 @@ def demand_sendable(files: Iterable[File], environment: Mapping[str, str] = os.e
     own = own_values(environment)
     for file in files:
         where = file.path or file.name
-        if file.weights is None and (wrong := unlike(file.name, file.content)) is not None:
+        if file.content is not None and (wrong := unlike(file.name, file.content)) is not None:
             raise OutputError(f"{where} {wrong}; nothing is sent, take it out or mend it")
-        texts = [file.looked_at]
-        if file.name.endswith(".png"):
-            texts = [*png_texts(file.content)]
-        for text in texts:
+        picture = file.name.endswith(".png")
+        for text in png_texts(file.looked_at) if picture else (file.looked_at,):
             if (kind := find_secret(text, own)) is not None:
                 raise OutputError(
                     f"{where} holds what looks like an access key ({kind}); nothing is sent, take "
@@ -92,7 +90,7 @@ def machine_paths(files: Iterable[File], output: Output) -> list[str]:
     known = own_paths(output)
     found = []
     for file in files:
-        if file.path is not None and file.size < 1_000_000:
+        if file.path is not None and file.content is not None and file.size < 1_000_000:
             text = file.content.decode("utf-8", "replace")
             if any(path in text for path in known):
                 found.append(file.name)

@@ -161,7 +161,7 @@ _PLACEHOLDER = re.compile(
 )
 _ESCAPED = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
 _SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH|_KEY$|_PAT$"
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)|_KEY$|_PAT$"
     r"|_PWD$|DATABASE_URL$|_DSN$"
 )
 
@@ -193,7 +193,8 @@ def _views(content: bytes) -> Iterator[bytes]:
     """The bytes, and what they say where another encoding or JSON's escapes hide it."""
     yield content
     if content.count(0) > len(content) // 4:  # UTF-16
-        yield content.replace(b"\0", b"")
+        content = content.replace(b"\0", b"")
+        yield content
     if b"\\/" in content or _ESCAPED.search(content):
         plain = _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), content)
         yield plain.replace(b"\\/", b"/")

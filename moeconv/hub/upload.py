@@ -103,7 +103,7 @@ def operations_of(
 
 def _add(file: File, opened: ExitStack) -> CommitOperationAdd:
     if file.weights is None:
-        return CommitOperationAdd(file.name, file.content)
+        return CommitOperationAdd(file.name, file.looked_at)
     descriptor = opened.enter_context(file.weights.descriptor())
     # The file that was hashed, whatever lies at its path by now: this is what Xet reads.
     add = _AddWeights(file.name, f"/dev/fd/{descriptor}")

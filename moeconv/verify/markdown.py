@@ -8,7 +8,7 @@ from moeconv.verify.grading import LIMITS, PASS_ROUNDING, WARN_ROUNDING
 from moeconv.verify.outcome import Check, Status
 from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, find
 from moeconv.verify.report import Report
-from moeconv.verify.tables import table
+from moeconv.verify.tables import code, plain, table
 
 _FIGURES = (
     ("positions", "positions"),
@@ -52,17 +52,18 @@ def to_markdown(report: Report, plots: Iterable[Path]) -> str:
     drawn = {path.name for path in plots}
     parts = [
         "# Verification",
-        f"**{verdict_line(report)}**",
-        f"moeconv {report.moeconv_version}; checkpoint digest `{report.source}`; bound to the "
+        f"**{plain(verdict_line(report))}**",
+        f"moeconv {plain(report.moeconv_version)}; checkpoint digest {code(report.source)}; bound "
+        f"to the "
         f"SHA-256 of {len(report.files)} files in verify.json: a change of one byte voids it.",
         "## Checks",
         table(
             ("level", "check", "verdict", "what was found"),
-            [(c.level, c.name, c.status.value, c.summary) for c in report.checks],
+            [(c.level, c.name, c.status.value, plain(c.summary)) for c in report.checks],
         ),
     ]
     if wrong := [c for c in report.checks if c.tensors and c.status is not Status.PASS]:
-        rows = [(f"{c.level}/{c.name}", f"`{t}`") for c in wrong for t in c.tensors[:10]]
+        rows = [(f"{c.level}/{c.name}", code(t)) for c in wrong for t in c.tensors[:10]]
         parts += ["## Tensors and files at fault", table(("check", "name"), rows)]
     for level in ("logits", "layers"):
         if (parity := find(report, level, "parity")) is not None:
@@ -97,7 +98,7 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
     rows = [(text, *(_number(c.get(key)) for _, c in columns)) for key, text in _FIGURES]
     parts = [
         f"## Logits (level {level})",
-        f"Text: {parity.metrics['origin']}.",
+        f"Text: {plain(parity.metrics['origin'])}.",
         table(("", *(name for name, _ in columns)), rows),
     ]
     if (router := find(report, level, "router")) is not None:
@@ -120,7 +121,7 @@ def _hidden(hidden: Check) -> str:
     """One row a layer: what arises in each part, and what has grown."""
     by_layer: dict[str, dict[str, Any]] = {}
     for place in hidden.metrics["places"]:
-        layer = place["part"] if place["layer"] is None else str(place["layer"])
+        layer = plain(place["part"] if place["layer"] is None else place["layer"])
         part = "output" if place["layer"] is None else place["part"]
         by_layer.setdefault(layer, {})[part] = place
     rows = []
@@ -135,7 +136,7 @@ def _hidden(hidden: Check) -> str:
 def _cell(place: Mapping[str, Any] | None) -> str:
     if place is None:
         return "—"
-    mark = "" if place["status"] == Status.PASS else f" **{place['status']}**"
+    mark = "" if place["status"] == Status.PASS else f" **{plain(place['status'])}**"
     return _number(place["local"]["largest"]) + mark
 
 
