@@ -58,6 +58,8 @@ class Limits:
 
 
 LIMITS = Limits()
+# Seconds for all files of a tokenizer.
+DOWNLOAD = 1800.0
 
 
 @contextmanager
@@ -143,7 +145,7 @@ class _Session:
         """`Client.send` with an end: in a thread of its own, so that nothing at all can hold it."""
 
         def send(request: Any, *, stream: bool = False, **how: Any) -> Any:
-            watch = _Watch(self.limits.still)
+            watch = Watch(self.limits.still)
             request.stream = _Sent(request.stream, watch)
             request.extensions = {**request.extensions, "moeconv.file": stream}
             try:
@@ -189,7 +191,7 @@ class _Session:
             answer.headers["Retry-After"] = f"{asked:.0f}"
 
 
-class _Watch:
+class Watch:
     """When something last went on."""
 
     def __init__(self, still: float) -> None:
@@ -205,7 +207,7 @@ class _Watch:
 class _Sent(_http_library.SyncByteStream):  # type: ignore[misc]
     """A request's body, whose every block is progress."""
 
-    def __init__(self, inner: Any, watch: _Watch) -> None:
+    def __init__(self, inner: Any, watch: Watch) -> None:
         self.inner, self.watch = inner, watch
 
     def __iter__(self) -> Iterator[bytes]:
@@ -242,12 +244,13 @@ class _Received(_http_library.SyncByteStream):  # type: ignore[misc]
         self.inner.close()
 
 
-def within[Answer](call: Callable[[], Answer], watch: _Watch, host: str) -> Answer:
-    """What a call returns or raises, unless it stands still.
+def within[Answer](call: Callable[[], Answer], limit: Watch | float, host: str) -> Answer:
+    """What a call returns or raises, unless it stands still, or takes longer than so many seconds.
 
     Raises:
         Exception: The call's own, or the HTTP library's ReadTimeout.
     """
+    watch = limit if isinstance(limit, Watch) else Watch(limit)
     done, ended = threading.Event(), list[tuple[Any, BaseException | None]]()
     context = contextvars.copy_context()
 
