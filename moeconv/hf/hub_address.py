@@ -16,8 +16,8 @@ from moeconv.errors import UsageError
 # Of Hugging Face itself, as huggingface_hub knows them (utils/_http.py, `_HUB_ORIGINS`).
 _HUB = ("huggingface.co", "hf.co", "hub-ci.huggingface.co")
 _PORTS = {"http": 80, "https": 443}
-# What an address may consist of: no blanks, no backslash, nothing that is not ASCII.
-_PLAIN = re.compile(r"[A-Za-z0-9._~:/\[\]-]+")
+# Scheme, a name or number of a host, port, path: no user, blank, backslash, or letter beyond ASCII.
+_ADDRESS = re.compile(r"\w+://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d+)?(?:/[\w.~/-]*)?", re.ASCII)
 
 Origin = tuple[str, str, int]
 
@@ -67,7 +67,7 @@ def read_address(endpoint: str | None) -> Address:
         host, port = parts.hostname or "", parts.port
     except ValueError:
         host = ""
-    if not host or parts.scheme not in _PORTS or not _PLAIN.fullmatch(text):
+    if not host or parts.scheme not in _PORTS or not _ADDRESS.fullmatch(text):
         raise UsageError(
             f"{begin} is not an address such as https://huggingface.co (a name and password, a "
             "query, and letters beyond ASCII have no place in it)"

@@ -153,22 +153,25 @@ class _Session:
                     lambda: plain(request, stream=stream, **how), watch, request.url.host
                 )
             except _http_library.TimeoutException as error:
-                self._stalled(request.url.host, error)
-                raise
+                raise self._stalled(request.url.host) from error
             self.stalls = 0
             self._heed(answer)
             return answer
 
         return send
 
-    def _stalled(self, host: str, error: Exception) -> None:
+    def _stalled(self, host: str) -> Exception:
+        """What to raise: an error that is tried again after, or that is not."""
         with self.lock:
             self.stalls += 1
-        if self.stalls >= self.limits.stalls:
-            raise HubError(
-                f"{host} gives no answer within {self.limits.still:g} s, {self.stalls} times in a "
-                "row; run the same command again later, what the Hub has is not sent twice"
-            ) from error
+        words = f"{host} gives no answer within {self.limits.still:g} s"
+        if self.stalls < self.limits.stalls:
+            found: Exception = _http_library.ReadTimeout(words)
+            return found
+        return HubError(
+            f"{words}, {self.stalls} times in a row; run the same command again later, what the "
+            "Hub has is not sent twice"
+        )
 
     def _heed(self, answer: Any) -> None:
         """What an answer asks to wait, within limits; huggingface_hub sleeps as long as it says."""
@@ -198,9 +201,11 @@ class Watch:
         self.still, self.last, self.over = still, time.monotonic(), False
 
     def touch(self) -> None:
+        """Something goes on."""
         self.last = time.monotonic()
 
     def left(self) -> float:
+        """Seconds until it counts as standing still."""
         return self.last + self.still - time.monotonic()
 
 
