@@ -248,8 +248,8 @@ def _read_report(folder: Path) -> tuple[Report | None, str | None]:
         return None, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         return None, first_line(error)
-    except (RecursionError, StopIteration):
-        return None, "it contradicts itself"
+    except RecursionError:
+        return None, "it is nested too deeply"
     return report, None
 
 

@@ -40,7 +40,9 @@ def verdict_line(report: Report) -> str:
         )
     if report.verdict is Status.SKIP:
         return "SKIPPED: nothing could be checked here."
-    check = next(c for c in report.checks if c.status is report.verdict)
+    check = next((c for c in report.checks if c.status is report.verdict), None)
+    if check is None:  # of a report that contradicts itself, which push refuses
+        return f"{report.verdict.upper()}: no check says why."
     where = f", layer {check.layer}" if check.layer is not None else ""
     tensors = f" ({', '.join(check.tensors[:3])})" if check.tensors else ""
     word = "FAIL" if report.verdict is Status.FAIL else "WARN"

@@ -12,7 +12,7 @@ from moeconv.hub.local import Output
 def edited(out, change):
     path = out / "verify.json"
     report = json.loads(path.read_text())
-    report = change(report) or report
+    change(report)
     path.write_text(json.dumps(report))
     return Output.open(out)
 
@@ -71,8 +71,7 @@ CONTRADICTIONS = {
     ),
     "an unknown check": (set_check("weights", "values", name="vibes"), "has no check 'vibes'"),
     "a check of another level": (set_check("weights", "values", level="layers"), "no check"),
-    "nothing": (lambda r: {}, "is no report"),
-    "a list": (lambda r: [], "is no report"),
+    "nothing": (lambda r: r.clear(), "is no report"),
     "figures of text": (
         set_check("logits", "parity", metrics={"origin": "x", "text": {"positions": "many"}}),
         "is no report",
