@@ -132,6 +132,7 @@ def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
 
 
 def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
+    items = items.real()
     if (why := _unfinished(items)) is not None:
         raise NotACheckpointError(f"{why}; name an older step, or let the run save once more")
     step = items.parent if items.name == "items" else items

@@ -1,14 +1,15 @@
 """Paths that may be local or remote: one small interface over tensorstore's key-value stores."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
 import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError
+from moeconv.untrusted.files import READ_LIMIT, inside, read_inside
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
 
@@ -20,9 +21,12 @@ class Folder:
     Attributes:
         url: `file://PATH` (the path as it is, without escapes), `gs://…`, `s3://…`, `http://…`,
             without a slash at the end.
+        root: Of a local one, the folder that the user named (or one above it): neither a link nor
+            a name found in a file may lead out of it. By default the folder itself.
     """
 
     url: str
+    root: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, spec: str | Path) -> "Folder":
@@ -39,14 +43,15 @@ class Folder:
                 path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
             else:
                 path = Path(text).expanduser()
-            return cls(f"file://{path.resolve()}")
+            return cls(f"file://{path.resolve()}", path.resolve())
         except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
             raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
 
     @property
     def local(self) -> Path | None:
         """The path, when the folder is on this machine."""
-        return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
+        path = self.url.removeprefix("file://")
+        return None if path == self.url else Path("/" + path.lstrip("/"))
 
     @property
     def name(self) -> str:
@@ -56,10 +61,13 @@ class Folder:
     @property
     def parent(self) -> "Folder":
         """The folder above."""
-        return Folder(self.url.rsplit("/", 1)[0])
+        above = Folder(self.url.rsplit("/", 1)[0], self.root)
+        if above.local is None or self.root is None or above.local.is_relative_to(self.root):
+            return above
+        return Folder(above.url, above.local)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}")
+        return Folder(f"{self.url}/{name}", self.root or self.local)
 
     def __str__(self) -> str:
         return str(self.local or self.url)
@@ -70,15 +78,41 @@ class Folder:
             return {"driver": "file", "path": f"{local}/"}
         return f"{self.url}/"
 
-    def read(self, name: str) -> bytes | None:
+    def real(self) -> "Folder":
+        """The folder without links on the way from its root.
+
+        Raises:
+            NotACheckpointError: It lies outside.
+        """
+        if self.local is None or self.root in (None, self.local):
+            return self
+        try:
+            found = inside(*self._below(""))
+        except OSError as error:
+            raise NotACheckpointError(f"cannot read {self}: {reason(error)}") from None
+        if not found.is_relative_to(self.root):
+            raise NotACheckpointError(f"cannot read {self}: it leads out of {self.root}")
+        return Folder(f"file://{found}", self.root)
+
+    def _below(self, name: str) -> tuple[Path, str]:
+        """The root, and the way from there to a file."""
+        local = self.local
+        assert local is not None
+        root = self.root or local
+        return root, f"{local.relative_to(root).as_posix()}/{name}"
+
+    def read(self, name: str, *, limit: int = READ_LIMIT) -> bytes | None:
         """Content of a file, None when there is none.
 
         Raises:
-            NotACheckpointError: The store cannot be read (permissions, network, …).
+            NotACheckpointError: The store cannot be read (permissions, network, …), the file lies
+                outside of the root, is no regular one, or is larger than `limit`.
         """
+        if ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise NotACheckpointError(f"cannot read {self / name}: its name leads out of {self}")
         try:
-            if (local := self.local) is not None:
-                return (local / name).read_bytes()
+            if self.local is not None:
+                return read_inside(*self._below(name), limit=limit)
             result = _kvstore(self.kvstore()).read(name.encode()).result()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
@@ -93,7 +127,7 @@ class Folder:
             NotACheckpointError: The store cannot be listed.
         """
         try:
-            if (local := self.local) is not None:
+            if (local := self.real().local) is not None:
                 yield from sorted(p.name for p in local.iterdir())
                 return
             keys = _kvstore(self.kvstore()).list().result()

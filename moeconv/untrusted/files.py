@@ -134,7 +134,9 @@ def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path
         raise UnsafeFileError(path, "is a link; put the file itself there")
     boundary = _boundary(base)
     if not real.is_relative_to(boundary):
-        raise UnsafeFileError(path, f"is a link that leads out of {folder}")
+        raise UnsafeFileError(
+            path, f"is a link that leads out of {folder}; put there what it leads to, or name that"
+        )
     if real.is_symlink():  # `realpath` leaves a loop as it is
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return boundary, real
