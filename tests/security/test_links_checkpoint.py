@@ -66,14 +66,14 @@ def test_nor_of_an_ocdbt_store(tmp_path, outside, name, plant):
     if name == "d":
         at = sorted(at.iterdir())[0]
     outside.plant(plant, at)
-    with pytest.raises(NotACheckpointError, match="is a link|FIFO|looked at"):
+    with pytest.raises(NotACheckpointError, match=r"is a link|FIFO|looked at"):
         _open(tmp_path / "run")
 
 
 @planted.every()
 def test_nor_do_files_beside_it(run, outside, plant):
     outside.plant(plant, run / "moeconv.json")
-    with pytest.raises(ConfigError, match="moeconv.json"):
+    with pytest.raises(ConfigError, match=r"moeconv\.json"):
         _open(run)
 
 
