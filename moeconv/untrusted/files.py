@@ -90,13 +90,21 @@ def open_inside(folder: Path, name: str, *, links: bool = True) -> BinaryIO:
 def read_regular(path: Path, *, limit: int = READ_LIMIT) -> bytes:
     """Content of a file that the user named; raises as `open_regular`, or where it is too large."""
     with open_regular(path) as file:
-        return _read(file, path, limit)
+        return read_whole(file, path, limit=limit)
 
 
 def read_inside(folder: Path, name: str, *, links: bool = True, limit: int = READ_LIMIT) -> bytes:
     """Content of a file of a folder; raises as `open_inside`, or where it is too large."""
     with open_inside(folder, name, links=links) as file:
-        return _read(file, folder / name, limit)
+        return read_whole(file, folder / name, limit=limit)
+
+
+def read_whole(file: BinaryIO, path: Path, *, limit: int = READ_LIMIT) -> bytes:
+    """What is left of an open file; UnsafeFileError where that is too much."""
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
+    return content
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -168,10 +176,3 @@ def _encodable(path: Path) -> Path:
     except ValueError:
         raise UnsafeFileError(path, "its name can be no file's") from None
     return path
-
-
-def _read(file: BinaryIO, path: Path, limit: int) -> bytes:
-    content = file.read(limit + 1)
-    if len(content) > limit:
-        raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
-    return content
