@@ -15,7 +15,6 @@ import tensorstore as ts
 from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
-from moeconv.orbax.inventory import inventory
 from moeconv.orbax.metadata import KeyPath, Tree
 from moeconv.orbax.store import Folder, reason
 
@@ -75,8 +74,6 @@ class Arrays:
     def __init__(self, items: Folder, tree: Tree) -> None:
         self.items = items
         self.tree = tree
-        if items.local is not None:
-            inventory(items.local)  # tensorstore follows every link, and waits at a FIFO
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
         self.info: dict[str, ArrayInfo] = {}
         opened = [(path, self._open(path, self._context)) for path in tree.parameters]

@@ -17,6 +17,7 @@ READ_LIMIT = 512 * 2**20
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
+_SPECIAL = "is a FIFO, device or socket, not a regular file"
 # `<cache>/models--NAME/snapshots/REVISION`: its files are links to `<cache>/models--NAME/blobs`
 # (huggingface_hub/file_download.py, `_create_symlink`).
 _HUB_REPO = ("models--", "datasets--", "spaces--")
@@ -130,6 +131,23 @@ def is_file(folder: Path, name: str, *, links: bool = True) -> bool:
     return True
 
 
+def demand_inside(folder: Path) -> None:
+    """Looks at a folder before a library gets it that opens its files by name.
+
+    What lies in folders below is not looked at.
+
+    Raises:
+        UnsafeFileError: A link leads out, or there is a FIFO, a device or a socket.
+        OSError: There is a loop of links, or it cannot be listed.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                inside(folder, entry.name)
+            if not (entry.is_file() or entry.is_dir()) and Path(entry).exists():
+                raise UnsafeFileError(Path(entry), _SPECIAL)
+
+
 def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path]:
     """The folder that must not be left, and the path without links."""
     parts = PurePosixPath(name).parts
@@ -165,7 +183,7 @@ def _checked(fd: int, path: Path) -> BinaryIO:
     os.close(fd)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise UnsafeFileError(path, "is a FIFO, device or socket, not a regular file")
+    raise UnsafeFileError(path, _SPECIAL)
 
 
 def _encodable(path: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.convert.beside import KNOWN
+from moeconv.convert.beside import KNOWN, is_leftover
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import MoeconvError, OutputError
 from moeconv.hf.config import model_config
@@ -65,7 +65,7 @@ def _files(subject: Subject) -> Check:
             wrong.append(f"{name} (sha256)")
     known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
     try:
-        extra = sorted({p.name for p in subject.out.iterdir()} - known)
+        extra = sorted({p.name for p in subject.out.iterdir() if not is_leftover(p)} - known)
     except OSError as error:
         raise OutputError(f"{subject.out} cannot be listed: {error.strerror}") from None
     if wrong:
