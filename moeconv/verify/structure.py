@@ -61,7 +61,7 @@ def _files(subject: Subject) -> Check:
             wrong.append(f"{name} (missing)")
         elif path.stat().st_size != record.size:
             wrong.append(f"{name} (size)")
-        elif sha256(subject.out, name) != record.sha256:
+        elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
     try:
@@ -84,19 +84,19 @@ def _files(subject: Subject) -> Check:
     return passed("structure", "files", f"{count} files have the size and SHA-256 of the manifest")
 
 
-def sha256(folder: Path, name: str, *, links: bool = True) -> str:
-    """SHA-256 of a file of a folder; `links` as in `open_inside`.
+def sha256(path: Path, *, links: bool = True) -> str:
+    """SHA-256 of a file that lies directly in OUT; `links` as in `open_inside`.
 
     Raises:
         OutputError: It cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        with open_inside(folder, name, links=links) as file:
+        with open_inside(path.parent, path.name, links=links) as file:
             while block := file.read(_HASH_BLOCK):
                 digest.update(block)
     except OSError as error:
-        raise OutputError(f"{folder / name} cannot be read: {error.strerror}") from None
+        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
