@@ -7,6 +7,7 @@ from pathlib import Path
 import planted
 import pytest
 import synthetic
+import tensorstore as ts
 
 from moeconv.convert.source import open_checkpoint
 from moeconv.errors import ConfigError, NotACheckpointError
@@ -28,6 +29,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "run")
+
+
+def _crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
 
 
 def _open(run: Path) -> object:
@@ -128,6 +138,28 @@ def test_a_name_of_a_file_never_climbs(tmp_path, outside, url, name):
     folder = Folder.open(url or str(outside.folder / "sub"))
     with pytest.raises(NotACheckpointError, match="leads out of"):
         folder.read(name)
+
+
+def test_the_files_that_an_ocdbt_store_names_lie_below_it(tmp_path, outside):
+    """Its nodes name data files as they like; that tensorstore follows none out is not ours."""
+    items = tmp_path / "items"
+    kvstore = {
+        "driver": "ocdbt",
+        "base": {"driver": "file", "path": f"{items}/"},
+        "config": {"max_inline_value_bytes": 1, "compression": None},
+    }
+    length = len(planted.SECRET)
+    store = ts.KvStore.open({**kvstore, "value_data_prefix": "0123456789a/"}).result()
+    store.write(b"chunk", b"x" * length).result()
+    assert ts.KvStore.open(kvstore).result().read(b"chunk").result().value == b"x" * length
+    (data,) = (items / "0123456789a").iterdir()
+    shutil.copy(outside.folder / "secret", outside.folder / data.name)
+    for file in (items / "d").iterdir():
+        node = file.read_bytes().replace(b"0123456789a/", b"../somebody/")
+        file.write_bytes(node[:-4] + _crc32c(node[:-4]).to_bytes(4, "little"))
+    assert b"../somebody/" in b"".join(file.read_bytes() for file in (items / "d").iterdir())
+    with pytest.raises(ValueError, match="Invalid key"):
+        ts.KvStore.open(kvstore).result().read(b"chunk").result()
 
 
 def test_above_what_the_user_named_the_run_s_own_folder_is_the_limit(run, outside):
