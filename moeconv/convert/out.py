@@ -54,7 +54,10 @@ def is_replaceable(out: Path) -> bool:
     """
     if all(path.name in KNOWN for path in out.iterdir()):
         return True
-    content = _manifest(out)
+    try:
+        content = _manifest(out)
+    except OSError:
+        return False  # what a link hides may be a run's
     if isinstance(content, dict) and content.get("format") == "moeconv-run":
         return False
     named = any((out / name).is_file() for name in (MANIFEST_NAME, "config.json"))
@@ -63,14 +66,18 @@ def is_replaceable(out: Path) -> bool:
 
 def strangers(out: Path) -> list[str]:
     """What would be lost with an old model without being part of it."""
-    content = _manifest(out)
+    try:
+        content = _manifest(out)
+    except OSError:
+        content = None
     files = content.get("files") if isinstance(content, dict) else None
     known = {*_OURS, *(files if isinstance(files, dict) else ())}
     return sorted(path.name for path in out.iterdir() if path.name not in known)
 
 
 def _manifest(out: Path) -> Any:
+    """What moeconv.json holds; None where there is none, or it is no JSON."""
     try:
         return json.loads(read_inside(out, MANIFEST_NAME))
-    except (OSError, ValueError, RecursionError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None

@@ -27,8 +27,9 @@ from moeconv.mapping.rules import Family, Options
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
-from moeconv.untrusted.files import demand_inside
+from moeconv.untrusted.files import UnsafeFileError, demand_inside, read_inside
 
+_INDEX = "model.safetensors.index.json"
 # The folder that transformers looks into for more chat templates (its `utils/hub.py`).
 _TEMPLATES = "additional_chat_templates"
 
@@ -197,8 +198,20 @@ def demand_loadable_files(folder: Path) -> None:
         demand_inside(folder)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             demand_inside(folder / _TEMPLATES)
+        _demand_own_shards(folder)
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _demand_own_shards(folder: Path) -> None:
+    """Refuses an index with names that lead out: transformers opens the files that it names."""
+    try:
+        index = json.loads(read_inside(folder, _INDEX))
+        names = {str(name) for name in index["weight_map"].values()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # no index, or one that nothing is read by; level structure says so
+    if out := sorted(name for name in names if "/" in name):
+        raise UnsafeFileError(folder / _INDEX, f"it names {out[0]}, which leads out of {folder}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What verify reads lies in OUT, and what it writes goes there: no link leads elsewhere."""
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -70,6 +71,17 @@ def test_nothing_in_out_leads_out_of_it(out, outside, name, plant):
 def test_nor_in_the_model_that_the_user_compares_with(out, outside, plant):
     outside.plant(plant, out / "generation_config.json")
     with planted.at_once(), pytest.raises(ConfigError, match=r"generation_config\.json|zz-hop"):
+        check_folder(out)
+
+
+@pytest.mark.parametrize("name", ["../somebody/secret", "/etc/hostname", "sub/../../secret"])
+def test_nor_does_the_index(out, outside, name):
+    """transformers joins its names to the folder."""
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=f"it names {name}, which leads out of"):
+        Subject.open(out)
+    with pytest.raises(ConfigError, match="leads out of"):
         check_folder(out)
 
 
