@@ -12,6 +12,8 @@ from cli_runner import Ran, moeconv
 
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import TOKENIZER_FILES, read_tokenizer
+from moeconv.orbax.locate import locate
+from moeconv.verify.tokens import find_sample
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +34,9 @@ def _convert(run: Path, *args: object) -> Ran:
         return moeconv("convert", run, run.parent / "out", *args)
 
 
-def _tell(run: Path, tokenizer: object) -> None:
+def _tell(run: Path, tokenizer: object, **more: object) -> None:
     sidecar = json.loads((run / "moeconv.json").read_text())
-    (run / "moeconv.json").write_text(json.dumps({**sidecar, "tokenizer": tokenizer}))
+    (run / "moeconv.json").write_text(json.dumps({**sidecar, "tokenizer": tokenizer, **more}))
 
 
 def _refused(ran: Ran, run: Path, outside: planted.Outside, *words: str) -> None:
@@ -139,3 +141,13 @@ def test_metrics_that_lead_out_are_not_told(run, outside, plant):
     assert ran.code == 0
     assert "metrics.jsonl" in ran.err
     assert "0.123456789" not in (run.parent / "out" / "moeconv.json").read_text()
+
+
+@planted.every("plant", (*planted.LINKS, planted.fifo))
+def test_a_sample_that_leads_out_is_not_used(run, outside, plant):
+    outside.plant(plant, run / "sample.txt")
+    for name in ("sample.txt", "../somebody/secret", str(outside.folder / "secret")):
+        _tell(run, None, text_sample=name)
+        with planted.at_once():
+            sample = find_sample(None, locate(str(run)))
+        assert sample.origin == "the text that comes with moeconv"
