@@ -3,16 +3,25 @@
 import json
 import os
 import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import outputs
 import planted
 import pytest
 from cli_runner import Ran, moeconv
 
+from moeconv.arch.sidecar import RunSidecar
+from moeconv.convert.source import run_tokenizer
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import TOKENIZER_FILES, read_tokenizer
 from moeconv.orbax.locate import locate
+from moeconv.orbax.store import Folder
+from moeconv.verify.outcome import Status
+from moeconv.verify.tokenizers import check_own_tokenizer
 from moeconv.verify.tokens import find_sample
 
 
@@ -151,3 +160,34 @@ def test_a_sample_that_leads_out_is_not_used(run, outside, plant):
         with planted.at_once():
             sample = find_sample(None, locate(str(run)))
         assert sample.origin == "the text that comes with moeconv"
+
+
+def test_a_run_at_an_address_has_its_tokenizer_there(run):
+    handler = partial(Quiet, directory=str(run))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = Folder.open(f"http://127.0.0.1:{server.server_port}")
+        sidecar = RunSidecar.model_validate_json((run / "moeconv.json").read_bytes())
+        there = run_tokenizer(sidecar, address, model_max_length=None)
+        here = run_tokenizer(sidecar, Folder.open(run), model_max_length=None)
+        for name in ("../tokenizer", "/tokenizer"):
+            climbing = sidecar.model_copy(update={"tokenizer": name})
+            with pytest.raises(TokenizerError, match="--tokenizer"):
+                run_tokenizer(climbing, address, model_max_length=None)
+        server.shutdown()
+    assert there.files == here.files
+    assert there.source == f"{address}/tokenizer"
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_verify_says_that_a_run_s_tokenizer_outside_was_not_compared(run, outside):
+    """The model was converted with --tokenizer: there is a verdict, with a warning."""
+    _tell(run, "../somebody")
+    subject = SimpleNamespace(step=locate(str(run)), out=run / "tokenizer")
+    (check,) = check_own_tokenizer(subject)
+    assert check.status is Status.WARN
+    assert "leads out of" in check.summary
