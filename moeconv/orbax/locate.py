@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeconv.errors import NotACheckpointError
-from moeconv.orbax.store import Folder
+from moeconv.orbax.store import DeniedError, Folder
 
 _STEP = re.compile(r"(?:\w+_)?(\d+)\Z")
 _COMMIT = "commit_success.txt"
@@ -84,13 +84,12 @@ def read_beside(folder: Folder, name: str) -> bytes | None:
 
     Raises:
         NotACheckpointError: It is on this machine, and cannot be read.
+        StorageError: The store does not answer.
     """
     try:
         raw = folder.read(name)
-    except NotACheckpointError:
-        if folder.local is None:
-            return None
-        raise
+    except DeniedError:  # above a public step, say; S3 answers so where nothing may be listed
+        return None
     if raw is None and folder.local is not None and (folder.local / name).is_dir():
         raise NotACheckpointError(f"cannot read {folder / name}: it is a directory")
     return raw

@@ -22,13 +22,20 @@ def loads(raw: bytes | str) -> Any:
     return value
 
 
-def dumps(content: Any, *, indent: int | None = 2) -> bytes:
+def dumps(content: Any, *, indent: int | None = 2, ascii_only: bool = False) -> bytes:
     """JSON in UTF-8 with a line's end; the same content gives the same bytes.
+
+    Args:
+        content: What to write.
+        indent: As for `json.dumps`.
+        ascii_only: Escape everything else, as for a terminal.
 
     Raises:
         ValueError: The content holds NaN, Infinity, or half a character.
     """
-    return _encode(json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    raw = _encode(text + "\n")
+    return (json.dumps(content, indent=indent) + "\n").encode() if ascii_only else raw
 
 
 def _encode(text: str) -> bytes:
