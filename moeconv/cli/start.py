@@ -10,7 +10,7 @@ INTERRUPTED = 130
 
 
 def end_as_ctrl_c() -> None:
-    """Makes both raise KeyboardInterrupt; a signal that the caller ignores (nohup) stays ignored."""
+    """Makes both raise KeyboardInterrupt, but for one that the caller ignores (nohup)."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)

@@ -15,7 +15,7 @@ from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
-from moeconv.arch.told import ToldConfig, from_config_file, from_flags, from_mapping
+from moeconv.arch.told import ToldConfig, load_config_file, tell
 from moeconv.errors import ConfigError, NotACheckpointError
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate, read_beside
@@ -117,23 +117,29 @@ def open_checkpoint(
         if config is None:
             raise error.needed() from None
         unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
-    flags = from_flags(sets)
-    if config is not None:
-        told = ToldConfig(from_config_file(config), flags)
-    elif sidecar is not None:
-        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
-        told = ToldConfig(from_mapping(sidecar[0].config, where), flags)
-    else:
-        told = ToldConfig(flags)
+    told = tell(*run_config(config, sidecar), sets)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     layout = detect_layout(used, scan_axis=_scan_axis(told))
-    scan_layers = step.custom_metadata.get("scan_layers")
-    resolution = resolve(
-        layout, told, scan_layers=scan_layers if isinstance(scan_layers, bool) else None
-    )
+    resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(step, tree, arrays, layout, told, resolution, sidecar, dropped)
+
+
+def run_config(
+    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None
+) -> tuple[Mapping[str, Any] | None, Provenance]:
+    """What told of a run's config, for `tell`: the user's file, else the run's sidecar, else none.
+
+    Raises:
+        ConfigError: The user's file cannot be read.
+    """
+    if config is not None:
+        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
+    if sidecar is not None:
+        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
+        return sidecar[0].config, where
+    return None, Provenance(Origin.FLAG, "")
 
 
 def _scan_axis(told: ToldConfig) -> int | None:

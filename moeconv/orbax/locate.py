@@ -30,6 +30,8 @@ class Step:
         custom_metadata: What MaxText recorded beside it (`scan_layers`).
         beside: Folders where the run's sidecar may lie, nearest first.
         skipped: Newer steps passed over because their save is unfinished.
+        dated: Whether it has the step metadata that Orbax writes since 0.5.11 of May 2024, so that
+            no older MaxText saved it.
     """
 
     items: Folder
@@ -37,6 +39,13 @@ class Step:
     custom_metadata: dict[str, Any]
     beside: tuple[Folder, ...]
     skipped: tuple[str, ...] = ()
+    dated: bool = True
+
+    @property
+    def scan_layers(self) -> bool | None:
+        """What MaxText recorded, None where it did not."""
+        found = self.custom_metadata.get("scan_layers")
+        return found if isinstance(found, bool) else None
 
 
 def locate(spec: str) -> Step:
@@ -141,4 +150,5 @@ def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
     beside = [step, step.parent]
     if step.parent.name == "checkpoints":
         beside.append(step.parent.parent)
-    return Step(items, int(match[1]) if match else None, custom, tuple(beside), skipped)
+    number = int(match[1]) if match else None
+    return Step(items, number, custom, tuple(beside), skipped, dated=raw is not None)

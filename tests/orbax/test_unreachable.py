@@ -1,4 +1,4 @@
-"""A store that cannot be reached, or that says nothing, is told of within seconds and by its name."""
+"""A store that cannot be reached or says nothing is told of within seconds, by its name."""
 
 import http.server
 import socket
@@ -48,15 +48,13 @@ def serve(tmp_path):
     def start(before=lambda number: None):
         asked = []
 
-        class Handler(Files):
-            root = tmp_path
+        def answer(self):
+            asked.append(self.path)
+            status = before(len(asked))
+            return Files.do_GET(self) if status is None else self.send_error(status)
 
-            def do_GET(self):
-                asked.append(self.path)
-                status = before(len(asked))
-                return super().do_GET() if status is None else self.send_error(status)
-
-        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        handler = type("Served", (Files,), {"root": tmp_path, "do_GET": answer})
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}", asked
 
