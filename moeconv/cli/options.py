@@ -20,6 +20,10 @@ class LocalPath(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See `click.ParamType`."""
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail("a path that is not UTF-8 can stand in no JSON file; rename it", param, ctx)
         if is_address(value):
             self.fail(
                 f"{value} is an address; give a path on this machine, and copy from or to the "

@@ -42,8 +42,9 @@ class Output:
     def print(self, renderable: Any = "") -> None:
         """The command's answer, for people; nothing in json or quiet mode."""
         if not self.json_mode and not self.quiet:
+            line = isinstance(renderable, str)  # of which rich would drop what is escaped here
             self._console(stderr=False).print(
-                renderable, markup=False, soft_wrap=isinstance(renderable, str)
+                printable(renderable) if line else renderable, markup=False, soft_wrap=line
             )
 
     def data(self, content: Any) -> None:

@@ -98,7 +98,11 @@ class Folder:
                 )
             else:
                 path = Path(text).expanduser()
-            return cls(f"file://{path.resolve()}")
+            url = f"file://{path.resolve()}"
+            url.encode()  # else tensorstore cannot be asked, and no manifest can name it
+            return cls(url)
+        except UnicodeEncodeError:
+            raise NotACheckpointError(f"{text}: a path that is not UTF-8; rename it") from None
         # A loop of links, ~name of no user, a NUL.
         except (OSError, RuntimeError, ValueError) as error:
             raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
