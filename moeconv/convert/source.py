@@ -1,7 +1,6 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +15,13 @@ from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.arch.told import ToldConfig, load_config_file, tell
+from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, NotACheckpointError
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.untrusted import strict_json
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -154,6 +155,14 @@ def _scan_axis(told: ToldConfig) -> int | None:
     return int(axis.value)
 
 
+def _first_fault(error: ValueError) -> str:
+    """What is wrong with a sidecar, in short."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
+
+
 class _DamagedError(Exception):
     """The sidecar is there and of no use; says where and why."""
 
@@ -181,12 +190,13 @@ def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
         if raw is None:
             continue
         try:
-            content = json.loads(raw)
+            content = strict_json.loads(raw)
             if isinstance(content, dict) and content.get("format") == "moeconv":
                 continue  # the manifest of a converted model, not a run's sidecar
             return RunSidecar.model_validate(content), folder
-        except (ValueError, RecursionError, ValidationError):
+        except ValueError as error:  # pydantic's is one
             raise _DamagedError(
-                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes"
+                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes "
+                f"({_first_fault(error)})"
             ) from None
     return None

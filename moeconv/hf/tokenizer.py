@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
+from moeconv.untrusted import strict_json
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
 TOKENIZER_FILES = (
@@ -36,6 +37,8 @@ _NAMED = (
 )
 _ADDITIONAL = "additional_special_tokens"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# JSON that is written as it was read, and not looked at otherwise.
+_COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "vocab.json")
 _FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".bpe")
 
 Kind = Literal["directory", "tiktoken", "hub"]
@@ -194,12 +197,12 @@ def _described(
     files: dict[str, bytes], source: str, kind: Kind, model_max_length: int | None
 ) -> TokenizerFiles:
     """Mends what would keep `files` from loading, and reads out the ids they define."""
+    for name in _COPIED:
+        _json_object(files, name, source)
     config = _json_object(files, "tokenizer_config.json", source)
     config, notes = _mended_config(config, source, model_max_length)
     if notes:
-        files["tokenizer_config.json"] = (
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        ).encode()
+        files["tokenizer_config.json"] = strict_json.dumps(config)
     ids = _ids(files, config, source)
     size = 1 + max(ids.values())
     # transformers reads the map only where the config does not define its added tokens.
@@ -316,8 +319,8 @@ def _json_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str
     if name not in files:
         return {}
     try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(files[name])
+    except ValueError as error:
         raise TokenizerError(
             f"{source}: {name} is not JSON ({error}); fetch or save the tokenizer again"
         ) from None

@@ -42,7 +42,9 @@ def _encode(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"it holds half a character ({error.object[error.start]!r})") from None
+        text, at = error.object, error.start
+        before = text[max(0, at - 40) : at].rsplit("\n")[-1]
+        raise ValueError(f"it holds half a character ({text[at]!r} after {before!r})") from None
 
 
 def _refuse(constant: str) -> NoReturn:
