@@ -207,7 +207,7 @@ def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from None
     except ValueError as error:  # also bytes that are no text
-        raise ConfigError(f"--config {path} is not a MaxText YAML: {error}") from None
+        raise ConfigError(f"--config {path} is not YAML of MaxText: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

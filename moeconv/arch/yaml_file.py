@@ -14,6 +14,7 @@ SIZE_LIMIT = 512 * 1024
 _DEPTH_LIMIT = 32
 _SCALAR_LIMIT = 10_000
 _EVENT_LIMIT = 20_000
+_DIGITS_LIMIT = 100
 _Base: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -30,13 +31,12 @@ class _Loader(_Base):  # type: ignore[misc]
         found: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return found
 
-    def whole_number(self, node: yaml.ScalarNode) -> int:
-        """An int64: no larger one can be a setting, nor be printed in time."""
-        if len(node.value) < 100:
-            number: int = self.construct_yaml_int(node)
-            if -(2**63) <= number < 2**63:
-                return number
-        raise ValueError(f"the number {short(node.value)} is too large")
+    def whole_number(self, node: yaml.ScalarNode) -> int | str:
+        """Left as text where it is too long: no setting is so large, and Python prints none."""
+        if len(node.value) > _DIGITS_LIMIT:
+            return str(node.value)
+        number: int = self.construct_yaml_int(node)
+        return number
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)

@@ -26,9 +26,9 @@ ATTACKS = {
     "deep mappings": (f"{'{a: ' * 100_000}", "nested more than"),
     "deep dashes": ("- " * 100_000, "nested more than"),
     "a long value": (f"model_name: {'x' * 300_000}\n", "300000 characters"),
-    "a long number": (f"rope_max_timescale: {'9' * 9_000}\n", "number 999"),
-    "a base 60 number": (f"rope_max_timescale: 1{':59' * 3_000}\n", "number 1:59"),
-    "a number over 64 bits": ("num_experts_per_tok: 99999999999999999999\n", "too large"),
+    "a long number": (f"decoder_block: mixtral\nrope_max_timescale: {'9' * 9_000}\n", "rope_max_timescale=inf (config"),
+    "a base 60 number": (f"decoder_block: mixtral\nrope_max_timescale: 1{':59' * 3_000}\n", "rope_max_timescale=1:59:59"),
+    "a number over 64 bits": ("decoder_block: mixtral\nnum_experts_per_tok: 99999999999999999999\n", "should be a whole number"),
     "code": ("a: !!python/object/apply:os.system ['touch pwned']\n", "python/object"),
     "code in a key": ("!!python/name:os.system : 1\n", "python/name"),
     "a key twice": ("rope_max_timescale: 1\nrope_max_timescale: 2\n", "twice"),
@@ -69,9 +69,7 @@ def test_a_hostile_config(run, tmp_path, monkeypatch, name):
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize(
-    "name", ["laughs in a key", "deep lists", "a long number", "code", "a NUL"]
-)
+@pytest.mark.parametrize("name", ["laughs in a key", "deep lists", "code", "a NUL"])
 def test_a_hostile_flag(run, name):
     content, _ = ATTACKS[name]
     value = content.partition(": ")[2]
