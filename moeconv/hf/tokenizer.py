@@ -10,6 +10,7 @@ from typing import Any, Literal
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
 from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import is_address
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
 TOKENIZER_FILES = (
@@ -94,6 +95,11 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
         raise TokenizerError(
             f"{spec}: cannot be read ({reason}); mend that or give another"
         ) from None
+    if is_address(spec):
+        raise TokenizerError(
+            f"{spec}: is an address; copy the tokenizer into a local folder and give that with "
+            "--tokenizer"
+        )
     if _HUB_ID.fullmatch(spec) is None or spec.endswith(_FILE_SUFFIXES):
         raise TokenizerError(
             f"{spec}: no such file or directory; give a directory with a tokenizer.json, a file of "

@@ -5,7 +5,7 @@ import synthetic
 from cli_runner import moeconv
 
 from moeconv.convert.out import resolve_out
-from moeconv.errors import OutputError, UsageError
+from moeconv.errors import OutputError, TokenizerError, UsageError
 
 ADDRESSES = (
     "gs://bucket/out", "gs:/bucket/out", "s3://bucket/out", "hf://user/model", "hf:user/model",
@@ -35,6 +35,14 @@ def test_an_address_is_no_path(tmp_path, monkeypatch, use, address):
     assert ran.code == UsageError.exit_code == 2
     assert "is an address" in ran.err and address in ran.err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_is_no_address_either(tmp_path):
+    made = synthetic.write(tmp_path / "run")
+    options = ("--config", made.config_file(), "--tokenizer", "gs://bucket/tokenizer")
+    ran = moeconv("convert", made.run, tmp_path / "out", *options)
+    assert ran.code == TokenizerError.exit_code
+    assert "gs://bucket/tokenizer: is an address" in ran.error
 
 
 @pytest.mark.parametrize("address", ADDRESSES)

@@ -12,6 +12,7 @@ from moeconv.errors import ConfigError
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(8)
 )
+MIXTRAL = "decoder_block: mixtral\n"
 # Content, and words of the answer.
 ATTACKS = {
     "laughs in a key": (f"{LAUGHS}num_experts_per_tok: *i\n", "alias"),
@@ -26,9 +27,12 @@ ATTACKS = {
     "deep mappings": (f"{'{a: ' * 100_000}", "nested more than"),
     "deep dashes": ("- " * 100_000, "nested more than"),
     "a long value": (f"model_name: {'x' * 300_000}\n", "300000 characters"),
-    "a long number": (f"decoder_block: mixtral\nrope_max_timescale: {'9' * 9_000}\n", "rope_max_timescale=inf (config"),
-    "a base 60 number": (f"decoder_block: mixtral\nrope_max_timescale: 1{':59' * 3_000}\n", "rope_max_timescale=1:59:59"),
-    "a number over 64 bits": ("decoder_block: mixtral\nnum_experts_per_tok: 99999999999999999999\n", "should be a whole number"),
+    "a long number": (
+        f"{MIXTRAL}rope_max_timescale: {'9' * 9_000}\n", "rope_max_timescale=inf (config"),
+    "a base 60 number": (
+        f"{MIXTRAL}rope_max_timescale: 1{':59' * 3_000}\n", "rope_max_timescale=1:59:59"),
+    "a number over 64 bits": (
+        f"{MIXTRAL}num_experts_per_tok: 99999999999999999999\n", "should be a whole number"),
     "code": ("a: !!python/object/apply:os.system ['touch pwned']\n", "python/object"),
     "code in a key": ("!!python/name:os.system : 1\n", "python/name"),
     "a key twice": ("rope_max_timescale: 1\nrope_max_timescale: 2\n", "twice"),
