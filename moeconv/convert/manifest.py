@@ -1,7 +1,6 @@
 """`moeconv.json`: what was converted, how, and the digest of everything read and written."""
 
 import json
-import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -99,9 +98,6 @@ class Manifest(_Frozen):
         model = _DESCRIPTION.validate_json(json.dumps(values), strict=True)
         kinds = set(model.layer_kinds)
         wanted = [model.decoder_block in BLOCKS, kinds, not values.keys() - model.values().keys()]
-        for name, value in values.items():
-            if isinstance(value, int | float) and not name.endswith("token_id"):
-                wanted.append(isinstance(value, bool) or 0 < value < math.inf)
         if LayerKind.DENSE in kinds:
             wanted.append(model.intermediate_size)
         if LayerKind.MOE in kinds:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
-from moeconv.untrusted.files import open_regular, read_inside, read_whole
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import is_address, open_regular, read_inside, read_whole
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
 TOKENIZER_FILES = (
@@ -40,6 +41,8 @@ _ADDITIONAL = "additional_special_tokens"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # The largest that people publish have 40 MB.
 _LIMIT = 256 * 2**20
+# JSON that is written as it was read, and not looked at otherwise.
+_COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "vocab.json")
 _FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".bpe")
 
 Kind = Literal["directory", "tiktoken", "hub"]
@@ -96,6 +99,11 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
         raise TokenizerError(
             f"{spec}: cannot be read ({reason}); mend that or give another"
         ) from None
+    if is_address(spec):
+        raise TokenizerError(
+            f"{spec}: is an address; copy the tokenizer into a local folder and give that with "
+            "--tokenizer"
+        )
     if _HUB_ID.fullmatch(spec) is None or spec.endswith(_FILE_SUFFIXES):
         raise TokenizerError(
             f"{spec}: no such file or directory; give a directory with a tokenizer.json, a file of "
@@ -223,12 +231,12 @@ def _described(
     files: dict[str, bytes], source: str, kind: Kind, model_max_length: int | None
 ) -> TokenizerFiles:
     """Mends what would keep `files` from loading, and reads out the ids they define."""
+    for name in _COPIED:
+        _json_object(files, name, source)
     config = _json_object(files, "tokenizer_config.json", source)
     config, notes = _mended_config(config, source, model_max_length)
     if notes:
-        files["tokenizer_config.json"] = (
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        ).encode()
+        files["tokenizer_config.json"] = strict_json.dumps(config)
     ids = _ids(files, config, source)
     size = 1 + max(ids.values())
     # transformers reads the map only where the config does not define its added tokens.
@@ -345,8 +353,8 @@ def _json_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str
     if name not in files:
         return {}
     try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(files[name])
+    except ValueError as error:
         raise TokenizerError(
             f"{source}: {name} is not JSON ({error}); fetch or save the tokenizer again"
         ) from None

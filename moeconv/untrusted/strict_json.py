@@ -22,20 +22,29 @@ def loads(raw: bytes | str) -> Any:
     return value
 
 
-def dumps(content: Any, *, indent: int | None = 2) -> bytes:
+def dumps(content: Any, *, indent: int | None = 2, ascii_only: bool = False) -> bytes:
     """JSON in UTF-8 with a line's end; the same content gives the same bytes.
+
+    Args:
+        content: What to write.
+        indent: As for `json.dumps`.
+        ascii_only: Escape everything else, as for a terminal.
 
     Raises:
         ValueError: The content holds NaN, Infinity, or half a character.
     """
-    return _encode(json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    raw = _encode(text + "\n")
+    return (json.dumps(content, indent=indent) + "\n").encode() if ascii_only else raw
 
 
 def _encode(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"it holds half a character ({error.object[error.start]!r})") from None
+        text, at = error.object, error.start
+        before = text[max(0, at - 40) : at].rsplit("\n")[-1]
+        raise ValueError(f"it holds half a character ({text[at]!r} after {before!r})") from None
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError
+from moeconv.untrusted.files import is_address
 from moeconv.verify.outcome import Check, Level, Status, skipped, worst
 from moeconv.verify.report import Report, make_report
 from moeconv.verify.settings import Note, ParityOptions
@@ -72,7 +73,8 @@ def verify(
     checks: list[Check] = []
     rows: Rows | None = None
     for level in (level for level in LEVELS if level in options.levels):
-        note(f"level {level}")
+        where = f", reading {subject.source}" if level != "structure" else ""
+        note(f"level {level}{where if is_address(subject.source) else ''}")
         try:
             if level == "structure":
                 checks += check_structure(subject)

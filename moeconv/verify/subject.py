@@ -7,6 +7,7 @@ source: nothing that the conversion computed is taken over but what it claims.
 import contextlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from moeconv.arch.layout import Layout, detect_layout
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.convert.source import UNUSED
 from moeconv.convert.stamps import Stamp, stamp
-from moeconv.errors import ConfigError, NotACheckpointError, OutputError
+from moeconv.errors import ConfigError, NotACheckpointError, OutputError, TensorError
 from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.edges import Edge, expand
 from moeconv.mapping.families import FAMILIES
@@ -150,10 +151,13 @@ class Subject:
         try:
             return detect_layout(used)
         except ConfigError:
-            # The shapes leave the scan axis open; the manifest says which one was taken.
-            text = self.manifest.source.layout
-            axis = int(text.split("on axis ")[1].split(")")[0].split(",")[0])
-            return detect_layout(used, scan_axis=axis)
+            # The shapes leave the scan axis open; the manifest describes the one that was taken.
+            for axis in range(max(map(len, used.values()))):
+                with suppress(ConfigError, TensorError):
+                    found = detect_layout(used, scan_axis=axis)
+                    if found.describe() == self.manifest.source.layout:
+                        return found
+            raise
 
     @cached_property
     def edges(self) -> Mapping[str, Edge]:
