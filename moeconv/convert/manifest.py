@@ -14,6 +14,8 @@ from moeconv.convert.run_record import RunRecord
 from moeconv.mapping.ops import Scale
 
 MANIFEST_NAME = "moeconv.json"
+# More than any size or id of a model; two of them multiplied are still a number of 64 bits.
+_LARGEST = 2**31
 _DESCRIPTION = TypeAdapter(ModelDescription)
 
 
@@ -102,6 +104,8 @@ class Manifest(_Frozen):
         for name, value in values.items():
             if isinstance(value, int | float) and not name.endswith("token_id"):
                 wanted.append(isinstance(value, bool) or 0 < value < math.inf)
+            if isinstance(value, int):  # sizes and ids are multiplied, and go into 64 bits
+                wanted.append(abs(value) < _LARGEST)
         if LayerKind.DENSE in kinds:
             wanted.append(model.intermediate_size)
         if LayerKind.MOE in kinds:

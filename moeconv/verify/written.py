@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 from moeconv.errors import OutputError
 from moeconv.hf.config import to_json
+from moeconv.untrusted.files import read_inside
 from moeconv.verify.markdown import to_markdown
 from moeconv.verify.plots import PLOTS, draw_plots
 from moeconv.verify.report import REPORT_NAME, Report
@@ -16,7 +17,7 @@ PAGE_NAME = "verify.md"
 def earlier_report(folder: Path) -> Report | None:
     """The report that lies in a folder, if it can be read."""
     try:
-        return Report.model_validate_json((folder / REPORT_NAME).read_bytes())
+        return Report.read(read_inside(folder, REPORT_NAME))
     except (OSError, ValueError):
         return None
 
