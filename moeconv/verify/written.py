@@ -25,7 +25,7 @@ _JUST_MADE = 10  # seconds
 def earlier_report(folder: Path) -> Report | None:
     """The report that lies in a folder, if it can be read."""
     try:
-        return Report.model_validate_json(read_inside(folder, REPORT_NAME))
+        return Report.read(read_inside(folder, REPORT_NAME))
     except (OSError, ValueError):
         return None
 
