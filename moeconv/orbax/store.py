@@ -1,5 +1,6 @@
 """Paths that may be local or remote: one small interface over tensorstore's key-value stores."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +9,15 @@ from urllib.parse import unquote
 
 import tensorstore as ts
 
-from moeconv.errors import NotACheckpointError
+from moeconv.errors import NotACheckpointError, StorageError
+from moeconv.untrusted.files import is_file, read_inside
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
+
+
+_LONGEST = 500  # characters of somebody else's message, which may quote all of a file
+# The largest metadata that runs write have some MB; parsed they take up to twenty times as much.
+LIMIT = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,17 @@ class Folder:
                 path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
             else:
                 path = Path(text).expanduser()
-            return cls(f"file://{path.resolve()}")
-        except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
+            url = f"file://{path.resolve()}"
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~name of no user
             raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
+        try:
+            url.encode()
+        except UnicodeEncodeError:
+            raise NotACheckpointError(
+                f"{text} has a name that is not UTF-8 in its path, with which tensorstore reads "
+                "nothing; rename it"
+            ) from None
+        return cls(url)
 
     @property
     def local(self) -> Path | None:
@@ -70,21 +85,47 @@ class Folder:
             return {"driver": "file", "path": f"{local}/"}
         return f"{self.url}/"
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, *, limit: int = LIMIT) -> bytes | None:
         """Content of a file, None when there is none.
 
         Raises:
-            NotACheckpointError: The store cannot be read (permissions, network, …).
+            NotACheckpointError: The store cannot be read (permissions, network, …), the file lies
+                outside of the folder, is no regular one, or is larger than `limit`.
         """
         try:
             if (local := self.local) is not None:
-                return (local / name).read_bytes()
+                return read_inside(local, name, limit=limit)
             result = _kvstore(self.kvstore()).read(name.encode()).result()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
         return bytes(result.value) if result.state == "value" else None
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name.
+
+        Raises:
+            NotACheckpointError: As `read`.
+        """
+        if self.local is None:
+            return self.read(name) is not None
+        try:
+            return is_file(self.local, name)
+        except OSError as error:
+            raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
+
+    def version(self, name: str) -> object:
+        """What changes when a file of a remote store does: its generation and its content.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        try:
+            result = _kvstore(self.kvstore()).read(name.encode()).result()
+        except (OSError, ValueError) as error:
+            raise StorageError(f"cannot read {self / name}: {reason(error)}") from None
+        return result.state, result.stamp.generation, hashlib.sha256(result.value).digest()
 
     def children(self) -> Iterator[str]:
         """Names of files and folders directly below.
@@ -116,4 +157,6 @@ def reason(error: BaseException) -> str:
     """The first clause of a tensorstore or OS error, without its source locations."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).split(" [source locations")[0].split(" [tensorstore_spec")[0].splitlines()[0]
+    text = str(error).split(" [source locations")[0].split(" [tensorstore_spec")[0]
+    line = next(iter(text.splitlines()), type(error).__name__)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"
