@@ -2,15 +2,15 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
 import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError
-from moeconv.untrusted.files import is_file, read_inside
+from moeconv.untrusted.files import inside, is_file, read_inside
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
 
@@ -27,9 +27,12 @@ class Folder:
     Attributes:
         url: `file://PATH` (the path as it is, without escapes), `gs://…`, `s3://…`, `http://…`,
             without a slash at the end.
+        root: Of a local one, the folder that the user named (or one above it): neither a link nor
+            a name found in a file may lead out of it. By default the folder itself.
     """
 
     url: str
+    root: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, spec: str | Path) -> "Folder":
@@ -56,12 +59,13 @@ class Folder:
                 f"{text} has a name that is not UTF-8 in its path, with which tensorstore reads "
                 "nothing; rename it"
             ) from None
-        return cls(url)
+        return cls(url, path.resolve())
 
     @property
     def local(self) -> Path | None:
         """The path, when the folder is on this machine."""
-        return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
+        path = self.url.removeprefix("file://")
+        return None if path == self.url else Path("/" + path.lstrip("/"))
 
     @property
     def name(self) -> str:
@@ -71,10 +75,13 @@ class Folder:
     @property
     def parent(self) -> "Folder":
         """The folder above."""
-        return Folder(self.url.rsplit("/", 1)[0])
+        above = Folder(self.url.rsplit("/", 1)[0], self.root)
+        if above.local is None or self.root is None or above.local.is_relative_to(self.root):
+            return above
+        return Folder(above.url, above.local)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}")
+        return Folder(f"{self.url}/{name}", self.root or self.local)
 
     def __str__(self) -> str:
         return str(self.local or self.url)
@@ -85,16 +92,41 @@ class Folder:
             return {"driver": "file", "path": f"{local}/"}
         return f"{self.url}/"
 
+    def real(self) -> "Folder":
+        """The folder without links on the way from its root.
+
+        Raises:
+            NotACheckpointError: It lies outside.
+        """
+        if self.local is None or self.root in (None, self.local):
+            return self
+        try:
+            found = inside(*self._below(""))
+        except OSError as error:
+            raise NotACheckpointError(f"cannot read {self}: {reason(error)}") from None
+        if not found.is_relative_to(self.root):
+            raise NotACheckpointError(f"cannot read {self}: it leads out of {self.root}")
+        return Folder(f"file://{found}", self.root)
+
+    def _below(self, name: str) -> tuple[Path, str]:
+        """The root, and the way from there to a file."""
+        local = self.local
+        assert local is not None
+        root = self.root or local
+        return root, f"{local.relative_to(root).as_posix()}/{name}"
+
     def read(self, name: str, *, limit: int = LIMIT) -> bytes | None:
         """Content of a file, None when there is none.
 
         Raises:
             NotACheckpointError: The store cannot be read (permissions, network, …), the file lies
-                outside of the folder, is no regular one, or is larger than `limit`.
+                outside of the root, is no regular one, or is larger than `limit`.
         """
+        if ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise NotACheckpointError(f"cannot read {self / name}: its name leads out of {self}")
         try:
-            if (local := self.local) is not None:
-                return read_inside(local, name, limit=limit)
+            if self.local is not None:
+                return read_inside(*self._below(name), limit=limit)
             result = _kvstore(self.kvstore()).read(name.encode()).result()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
@@ -111,7 +143,7 @@ class Folder:
         if self.local is None:
             return self.read(name) is not None
         try:
-            return is_file(self.local, name)
+            return is_file(*self._below(name))
         except OSError as error:
             raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
 
@@ -134,7 +166,7 @@ class Folder:
             NotACheckpointError: The store cannot be listed.
         """
         try:
-            if (local := self.local) is not None:
+            if (local := self.real().local) is not None:
                 yield from sorted(p.name for p in local.iterdir())
                 return
             keys = _kvstore(self.kvstore()).list().result()
