@@ -116,7 +116,7 @@ def make_report(subject: Subject, checks: list[Check]) -> Report:
         checks=checks,
         source=subject.manifest.source.digest,
         files=files,
-        beside={name: sha256(subject.out, name) for name in LEGAL if _is_own(subject.out, name)},
+        beside={name: sha256(subject.out / name) for name in LEGAL if _is_own(subject.out, name)},
     )
 
 

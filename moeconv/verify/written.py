@@ -57,7 +57,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         _clear(folder)
         with TemporaryDirectory(prefix=WRITING, dir=folder) as name, _held(fresh := Path(name)):
             plots = draw_plots(report, fresh)
-            drawn = {path.name: sha256(fresh, path.name) for path in plots}
+            drawn = {path.name: sha256(path) for path in plots}
             report = report.model_copy(update={"beside": {**report.beside, **drawn}})
             page = to_markdown(report, plots)
             (fresh / PAGE_NAME).write_text(page, encoding="utf-8")
