@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
+from moeconv.convert.beside import is_output_name
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.errors import NotACheckpointError, OutputError
-from moeconv.hf.tokenizer import TOKENIZER_FILES
 from moeconv.hub.weights import Weights
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import is_file, read_inside
@@ -22,9 +22,6 @@ from moeconv.verify.markdown import to_markdown
 from moeconv.verify.outcome import first_line
 from moeconv.verify.report import REPORT_NAME, Report
 
-# What a manifest of ours can name; one that names more was not written by convert.
-_CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
-_WEIGHTS = re.compile(r"model[\w.-]{0,100}\.safetensors", re.ASCII)
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Of a manifest or report: far more than a model of any size has.
 _JSON_LIMIT = 64 * 2**20
@@ -136,7 +133,7 @@ class Output:
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
-        if foreign := sorted(name for name in manifest.files if not _is_ours(name)):
+        if foreign := sorted(name for name in manifest.files if not is_output_name(name)):
             raise OutputError(
                 f"{path} names {printable(', '.join(foreign))[:200]}, which moeconv convert never "
                 "writes; nothing is sent, convert again"
@@ -202,10 +199,6 @@ class Output:
         return [f"{p.name}/" if p.is_dir() else p.name for p in there if p.name not in known]
 
 
-def _is_ours(name: str) -> bool:
-    return name in _CONFIGS or name in TOKENIZER_FILES or _WEIGHTS.fullmatch(name) is not None
-
-
 def read_own(folder: Path, name: str) -> bytes:
     """Content of a file of OUT: no link, as what it leads to would go to the Hub.
 
@@ -237,7 +230,7 @@ def _read_report(folder: Path) -> tuple[Report | None, str | None]:
             read_inside(folder, REPORT_NAME, links=False, limit=_JSON_LIMIT)
         )
         demand_plain(content)
-        report = Report.model_validate(content)
+        report = Report.of(content)
         to_markdown(report, ())  # figures that cannot be shown are none
     except FileNotFoundError:
         return None, None
