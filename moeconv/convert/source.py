@@ -1,7 +1,6 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,7 +13,8 @@ from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
-from moeconv.arch.told import ToldConfig, from_config_file, from_flags, from_mapping
+from moeconv.arch.told import ToldConfig, load_config_file, tell
+from moeconv.arch.yaml_file import short
 from moeconv.convert.unchanged import Unchanged
 from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
 from moeconv.hf.tokenizer import TOKENIZER_FILES, TokenizerFiles, tokenizer_of
@@ -23,6 +23,7 @@ from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.untrusted import strict_json
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -146,25 +147,31 @@ def open_checkpoint(
         if config is None:
             raise error.needed() from None
         unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
-    flags = from_flags(sets)
-    if config is not None:
-        told = ToldConfig(from_config_file(config), flags)
-    elif sidecar is not None:
-        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
-        told = ToldConfig(from_mapping(sidecar[0].config, where), flags)
-    else:
-        told = ToldConfig(flags)
+    told = tell(*run_config(config, sidecar), sets)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     layout = detect_layout(used, scan_axis=_scan_axis(told))
-    scan_layers = step.custom_metadata.get("scan_layers")
-    resolution = resolve(
-        layout, told, scan_layers=scan_layers if isinstance(scan_layers, bool) else None
-    )
+    resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
         step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
     )
+
+
+def run_config(
+    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None
+) -> tuple[Mapping[str, Any] | None, Provenance]:
+    """What told of a run's config, for `tell`: the user's file, else the run's sidecar, else none.
+
+    Raises:
+        ConfigError: The user's file cannot be read.
+    """
+    if config is not None:
+        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
+    if sidecar is not None:
+        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
+        return sidecar[0].config, where
+    return None, Provenance(Origin.FLAG, "")
 
 
 def _scan_axis(told: ToldConfig) -> int | None:
@@ -206,6 +213,14 @@ def run_tokenizer(
     return tokenizer_of(files, source, "directory", model_max_length=model_max_length)
 
 
+def _first_fault(error: ValueError) -> str:
+    """What is wrong with a sidecar, in short."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
+
+
 class _DamagedError(Exception):
     """The sidecar is there and of no use; says where and why."""
 
@@ -233,12 +248,13 @@ def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
         if raw is None:
             continue
         try:
-            content = json.loads(raw)
+            content = strict_json.loads(raw)
             if isinstance(content, dict) and content.get("format") == "moeconv":
                 continue  # the manifest of a converted model, not a run's sidecar
             return RunSidecar.model_validate(content), folder
-        except (ValueError, RecursionError, ValidationError):
+        except ValueError as error:  # pydantic's is one
             raise _DamagedError(
-                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes"
+                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes "
+                f"({_first_fault(error)})"
             ) from None
     return None

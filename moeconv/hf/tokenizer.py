@@ -10,7 +10,9 @@ from typing import Any, Literal
 
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
-from moeconv.untrusted.files import open_regular, read_inside, read_whole
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import is_address, open_regular, read_inside, read_whole
+from moeconv.untrusted.text import printable
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
 TOKENIZER_FILES = (
@@ -40,6 +42,8 @@ _ADDITIONAL = "additional_special_tokens"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # The largest that people publish have 40 MB.
 _LIMIT = 256 * 2**20
+# JSON that is written as it was read, and not looked at otherwise.
+_COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "vocab.json")
 _FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".bpe")
 
 Kind = Literal["directory", "tiktoken", "hub"]
@@ -96,6 +100,11 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
         raise TokenizerError(
             f"{spec}: cannot be read ({reason}); mend that or give another"
         ) from None
+    if is_address(spec):
+        raise TokenizerError(
+            f"{spec}: is an address; copy the tokenizer into a local folder and give that with "
+            "--tokenizer"
+        )
     if _HUB_ID.fullmatch(spec) is None or spec.endswith(_FILE_SUFFIXES):
         raise TokenizerError(
             f"{spec}: no such file or directory; give a directory with a tokenizer.json, a file of "
@@ -223,12 +232,12 @@ def _described(
     files: dict[str, bytes], source: str, kind: Kind, model_max_length: int | None
 ) -> TokenizerFiles:
     """Mends what would keep `files` from loading, and reads out the ids they define."""
+    for name in _COPIED:
+        _json_object(files, name, source)
     config = _json_object(files, "tokenizer_config.json", source)
     config, notes = _mended_config(config, source, model_max_length)
     if notes:
-        files["tokenizer_config.json"] = (
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        ).encode()
+        files["tokenizer_config.json"] = strict_json.dumps(config)
     ids = _ids(files, config, source)
     size = 1 + max(ids.values())
     # transformers reads the map only where the config does not define its added tokens.
@@ -345,8 +354,8 @@ def _json_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str
     if name not in files:
         return {}
     try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(files[name])
+    except ValueError as error:
         raise TokenizerError(
             f"{source}: {name} is not JSON ({error}); fetch or save the tokenizer again"
         ) from None
@@ -361,8 +370,19 @@ def _download(repo_id: str) -> Path:
     """Fetches the tokenizer's files of a repository into the Hub's cache."""
     from huggingface_hub import snapshot_download
 
+    from moeconv.hf.hub_address import read_address
+    from moeconv.hf.hub_client import DOWNLOAD, hub_client, within
+
+    address = read_address(None)  # says itself where a token must not go
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(TOKENIZER_FILES)))
+        with hub_client(address):
+            found = within(
+                # Whole: what is downloaded through Xet has no limit of ours besides.
+                lambda: snapshot_download(repo_id, allow_patterns=list(TOKENIZER_FILES)),
+                DOWNLOAD,
+                address.host,
+            )
+        return Path(found)
     except Exception as error:  # its transport's own errors have no stable name to catch
         raise TokenizerError(f"{repo_id}: {_failure(repo_id, error)}") from error
 
@@ -402,5 +422,5 @@ def _failure(repo_id: str, error: Exception) -> str:
             "no such directory, and the Hub cannot be reached; check the network, or give a "
             "directory"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
     return f"fetching it from the Hub failed ({reason}); try again, or give a directory"

@@ -16,7 +16,7 @@ from moeconv.errors import NotACheckpointError, StorageError, TensorError, Unsup
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.metadata import KeyPath, Tree
-from moeconv.orbax.store import Folder, reason
+from moeconv.orbax.store import Folder, context, reason
 
 # Far more than runs write (a chunk is what one device held), and still counted in a second.
 MOST_CHUNKS = 2**20
@@ -106,7 +106,7 @@ class Arrays:
         self.items = items
         self.tree = tree
         self.may_lack = allow_missing and not tree.zeros_stored
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._context = context(cache_pool={"total_bytes_limit": 0})
         self.info: dict[str, ArrayInfo] = {}
         opened = [(path, self._open(path, self._context)) for path in tree.parameters]
         chunks = 0
@@ -204,11 +204,9 @@ class Arrays:
         size = chunks * info.decoded_bytes
         size += size // 4 + (64 << 20)
         # Local files are mapped, not copied: a chunk may be gigabytes, and new memory is not free.
-        context = ts.Context(
-            {"cache_pool": {"total_bytes_limit": size}, "file_io_mode": {"mode": "memmap"}}
-        )
+        opening = context(cache_pool={"total_bytes_limit": size}, file_io_mode={"mode": "memmap"})
         stores = [
-            self._result(info.path, self._open(info.path, context, fill=fill))
+            self._result(info.path, self._open(info.path, opening, fill=fill))
             for fill in (False, True)[: 1 + self.may_lack]
         ]
         return Reader(self, info, stores[0], stores[-1])

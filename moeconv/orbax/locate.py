@@ -15,7 +15,7 @@ from typing import Any
 
 from moeconv.errors import NotACheckpointError
 from moeconv.orbax.inventory import inventory
-from moeconv.orbax.store import Folder
+from moeconv.orbax.store import DeniedError, Folder
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import READ_LIMIT
 
@@ -35,6 +35,8 @@ class Step:
         custom_metadata: What MaxText recorded beside it (`scan_layers`).
         beside: Folders where the run's sidecar may lie, nearest first.
         skipped: Newer steps passed over because their save is unfinished.
+        dated: Whether it has the step metadata that Orbax writes since 0.5.11 of May 2024, so that
+            no older MaxText saved it.
     """
 
     items: Folder
@@ -42,6 +44,13 @@ class Step:
     custom_metadata: dict[str, Any]
     beside: tuple[Folder, ...]
     skipped: tuple[str, ...] = ()
+    dated: bool = True
+
+    @property
+    def scan_layers(self) -> bool | None:
+        """What MaxText recorded, None where it did not."""
+        found = self.custom_metadata.get("scan_layers")
+        return found if isinstance(found, bool) else None
 
 
 def locate(spec: str) -> Step:
@@ -93,13 +102,12 @@ def read_beside(folder: Folder, name: str) -> bytes | None:
 
     Raises:
         NotACheckpointError: It is on this machine, and cannot be read.
+        StorageError: The store does not answer.
     """
     try:
         raw = folder.read(name, limit=READ_LIMIT)  # metrics of a long run
-    except NotACheckpointError:
-        if folder.local is None:
-            return None
-        raise
+    except DeniedError:  # above a public step, say; S3 answers so where nothing may be listed
+        return None
     if raw is None and folder.local is not None and (folder.local / name).is_dir():
         raise NotACheckpointError(f"cannot read {folder / name}: it is a directory")
     return raw
@@ -154,4 +162,4 @@ def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
     if step.parent.name == "checkpoints":
         beside.append(step.parent.parent)
     number = int(step.name) if _STEP.match(step.name) else None
-    return Step(items, number, custom, tuple(beside), skipped)
+    return Step(items, number, custom, tuple(beside), skipped, dated=raw is not None)

@@ -1,8 +1,15 @@
-"""Paths that may be local or remote: one small interface over tensorstore's key-value stores."""
+"""Paths that may be local or remote: one small interface over tensorstore's key-value stores.
+
+A remote store is given up after a silence, never after a total: whoever sends bytes is waited for.
+"""
 
 import hashlib
+import os
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
@@ -10,9 +17,55 @@ from urllib.parse import unquote
 import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError
-from moeconv.untrusted.files import inside, is_file, read_inside
+from moeconv.untrusted import native_logs
+from moeconv.untrusted.files import inside, is_address, is_file, read_inside
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
+
+# Read by tensorstore when it opens its first connection (its docs/environment.rst); by default none
+# of the three has a limit. Who set one knows better.
+CURL_LIMITS = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "5",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "256",
+}
+# tensorstore's own are 32 attempts over a quarter of an hour, also where nobody listens.
+_RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+# While the first files are asked for nothing is lost by giving up; seconds between attempts.
+_FIRST_DELAYS = (0.3, 1.0)
+# How tensorstore begins a message about an answer that will be the same when asked again.
+_DENIED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+_TRANSIENT = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # ... and that may be another
+# What of a message is not for people.
+_STATUS = re.compile(r"(?:ABORTED: All \d+ retry attempts failed: |[A-Z_]+: )?(?:CURL error )?")
+_WHERE = re.compile(r" \[(?:source locations|tensorstore_spec|curl_code)")
+
+
+class DeniedError(StorageError):
+    """The store answered that this may not be read."""
+
+
+def context(**resources: Any) -> ts.Context:
+    """A tensorstore context whose remote stores give up in time.
+
+    Args:
+        resources: Further context resources.
+    """
+    return _context(_RETRIES, **resources)
+
+
+def _context(retries: Any, **resources: Any) -> ts.Context:
+    for name, value in CURL_LIMITS.items():
+        os.environ.setdefault(name, value)
+    kinds = dict.fromkeys(("gcs", "s3", "http"), retries)
+    return ts.Context({**{f"{kind}_request_retries": r for kind, r in kinds.items()}, **resources})
+
+
+@cache
+def _first() -> ts.Context:
+    """For metadata, where attempts are counted here."""
+    native_logs.filter_stderr()
+    return _context({"max_retries": 0, "initial_delay": "1s", "max_delay": "1s"})
 
 
 _LONGEST = 500  # characters of somebody else's message, which may quote all of a file
@@ -39,7 +92,7 @@ class Folder:
         """From what the user typed: a path, or one of `SCHEMES`.
 
         Raises:
-            NotACheckpointError: It can be no path.
+            NotACheckpointError: It can be no path, or is an address of another kind.
         """
         text = str(spec)
         if text.startswith(SCHEMES) and not text.startswith("file://"):
@@ -47,19 +100,24 @@ class Folder:
         try:
             if text.startswith("file://"):
                 path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
+            elif is_address(text) and not Path(text).exists():
+                raise NotACheckpointError(
+                    f"{text} is an address that moeconv cannot read; it reads local paths, "
+                    f"{', '.join(SCHEMES)}"
+                )
             else:
                 path = Path(text).expanduser()
             url = f"file://{path.resolve()}"
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, ~name of no user
-            raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
-        try:
             url.encode()
+            return cls(url, path.resolve())
         except UnicodeEncodeError:
             raise NotACheckpointError(
                 f"{text} has a name that is not UTF-8 in its path, with which tensorstore reads "
                 "nothing; rename it"
             ) from None
-        return cls(url, path.resolve())
+        # A loop of links, ~name of no user, a NUL.
+        except (OSError, RuntimeError, ValueError) as error:
+            raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
 
     @property
     def local(self) -> Path | None:
@@ -119,20 +177,21 @@ class Folder:
         """Content of a file, None when there is none.
 
         Raises:
-            NotACheckpointError: The store cannot be read (permissions, network, …), the file lies
-                outside of the root, is no regular one, or is larger than `limit`.
+            NotACheckpointError: It is on this machine and cannot be read, lies outside of the root,
+                is no regular file, or is larger than `limit`.
+            StorageError: The store does not answer, or not with it (`DeniedError`).
         """
         if ".." in PurePosixPath(name).parts or name.startswith("/"):
             raise NotACheckpointError(f"cannot read {self / name}: its name leads out of {self}")
+        if self.local is None:
+            result = self._ask(name, lambda store: store.read(name.encode()))
+            return bytes(result.value) if result.state == "value" else None
         try:
-            if self.local is not None:
-                return read_inside(*self._below(name), limit=limit)
-            result = _kvstore(self.kvstore()).read(name.encode()).result()
+            return read_inside(*self._below(name), limit=limit)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
-        return bytes(result.value) if result.state == "value" else None
 
     def has(self, name: str) -> bool:
         """Whether there is a file of this name.
@@ -153,24 +212,22 @@ class Folder:
         Raises:
             StorageError: The store cannot be read.
         """
-        try:
-            result = _kvstore(self.kvstore()).read(name.encode()).result()
-        except (OSError, ValueError) as error:
-            raise StorageError(f"cannot read {self / name}: {reason(error)}") from None
+        result = self._ask(name, lambda store: store.read(name.encode()))
         return result.state, result.stamp.generation, hashlib.sha256(result.value).digest()
 
     def children(self) -> Iterator[str]:
         """Names of files and folders directly below.
 
         Raises:
-            NotACheckpointError: The store cannot be listed.
+            NotACheckpointError: The folder cannot be listed.
+            StorageError: The store does not answer.
         """
         try:
             if (local := self.real().local) is not None:
                 yield from sorted(p.name for p in local.iterdir())
                 return
-            keys = _kvstore(self.kvstore()).list().result()
-        except (OSError, ValueError, NotImplementedError) as error:
+            keys = self._ask("", lambda store: store.list())
+        except (OSError, NotImplementedError, DeniedError) as error:
             raise NotACheckpointError(
                 f"cannot list {self} ({reason(error)}); give the address of a step"
             ) from None
@@ -180,15 +237,33 @@ class Folder:
         """Whether a local folder is there; remote ones are found out by reading."""
         return self.local is None or self.local.is_dir()
 
+    def _ask(self, name: str, question: Any) -> Any:
+        """What a remote store answers; a store that says nothing is not asked again."""
+        delays = iter(_FIRST_DELAYS)
+        while True:
+            try:
+                return question(ts.KvStore.open(self.kvstore(), context=_first()).result()).result()
+            except (OSError, ValueError) as error:
+                what = f"{self / name}" if name else str(self)
+                kind = DeniedError if str(error).startswith(_DENIED) else StorageError
+                delay = next(delays, None)
+                if delay is None or not str(error).startswith(_TRANSIENT) or is_silence(error):
+                    raise kind(
+                        f"cannot read {what}: {reason(error)}; check the address, the network and "
+                        "your credentials"
+                    ) from None
+                time.sleep(delay)
 
-def _kvstore(spec: Any) -> Any:
-    return ts.KvStore.open(spec).result()
+
+def is_silence(error: BaseException) -> bool:
+    """Whether an attempt ended because the store said nothing for too long."""
+    return "Timeout was reached" in str(error)
 
 
 def reason(error: BaseException) -> str:
     """The first clause of a tensorstore or OS error, without its source locations."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    text = str(error).split(" [source locations")[0].split(" [tensorstore_spec")[0]
+    text = _WHERE.split(_STATUS.sub("", str(error)), maxsplit=1)[0]
     line = next(iter(text.splitlines()), type(error).__name__)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -8,6 +8,7 @@ and nothing but a regular file is opened, so that no FIFO or device blocks or ne
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -21,6 +22,15 @@ _SPECIAL = "is a FIFO, device or socket, not a regular file"
 # `<cache>/models--NAME/snapshots/REVISION`: its files are links to `<cache>/models--NAME/blobs`
 # (huggingface_hub/file_download.py, `_create_symlink`).
 _HUB_REPO = ("models--", "datasets--", "spaces--")
+
+
+# `gs://bucket/x`, or `gs:/bucket/x` as pathlib writes it, or `hf:name/x`.
+_ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+:/|hf:)")
+
+
+def is_address(text: object) -> bool:
+    """Whether a path is an address of some store: no file of this machine is meant by it."""
+    return _ADDRESS.match(str(text)) is not None
 
 
 class UnsafeFileError(OSError):
