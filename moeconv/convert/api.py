@@ -103,7 +103,11 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     spec = options.tokenizer or checkpoint.tokenizer
     tokenizer = None
     if spec is not None:
-        tokenizer = read_tokenizer(spec, model_max_length=model.max_position_embeddings)
+        length = model.max_position_embeddings
+        if options.tokenizer is not None:
+            tokenizer = read_tokenizer(spec, model_max_length=length)
+        else:
+            tokenizer = checkpoint.read_tokenizer(length)
         warnings += [*tokenizer.notes, *check_fits(tokenizer, model.vocab_size)]
         model = _with_token_ids(model, tokenizer)
     else:

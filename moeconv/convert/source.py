@@ -16,7 +16,8 @@ from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.arch.told import ToldConfig, load_config_file, tell
 from moeconv.arch.yaml_file import short
-from moeconv.errors import ConfigError, NotACheckpointError
+from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
+from moeconv.hf.tokenizer import TOKENIZER_FILES, TokenizerFiles, tokenizer_of
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
@@ -64,6 +65,11 @@ class Checkpoint:
         if self.sidecar is None or self.sidecar[0].tokenizer is None:
             return None
         return str(self.sidecar[1] / self.sidecar[0].tokenizer)
+
+    def read_tokenizer(self, model_max_length: int) -> TokenizerFiles:
+        """Reads it; see `run_tokenizer`."""
+        assert self.sidecar is not None
+        return run_tokenizer(*self.sidecar, model_max_length=model_max_length)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -161,6 +167,33 @@ def _first_fault(error: ValueError) -> str:
         return str(error)
     fault = error.errors(include_url=False, include_input=False)[0]
     return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
+
+
+def run_tokenizer(
+    sidecar: RunSidecar, run: Folder, *, model_max_length: int | None
+) -> TokenizerFiles:
+    """The tokenizer that a run's sidecar names, which lies in the run, here or at its address.
+
+    Raises:
+        TokenizerError: It lies outside, cannot be read, or cannot be used.
+    """
+    assert sidecar.tokenizer is not None
+    files = {}
+    try:
+        for name in TOKENIZER_FILES:
+            if (raw := read_beside(run, f"{sidecar.tokenizer}/{name}")) is not None:
+                files[name] = raw
+    except NotACheckpointError as error:
+        raise TokenizerError(
+            f"{error} ({run / SIDECAR_NAME} names it); give the tokenizer with --tokenizer"
+        ) from None
+    source = str(run / sidecar.tokenizer)
+    if not files:
+        raise TokenizerError(
+            f"{source}: no such file or directory with a tokenizer, but {run / SIDECAR_NAME} names "
+            "it; give the tokenizer with --tokenizer"
+        )
+    return tokenizer_of(files, source, "directory", model_max_length=model_max_length)
 
 
 class _DamagedError(Exception):

@@ -136,7 +136,8 @@ class Output:
         """
         seen = {}
         for name in self.names:
-            seen[name] = stamp(self.folder / name), sha256(self.folder, name, links=False)
+            here = self.folder / name
+            seen[name] = stamp(here), sha256(here, links=False)
         return seen
 
     @property

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeconv.errors import NotACheckpointError
+from moeconv.orbax.inventory import inventory
 from moeconv.orbax.store import DeniedError, Folder
 
 _STEP = re.compile(r"(?:\w+_)?(\d+)\Z")
@@ -140,6 +141,9 @@ def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
 
 
 def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
+    items = items.real()
+    if items.local is not None:
+        inventory(items.local)  # tensorstore and Orbax follow every link, and wait at a FIFO
     if (why := _unfinished(items)) is not None:
         raise NotACheckpointError(f"{why}; name an older step, or let the run save once more")
     step = items.parent if items.name == "items" else items

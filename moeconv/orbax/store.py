@@ -7,9 +7,9 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,7 +17,7 @@ import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError
 from moeconv.untrusted import native_logs
-from moeconv.untrusted.files import is_address
+from moeconv.untrusted.files import READ_LIMIT, inside, is_address, read_inside
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
 
@@ -74,9 +74,12 @@ class Folder:
     Attributes:
         url: `file://PATH` (the path as it is, without escapes), `gs://…`, `s3://…`, `http://…`,
             without a slash at the end.
+        root: Of a local one, the folder that the user named (or one above it): neither a link nor
+            a name found in a file may lead out of it. By default the folder itself.
     """
 
     url: str
+    root: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, spec: str | Path) -> "Folder":
@@ -98,9 +101,10 @@ class Folder:
                 )
             else:
                 path = Path(text).expanduser()
-            url = f"file://{path.resolve()}"
-            url.encode()  # else tensorstore cannot be asked, and no manifest can name it
-            return cls(url)
+            place = path.resolve()
+            # Else tensorstore cannot be asked, and no manifest can name it.
+            str(place).encode()
+            return cls(f"file://{place}", place)
         except UnicodeEncodeError:
             raise NotACheckpointError(f"{text}: a path that is not UTF-8; rename it") from None
         # A loop of links, ~name of no user, a NUL.
@@ -110,7 +114,8 @@ class Folder:
     @property
     def local(self) -> Path | None:
         """The path, when the folder is on this machine."""
-        return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
+        path = self.url.removeprefix("file://")
+        return None if path == self.url else Path("/" + path.lstrip("/"))
 
     @property
     def name(self) -> str:
@@ -120,10 +125,13 @@ class Folder:
     @property
     def parent(self) -> "Folder":
         """The folder above."""
-        return Folder(self.url.rsplit("/", 1)[0])
+        above = Folder(self.url.rsplit("/", 1)[0], self.root)
+        if above.local is None or self.root is None or above.local.is_relative_to(self.root):
+            return above
+        return Folder(above.url, above.local)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}")
+        return Folder(f"{self.url}/{name}", self.root or self.local)
 
     def __str__(self) -> str:
         return str(self.local or self.url)
@@ -134,18 +142,44 @@ class Folder:
             return {"driver": "file", "path": f"{local}/"}
         return f"{self.url}/"
 
-    def read(self, name: str) -> bytes | None:
+    def real(self) -> "Folder":
+        """The folder without links on the way from its root.
+
+        Raises:
+            NotACheckpointError: It lies outside.
+        """
+        if self.local is None or self.root in (None, self.local):
+            return self
+        try:
+            found = inside(*self._below(""))
+        except OSError as error:
+            raise NotACheckpointError(f"cannot read {self}: {reason(error)}") from None
+        if not found.is_relative_to(self.root):
+            raise NotACheckpointError(f"cannot read {self}: it leads out of {self.root}")
+        return Folder(f"file://{found}", self.root)
+
+    def _below(self, name: str) -> tuple[Path, str]:
+        """The root, and the way from there to a file."""
+        local = self.local
+        assert local is not None
+        root = self.root or local
+        return root, f"{local.relative_to(root).as_posix()}/{name}"
+
+    def read(self, name: str, *, limit: int = READ_LIMIT) -> bytes | None:
         """Content of a file, None when there is none.
 
         Raises:
-            NotACheckpointError: It is on this machine and cannot be read.
+            NotACheckpointError: It is on this machine and cannot be read, lies outside of the root,
+                is no regular file, or is larger than `limit`.
             StorageError: The store does not answer, or not with it (`DeniedError`).
         """
-        if (local := self.local) is None:
+        if ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise NotACheckpointError(f"cannot read {self / name}: its name leads out of {self}")
+        if self.local is None:
             result = self._ask(name, lambda store: store.read(name.encode()))
             return bytes(result.value) if result.state == "value" else None
         try:
-            return (local / name).read_bytes()
+            return read_inside(*self._below(name), limit=limit)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except (OSError, ValueError) as error:
@@ -159,7 +193,7 @@ class Folder:
             StorageError: The store does not answer.
         """
         try:
-            if (local := self.local) is not None:
+            if (local := self.real().local) is not None:
                 yield from sorted(p.name for p in local.iterdir())
                 return
             keys = self._ask("", lambda store: store.list())

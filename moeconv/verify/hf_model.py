@@ -21,6 +21,7 @@ from moeconv.mapping.ops import SIGNIFICAND_BITS
 from moeconv.verify.maxtext_head import Head
 from moeconv.verify.rounding import Rounding
 from moeconv.verify.sides import Trace
+from moeconv.verify.subject import demand_loadable_files
 
 
 class HfModel:
@@ -252,6 +253,8 @@ class HfLayers:
 def check_folder(folder: str | Path) -> Path:
     """A folder with a config and weights, and the packages to load them."""
     folder = Path(folder)
+    if folder.is_dir():
+        demand_loadable_files(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a Hugging Face model: it has no config.json.")
     if not any(folder.glob("*.safetensors")):

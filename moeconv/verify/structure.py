@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.convert.beside import KNOWN
+from moeconv.convert.beside import KNOWN, is_leftover
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import MoeconvError, OutputError
 from moeconv.hf.config import model_config
@@ -61,11 +61,11 @@ def _files(subject: Subject) -> Check:
             wrong.append(f"{name} (missing)")
         elif path.stat().st_size != record.size:
             wrong.append(f"{name} (size)")
-        elif sha256(subject.out, name) != record.sha256:
+        elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
     try:
-        extra = sorted({p.name for p in subject.out.iterdir()} - known)
+        extra = sorted({p.name for p in subject.out.iterdir() if not is_leftover(p)} - known)
     except OSError as error:
         raise OutputError(f"{subject.out} cannot be listed: {error.strerror}") from None
     if wrong:
@@ -84,19 +84,19 @@ def _files(subject: Subject) -> Check:
     return passed("structure", "files", f"{count} files have the size and SHA-256 of the manifest")
 
 
-def sha256(folder: Path, name: str, *, links: bool = True) -> str:
-    """SHA-256 of a file of a folder; `links` as in `open_inside`.
+def sha256(path: Path, *, links: bool = True) -> str:
+    """SHA-256 of a file that lies directly in OUT; `links` as in `open_inside`.
 
     Raises:
         OutputError: It cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        with open_inside(folder, name, links=links) as file:
+        with open_inside(path.parent, path.name, links=links) as file:
             while block := file.read(_HASH_BLOCK):
                 digest.update(block)
     except OSError as error:
-        raise OutputError(f"{folder / name} cannot be read: {error.strerror}") from None
+        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

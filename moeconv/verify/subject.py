@@ -4,6 +4,7 @@ The expectation is built anew, from the manifest's description of the model and 
 source: nothing that the conversion computed is taken over but what it claims.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +28,11 @@ from moeconv.mapping.rules import Family, Options
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
+from moeconv.untrusted.files import UnsafeFileError, demand_inside, read_inside
+
+_INDEX = "model.safetensors.index.json"
+# The folder that transformers looks into for more chat templates (its `utils/hub.py`).
+_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Subject:
         path = out / MANIFEST_NAME
         if not out.is_dir():
             raise NotACheckpointError(f"{out} does not exist; give an output of moeconv convert")
+        demand_loadable_files(out)
         try:
             first = stamp(path)
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -183,6 +190,32 @@ class Subject:
             for name, (spec, offset) in read_header(file).items():
                 found[name] = Stored(file, spec, offset)
         return found
+
+
+def demand_loadable_files(folder: Path) -> None:
+    """A model's folder that transformers may be given, which opens what it finds there.
+
+    Raises:
+        ConfigError: A link in it leads out, or something there is no regular file.
+    """
+    try:
+        demand_inside(folder)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            demand_inside(folder / _TEMPLATES)
+        _demand_own_shards(folder)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _demand_own_shards(folder: Path) -> None:
+    """Refuses an index with names that lead out: transformers opens the files that it names."""
+    try:
+        index = json.loads(read_inside(folder, _INDEX))
+        names = {str(name) for name in index["weight_map"].values()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # no index, or one that nothing is read by; level structure says so
+    if out := sorted(name for name in names if "/" in name):
+        raise UnsafeFileError(folder / _INDEX, f"it names {out[0]}, which leads out of {folder}")
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeconv.convert.source import find_sidecar
-from moeconv.errors import TokenizerError
+from moeconv.convert.source import find_sidecar, run_tokenizer
+from moeconv.errors import StorageError, TokenizerError
 from moeconv.hf.tokenizer import check_fits, read_tokenizer
 from moeconv.verify.outcome import Check, Status, failed, first_line, passed, skipped
 from moeconv.verify.subject import Subject, read_object
@@ -60,17 +60,21 @@ def check_own_tokenizer(subject: Subject) -> list[Check]:
     another token's row.
 
     Raises:
-        TokenizerError: The run's tokenizer cannot be read.
+        TokenizerError: The tokenizer of OUT is none.
         ConfigError: The run's sidecar cannot be read.
     """
     sidecar = find_sidecar(subject.step, needed=False)
     if sidecar is None or sidecar[0].tokenizer is None:
         return []
-    place = str(sidecar[1] / sidecar[0].tokenizer)
     path = subject.out / "tokenizer.json"
     if not path.is_file():
         return [skipped("weights", "tokenizer", "the model was written without a tokenizer")]
-    trained = json.loads(read_tokenizer(place, model_max_length=None).files["tokenizer.json"])
+    try:
+        own = run_tokenizer(*sidecar, model_max_length=None)
+    except (TokenizerError, StorageError) as error:
+        why = f"not compared with the run's own, which cannot be read: {error}"
+        return [Check(level="weights", name="tokenizer", status=Status.WARN, summary=why)]
+    place, trained = own.source, json.loads(own.files["tokenizer.json"])
     written = read_object(path)
     if not isinstance(written.get("model"), dict):
         raise TokenizerError(f"{path} is no tokenizer: it has no model")

@@ -15,6 +15,7 @@ from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.errors import MoeconvError, TokenizerError, UsageError
 from moeconv.mapping.axes import Array
 from moeconv.orbax.locate import Step
+from moeconv.untrusted.files import read_regular
 from moeconv.verify.subject import read_object
 
 KINDS = TEXT, RANDOM = "text", "random"
@@ -107,9 +108,10 @@ def find_sample(prompts: Path | None, step: Step | None) -> Sample:
     """
     if prompts is not None:
         try:
-            documents = split_documents(prompts.read_text(encoding="utf-8"))
+            documents = split_documents(read_regular(prompts).decode())
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompts {prompts} cannot be read as UTF-8 text: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"--prompts {prompts} cannot be read as UTF-8 text: {why}") from None
         if not documents:
             raise UsageError(
                 f"--prompts {prompts} is empty; put documents in it, an empty line between two"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from denied import unreadable
 from outputs_lab import config
 
 from moeconv.cli.verify import command
@@ -122,14 +123,7 @@ def test_damaged_files_are_said_in_a_sentence(right, tmp_path, name):
 def test_a_file_that_cannot_be_read_leaves_no_verdict(right, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shutil.copytree(right, out)
-    opened = Path.open
-
-    def refuses(path: Path, *args, **kwargs):
-        if path.name == "generation_config.json":
-            raise PermissionError(13, "Permission denied", str(path))
-        return opened(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "open", refuses)
+    unreadable(monkeypatch, out / "generation_config.json")
     result = CliRunner().invoke(command, [str(out), "--level", "structure", "--quiet"])
     assert result.exit_code == 2
     assert result.output.startswith("error: no verdict: ")
