@@ -14,6 +14,7 @@ from cli_runner import moeconv
 from moeconv.arch.layout import detect_layout
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import (
+    ConfigError,
     MemoryLimitError,
     MoeconvError,
     NotACheckpointError,
@@ -233,15 +234,15 @@ def test_a_padded_step_is_one(tmp_path):
 
 
 def test_paths_that_are_not_utf8(checkpoint, tmp_path):
-    """A run cannot be read there; OUT can be, and the manifest stays JSON."""
+    """Asked as a library, which no command line guards."""
     odd = tmp_path / os.fsdecode(b"r\xff")
     odd.mkdir()
     config = checkpoint.run / "config.yml"
     shutil.copy(config, odd / "config.yml")
-    assert moeconv("convert", checkpoint.run, odd / "out", "--config", odd / "config.yml").code == 0
-    content = json.loads((odd / "out" / "moeconv.json").read_bytes())
-    assert r"r\udcff" in content["model"]["rope_theta"]["source"]
+    convert(plan_conversion(str(checkpoint.run), ConvertOptions(config=config)), odd / "out")
+    json.loads((odd / "out" / "moeconv.json").read_bytes())
     shutil.copytree(checkpoint.run, odd / "run")
-    ran = moeconv("convert", odd / "run", odd / "out2", "--config", config)
-    assert ran.code == NotACheckpointError.exit_code
-    assert "not UTF-8" in ran.error
+    with pytest.raises(NotACheckpointError, match="not UTF-8"):
+        plan_conversion(str(odd / "run"), ConvertOptions(config=config))
+    with pytest.raises(ConfigError, match="cannot stand in the manifest"):
+        plan_conversion(str(checkpoint.run), ConvertOptions(config=odd / "config.yml"))
