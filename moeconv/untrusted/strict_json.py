@@ -4,8 +4,13 @@ import json
 from typing import Any, NoReturn
 
 
-def loads(raw: bytes | str) -> Any:
+def loads(raw: bytes | str, *, unique: bool = False) -> Any:
     """Parses JSON that somebody else wrote.
+
+    Args:
+        raw: The text.
+        unique: Whether a name that stands twice in an object is refused: readers differ in which
+            of both they take.
 
     Raises:
         ValueError: It is not JSON in UTF-8, is nested too deeply, holds NaN or Infinity (also as a
@@ -13,7 +18,10 @@ def loads(raw: bytes | str) -> Any:
     """
     try:
         text = raw if isinstance(raw, str) else raw.decode("utf-8-sig")
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        pairs = _unique if unique else None
+        value = json.loads(
+            text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=pairs
+        )
         _encode(text)
         if "\\u" in text:
             _encode(json.dumps(value, ensure_ascii=False))
@@ -49,6 +57,15 @@ def _encode(text: str) -> bytes:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"it holds {constant}, which is no JSON number")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has {name!r} twice")
+        found[name] = value
+    return found
 
 
 def _finite(text: str) -> float:
