@@ -1,6 +1,7 @@
 """Metadata that ask for more than a machine has are refused before anything is counted through."""
 
 import json
+import os
 import resource
 import shutil
 
@@ -229,3 +230,18 @@ def test_a_padded_step_is_one(tmp_path):
     made.step_dir.rename(made.step_dir.with_name("00004001"))
     ran = moeconv("inspect", made.run, "--config", made.run / "config.yml", "--json")
     assert json.loads(ran.out)["step"] == 4001
+
+
+def test_paths_that_are_not_utf8(checkpoint, tmp_path):
+    """A run cannot be read there; OUT can be, and the manifest stays JSON."""
+    odd = tmp_path / os.fsdecode(b"r\xff")
+    odd.mkdir()
+    config = checkpoint.run / "config.yml"
+    shutil.copy(config, odd / "config.yml")
+    assert moeconv("convert", checkpoint.run, odd / "out", "--config", odd / "config.yml").code == 0
+    content = json.loads((odd / "out" / "moeconv.json").read_bytes())
+    assert r"r\udcff" in content["model"]["rope_theta"]["source"]
+    shutil.copytree(checkpoint.run, odd / "run")
+    ran = moeconv("convert", odd / "run", odd / "out2", "--config", config)
+    assert ran.code == NotACheckpointError.exit_code
+    assert "not UTF-8" in ran.error
