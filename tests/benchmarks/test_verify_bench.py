@@ -15,7 +15,7 @@ GOALS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof("bench of verifying", inputs=["benchmarks/verify.py"])
 @pytest.mark.timeout(900)
 def test_quick(tmp_path):
     report = tmp_path / "report.json"

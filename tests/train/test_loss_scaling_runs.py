@@ -9,9 +9,9 @@ from moeconv_train.loss_scaling import LossScaleSettings
 
 from moeconv.errors import ConfigError, MoeconvError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.proof("loss scaling"), pytest.mark.maxtext]
 
-KEYS = {"base_num_decoder_layers": 2, "vocab_size": 16384, "gradient_clipping_threshold": 0.0}
+KEYS = fp16_lab.SHARED
 SETTINGS = LossScaleSettings(growth_interval=2)
 # 16 rows a step in each: batches are per device of the four that conftest.py makes.
 WAYS = {
@@ -27,7 +27,7 @@ WAYS = {
     "vocabulary in tiles": {"num_vocab_tiling": 4},
     "fp32 logits": {"logits_dot_in_fp32": True},
     "untied": {"logits_via_embedding": False},
-    "all MoE": {"decoder_block": "mixtral"},
+    "all MoE": {"decoder_block": "mixtral", "ici_data_parallelism": 2},
     "adam_pax": {"opt_type": "adam_pax"},
 }
 
