@@ -23,6 +23,7 @@ RECORDS = "tests/proofs"
 BUDGET_SECONDS = 240.0
 _PINS = "requirements/dev.txt"
 _PACKAGES = {"moeconv": "moeconv", "moeconv_train": "train"}
+_FILE_NAME = re.compile(r"[\w-]+\.\w+")
 _MODULE_NAME = re.compile(rf"\b(?:{'|'.join(_PACKAGES)})(?:\.\w+)+")
 
 
@@ -119,7 +120,7 @@ class _Source:
 
     sha256: str
     names: frozenset[str]
-    scripts: frozenset[str]
+    files: frozenset[str]
 
 
 class Tree:
@@ -170,9 +171,7 @@ class Tree:
         source = self.source(path)
         for name in source.names:
             yield from self._module(name, path.parent)
-        for script in source.scripts:
-            if (path.parent / script).is_file():
-                yield path.parent / script
+        yield from (path.parent / n for n in source.files if (path.parent / n).is_file())
         parts = path.relative_to(self.root).parts
         if parts[0] in _PACKAGES.values():
             yield from _data(path.parent)
@@ -209,7 +208,7 @@ def _data(folder: Path) -> Iterator[Path]:
 
 def _source(path: Path) -> _Source:
     tree = ast.parse(path.read_bytes())
-    names, scripts = set(), set()
+    names, files = set(), set()
     code = hashlib.sha256("".join(_dump(tree)).encode()).hexdigest()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -219,9 +218,9 @@ def _source(path: Path) -> _Source:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= set(_MODULE_NAME.findall(node.value))
-            if node.value.endswith(".py"):
-                scripts.add(node.value)
-    return _Source(code, frozenset(names), frozenset(scripts))
+            if _FILE_NAME.fullmatch(node.value):
+                files.add(node.value)
+    return _Source(code, frozenset(names), frozenset(files))
 
 
 def _dump(node: object) -> Iterator[str]:
