@@ -1,0 +1,175 @@
+"""Opening files of a folder that somebody else may have filled.
+
+`open_inside` is for every file that is found by its name in a run, a checkpoint, a tokenizer
+directory or a converted model: a link, a `..` or an absolute name must not lead out of the folder,
+and nothing but a regular file is opened, so that no FIFO or device blocks or never ends.
+`open_regular` is for a path that the user typed: a link there is the user's own.
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+# Far more than any metadata, tokenizer or report that a person has; far less than the memory.
+READ_LIMIT = 512 * 2**20
+
+_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+_FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
+# `<cache>/models--NAME/snapshots/REVISION`: its files are links to `<cache>/models--NAME/blobs`
+# (huggingface_hub/file_download.py, `_create_symlink`).
+_HUB_REPO = ("models--", "datasets--", "spaces--")
+
+
+class UnsafeFileError(OSError):
+    """The file is no regular file, too large, or lies outside its folder; `strerror` says which.
+
+    An OSError, so that it becomes a sentence wherever an unreadable file does.
+    """
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(errno.EPERM, why, str(path))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file that the user named.
+
+    Args:
+        path: Links are followed.
+
+    Returns:
+        The file, open for reading.
+
+    Raises:
+        UnsafeFileError: It is a FIFO, a device or a socket.
+        OSError: It cannot be opened; IsADirectoryError for a folder.
+    """
+    return _checked(os.open(_encodable(path), _FLAGS), path)
+
+
+def open_inside(folder: Path, name: str, *, links: bool = True) -> BinaryIO:
+    """Opens a file by its name in a folder that others may have filled.
+
+    Links are followed as long as they stay in the folder (in a snapshot of the Hub's cache: in
+    its repository's folder). The path is resolved once and then walked without following links, so
+    that a link made meanwhile is refused too.
+
+    Args:
+        folder: The folder that the user named, or one found in it by `inside`.
+        name: Relative, parts separated by `/`.
+        links: False where not even a link within the folder is followed.
+
+    Returns:
+        The file, open for reading.
+
+    Raises:
+        UnsafeFileError: The name or a link leads out of the folder, or it is no regular file.
+        OSError: It cannot be opened; FileNotFoundError where there is none.
+    """
+    boundary, real = _resolve(folder, name, links=links)
+    path = folder / name
+    parts = real.relative_to(boundary).parts
+    if not parts:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    parent = os.open(boundary, _FOLDER)
+    try:
+        for part in parts[:-1]:
+            below = os.open(part, _FOLDER, dir_fd=parent)
+            os.close(parent)
+            parent = below
+        return _checked(os.open(parts[-1], _FLAGS | os.O_NOFOLLOW, dir_fd=parent), path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeFileError(path, "was replaced by a link while it was opened") from None
+        raise
+    finally:
+        os.close(parent)
+
+
+def read_regular(path: Path, *, limit: int = READ_LIMIT) -> bytes:
+    """Content of a file that the user named; raises as `open_regular`, or where it is too large."""
+    with open_regular(path) as file:
+        return _read(file, path, limit)
+
+
+def read_inside(folder: Path, name: str, *, links: bool = True, limit: int = READ_LIMIT) -> bytes:
+    """Content of a file of a folder; raises as `open_inside`, or where it is too large."""
+    with open_inside(folder, name, links=links) as file:
+        return _read(file, folder / name, limit)
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file or folder by its name in a folder, links resolved.
+
+    Raises:
+        UnsafeFileError: The name or a link leads out of the folder.
+        OSError: There is a loop of links.
+    """
+    return _resolve(folder, name)[1]
+
+
+def is_file(folder: Path, name: str, *, links: bool = True) -> bool:
+    """True if `open_inside` would find a regular file; False where there is nothing or a folder.
+
+    Raises:
+        UnsafeFileError: The name or a link leads out of the folder, or it is a special file.
+    """
+    try:
+        open_inside(folder, name, links=links).close()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return False
+    return True
+
+
+def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path]:
+    """The folder that must not be left, and the path without links."""
+    parts = PurePosixPath(name).parts
+    path = folder / name
+    if not parts or parts[0] == "/" or ".." in parts:
+        raise UnsafeFileError(path, f"the name {name!r} leads out of {folder}")
+    real = Path(os.path.realpath(_encodable(path)))
+    base = Path(os.path.realpath(folder))
+    if not links and real != base / name:
+        raise UnsafeFileError(path, "is a link; put the file itself there")
+    boundary = _boundary(base)
+    if not real.is_relative_to(boundary):
+        raise UnsafeFileError(path, f"is a link that leads out of {folder}")
+    if real.is_symlink():  # `realpath` leaves a loop as it is
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return boundary, real
+
+
+def _boundary(folder: Path) -> Path:
+    """The folder itself, or for a snapshot of the Hub's cache the folder of its repository."""
+    for above in (folder, *folder.parents):
+        if above.parent.name == "snapshots" and above.parent.parent.name.startswith(_HUB_REPO):
+            return above.parent.parent
+    return folder
+
+
+def _checked(fd: int, path: Path) -> BinaryIO:
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return os.fdopen(fd, "rb")
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise UnsafeFileError(path, "is a FIFO, device or socket, not a regular file")
+
+
+def _encodable(path: Path) -> Path:
+    """The path, where the system can be asked for it (no NUL, no lone surrogate of JSON)."""
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError
+    except ValueError:
+        raise UnsafeFileError(path, "its name can be no file's") from None
+    return path
+
+
+def _read(file: BinaryIO, path: Path, limit: int) -> bytes:
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
+    return content

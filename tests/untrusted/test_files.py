@@ -1,0 +1,114 @@
+"""Files of a folder that somebody else filled: inside, regular, of a sane size."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from moeconv.untrusted import files
+from moeconv.untrusted.files import UnsafeFileError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "secret").write_text("key")
+    folder = tmp_path / "run"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "real").write_text("fine")
+    return folder
+
+
+def test_a_file_and_a_link_that_stays_inside_are_read(folder: Path):
+    (folder / "link").symlink_to("sub/real")
+    (folder / "folder").symlink_to("sub")
+    for name in ("sub/real", "link", "folder/real", "./sub/real"):
+        assert files.read_inside(folder, name) == b"fine"
+
+
+@pytest.mark.parametrize("name", ["../secret", "sub/../../secret", "/etc/passwd", "", "."])
+def test_a_name_that_leads_out_is_refused(folder: Path, name: str):
+    with pytest.raises(OSError) as caught:
+        files.read_inside(folder, name)
+    assert isinstance(caught.value, UnsafeFileError | IsADirectoryError)
+
+
+@pytest.mark.parametrize("relative", [True, False], ids=["relative", "absolute"])
+@pytest.mark.parametrize("what", ["file", "folder", "chain"])
+def test_a_link_that_leads_out_is_refused(folder: Path, what: str, relative: bool):
+    outside = Path("..") if relative else folder.parent
+    name = "link"
+    if what == "folder":
+        (folder / "link").symlink_to(outside)
+        name = "link/secret"
+    elif what == "chain":
+        (folder / "sub" / "more").symlink_to(Path("..") / outside if relative else outside)
+        (folder / "link").symlink_to("sub/more/secret")
+    else:
+        (folder / "link").symlink_to(outside / "secret")
+    with pytest.raises(UnsafeFileError, match="leads out of"):
+        files.read_inside(folder, name)
+    with pytest.raises(UnsafeFileError, match="leads out of"):
+        files.inside(folder, name)
+
+
+def test_a_sibling_with_the_same_beginning_is_outside(folder: Path):
+    (folder.parent / "run-other").mkdir()
+    (folder.parent / "run-other" / "secret").write_text("key")
+    (folder / "link").symlink_to("../run-other/secret")
+    with pytest.raises(UnsafeFileError):
+        files.read_inside(folder, "link")
+
+
+def test_links_of_the_hubs_cache_stay_in_their_repository(tmp_path: Path):
+    repo = tmp_path / "models--me--model"
+    snapshot = repo / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (repo / "blobs").mkdir()
+    (repo / "blobs" / "abc").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/abc")
+    assert files.read_inside(snapshot, "config.json") == b"{}"
+    (tmp_path / "models--you--other").mkdir()
+    (tmp_path / "models--you--other" / "secret").write_text("key")
+    (snapshot / "link").symlink_to("../../../models--you--other/secret")
+    with pytest.raises(UnsafeFileError):
+        files.read_inside(snapshot, "link")
+
+
+def test_special_files_are_refused_at_once(folder: Path):
+    os.mkfifo(folder / "fifo")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "socket"))
+    for name in ("fifo", "socket"):
+        with pytest.raises(OSError):
+            files.open_inside(folder, name)
+        with pytest.raises(OSError):
+            files.open_regular(folder / name)
+    with pytest.raises(UnsafeFileError, match="not a regular file"):
+        files.open_regular(Path("/dev/zero"))
+    server.close()
+
+
+def test_a_file_over_the_limit_is_refused(folder: Path):
+    with pytest.raises(UnsafeFileError, match="larger than"):
+        files.read_inside(folder, "sub/real", limit=3)
+    assert files.read_inside(folder, "sub/real", limit=4) == b"fine"
+
+
+def test_loops_dangling_links_and_odd_names_are_os_errors(folder: Path):
+    (folder / "loop").symlink_to("loop")
+    (folder / "gone").symlink_to("nothing")
+    with pytest.raises(FileNotFoundError):
+        files.read_inside(folder, "gone")
+    for name in ("loop", "a\0b", "half\ud800"):
+        with pytest.raises(OSError):
+            files.read_inside(folder, name)
+
+
+def test_is_file(folder: Path):
+    os.mkfifo(folder / "fifo")
+    assert files.is_file(folder, "sub/real")
+    assert not files.is_file(folder, "sub")
+    assert not files.is_file(folder, "nothing/at/all")
+    with pytest.raises(UnsafeFileError):
+        files.is_file(folder, "fifo")
