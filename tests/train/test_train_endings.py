@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 import train_lab
-from cli_runner import moeconv
+from cli_runner import commands_but, moeconv
 from jax.experimental.compilation_cache import compilation_cache
 from test_train_command import _JAX
 
@@ -13,7 +13,7 @@ from moeconv.errors import TrainingError
 
 pytest.importorskip("maxtext")
 pytestmark = [
-    pytest.mark.proof("endings of training", without=train_lab.OTHER_COMMANDS),
+    pytest.mark.proof("endings of training", without=commands_but("train", "data")),
     pytest.mark.maxtext,
     pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -26,10 +26,6 @@ FP16 = {
     "run.loss_scale.initial": 2**24,
     "run.loss_scale.growth_interval": 3,
 }
-# What `moeconv train` names and does not import: see `without` in proof_records.py.
-OTHER_COMMANDS = tuple(
-    f"moeconv/cli/{command}.py" for command in ("inspect", "convert", "verify", "push")
-)
 # Values that differ between two runs of the same thing.
 TIMES = ("seconds", "tokens_per_second")
 

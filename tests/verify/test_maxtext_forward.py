@@ -71,7 +71,10 @@ STORED = {
 
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(MIXTRAL, id="mixtral", marks=pytest.mark.slow), pytest.param(ENVY, id="envy")],
+    [
+        pytest.param(MIXTRAL, id="mixtral", marks=pytest.mark.proof("storage")),
+        pytest.param(ENVY, id="envy"),
+    ],
 )
 @pytest.mark.parametrize("stored", STORED)
 def test_one_model_however_it_is_stored(maxtext_lab, block, stored):
