@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import config_file, run
 from maxtext_lab import LLAMA2, MIXTRAL, TIED
-from parity_lab import check, edit
+from parity_lab import Compiled, check, edit
 
 from moeconv.errors import UnsupportedError, UsageError
 from moeconv.hf.safetensors import read_header
@@ -18,6 +18,11 @@ from moeconv.verify.subject import Subject
 
 PROOF = pytest.mark.proof("parity")
 MISTAKES = pytest.mark.proof("parity of mistakes")
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    monkeypatch.setattr("moeconv.verify.layers.MaxTextLayers", Compiled)
 
 
 @pytest.mark.parametrize("name", ["fp32", pytest.param("bf16", marks=PROOF), "compact"])
