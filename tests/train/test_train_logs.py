@@ -14,6 +14,7 @@ from moeconv_train.logs.metrics import MetricsFile, eval_line, read_metrics, tra
 from moeconv_train.logs.progress import Progress, duration
 
 from moeconv.arch.sidecar import MetricsLine
+from moeconv.errors import OutputError
 
 
 def scalars(loss=2.0, weights=10, **extra):
@@ -72,7 +73,41 @@ def test_the_tokens_go_on_counting(tmp_path):
     assert MetricsFile(tmp_path, 4).tokens == 40
     assert MetricsFile(tmp_path, 2).tokens == 20
     assert MetricsFile(tmp_path, 0).tokens == 0
-    assert list(read_metrics(tmp_path)) == []
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b"\xff\xfe", b"[" * 10_000, b"null", b'{"kind": "train", "step": NaN}']
+)
+def test_a_damaged_line_costs_itself_only(tmp_path, damage):
+    """Everything behind one was erased once, without a copy."""
+    write(tmp_path, 0, 12)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    before = b"\n".join([*lines[:2], damage, *lines[3:]]) + b"\n"
+    path.write_bytes(before)
+    MetricsFile(tmp_path, 12).close()
+    assert path.read_bytes().splitlines() == [*lines[:2], *lines[3:]]
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
+    MetricsFile(tmp_path, 12).close()
+    assert not (tmp_path / "metrics.jsonl.2").exists()
+
+
+def test_what_a_resume_leaves_out_is_kept_each_time(tmp_path):
+    write(tmp_path, 0, 12)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    write(tmp_path, 8, 2)
+    second = (tmp_path / "metrics.jsonl").read_bytes()
+    write(tmp_path, 4, 1)
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == whole
+    assert (tmp_path / "metrics.jsonl.2").read_bytes() == second
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_metrics_that_are_no_file_are_refused(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: .*; move it away"):
+        MetricsFile(tmp_path, 0)
 
 
 def test_a_loss_that_is_no_number_is_no_line(tmp_path):
