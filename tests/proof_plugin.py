@@ -16,7 +16,8 @@ from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
-from proof_records import Claim, Record, Tree, read_records, sample
+from proof_records import Claim, Record, read_records, sample
+from proof_tree import Tree
 
 _WORDS = ("sample", "stale", "all")
 _ID = pytest.StashKey[tuple[str, str]]()
@@ -32,8 +33,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    proofs = _Proofs(config)
+    given = config.args_source is not pytest.Config.ArgsSource.TESTPATHS
+    if proofs.renews and given and not hasattr(config, "workerinput"):
+        raise pytest.UsageError(f"--proofs={proofs.which} takes no paths: a proof is run whole")
     config.stash[CLAIMS] = {}
-    config.pluginmanager.register(_Proofs(config), "proofs")
+    config.pluginmanager.register(proofs, "proofs")
 
 
 @pytest.hookimpl(tryfirst=True)

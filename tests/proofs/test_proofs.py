@@ -4,7 +4,8 @@ from datetime import date, timedelta
 
 import pytest
 from proof_plugin import CLAIMS
-from proof_records import BUDGET_SECONDS, Claim, Record, Tree, read_records, sample
+from proof_records import BUDGET_SECONDS, Claim, Record, read_records, sample
+from proof_tree import Tree
 
 pytest_plugins = ["pytester"]
 
@@ -67,7 +68,7 @@ def test_of_proofs_renewed_on_one_day_others_are_first_on_another():
 # --- what a proof depends on -----------------------------------------------------------------
 
 FILES = {
-    "pyproject.toml": '[tool.pytest.ini_options]\npythonpath = ["tests"]\n'
+    "pyproject.toml": '[tool.pytest.ini_options]\npythonpath = ["tests"]\ntestpaths = ["tests"]\n'
     'markers = ["slow: s", "proof(name): p"]\n',
     "requirements/dev.txt": "numpy==2\n",
     "moeconv/__init__.py": "",
@@ -185,6 +186,12 @@ def test_a_run_that_does_not_pass_whole_is_not_recorded(session, body, options):
     done, found = session(body, "-m", "proof", "--proofs", "all", *options)
     assert found is None and done.ret != 0
     done.stdout.fnmatch_lines("not proven: it: *")
+
+
+def test_a_part_of_the_tests_is_not_recorded(session, pytester):
+    done, found = session("assert n", "--proofs", "all", "tests/a/test_a.py::test_it[1]")
+    assert found is None and done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines("*--proofs=all takes no paths: a proof is run whole")
 
 
 def test_a_proof_that_nobody_has_is_an_error(session):
