@@ -63,6 +63,11 @@ def claims(items: list[pytest.Item]) -> dict[str, Claim]:
     }
 
 
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has started and that have ended."""
+    return sum(os.times()[:4])
+
+
 class _Proofs:
     """One session's; under xdist each worker has one, and the controller another."""
 
@@ -75,6 +80,7 @@ class _Proofs:
         self.passed: defaultdict[str, set[str]] = defaultdict(set)
         self.failed: defaultdict[str, set[str]] = defaultdict(set)
         self.lines: list[str] = []  # said at the end
+        self.used = _cpu_seconds()
 
     @functools.cached_property
     def left_out(self) -> set[str]:
@@ -121,18 +127,19 @@ class _Proofs:
 
     def _seconds(self, item: pytest.Item) -> float:
         record = self.records.get(item.stash.get(_ID, ("", ""))[0])
-        return record.seconds if record else 0.0
+        return record.cpu_seconds if record else 0.0
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, Any, Any]:
         report = yield
+        used, self.used = self.used, _cpu_seconds()
         if _ID in item.stash:
-            report.user_properties.append(("proof", item.stash[_ID]))
+            report.user_properties.append(("proof", (*item.stash[_ID], self.used - used)))
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        name, test = dict(report.user_properties).get("proof", ("", ""))
-        self.seconds[name] += report.duration
+        name, test, seconds = dict(report.user_properties).get("proof", ("", "", 0.0))
+        self.seconds[name] += seconds
         if not report.passed or hasattr(report, "wasxfail"):
             self.failed[name].add(test)
         elif report.when == "call":
@@ -171,7 +178,7 @@ class _Proofs:
                 Record(
                     **claim.model_dump(),
                     date=datetime.now(UTC).date(),
-                    seconds=round(self.seconds[name], 1),
+                    cpu_seconds=round(self.seconds[name], 1),
                     cores=len(os.sched_getaffinity(0)),
                     python=platform.python_version(),
                     sha256=digest,
@@ -185,7 +192,7 @@ class _Proofs:
         if self.which == "sample":
             for name, record in sorted(self.records.items()):
                 what = "not rerun" if name in self.left_out else "rerun"
-                self.lines.append(f"{what}: {name} ({record.seconds:.0f} s on {record.date})")
+                self.lines.append(f"{what}: {name} ({record.cpu_seconds:.0f} s on {record.date})")
         if self.lines:
             terminalreporter.section("proofs")
             terminalreporter.write_line("\n".join(self.lines))

@@ -44,7 +44,7 @@ class Record(Claim):
     """A proof that was run whole, and passed."""
 
     date: date
-    seconds: float
+    cpu_seconds: float  # of its processes: what it takes wherever others use the machine too
     cores: int
     python: str
     sha256: str
@@ -85,7 +85,7 @@ def sample(records: Collection[Record], day: date, budget: float = BUDGET_SECOND
     parts = _parts(records, budget / 2)
     chosen = parts[day.toordinal() % len(parts)]
     for record in sorted(records, key=lambda r: (-r.date.toordinal(), _draw(day, r.name))):
-        if record not in chosen and sum(r.seconds for r in [*chosen, record]) <= budget:
+        if record not in chosen and sum(r.cpu_seconds for r in [*chosen, record]) <= budget:
             chosen.append(record)
     return {record.name for record in chosen}
 
@@ -93,9 +93,9 @@ def sample(records: Collection[Record], day: date, budget: float = BUDGET_SECOND
 def _parts(records: Collection[Record], limit: float) -> list[list[Record]]:
     """All records in parts of at most so many seconds; a longer one is alone."""
     parts: list[list[Record]] = []
-    for record in sorted(records, key=lambda r: (-r.seconds, r.name)):
+    for record in sorted(records, key=lambda r: (-r.cpu_seconds, r.name)):
         for part in parts:
-            if sum(r.seconds for r in [*part, record]) <= limit:
+            if sum(r.cpu_seconds for r in [*part, record]) <= limit:
                 part.append(record)
                 break
         else:
