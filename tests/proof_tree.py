@@ -53,6 +53,8 @@ class Tree:
         left = {path for glob in without for path in self._fitting(glob)}
         found: set[Path] = set()
         waiting = [path for glob in inputs for path in self._fitting(glob)]
+        folders = {folder for path in waiting for folder in path.relative_to(self.root).parents}
+        waiting += [each for folder in folders for each in self.root.glob(f"{folder}/conftest.py")]
         while waiting:
             path = waiting.pop()
             if path not in found and path not in left:
@@ -73,12 +75,8 @@ class Tree:
         for name in source.names:
             yield from self._module(name, path.parent)
         yield from (path.parent / n for n in source.files if (path.parent / n).is_file())
-        parts = path.relative_to(self.root).parts
-        if parts[0] in _PACKAGES.values():
+        if path.relative_to(self.root).parts[0] in _PACKAGES.values():
             yield from _data(path.parent)
-        elif parts[0] == "tests":
-            folders = [self.root.joinpath(*parts[:n]) for n in range(1, len(parts))]
-            yield from (f / "conftest.py" for f in folders if (f / "conftest.py").exists())
 
     def _module(self, name: str, folder: Path) -> list[Path]:
         """The files of `a.b.c`: its packages, and as much of it as is a module."""

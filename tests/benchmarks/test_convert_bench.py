@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runner import commands_but
 
 BENCH = Path(__file__).parents[2] / "benchmarks" / "convert.py"
 
 
-@pytest.mark.proof("bench of converting", inputs=["benchmarks/convert.py"])
+@pytest.mark.proof(
+    "bench of converting",
+    inputs=["benchmarks/convert.py"],
+    without=commands_but("convert", "inspect"),
+)
 @pytest.mark.timeout(900)
 def test_quick(tmp_path):
     report = tmp_path / "report.json"
