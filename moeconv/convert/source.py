@@ -1,11 +1,9 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,17 @@ from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
-from moeconv.arch.told import ToldConfig, from_config_file, from_flags, from_mapping
-from moeconv.errors import ConfigError, NotACheckpointError
+from moeconv.arch.told import ToldConfig, load_config_file, tell
+from moeconv.arch.yaml_file import short
+from moeconv.convert.unchanged import Unchanged
+from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
+from moeconv.hf.tokenizer import TOKENIZER_FILES, TokenizerFiles, tokenizer_of
 from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.untrusted import strict_json
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -31,6 +34,8 @@ UNUSED = {
 
 # Of the step; Orbax writes when the save began into it.
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+# Of its items, beside the arrays.
+_OWN = ("_METADATA", "manifest.ocdbt")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class Checkpoint:
         resolution: What is known of the model, and what is missing.
         sidecar: The run's sidecar and its folder, if one was found.
         dropped: Parameters left out on purpose, with the reason.
+        files: Digest of the names, sizes and times of all its files; None where it is remote.
+        unchanged: Looks for changes since before it was read.
     """
 
     step: Step
@@ -56,6 +63,25 @@ class Checkpoint:
     resolution: Resolution
     sidecar: tuple[RunSidecar, Folder] | None
     dropped: Mapping[str, str]
+    files: str | None
+    unchanged: Unchanged
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another: place, step, and digests of its metadata.
+
+        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
+        that the files tell, if they are known.
+        """
+        items = self.step.items
+        parts = {name: items.read(name) for name in _OWN}
+        if items.name == "items":
+            parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
+        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+        found = {"path": str(items), "step": self.step.number, "metadata": digests}
+        if "manifest.ocdbt" not in digests and self.files is not None:
+            found["files"] = self.files
+        return found
 
     @property
     def tokenizer(self) -> str | None:
@@ -64,35 +90,30 @@ class Checkpoint:
             return None
         return str(self.sidecar[1] / self.sidecar[0].tokenizer)
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: place, step, and digests of its metadata.
-
-        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
-        `files` is a digest of the names, sizes and times of what lies there, if that is known.
-        """
-        items = self.step.items
-        parts = {name: items.read(name) for name in ("_METADATA", "manifest.ocdbt")}
-        if items.name == "items":
-            parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
-        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
-        found = {"path": str(items), "step": self.step.number, "metadata": digests}
-        if "manifest.ocdbt" not in digests and items.local is not None:
-            found["files"] = _inventory(items.local)
-        return found
+    def read_tokenizer(self, model_max_length: int) -> TokenizerFiles:
+        """Reads it; see `run_tokenizer`."""
+        assert self.sidecar is not None
+        return run_tokenizer(*self.sidecar, model_max_length=model_max_length)
 
 
-def _inventory(folder: Path) -> str:
-    lines = []
-    for place, _, names in os.walk(folder):
-        for path in (Path(place, name) for name in names):
-            status = path.stat()
-            lines.append(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
+def _look(step: Step) -> Mapping[str, object]:
+    """What changes when the checkpoint does: on this machine, the stamp of every file."""
+    if (local := step.items.local) is not None:
+        return {**inventory(local), **stamps(local.parent / _CHECKPOINT_METADATA)}
+    return versions(step.items, _OWN) | versions(step.items.parent, [_CHECKPOINT_METADATA])
+
+
+def _files_digest(files: Mapping[str, Stamp]) -> str:
+    lines = sorted(f"{name} {size} {changed}" for name, (size, changed, *_) in files.items())
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_checkpoint(
-    spec: str, *, config: Path | None = None, sets: Sequence[str] = ()
+    spec: str,
+    *,
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    allow_missing_chunks: bool = False,
 ) -> Checkpoint:
     """Opens CKPT and resolves what is known of its model.
 
@@ -100,6 +121,7 @@ def open_checkpoint(
         spec: A run, its `checkpoints/`, a step, a step's `items/`, or a URL of one.
         config: MaxText YAML; replaces the run's sidecar.
         sets: `key=value` flags; win over both.
+        allow_missing_chunks: Chunks that are not stored count as zeros, where zeros need not be.
 
     Raises:
         NotACheckpointError: There is no complete checkpoint.
@@ -108,8 +130,16 @@ def open_checkpoint(
         UnsupportedError: The decoder block or a dtype is not supported.
     """
     step = locate(spec)
+    unchanged = Unchanged()
+    unchanged.watch(partial(_look, step))
+    local = step.items.local
+    files = _files_digest(inventory(local)) if local is not None else None
     tree = read_tree(step.items)
-    arrays = Arrays(step.items, tree)
+    if local is None and not tree.use_ocdbt:
+        name = "zarr.json" if tree.use_zarr3 else ".zarray"
+        names = [f"params.params.{'.'.join(path)}/{name}" for path in tree.parameters]
+        unchanged.watch(partial(versions, step.items, names))
+    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
     sidecar, unread = None, []
     try:
         sidecar = _read_sidecar(step)
@@ -117,23 +147,31 @@ def open_checkpoint(
         if config is None:
             raise error.needed() from None
         unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
-    flags = from_flags(sets)
-    if config is not None:
-        told = ToldConfig(from_config_file(config), flags)
-    elif sidecar is not None:
-        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
-        told = ToldConfig(from_mapping(sidecar[0].config, where), flags)
-    else:
-        told = ToldConfig(flags)
+    told = tell(*run_config(config, sidecar), sets)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     layout = detect_layout(used, scan_axis=_scan_axis(told))
-    scan_layers = step.custom_metadata.get("scan_layers")
-    resolution = resolve(
-        layout, told, scan_layers=scan_layers if isinstance(scan_layers, bool) else None
-    )
+    resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
-    return Checkpoint(step, tree, arrays, layout, told, resolution, sidecar, dropped)
+    return Checkpoint(
+        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
+    )
+
+
+def run_config(
+    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None
+) -> tuple[Mapping[str, Any] | None, Provenance]:
+    """What told of a run's config, for `tell`: the user's file, else the run's sidecar, else none.
+
+    Raises:
+        ConfigError: The user's file cannot be read.
+    """
+    if config is not None:
+        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
+    if sidecar is not None:
+        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
+        return sidecar[0].config, where
+    return None, Provenance(Origin.FLAG, "")
 
 
 def _scan_axis(told: ToldConfig) -> int | None:
@@ -146,6 +184,41 @@ def _scan_axis(told: ToldConfig) -> int | None:
             f"param_scan_axis={axis.value} ({axis.provenance}) should be a whole number from 0"
         )
     return int(axis.value)
+
+
+def run_tokenizer(
+    sidecar: RunSidecar, run: Folder, *, model_max_length: int | None
+) -> TokenizerFiles:
+    """The tokenizer that a run's sidecar names, which lies in the run, here or at its address.
+
+    Raises:
+        TokenizerError: It lies outside, cannot be read, or cannot be used.
+    """
+    assert sidecar.tokenizer is not None
+    files = {}
+    try:
+        for name in TOKENIZER_FILES:
+            if (raw := read_beside(run, f"{sidecar.tokenizer}/{name}")) is not None:
+                files[name] = raw
+    except NotACheckpointError as error:
+        raise TokenizerError(
+            f"{error} ({run / SIDECAR_NAME} names it); give the tokenizer with --tokenizer"
+        ) from None
+    source = str(run / sidecar.tokenizer)
+    if not files:
+        raise TokenizerError(
+            f"{source}: no such file or directory with a tokenizer, but {run / SIDECAR_NAME} names "
+            "it; give the tokenizer with --tokenizer"
+        )
+    return tokenizer_of(files, source, "directory", model_max_length=model_max_length)
+
+
+def _first_fault(error: ValueError) -> str:
+    """What is wrong with a sidecar, in short."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
 
 
 class _DamagedError(Exception):
@@ -175,12 +248,13 @@ def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
         if raw is None:
             continue
         try:
-            content = json.loads(raw)
+            content = strict_json.loads(raw)
             if isinstance(content, dict) and content.get("format") == "moeconv":
                 continue  # the manifest of a converted model, not a run's sidecar
             return RunSidecar.model_validate(content), folder
-        except (ValueError, RecursionError, ValidationError):
+        except ValueError as error:  # pydantic's is one
             raise _DamagedError(
-                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes"
+                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes "
+                f"({_first_fault(error)})"
             ) from None
     return None

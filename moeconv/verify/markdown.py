@@ -8,7 +8,7 @@ from moeconv.verify.grading import LIMITS, PASS_ROUNDING, WARN_ROUNDING
 from moeconv.verify.outcome import Check, Status
 from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, find
 from moeconv.verify.report import Report
-from moeconv.verify.tables import table
+from moeconv.verify.tables import code, plain, table
 
 _FIGURES = (
     ("positions", "positions"),
@@ -25,6 +25,7 @@ _FIGURES = (
 )
 _COLUMNS = (("text", "text"), ("random", "random ids"), ("rounding", "rounding alone"))
 _PARTS = ("attention", "router", "experts", "output")
+_ABSENT = "—"
 
 
 def verdict_line(report: Report) -> str:
@@ -40,7 +41,9 @@ def verdict_line(report: Report) -> str:
         )
     if report.verdict is Status.SKIP:
         return "SKIPPED: nothing could be checked here."
-    check = next(c for c in report.checks if c.status is report.verdict)
+    check = next((c for c in report.checks if c.status is report.verdict), None)
+    if check is None:  # of a report that contradicts itself, which push refuses
+        return f"{report.verdict.upper()}: no check says why."
     where = f", layer {check.layer}" if check.layer is not None else ""
     tensors = f" ({', '.join(check.tensors[:3])})" if check.tensors else ""
     word = "FAIL" if report.verdict is Status.FAIL else "WARN"
@@ -52,17 +55,18 @@ def to_markdown(report: Report, plots: Iterable[Path]) -> str:
     drawn = {path.name for path in plots}
     parts = [
         "# Verification",
-        f"**{verdict_line(report)}**",
-        f"moeconv {report.moeconv_version}; checkpoint digest `{report.source}`; bound to the "
+        f"**{plain(verdict_line(report))}**",
+        f"moeconv {plain(report.moeconv_version)}; checkpoint digest {code(report.source)}; bound "
+        f"to the "
         f"SHA-256 of {len(report.files)} files in verify.json: a change of one byte voids it.",
         "## Checks",
         table(
             ("level", "check", "verdict", "what was found"),
-            [(c.level, c.name, c.status.value, c.summary) for c in report.checks],
+            [(c.level, c.name, c.status.value, plain(c.summary)) for c in report.checks],
         ),
     ]
     if wrong := [c for c in report.checks if c.tensors and c.status is not Status.PASS]:
-        rows = [(f"{c.level}/{c.name}", f"`{t}`") for c in wrong for t in c.tensors[:10]]
+        rows = [(f"{c.level}/{c.name}", code(t)) for c in wrong for t in c.tensors[:10]]
         parts += ["## Tensors and files at fault", table(("check", "name"), rows)]
     for level in ("logits", "layers"):
         if (parity := find(report, level, "parity")) is not None:
@@ -86,7 +90,7 @@ def limits_table() -> str:
 
 
 def _parity(report: Report, level: str, parity: Check) -> list[str]:
-    columns: list[tuple[str, Mapping[str, float]]] = [
+    columns: list[tuple[str, Mapping[str, float | None]]] = [
         (name, parity.metrics[key])
         for key, name in _COLUMNS
         if isinstance(parity.metrics.get(key), Mapping)
@@ -94,10 +98,13 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
     if (stock := find(report, level, "stock")) is not None:
         columns.append(("MaxText as it is", stock.metrics["all"]))
         columns.append(("its head's rounding alone", stock.metrics["head_rounding"]))
-    rows = [(text, *(_number(c.get(key)) for _, c in columns)) for key, text in _FIGURES]
+    rows = [
+        (text, *(_number(c[key]) if key in c else _ABSENT for _, c in columns))
+        for key, text in _FIGURES
+    ]
     parts = [
         f"## Logits (level {level})",
-        f"Text: {parity.metrics['origin']}.",
+        f"Text: {plain(parity.metrics['origin'])}.",
         table(("", *(name for name, _ in columns)), rows),
     ]
     if (router := find(report, level, "router")) is not None:
@@ -106,7 +113,7 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
                 str(one["layer"]),
                 f"{one['agreement']:.2%}",
                 str(one["flips"]),
-                _number(one["margin"]),
+                _ABSENT if one["margin"] is None else _number(one["margin"]),
                 _number(one["difference"]),
             )
             for one in router.metrics["layers"]
@@ -120,7 +127,7 @@ def _hidden(hidden: Check) -> str:
     """One row a layer: what arises in each part, and what has grown."""
     by_layer: dict[str, dict[str, Any]] = {}
     for place in hidden.metrics["places"]:
-        layer = place["part"] if place["layer"] is None else str(place["layer"])
+        layer = plain(place["part"] if place["layer"] is None else place["layer"])
         part = "output" if place["layer"] is None else place["part"]
         by_layer.setdefault(layer, {})[part] = place
     rows = []
@@ -128,18 +135,18 @@ def _hidden(hidden: Check) -> str:
         cells = [_cell(parts.get(part)) for part in _PARTS]
         rounding = parts["output"]["rounding"]
         grown = _number(parts["output"]["own"]["largest"])
-        rows.append((layer, *cells, grown, _number(rounding["largest"] if rounding else None)))
+        rows.append((layer, *cells, grown, _number(rounding["largest"]) if rounding else _ABSENT))
     return table(("layer", *_PARTS, "grown so far", "rounding alone"), rows)
 
 
 def _cell(place: Mapping[str, Any] | None) -> str:
     if place is None:
-        return "—"
-    mark = "" if place["status"] == Status.PASS else f" **{place['status']}**"
+        return _ABSENT
+    mark = "" if place["status"] == Status.PASS else f" **{plain(place['status'])}**"
     return _number(place["local"]["largest"]) + mark
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return "—"
+    if value is None:  # as the report has NaN and Inf
+        return "not finite"
     return f"{value:,.0f}" if value >= 1000 and value == int(value) else f"{value:.3g}"

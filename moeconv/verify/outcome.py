@@ -1,10 +1,15 @@
 """What a check found: pass, warn, fail or skipped, with the numbers and the tensors it is about."""
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from moeconv.errors import OutputError
+from moeconv.untrusted.text import printable
 
 Level = Literal["structure", "weights", "logits", "layers"]
 
@@ -18,7 +23,55 @@ class Status(StrEnum):
     SKIP = "skipped"
 
 
+class CandidateError(OutputError):
+    """OUT itself is at fault: a failed check, where trouble of the machine means no verdict.
+
+    Attributes:
+        check: The name of the check that fails, one of `OF_OUT` or of the level's own.
+    """
+
+    def __init__(self, message: str, check: str = "model") -> None:
+        super().__init__(message)
+        self.check = check
+
+
+# Characters of a summary, values deep of a metric: what OUT holds may be of any length and depth.
+_LONGEST, _DEEPEST = 2000, 12
+
 _RANK = {Status.SKIP: 0, Status.PASS: 1, Status.WARN: 2, Status.FAIL: 3}
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The checks of a level.
+
+    Attributes:
+        always: A level that has run and not failed has each of these.
+        at_times: It may have these besides.
+        can_skip: Of `always`, those that need packages or files that may be absent.
+    """
+
+    always: tuple[str, ...]
+    at_times: tuple[str, ...] = ()
+    can_skip: tuple[str, ...] = ()
+
+
+# What a level that runs models finds wrong with OUT itself (`CandidateError`) fails under these.
+OF_OUT = ("model", "config", "tensors", "tokenizer")
+
+# Every check there is: `Check` takes no other, and push demands those that a level always has.
+CHECKS: dict[Level, Checks] = {
+    "structure": Checks(
+        ("files", "tensors", "dtypes", "index", "tying", "finite", "config", "readers",
+         "transformers", "tokenizer"),
+        can_skip=("readers", "transformers", "tokenizer"),
+    ),
+    "weights": Checks(("source", "values"), ("tensors", "tokenizer")),
+    "logits": Checks(("reference", "parity", "greedy"), ("description", "stock", "router")),
+    "layers": Checks(
+        ("reference", "hidden", "parity"), ("description", "depth", "stock", "router")
+    ),
+}  # fmt: skip
 
 
 class Check(BaseModel):
@@ -31,7 +84,7 @@ class Check(BaseModel):
         summary: One sentence with the numbers.
         tensors: Tensors at fault, or files.
         layer: First layer at fault, where there is one.
-        metrics: Numbers for machines.
+        metrics: Numbers for machines; null where one is NaN or infinite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +96,46 @@ class Check(BaseModel):
     tensors: list[str] = []
     layer: int | None = None
     metrics: dict[str, Any] = {}
+
+    @field_validator("summary")
+    @classmethod
+    def _sentence(cls, text: str) -> str:
+        return printable(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
+
+    @field_validator("tensors")
+    @classmethod
+    def _names(cls, names: list[str]) -> list[str]:
+        return [printable(name) for name in names]
+
+    @field_validator("metrics")
+    @classmethod
+    def _numbers(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {printable(str(name)): _as_json(value) for name, value in metrics.items()}
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        known = CHECKS[self.level]
+        # A level that cannot run here is skipped under its own name.
+        skipped = self.name == self.level and self.status is Status.SKIP
+        of_out = self.name in OF_OUT and self.status is Status.FAIL
+        if not (skipped or of_out) and self.name not in (*known.always, *known.at_times):
+            raise ValueError(f"level {self.level} has no check {self.name!a}")
+        return self
+
+
+def _as_json(value: Any, depth: int = 0) -> Any:
+    """What JSON can hold of a value: null for what is no finite number."""
+    if depth > _DEEPEST:
+        return "…"
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(str(k)): _as_json(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(one, depth + 1) for one in value]
+    return value
 
 
 def worst(checks: Iterable[Check]) -> Status:
