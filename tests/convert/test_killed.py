@@ -17,6 +17,8 @@ from moeconv.convert.engine import Engine
 from moeconv.errors import OutputError
 from moeconv.orbax.arrays import Reader
 
+PROOF = pytest.mark.proof("kill points", without=cli_runner.commands_but("convert"))
+
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed(big, expected, tmp_path, moment):
@@ -94,9 +96,7 @@ def spread(total: int, tail: int, count: int) -> list[int]:
     return sorted({*range(0, total, max(1, total // count)), *range(max(0, total - tail), total)})
 
 
-@pytest.mark.parametrize(
-    ("tail", "count"), [(14, 12), pytest.param(999, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("tail", "count"), [(14, 12), pytest.param(999, 1, marks=PROOF)])
 def test_killed_at_any_call(crashes, tiny, tmp_path, tail, count):
     whole = crashes.convert(tiny, tmp_path / "whole", "--max-shard-size", "40kB")
     assert whole["code"] == 0
@@ -118,8 +118,8 @@ def test_killed_at_any_call(crashes, tiny, tmp_path, tail, count):
 
 @pytest.mark.parametrize(
     ("swap", "tail"),
-    [(True, 13), (False, 13), pytest.param(True, 999, marks=pytest.mark.slow),
-     pytest.param(False, 999, marks=pytest.mark.slow)],
+    [(True, 13), (False, 13), pytest.param(True, 999, marks=PROOF),
+     pytest.param(False, 999, marks=PROOF)],
 )  # fmt: skip
 def test_killed_while_overwriting(crashes, tiny, tmp_path, swap, tail):
     """The old model stays whole until the new one is."""
