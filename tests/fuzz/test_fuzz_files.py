@@ -1,0 +1,31 @@
+"""Any content of any file: a result, or a documented exit code and a sentence."""
+
+import mutations
+import pytest
+from harness import SCALE, World
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from surfaces import SURFACES, Surface
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * SCALE)]
+
+
+@pytest.mark.parametrize("surface", SURFACES, ids=str)
+def test_any_content(world: World, surface: Surface) -> None:
+    file = world.find(surface.file)
+    raw = (world.folder / file).read_bytes()
+
+    @settings(
+        max_examples=surface.examples * SCALE,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        command=st.sampled_from(surface.commands), changes=mutations.changes(raw, surface.form)
+    )
+    def holds(command: str, changes: tuple[mutations.Change, ...]) -> None:
+        world.holds(command, file, changes, surface.form, full=surface.full)
+
+    holds()
