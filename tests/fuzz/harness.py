@@ -30,7 +30,7 @@ from moeconv.untrusted import strict_json
 from moeconv.untrusted.text import printable
 
 SCALE = int(os.environ.get("MOECONV_FUZZ", "1"))
-WALL, CPU, MEMORY, WAIT = 60.0, 10.0, 600 << 20, 900.0
+WALL, CPU, MEMORY, WAIT = 25.0, 10.0, 600 << 20, 900.0
 
 _TABLE = re.findall(r"^\| (\d+) \|", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
 # Nobody interrupts or trains here, and 1 is a bug but for verify.

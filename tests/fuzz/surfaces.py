@@ -61,7 +61,6 @@ SURFACES = (
     # A conversion that stopped half way.
     Surface(f"{_PARTIAL}/journal.jsonl", JSON_LINES, _HALF, 50),
     Surface(f"{_PARTIAL}/*.safetensors", SAFETENSORS, _HALF, 20),
-    Surface(f"{_PARTIAL}/scratch-*", None, _HALF, 10),
     # An output.
     Surface("out/moeconv.json", JSON, _OUT, 100),
     Surface("out/verify.json", JSON, _OUT, 60),
