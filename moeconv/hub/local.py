@@ -15,6 +15,7 @@ from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.convert.stamps import Stamp, stamp
 from moeconv.errors import NotACheckpointError, OutputError
 from moeconv.hf.tokenizer import TOKENIZER_FILES
+from moeconv.untrusted.files import is_file, read_inside
 from moeconv.verify.report import REPORT_NAME, Report
 from moeconv.verify.structure import sha256
 
@@ -53,7 +54,7 @@ class File:
         if self.content is not None:
             return self.content
         assert self.path is not None
-        return self.path.read_bytes()
+        return read_own(self.path.parent, self.path.name)
 
     @property
     def is_text(self) -> bool:
@@ -94,13 +95,17 @@ class Output:
         if not folder.is_dir():
             raise NotACheckpointError(f"{folder} does not exist; give an output of moeconv convert")
         try:
-            manifest = Manifest.model_validate(json.loads(path.read_bytes()))
+            manifest = Manifest.model_validate(
+                json.loads(read_inside(folder, MANIFEST_NAME, links=False))
+            )
             manifest.description()  # what describes no model is no manifest
         except FileNotFoundError:
             raise NotACheckpointError(
                 f"{folder} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
             ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        except OSError as error:
+            raise OutputError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
@@ -109,7 +114,7 @@ class Output:
                 f"{path} names {', '.join(foreign)}, which moeconv convert never writes; nothing "
                 "is sent, convert again"
             )
-        report, unreadable = _read_report(folder / REPORT_NAME)
+        report, unreadable = _read_report(folder)
         return cls(folder, manifest, report, unreadable)
 
     @property
@@ -120,7 +125,7 @@ class Output:
     @property
     def missing(self) -> list[str]:
         """Files that are not there."""
-        return [name for name in self.names if not (self.folder / name).is_file()]
+        return [name for name in self.names if not is_own(self.folder, name)]
 
     @cached_property
     def _seen(self) -> dict[str, tuple[Stamp | None, str]]:
@@ -131,11 +136,7 @@ class Output:
         """
         seen = {}
         for name in self.names:
-            here = self.folder / name
-            try:
-                seen[name] = stamp(here), sha256(here)
-            except OSError as error:
-                raise OutputError(f"{here} cannot be read: {error.strerror}") from None
+            seen[name] = stamp(self.folder / name), sha256(self.folder, name, links=False)
         return seen
 
     @property
@@ -187,9 +188,35 @@ def _is_ours(name: str) -> bool:
     return plain and (weights or name in _CONFIGS or name in TOKENIZER_FILES)
 
 
-def _read_report(path: Path) -> tuple[Report | None, bool]:
+def read_own(folder: Path, name: str) -> bytes:
+    """Content of a file of OUT: no link, as what it leads to would go to the Hub.
+
+    Raises:
+        OutputError: It cannot be read.
+    """
     try:
-        return Report.model_validate(json.loads(path.read_bytes())), False
+        return read_inside(folder, name, links=False)
+    except OSError as error:
+        raise OutputError(f"{folder / name} cannot be read: {error.strerror}") from None
+
+
+def is_own(folder: Path, name: str) -> bool:
+    """Whether OUT has such a file.
+
+    Raises:
+        OutputError: It is a link, or no regular file.
+    """
+    try:
+        return is_file(folder, name, links=False)
+    except OSError as error:
+        raise OutputError(f"{folder / name} cannot be read: {error.strerror}") from None
+
+
+def _read_report(folder: Path) -> tuple[Report | None, bool]:
+    try:
+        return Report.model_validate(
+            json.loads(read_inside(folder, REPORT_NAME, links=False))
+        ), False
     except FileNotFoundError:
         return None, False
     except (OSError, ValueError, RecursionError, ValidationError):
@@ -203,9 +230,8 @@ def newest_output(below: Path) -> Path | None:
 
 
 def _manifests(folder: Path, depth: int) -> Iterator[Path]:
-    path = folder / MANIFEST_NAME
-    if path.is_file() and _is_manifest(path):
-        yield path
+    if _is_output(folder):
+        yield folder / MANIFEST_NAME
         return
     if depth == 0:
         return
@@ -218,10 +244,10 @@ def _manifests(folder: Path, depth: int) -> Iterator[Path]:
             yield from _manifests(child, depth - 1)
 
 
-def _is_manifest(path: Path) -> bool:
-    """A run's sidecar has the same name."""
+def _is_output(folder: Path) -> bool:
+    """Whether it holds a manifest; a run's sidecar has the same name."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_inside(folder, MANIFEST_NAME, links=False))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.get("format") == "moeconv"

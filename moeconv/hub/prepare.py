@@ -1,7 +1,7 @@
 """Everything a push needs before the network: which files, which card, and whether it may go."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
 from moeconv.hub.failures import Note
 from moeconv.hub.gate import Judgement, demand_verdict, judge
-from moeconv.hub.local import File, Output, newest_output
+from moeconv.hub.local import File, Output, is_own, newest_output, read_own
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
 from moeconv.hub.plot import draw_losses, has_curve
 from moeconv.hub.public import machine_paths, public_files, refuse_secrets
@@ -173,19 +173,22 @@ def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Pa
 
 def _files(output: Output, judgement: Judgement) -> list[File]:
     """All but the card: those of the manifest, and what is allowed beside them."""
-    files, digests = [], output.digests
+    files: list[File] = []
+    digests = output.digests
     for name in output.manifest.files:
         path = output.folder / name
-        files.append(File(name, path.stat().st_size, digests[name], path=path))
+        if name.endswith(".safetensors"):
+            files.append(File(name, path.lstat().st_size, digests[name], path=path))
+        else:  # what is looked through for secrets is what is sent
+            files.append(replace(File.of(name, read_own(output.folder, name)), path=path))
     files += public_files(output, judgement.report)
     made = {file.name for file in files}
     for name in ALLOWED:
-        path = output.folder / name
         stale = name in PLOTS and judgement.report is None
-        if name not in made and name != CARD_NAME and path.is_file() and not stale:
+        if name not in made and name != CARD_NAME and not stale and is_own(output.folder, name):
             if name.startswith("verify."):
                 continue  # a report of other bytes
-            files.append(File.of(name, path.read_bytes()))
+            files.append(File.of(name, read_own(output.folder, name)))
     if (plot := draw_losses(output.manifest.run)) is not None:
         files.append(File.of(LOSS_PLOT, plot))
     return files
@@ -220,13 +223,14 @@ def _fact(output: Output, name: str) -> str | None:
 
 
 def _readme(out: Path) -> str | None:
-    path = out / CARD_NAME
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
+    if not is_own(out, CARD_NAME):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise OutputError(f"{path} cannot be read as UTF-8 text ({error}); mend it") from None
+    try:
+        return read_own(out, CARD_NAME).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise OutputError(
+            f"{out / CARD_NAME} cannot be read as UTF-8 text ({error}); mend it"
+        ) from None
 
 
 def _numbers(output: Output) -> int:

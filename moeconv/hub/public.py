@@ -16,7 +16,7 @@ from typing import Any
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
 from moeconv.hf.config import to_json
-from moeconv.hub.local import File, Output
+from moeconv.hub.local import File, Output, is_own, read_own
 from moeconv.verify.markdown import to_markdown
 from moeconv.verify.plots import PLOTS
 from moeconv.verify.report import REPORT_NAME, Report
@@ -39,7 +39,7 @@ def public_files(output: Output, report: Report | None) -> list[File]:
         report: Its report, None where none speaks of these bytes.
     """
     known = own_paths(output)
-    raw = (output.folder / MANIFEST_NAME).read_bytes()
+    raw = read_own(output.folder, MANIFEST_NAME)
     content = json.loads(raw)
     content["source"]["path"] = tail(content["source"]["path"])
     manifest = to_json(_walk(content, lambda text: shorten(text, known)))
@@ -49,8 +49,8 @@ def public_files(output: Output, report: Report | None) -> list[File]:
         told = _walk(report.model_dump(mode="json"), lambda text: shorten(text, known))
         told["files"][MANIFEST_NAME] = hashlib.sha256(files[0].read()).hexdigest()
         files.append(File.of(REPORT_NAME, to_json(told)))
-        plots = [output.folder / name for name in PLOTS]
-        page = to_markdown(report, [plot for plot in plots if plot.is_file()])
+        plots = [output.folder / name for name in PLOTS if is_own(output.folder, name)]
+        page = to_markdown(report, plots)
         files.append(File.of(PAGE_NAME, shorten(page, known).encode()))
     return files
 

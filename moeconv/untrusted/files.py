@@ -48,7 +48,7 @@ def open_regular(path: Path) -> BinaryIO:
     return _checked(os.open(_encodable(path), _FLAGS), path)
 
 
-def open_inside(folder: Path, name: str) -> BinaryIO:
+def open_inside(folder: Path, name: str, *, links: bool = True) -> BinaryIO:
     """Opens a file by its name in a folder that others may have filled.
 
     Links are followed as long as they stay in the folder (in a snapshot of the Hub's cache: in
@@ -58,6 +58,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
     Args:
         folder: The folder that the user named, or one found in it by `inside`.
         name: Relative, parts separated by `/`.
+        links: False where not even a link within the folder is followed.
 
     Returns:
         The file, open for reading.
@@ -66,7 +67,7 @@ def open_inside(folder: Path, name: str) -> BinaryIO:
         UnsafeFileError: The name or a link leads out of the folder, or it is no regular file.
         OSError: It cannot be opened; FileNotFoundError where there is none.
     """
-    boundary, real = _resolve(folder, name)
+    boundary, real = _resolve(folder, name, links=links)
     path = folder / name
     parts = real.relative_to(boundary).parts
     if not parts:
@@ -92,9 +93,9 @@ def read_regular(path: Path, *, limit: int = READ_LIMIT) -> bytes:
         return _read(file, path, limit)
 
 
-def read_inside(folder: Path, name: str, *, limit: int = READ_LIMIT) -> bytes:
+def read_inside(folder: Path, name: str, *, links: bool = True, limit: int = READ_LIMIT) -> bytes:
     """Content of a file of a folder; raises as `open_inside`, or where it is too large."""
-    with open_inside(folder, name) as file:
+    with open_inside(folder, name, links=links) as file:
         return _read(file, folder / name, limit)
 
 
@@ -108,27 +109,30 @@ def inside(folder: Path, name: str) -> Path:
     return _resolve(folder, name)[1]
 
 
-def is_file(folder: Path, name: str) -> bool:
+def is_file(folder: Path, name: str, *, links: bool = True) -> bool:
     """True if `open_inside` would find a regular file; False where there is nothing or a folder.
 
     Raises:
         UnsafeFileError: The name or a link leads out of the folder, or it is a special file.
     """
     try:
-        open_inside(folder, name).close()
+        open_inside(folder, name, links=links).close()
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return False
     return True
 
 
-def _resolve(folder: Path, name: str) -> tuple[Path, Path]:
+def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path]:
     """The folder that must not be left, and the path without links."""
     parts = PurePosixPath(name).parts
     path = folder / name
     if not parts or parts[0] == "/" or ".." in parts:
         raise UnsafeFileError(path, f"the name {name!r} leads out of {folder}")
     real = Path(os.path.realpath(_encodable(path)))
-    boundary = _boundary(Path(os.path.realpath(folder)))
+    base = Path(os.path.realpath(folder))
+    if not links and real != base / name:
+        raise UnsafeFileError(path, "is a link; put the file itself there")
+    boundary = _boundary(base)
     if not real.is_relative_to(boundary):
         raise UnsafeFileError(path, f"is a link that leads out of {folder}")
     if real.is_symlink():  # `realpath` leaves a loop as it is

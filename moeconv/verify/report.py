@@ -84,7 +84,7 @@ def make_report(subject: Subject, checks: list[Check]) -> Report:
     """
     names = [*subject.manifest.files, MANIFEST_NAME]
     present = [n for n in sorted(names) if (subject.out / n).is_file()]
-    files = {name: sha256(subject.out / name) for name in present}
+    files = {name: sha256(subject.out, name) for name in present}
     subject.demand_unchanged()
     return Report(
         verdict=worst(checks),

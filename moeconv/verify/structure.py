@@ -17,6 +17,7 @@ from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import MoeconvError, OutputError
 from moeconv.hf.config import model_config
 from moeconv.mapping.ops import DTYPES
+from moeconv.untrusted.files import open_inside
 from moeconv.verify.outcome import Check, Status, failed, first_line, passed, skipped
 from moeconv.verify.readers import check_readers
 from moeconv.verify.subject import Stored, Subject, read_object
@@ -60,7 +61,7 @@ def _files(subject: Subject) -> Check:
             wrong.append(f"{name} (missing)")
         elif path.stat().st_size != record.size:
             wrong.append(f"{name} (size)")
-        elif sha256(path) != record.sha256:
+        elif sha256(subject.out, name) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
     try:
@@ -83,19 +84,19 @@ def _files(subject: Subject) -> Check:
     return passed("structure", "files", f"{count} files have the size and SHA-256 of the manifest")
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file.
+def sha256(folder: Path, name: str, *, links: bool = True) -> str:
+    """SHA-256 of a file of a folder; `links` as in `open_inside`.
 
     Raises:
         OutputError: It cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_inside(folder, name, links=links) as file:
             while block := file.read(_HASH_BLOCK):
                 digest.update(block)
     except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
+        raise OutputError(f"{folder / name} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 

@@ -82,9 +82,9 @@ def test_a_failure_is_one(kaggle, code):
     assert done.returncode == code and "finished" not in done.stdout
 
 
-def attach(tmp_path, name, step, mtime, run_name="llama3-moe-200m"):
+def attach(tmp_path, name, step, mtime, run_name="llama3-moe-200m", below="notebooks"):
     """An earlier notebook's output."""
-    run = tmp_path / "input" / "notebooks" / name / "runs" / run_name
+    run = tmp_path / "input" / below / name / "runs" / run_name
     (run / "checkpoints" / f"{step}").mkdir(parents=True)
     (run / "checkpoints" / f"{step + 200}.orbax-checkpoint-tmp-0").mkdir()
     (run / "moeconv.json").write_text(name)
@@ -141,13 +141,86 @@ def test_words_that_are_refused_end_it_before_anything_is_copied(kaggle, tmp_pat
     assert not (tmp_path / "working" / "runs").exists()
 
 
+def test_a_run_is_found_as_deep_as_kaggle_may_mount_it(kaggle, tmp_path):
+    attach(tmp_path, "version", 1000, mtime=0, below="notebooks/owner/notebook")
+    model = tmp_path / "input/notebooks/owner/notebook/version/runs/llama3-moe-200m-hf"
+    model.mkdir()
+    for name in ("moeconv.json", "config.json"):
+        (model / name).write_text("{}")
+    done, _ = kaggle()
+    assert "going on from step 1000 of" in done.stdout, done.stderr
+
+
+def test_an_attached_run_of_another_name_is_not_begun_anew(kaggle, tmp_path):
+    attach(tmp_path, "one", 1000, mtime=0)
+    done, calls = kaggle("run_name=other")
+    assert done.returncode == 2 and not calls
+    assert "no run other is attached" in done.stderr and "runs/llama3-moe-200m" in done.stderr
+    assert not (tmp_path / "working" / "runs").exists()
+
+
 def test_a_new_run_takes_the_data_that_another_has_prepared(kaggle, tmp_path):
     attach(tmp_path, "one", 1000, mtime=0)
-    done, _ = kaggle("run_name=other")
+    done, _ = kaggle("run_name=other", NEW="1")
     assert "a new one, with the data of " in done.stdout
     runs = tmp_path / "working" / "runs"
     assert [each.name for each in runs.iterdir()] == ["data"]
     assert (runs / "data" / "tinystories-2048" / "data.json").is_file()
+
+
+@pytest.mark.parametrize("least, goes_on", [("1000", True), ("1001", False), ("soon", False)])
+def test_an_older_output_than_asked_for_is_refused(kaggle, tmp_path, least, goes_on):
+    attach(tmp_path, "one", 1000, mtime=0)
+    done, calls = kaggle(AT_LEAST=least)
+    assert (done.returncode == 0) is goes_on and bool(calls) is goes_on
+    assert goes_on or f"AT_LEAST={least}" in done.stderr
+
+
+def test_an_output_that_is_asked_for_and_absent_is_refused(kaggle):
+    done, calls = kaggle(AT_LEAST="1")
+    assert done.returncode == 2 and not calls and "attach the last session's output" in done.stderr
+
+
+def test_what_the_image_sets_for_its_own_packages_does_not_reach_ours(kaggle, tmp_path):
+    hostile = {
+        "UV_CONSTRAINT": "/none",
+        "UV_BUILD_CONSTRAINT": "/none",
+        "PIP_CONSTRAINT": "/none",
+        "PYTHONPATH": "/kaggle/lib",
+    }
+    program = tmp_path / "bin" / "python3"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/bash\nenv > {tmp_path}/seen\nexit 3\n")
+    program.chmod(0o755)
+    done, _ = kaggle(
+        VENV=str(tmp_path / "new"),
+        PATH=f"{program.parent}:{os.environ['PATH']}",
+        LD_LIBRARY_PATH="/usr/local/nvidia/lib64:/usr/local/cuda/lib64:/usr/local/cuda-12.8/lib64",
+        **hostile,
+    )
+    assert done.returncode == 3
+    seen = dict(
+        line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line
+    )
+    assert not hostile.keys() & seen.keys()
+    assert seen["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert seen["NCCL_CUMEM_HOST_ENABLE"] == "0"
+
+
+@pytest.mark.parametrize("fetches", [True, False])
+def test_the_python_is_uvs_own_where_it_can_be_fetched(kaggle, tmp_path, fetches):
+    program = tmp_path / "bin" / "python3"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/bash\necho "$*" >> {tmp_path}/installed\n'
+        f'[[ "$*" != *--managed-python* ]] || exit {0 if fetches else 2}\n'
+    )
+    program.chmod(0o755)
+    kaggle(VENV=str(tmp_path / "new"), PATH=f"{program.parent}:{os.environ['PATH']}")
+    asked = [
+        line for line in (tmp_path / "installed").read_text().splitlines() if "uv venv" in line
+    ]
+    assert ["--managed-python" in line for line in asked] == [True] + [False] * (not fetches)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -222,6 +295,29 @@ def test_the_notebook_shows_what_there_is(tmp_path, monkeypatch, capsys):
     exec(cell, {})
     assert shown == [str(tmp_path / "runs" / "late" / "loss.png")]
     assert capsys.readouterr().out.splitlines() == ["early no step yet", 'late {"step": 2}']
+
+
+@pytest.mark.parametrize(
+    "below", ["input/moeconv", "input/datasets/me/moeconv/moeconv-main", "working/moeconv"]
+)
+def test_the_notebook_finds_its_checkout(tmp_path, monkeypatch, below):
+    cell = training_cell().replace('"/kaggle', f'"{tmp_path}')
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(SystemExit, match="no checkout of moeconv"):
+        exec(cell, {})
+    script = tmp_path / below / "train" / "kaggle" / "kaggle_train.sh"
+    script.parent.mkdir(parents=True)
+    script.touch()
+    names = {}
+    exec(cell, names)
+    assert names["MOECONV"] == str(tmp_path / below)
+
+
+def training_cell():
+    """The notebook's cell that trains, without the line for the shell."""
+    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
+    cell = next(c["source"] for c in notebook["cells"] if '!bash "{' in "".join(c["source"]))
+    return "".join(line for line in cell if not line.startswith("!"))
 
 
 def test_the_notebook_is_clean_and_runs_the_script():

@@ -1,24 +1,20 @@
-"""Metrics that survive a crash, the progress line, Weights & Biases, plots, the log; signals."""
+"""Metrics that survive a crash, the progress line, plots, the log; signals."""
 
 import io
-import json
 import os
 import signal
 import sys
 from types import SimpleNamespace
 
 import pytest
-from moeconv_train import run_dir, stopping
-from moeconv_train.explain import explained
-from moeconv_train.logs import logger, plots, wandb
+from moeconv_train import stopping
+from moeconv_train.logs import logger, plots
 from moeconv_train.logs.console import last_lines, logged
 from moeconv_train.logs.metrics import MetricsFile, eval_line, read_metrics, train_line
 from moeconv_train.logs.progress import Progress, duration
-from moeconv_train.run_dir import Data
-from moeconv_train.settings import WandbSettings
 
-from moeconv.arch.sidecar import MetricsLine, RunFacts, RunSidecar
-from moeconv.errors import ConfigError, MoeconvError, OutputError, TrainingError
+from moeconv.arch.sidecar import MetricsLine
+from moeconv.errors import OutputError
 
 
 def scalars(loss=2.0, weights=10, **extra):
@@ -77,7 +73,41 @@ def test_the_tokens_go_on_counting(tmp_path):
     assert MetricsFile(tmp_path, 4).tokens == 40
     assert MetricsFile(tmp_path, 2).tokens == 20
     assert MetricsFile(tmp_path, 0).tokens == 0
-    assert list(read_metrics(tmp_path)) == []
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b"\xff\xfe", b"[" * 10_000, b"null", b'{"kind": "train", "step": NaN}']
+)
+def test_a_damaged_line_costs_itself_only(tmp_path, damage):
+    """Everything behind one was erased once, without a copy."""
+    write(tmp_path, 0, 12)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    before = b"\n".join([*lines[:2], damage, *lines[3:]]) + b"\n"
+    path.write_bytes(before)
+    MetricsFile(tmp_path, 12).close()
+    assert path.read_bytes().splitlines() == [*lines[:2], *lines[3:]]
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == before
+    MetricsFile(tmp_path, 12).close()
+    assert not (tmp_path / "metrics.jsonl.2").exists()
+
+
+def test_what_a_resume_leaves_out_is_kept_each_time(tmp_path):
+    write(tmp_path, 0, 12)
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    write(tmp_path, 8, 2)
+    second = (tmp_path / "metrics.jsonl").read_bytes()
+    write(tmp_path, 4, 1)
+    assert (tmp_path / "metrics.jsonl.1").read_bytes() == whole
+    assert (tmp_path / "metrics.jsonl.2").read_bytes() == second
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_metrics_that_are_no_file_are_refused(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(OutputError, match=r"metrics\.jsonl: .*; move it away"):
+        MetricsFile(tmp_path, 0)
 
 
 def test_a_loss_that_is_no_number_is_no_line(tmp_path):
@@ -239,119 +269,6 @@ def test_plots_of_a_run(tmp_path):
     assert plots.smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
 
 
-# --- Weights & Biases ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def no_key(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_ENTITY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", os.devnull)
-
-
-def test_the_id_is_the_same_for_as_long_as_the_directory_lives(tmp_path, no_key, monkeypatch):
-    first = wandb.run_id(tmp_path)
-    assert first == wandb.run_id(tmp_path) and len(first) == 8
-    monkeypatch.setenv("WANDB_RUN_ID", "another")
-    assert wandb.run_id(tmp_path) == first
-    (tmp_path / "new").mkdir()
-    assert wandb.run_id(tmp_path / "new") == "another"
-
-
-def test_without_a_key_it_is_offline(tmp_path, no_key, monkeypatch):
-    settings = WandbSettings(enabled=True, entity="some-org")
-    found = wandb.environment(tmp_path, settings)
-    assert found["WANDB_MODE"] == "offline" and found["WANDB_ENTITY"] == "some-org"
-    assert found["WANDB_DIR"] == str(tmp_path)
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setenv("WANDB_ENTITY", "mine")
-    found = wandb.environment(tmp_path, settings)
-    assert "WANDB_MODE" not in found and "WANDB_ENTITY" not in found
-    assert "k" * 40 not in json.dumps(found)
-
-
-def test_a_login_of_wandb_is_a_key(tmp_path, no_key, monkeypatch):
-    assert not wandb.has_key()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "k" * 40)
-    (tmp_path / "netrc").chmod(0o600)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb.has_key()
-
-
-class Broken:
-    """wandb's module, of which any part may fail."""
-
-    def __init__(self, init=(), log=None):
-        self.trouble, self.log_trouble = list(init), log
-        self.calls, self.logged, self.finished = [], [], 0
-        self.config = self
-
-    def update(self, content, **_):
-        self.content = content
-
-    def init(self, **kwargs):
-        self.calls.append(kwargs)
-        if self.trouble and (error := self.trouble.pop(0)):
-            raise error
-        return self
-
-    def log(self, content, step):
-        if self.log_trouble:
-            raise self.log_trouble
-        self.logged.append(step)
-
-    def finish(self):
-        self.finished += 1
-
-
-@pytest.mark.parametrize(
-    ("module", "modes", "logged_", "told"),
-    [
-        (Broken(), [None], [1, 2], []),
-        (Broken([OSError("no network")]), [None, "offline"], [1, 2], ["W&B: no network; logging"]),
-        (Broken([OSError("a"), OSError("b")]), [None, "offline"], [], ["W&B: a;", "W&B: b; not"]),
-        (Broken(log=OSError("full")), [None], [], ["W&B: full; logging there ends"]),
-    ],
-)
-def test_nothing_of_wandb_ends_the_run(monkeypatch, module, modes, logged_, told):
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    stock, notes = (module.init, module.log), []
-    with wandb.guarded(lambda: {"steps": 3}, notes.append):
-        module.init(project="p", resume="allow")
-        module.log({}, step=1)
-        module.log({}, step=2)
-    assert [call.get("mode") for call in module.calls] == modes
-    assert module.logged == logged_ and (module.init, module.log) == stock
-    assert len(notes) == len(told)
-    assert all(note.startswith(text) for note, text in zip(notes, told, strict=True))
-    if logged_:
-        assert module.finished == 1 and module.content == {"steps": 3}
-
-
-def test_wandb_itself_offline(tmp_path, no_key, monkeypatch):
-    module = pytest.importorskip("wandb")
-    assert wandb.missing() is None
-    for key, value in wandb.environment(tmp_path, WandbSettings(enabled=True)).items():
-        monkeypatch.setenv(key, value)
-    notes = []
-    with wandb.guarded(lambda: {"steps": 2}, notes.append):
-        module.init(project="p", name="n", resume="allow")  # as MaxText does
-        for step in range(2):
-            module.log({"learning/loss": 1.0}, step=step)
-    identity = (tmp_path / "wandb-run-id.txt").read_text().strip()
-    made = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(made) == 1 and made[0].endswith(identity)
-    assert notes == []
-
-
-def test_a_wandb_that_is_not_there_is_told(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert "wandb is not installed" in wandb.missing()
-
-
-# --- the log, signals, the run's directory -------------------------------------------------------
-
-
 def test_what_anything_says_is_in_the_log(tmp_path, capfd):
     import logging
     import subprocess
@@ -421,81 +338,3 @@ def test_the_time_limit_counts_from_the_beginning():
     clock.now += 1
     assert stopper.due() == "time limit"
     assert stopping.Stopper(60, print, clock, begun=clock.now - 60).due() == "time limit"
-
-
-def sidecar(**config):
-    facts = RunFacts(dataset_digest="d" * 64)
-    return RunSidecar(format="moeconv-run", version=1, config=config, run=facts)
-
-
-def test_what_may_change_when_a_run_goes_on(tmp_path):
-    before = sidecar(steps=10, log_period=1, eval_interval=5, checkpoint_period=2, vocab_size=9)
-    now = {**before.config, "steps": 20, "log_period": 3, "eval_interval": 7, "new_key": 1}
-    now |= {"checkpoint_period": 4, "enable_wandb": True}
-    assert run_dir.check_same(tmp_path, before, now, Data("d" * 64)) == []
-    before = sidecar(remat_policy="full", vocab_size=9)
-    (note,) = run_dir.check_same(
-        tmp_path, before, {"remat_policy": "minimal", "vocab_size": 9}, Data("d" * 64)
-    )
-    facts = RunFacts(patches={"fp16_head": True})
-    before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
-    (other,) = run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": False})
-    assert "loss scale and patches were" in other and other.endswith("not to the bit")
-    assert run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": True}) == []
-    assert note == "remat_policy was full and is minimal: the same model, but not to the bit"
-
-
-def test_another_run_is_refused_by_name(tmp_path):
-    before = sidecar(vocab_size=9, learning_rate_schedule_steps=10)
-    now = {"vocab_size": 8, "learning_rate_schedule_steps": 20}
-    with pytest.raises(ConfigError) as raised:
-        run_dir.check_same(tmp_path, before, now, Data("e" * 64))
-    for text in (
-        "vocab_size was 9 and is 8",
-        "learning_rate_schedule_steps was 10 and is 20",
-        "the data's digest was dddddddddddd and is eeeeeeeeeeee",
-        "begin a new run_name",
-    ):
-        assert text in str(raised.value)
-    with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv\.json"):
-        run_dir.check_same(tmp_path, None, now, Data())
-
-
-def test_a_directory_is_one_processs(tmp_path):
-    run = tmp_path / "run"
-    with (
-        run_dir.locked(run),
-        pytest.raises(OutputError, match="another process is training there"),
-        run_dir.locked(run),
-    ):
-        pass
-    assert not run.exists()  # nothing was put there
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    with pytest.raises(OutputError, match="cannot be written"), run_dir.locked(blocked / "run"):
-        pass
-
-
-def test_a_damaged_sidecar_is_named(tmp_path):
-    (tmp_path / "moeconv.json").write_text('{"format": "moeconv-run"}')
-    with pytest.raises(ConfigError, match=r"moeconv\.json: version: Field required"):
-        run_dir.read_sidecar(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("raised", "kind", "told"),
-    [
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), TrainingError, "memory is too small"),
-        (RuntimeError("first\nsecond"), TrainingError, "RuntimeError: first; see "),
-        (SystemExit(1), TrainingError, "the loss is no number any more"),
-        (SystemExit(3), TrainingError, "MaxText ended the process"),
-        (MoeconvError("gave up"), TrainingError, "gave up"),
-        (ConfigError("as it is"), ConfigError, "as it is"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
-    ],
-)
-def test_what_maxtext_and_jax_raise_is_one_sentence(tmp_path, raised, kind, told):
-    with pytest.raises(kind) as caught, explained(tmp_path / "training.log", tmp_path):
-        raise raised
-    assert type(caught.value) is kind
-    assert told in str(caught.value) and "\n" not in str(caught.value)

@@ -1,11 +1,8 @@
-"""What is decided before MaxText is imported: data, steps, evaluations, devices, model size."""
+"""What is decided before MaxText is imported: data, steps, evaluations."""
 
 import importlib
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,36 +10,13 @@ import pytest
 from cli_runner import moeconv
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeconv_train import feed, plan, recipe, run_dir, start, trainer, values
-from moeconv_train.environment import environment
-from moeconv_train.model_size import model_size, peak
-from moeconv_train.preflight import check, memory
-from moeconv_train.preflight import config as preflight_config
-from moeconv_train.preflight.target import T4X2, Gpu, gpus, local
-from moeconv_train.settings import EMBEDDED, DataSettings
-from moeconv_train.sidecar import public_config
+from moeconv_train import feed, run_dir, start, trainer
+from moeconv_train.preflight.target import T4X2
 from moeconv_train.steps import evaluations
+from plan_lab import T4, planned, tiny
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, TimeLimitError, UsageError
-
-T4 = Gpu("Tesla T4", 15 * 2**30, (7, 5))
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """The embedded corpus as the tiny recipe wants it."""
-    data = DataSettings(source=EMBEDDED, tokenizer=EMBEDDED)
-    found = feed.Feed("prepared", data, tmp_path_factory.mktemp("data"))
-    return feed.prepare(found, 128, progress=lambda _: None, note=lambda _: None).directory
-
-
-def planned(*words, found=()):
-    return plan.make(recipe.read(words), list(found))
-
-
-def tiny(prepared, *words):
-    return planned("tiny_cpu", f"run.data.directory={prepared}", *words)
 
 
 def test_the_default_run_is_for_two_t4s_wherever_it_is_planned():
@@ -162,69 +136,6 @@ def test_files_of_others_are_maxtexts(tmp_path):
     made = planned("tiny_cpu", f"grain_train_files={tmp_path}/rows.array_record", "steps=9")
     assert made.feed.kind == "maxtext" and made.steps == 9 and made.epochs is None
     assert planned("tiny_cpu", "dataset_type=synthetic").feed.kind == "maxtext"
-
-
-@pytest.mark.parametrize(
-    ("word", "told"),
-    [
-        ("steps=abc", "steps=abc: must be a whole number"),
-        ("steps=20.5", r"steps=20\.5: must be a whole number"),
-        ("steps=0", "steps=0: must be 1 or more"),
-        ("steps=-5", "steps=-5: must be 1 or more"),
-        ("steps=none", "steps=none: must be a whole number"),
-        ("per_device_batch_size=abc", "per_device_batch_size=abc: must be a number"),
-        ("base_emb_dim=abc", "base_emb_dim=abc: must be a whole number"),
-        ("learning_rate=abc", "learning_rate=abc: must be a number, 0 or more"),
-        ("scan_layers=abc", "scan_layers=abc: must be true or false"),
-        ("dtype=bf16", "dtype=bf16: must be one of bfloat16, "),
-        ("hardware=xpu", "hardware=xpu: must be one of cpu, gpu, gpu_multiprocess, tpu"),
-        ("model_name=mixtral-8x8b", "model_name=mixtral-8x8b: must be .* such as mixtral-8x7b"),
-        ("weight_dtype=flaot32", "weight_dtype=flaot32: must be one of"),
-        ("remat_policy=foo", "remat_policy=foo: must be one of full"),
-        ("num_experts_per_tok=9", "num_experts_per_tok=9: must be at most num_experts, which is 4"),
-    ],
-)
-def test_a_value_of_another_kind_is_refused_by_its_key(tmp_path, word, told):
-    with pytest.raises(UsageError, match=told):
-        planned("tiny_cpu", word)
-    key, _, value = word.partition("=")
-    file = tmp_path / "mine.yml"
-    file.write_text(f"num_experts: 4\n{key}: {value}\n")
-    with pytest.raises(ConfigError, match=rf"mine\.yml: {told}"):
-        planned(str(file))
-
-
-def test_values_that_maxtext_itself_has_are_none_of_another_kind():
-    maxtexts = preflight_config.maxtext_defaults()
-    values.check_values(maxtexts, recipe._types(), "", ConfigError)
-    assert planned("tiny_cpu", "learning_rate=1e-3").config["learning_rate"] == 1e-3
-
-
-def test_a_finished_run_is_compared_before_it_is_called_finished(prepared, tmp_path, monkeypatch):
-    where = f"base_output_directory={tmp_path}"
-    made = tiny(prepared, where, "steps=20")
-    made.run_dir.mkdir()
-    told = {"learning_rate_schedule_steps": -1, **public_config(made.config), **made.told}
-    facts = RunFacts(dataset_digest=made.feed.dataset.digest)
-    before = RunSidecar(format="moeconv-run", version=1, config=public_config(told), run=facts)
-    sidecar = made.run_dir / "moeconv.json"
-    sidecar.write_text(before.model_dump_json())
-    monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
-    notes = []
-
-    def again(*words):
-        return trainer.train(tiny(prepared, where, *words), note=notes.append)
-
-    assert again("steps=20").completed == 20 and "all 20 steps are trained" in notes[-1]
-    with pytest.raises(ConfigError, match=r"learning_rate was 0\.003 and is 0\.1"):
-        again("steps=20", "learning_rate=0.1")
-    with pytest.raises(ConfigError, match="learning_rate_schedule_steps was 20 and is 10"):
-        again("steps=10")
-    with pytest.raises(ConfigError, match="has 20 steps already, more than steps=10"):
-        again("steps=10", "learning_rate_schedule_steps=20")
-    sidecar.write_text("{")
-    with pytest.raises(ConfigError, match=r"moeconv\.json: the file"):
-        again("steps=20")
 
 
 def test_a_run_without_data_is_refused(tmp_path):
@@ -378,159 +289,3 @@ def test_other_releases_are_told(tmp_path):
 def test_what_a_stream_cannot_read():
     with pytest.raises(UsageError, match="streams from the Hub or from one local file"):
         planned("tiny_cpu", "dataset_type=hf")
-
-
-def test_hardware_that_is_not_said_is_what_there_is(tmp_path):
-    (tmp_path / "mine.yml").write_text("dataset_type: synthetic\n")
-    assert planned(str(tmp_path / "mine.yml")).settings["hardware"] == "cpu"
-    made = planned(str(tmp_path / "mine.yml"), found=[T4])
-    assert made.settings["hardware"] == "gpu" and made.run_dir.name == "mine"
-    assert made.settings["skip_jax_distributed_system"] is True
-
-
-def test_a_bucket_is_no_place_for_a_run():
-    with pytest.raises(ConfigError, match="writes to a local folder"):
-        planned("tiny_cpu", "base_output_directory=gs://bucket/runs")
-
-
-@pytest.mark.parametrize("name", ["../../x", "/abs", "a/../../x", ".", "./"])
-def test_a_run_stays_below_its_directory(name):
-    with pytest.raises(ConfigError, match=r"leaves runs; name a folder below it"):
-        planned("tiny_cpu", f"run_name={name}")
-
-
-def test_a_run_may_lie_deeper_but_has_a_name():
-    assert planned("tiny_cpu", "run_name=a/b").run_dir == Path("runs/a/b").absolute()
-    with pytest.raises(UsageError, match="run_name: is empty; is a shell variable not set"):
-        planned("tiny_cpu", "run_name=")
-
-
-def test_the_command_line_for_maxtext_has_each_key_once(prepared):
-    made = tiny(prepared, "learning_rate=1e-4", "steps=5")
-    argv = made.argv()
-    keys = [word.split("=", 1)[0] for word in argv[2:]]
-    assert argv[:2] == ["", str(made.recipe.file)] and len(keys) == len(set(keys))
-    assert "learning_rate=1e-4" in argv and "enable_wandb=false" in argv
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (None, "none"),
-        (True, "true"),
-        (0.5, "0.5"),
-        ("a/b-*.x", "a/b-*.x"),
-        ("with space", "with space"),
-        ("a #b", '"a #b"'),
-        ("007", '"007"'),
-        (["text"], '["text"]'),
-    ],
-)
-def test_what_we_say_is_read_as_it_is_meant(value, text):
-    from omegaconf import OmegaConf
-
-    assert plan.said(value) == text
-    read = OmegaConf.from_dotlist([f"key={text}"]).key
-    assert read == ("none" if value is None else value)
-
-
-@pytest.mark.parametrize(
-    ("visible", "count"), [(None, 2), ("0", 1), ("1,0", 2), ("-1", 0), ("", 0), ("0,7,1", 1)]
-)
-def test_gpus_are_those_that_cuda_shows(tmp_path, monkeypatch, visible, count):
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'Tesla T4, 15360, 7.5'\necho 'Tesla T4, 15360, 7.5'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert len(gpus()) == count
-
-
-def test_gpus_that_nvidia_smi_does_not_know_all_of(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 12.1'\necho 'Old, 1024, [N/A]'\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = gpus()
-    assert found == [Gpu("NVIDIA GB10", None, (12, 1)), Gpu("Old", 2**30, None)]
-    assert check.check_gpus(found[1:], local(found[1:])).status == "warn"
-
-    def hangs(*_, **options):
-        raise subprocess.TimeoutExpired(str(program), options["timeout"])
-
-    monkeypatch.setattr(subprocess, "run", hangs)
-    with pytest.raises(ConfigError, match="gives no answer about the GPUs"):
-        gpus()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert gpus() == []
-
-
-def test_a_gpu_run_is_told_to_jax_and_never_falls_back(tmp_path, monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    words = [f"base_output_directory={tmp_path}", "run.wandb.enabled=false"]
-    with environment(planned(*words, found=[T4, T4])):
-        assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
-    assert "JAX_PLATFORMS" not in os.environ
-    monkeypatch.setattr(memory, "_PLUGINS", ("no_such_plugin",))
-    monkeypatch.setattr(check, "gpus", lambda: [T4, T4])
-    monkeypatch.setattr(start, "gpus", lambda: [T4, T4])
-    with pytest.raises(ConfigError, match=r"would compute on the CPU.*moeconv\[train,cuda12\]"):
-        start.refuse(start.plan_run(words, network=False))
-
-
-def test_a_gpu_run_does_not_train_on_the_cpu():
-    """JAX in a process of its own, as this one may not import it."""
-    code = "from moeconv_train.trainer import check_gpu; check_gpu()"
-    for platforms in ("cpu", "cuda,cpu"):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "JAX_PLATFORMS": platforms},
-            capture_output=True,
-            text=True,
-        )
-        assert "MissingPackageError: hardware=gpu: JAX computes on" in done.stderr
-        assert "moeconv[train,cuda12]" in done.stderr
-
-
-def test_a_gpu_run_does_not_start_without_one():
-    begun = start.plan_run([], network=False)
-    with pytest.raises(ConfigError, match="there is no NVIDIA GPU here"):
-        start.with_data(begun, note=print, progress=print, quiet=True)
-
-
-# MaxText's own numbers (test_recipes.py).
-@pytest.mark.parametrize(
-    ("name", "total"),
-    [(recipe.DEFAULT, 303_787_776), ("llama3_moe_200m_tinystories_all_moe", 452_441_856)],
-)
-def test_parameters_are_maxtexts(name, total):
-    size = planned(name).size
-    assert size.total == total and size.state_bytes == 12 * total
-
-
-def test_flops_are_those_of_the_active_parameters():
-    config = planned(recipe.DEFAULT).config
-    size = model_size(config)
-    D, F, V, L, T = 768, 3072, 128_256, 6, 2048
-    attention, dense, moe = 4 * D * D, 3 * D * F, 2 * 3 * D * F + 8 * D
-    norms = (2 * L + 1) * D
-    assert size.active == L * attention + 3 * dense + 3 * moe + V * D + norms
-    # Scores and their sum: 2 x 2 x D for each of T / 2 keys and layer, three times with backward.
-    assert size.flops == 6 * size.active + 3 * L * 4 * D * T / 2
-    assert model_size({**config, "decoder_block": "deepseek"}) is None
-    assert model_size({**config, "use_qk_norm": True}) is None
-
-
-def test_peaks_are_only_those_that_are_known():
-    assert peak("Tesla T4", "float16") == 65e12
-    assert peak("Tesla T4", "bfloat16") is None and peak("Tesla T4", "float32") is None
-    assert peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
-    assert peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
-    assert peak("NVIDIA L40S", "float16") == 362e12 and peak("NVIDIA L4", "float16") == 121e12
-    assert peak("NVIDIA A100-SXM4-40GB", "bfloat16") == 312e12
-    for other in ("L40", "A10G", "T400", "RTX A1000", "T4G", "A100-SXM4-40GB MIG 1g.5gb", "GH200"):
-        assert peak(f"NVIDIA {other}", "float16") is None
-    assert peak("cpu", "float16") is None and peak("NVIDIA GeForce RTX 9999", "float16") is None

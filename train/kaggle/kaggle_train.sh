@@ -10,6 +10,8 @@
 #   WORK      what Kaggle keeps as the notebook's output (/kaggle/working)
 #   INPUT     where the last session's output is attached (/kaggle/input)
 #   VENV      where moeconv is installed; not below WORK, it would be saved (~/.moeconv-venv)
+#   AT_LEAST  the step that the last session's output must have reached: an older one is refused
+#   NEW       1 begins a new run although another run's output is attached
 #   CHECK     0 leaves out `--check`, which compiles the step once more: half a minute on two
 #             cores, not timed on Kaggle (1)
 set -euo pipefail
@@ -32,14 +34,21 @@ work=${WORK:-/kaggle/working}
 input=${INPUT:-/kaggle/input}
 venv=${VENV:-$HOME/.moeconv-venv}
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# Host buffers of NCCL fail on GPUs that cannot read each other's memory, as these T4s (nccl#1838).
+export NCCL_CUMEM_HOST_ENABLE=${NCCL_CUMEM_HOST_ENABLE:-0}
 
 say() { echo "== $*"; }
+refuse() {
+  echo "$*" >&2
+  exit 2
+}
 
 seconds_of() { # 8h30m, 45m or 90s
   [[ $1 =~ ^(([0-9]+)h)?(([0-9]+)m)?(([0-9]+)s)?$ && -n $1 ]] || return 1
   # 10#: bash takes 09 for octal.
   echo $((10#${BASH_REMATCH[2]:-0} * 3600 + 10#${BASH_REMATCH[4]:-0} * 60 + 10#${BASH_REMATCH[6]:-0}))
 }
+[[ ${AT_LEAST:-0} =~ ^[0-9]+$ ]] || refuse "AT_LEAST=$AT_LEAST: write it as a step, 11540"
 limit=$(seconds_of "$session") || { echo "SESSION=$session: write it as 11h30m" >&2; exit 2; }
 
 # Without torch, which MaxText does not need and whose CUDA libraries are not JAX's.
@@ -54,19 +63,26 @@ run_name() { # of the run that these words mean, which a recipe may name
     <<<"$plan"
 }
 
+# What is attached below INPUT; at most `notebooks/OWNER/NAME/VERSION/FOLDER/runs/RUN/moeconv.json`.
+attached() { # attached GLOB: sidecars of runs of that name; a model's manifest is none
+  local found
+  { find -L "$input" -maxdepth 9 -type d -path '*/runs/data' -prune -o -type f \
+    -path "*/runs/$1/moeconv.json" -print 2>/dev/null || true; } |
+    while IFS= read -r found; do
+      [ -e "$(dirname "$found")/config.json" ] || echo "$found"
+    done
+}
+last_step() { # last_step RUN: of its highest checkpoint; -1 where it has none
+  { ls "$1/checkpoints" 2>/dev/null || true; } | { grep -xE '[0-9]+' || echo -1; } | sort -n | tail -1
+}
 # The last session's output, wherever it is attached: its runs and its prepared data. Of several
 # the one that is furthest: files that Kaggle attaches do not keep their times. What is in WORK
 # already is newer.
-last_run() { # last_run NAME: that with the highest checkpoint; one that has none counts as step -1
-  local sidecar run step
-  { find -L "$input" -maxdepth 6 -type d -path '*/runs/data' -prune -o -name moeconv.json \
-    -path "*/runs/$1/moeconv.json" -print 2>/dev/null || true; } |
-    while IFS= read -r sidecar; do
-      run=$(dirname "$sidecar")
-      step=$( (ls "$run/checkpoints" 2>/dev/null || true) | { grep -xE '[0-9]+' || true; } |
-        sort -n | tail -1)
-      printf '%s %s\n' "${step:--1}" "$run"
-    done | sort -n | tail -1 | cut -d' ' -f2-
+last_run() { # last_run NAME: that with the highest checkpoint
+  local sidecar
+  attached "$1" | while IFS= read -r sidecar; do
+    printf '%s %s\n' "$(last_step "$(dirname "$sidecar")")" "$(dirname "$sidecar")"
+  done | sort -n | tail -1 | cut -d' ' -f2-
 }
 take() { # take DIR...: copies in WORK/runs, all whole or none
   rm -rf "$work/runs.partial"
@@ -80,12 +96,24 @@ if [ ! -e "$work/runs" ]; then
   last=$(last_run "$name")
   data=${last:+$(dirname "$last")/data}
   if [ ! -d "$data" ]; then
-    data=$({ find -L "$input" -maxdepth 5 -type d -path '*/runs/data' 2>/dev/null || true; } |
+    data=$({ find -L "$input" -maxdepth 8 -type d -path '*/runs/data' 2>/dev/null || true; } |
       sort | tail -1)
   fi
   if [ -n "$last" ]; then
-    say "going on from $last"
+    step=$(last_step "$last")
+    if [ -n "${AT_LEAST:-}" ] && [ "$step" -lt "$AT_LEAST" ]; then
+      refuse "the furthest run $name attached below $input has reached step $step, and AT_LEAST=$AT_LEAST
+asks for more: an attached notebook stays at the version it was attached at. Attach the newest
+version of its output (Input -> check for updates), or lower AT_LEAST"
+    fi
+    say "going on from step $step of $last"
     take "$last" ${data:+"$data"}
+  elif [ -n "${AT_LEAST:-}" ]; then
+    refuse "AT_LEAST=$AT_LEAST, and no run $name is attached below $input; attach the last session's output"
+  elif others=$(attached '*') && [ -n "$others" ] && [ "${NEW:-0}" != 1 ]; then
+    refuse "no run $name is attached below $input, but these are:
+$(sed 's:/moeconv.json$::; s/^/  /' <<<"$others")
+To go on with one, give run_name= and the other words of its first session; for a new run, NEW=1"
   elif [ -n "$data" ]; then
     say "no earlier run $name below $input: a new one, with the data of $data"
     take "$data"

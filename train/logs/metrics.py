@@ -1,15 +1,18 @@
 """`metrics.jsonl`: a line for each step and evaluation, once, also after a crash and a resume."""
 
+import itertools
 import json
+import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moeconv_train.data.records import write_bytes
-from pydantic import ValidationError
 
 from moeconv.arch.sidecar import METRICS_NAME, MetricsLine
+from moeconv.errors import OutputError
+from moeconv.untrusted import files, strict_json
 
 
 class MetricsFile:
@@ -19,17 +22,41 @@ class MetricsFile:
     """
 
     def __init__(self, run_dir: Path, start_step: int) -> None:
-        """Opens it, and drops what a crashed run wrote beyond the checkpoint that is resumed.
+        """Opens it at the checkpoint that is resumed.
+
+        What a crashed run wrote beyond it, and lines that cannot be read, are left out; the file as
+        it was is kept beside it, as `metrics.jsonl.1` and so on.
 
         Args:
             run_dir: The run's directory.
             start_step: Steps that the checkpoint holds; 0 for a new run.
+
+        Raises:
+            OutputError: The file cannot be read or written.
         """
         self.path = run_dir / METRICS_NAME
-        kept = [line for line in read_metrics(run_dir) if line.step <= start_step]
-        text = "".join(_dump(line) for line in kept)
-        if not self.path.is_file() or self.path.read_text(encoding="utf-8") != text:
-            write_bytes(self.path, text.encode())
+        try:
+            before = files.read_inside(run_dir, METRICS_NAME)
+        except FileNotFoundError:
+            before = b""
+        except OSError as error:
+            raise OutputError(f"{self.path}: {error.strerror}; move it away") from None
+        lines, damaged = _parse(before)
+        kept = [line for line in lines if line.step <= start_step]
+        text = "".join(_dump(line) for line in kept).encode()
+        if before != text:
+            copy = next(c for n in itertools.count(1) if not (c := _copy(self.path, n)).exists())
+            write_bytes(copy, before)
+            write_bytes(self.path, text)
+            logging.warning(
+                "%s: begins anew at step %d without %d lines (%d of them cannot be read); the file "
+                "as it was is %s",
+                self.path,
+                start_step,
+                len(lines) + damaged - len(kept),
+                damaged,
+                copy.name,
+            )
         trained = [line.tokens for line in kept if line.kind == "train" and line.tokens]
         self.tokens = trained[-1] if trained else 0
         self._file = self.path.open("a", encoding="utf-8")
@@ -93,16 +120,27 @@ def eval_line(
     )
 
 
-def read_metrics(run_dir: Path) -> Iterator[MetricsLine]:
-    """The lines of a run, up to the first that was not written whole."""
-    path = run_dir / METRICS_NAME
-    if not path.is_file():
-        return
-    for text in path.read_text(encoding="utf-8").splitlines():
+def read_metrics(run_dir: Path) -> list[MetricsLine]:
+    """The lines of a run that can be read; none where there is no file."""
+    try:
+        return _parse(files.read_inside(run_dir, METRICS_NAME))[0]
+    except FileNotFoundError:
+        return []
+
+
+def _parse(content: bytes) -> tuple[list[MetricsLine], int]:
+    """The lines, and how many cannot be read (the last one where a run was killed, say)."""
+    lines, damaged = [], 0
+    for text in content.splitlines():
         try:
-            yield MetricsLine.model_validate_json(text)
-        except ValidationError:
-            return
+            lines.append(MetricsLine.model_validate(strict_json.loads(text)))
+        except ValueError:  # pydantic's too
+            damaged += 1
+    return lines, damaged
+
+
+def _copy(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
 
 
 def _dump(line: MetricsLine) -> str:

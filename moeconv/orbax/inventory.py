@@ -1,0 +1,72 @@
+"""The files of a checkpoint on this machine: what is there, all of it inside, and when it changed."""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from moeconv.errors import NotACheckpointError
+from moeconv.untrusted.files import UnsafeFileError, inside
+
+# Size, times of the last change of content and of the entry (which nobody sets back), and inode.
+Stamp = tuple[int, int, int, int]
+
+
+def inventory(folder: Path) -> Mapping[str, Stamp]:
+    """Every file below a folder, by its name relative to it; nothing is opened.
+
+    A link to a file or folder inside is fine (in a snapshot of the Hub's cache: to its blobs), and
+    a file's stamp is that of what it leads to.
+
+    Raises:
+        NotACheckpointError: A link leads out, in a circle or nowhere, there is a FIFO, device or
+            socket, or a folder cannot be listed; names it.
+    """
+    try:
+        return dict(_walk(folder, ""))
+    except OSError as error:
+        where = error.filename or folder
+        raise NotACheckpointError(
+            f"{where} {_why(error)}; a checkpoint that holds it is not read"
+        ) from None
+
+
+def stamp(path: Path) -> Stamp | None:
+    """What changes when a file is written or replaced; None where there is none."""
+    try:
+        return _stamp(path.stat())
+    except (OSError, ValueError):
+        return None
+
+
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
+    pending = [prefix]
+    while pending:
+        below = pending.pop()
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                name = f"{below}{entry.name}"
+                status = entry.stat(follow_symlinks=False)
+                linked = stat.S_ISLNK(status.st_mode)
+                if linked:
+                    status = os.stat(inside(folder, name))
+                if stat.S_ISREG(status.st_mode):
+                    yield name, _stamp(status)
+                elif not stat.S_ISDIR(status.st_mode):
+                    raise UnsafeFileError(Path(entry.path), "is a FIFO, device or socket")
+                elif not linked:
+                    pending.append(f"{name}/")
+                elif not inside(folder, name).is_relative_to(os.path.realpath(folder)):
+                    raise UnsafeFileError(Path(entry.path), "is a link to a folder outside")
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, UnsafeFileError):
+        return str(error.strerror)
+    if isinstance(error, FileNotFoundError):
+        return "is not there (a link leads to it, or it was removed just now)"
+    return f"cannot be looked at ({error.strerror})"

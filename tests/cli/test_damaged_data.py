@@ -1,0 +1,127 @@
+"""Damaged files of a checkpoint end in one sentence, and never in a model."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tensorstore as ts
+from cli_runner import moeconv
+from maxtext_lab import ENVY, TIED
+from refusals import WI_0, convert, out_of, refused
+
+from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
+
+
+def data_file(items: Path) -> Path:
+    """The file that holds nearly everything of an OCDBT store."""
+    return max(items.rglob("d/*"), key=lambda p: p.stat().st_size)
+
+
+def cut(path: Path, keep: float) -> None:
+    os.truncate(path, int(path.stat().st_size * keep))
+
+
+def scribble(path: Path) -> None:
+    """Ruins the head of a chunk, which every reader of it must notice."""
+    raw = bytearray(path.read_bytes())
+    raw[:8] = b"\x00" * 8
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("keep", [0.95, 0.5, 0.0])
+def test_a_truncated_ocdbt_file(maxtext_lab, tmp_path, keep):
+    """As MaxText wrote it."""
+    lab = maxtext_lab.checkpoint(ENVY, TIED)
+    run = tmp_path / "run"
+    shutil.copytree(lab.run_dir, run)
+    cut(data_file(run), keep)
+    config = tmp_path / "config.yml"
+    config.write_text("decoder_block: envy\nnum_experts_per_tok: 2\n")
+    out = tmp_path / "out"
+    ran = moeconv("convert", run, out, "--config", config)
+    items = run / "checkpoints" / "0" / "items"
+    refused(ran, TensorError, str(items), "parameter ", "damaged", "use another step", out=out)
+
+
+@pytest.mark.parametrize("damage", ["gone", "zeros"])
+def test_an_ocdbt_file_without_its_content(made, tmp_path, damage):
+    checkpoint = made(tmp_path, sizes={"L": 4, "V": 512, "D": 64, "M": 64})
+    path = data_file(checkpoint.items)
+    size = path.stat().st_size
+    path.unlink()
+    if damage == "zeros":
+        path.write_bytes(bytes(size))
+    sentence = refused(convert(checkpoint), TensorError, "damaged", out=out_of(checkpoint))
+    assert f"{checkpoint.items}: parameter " in sentence
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "zeros"])
+@pytest.mark.parametrize("pattern", ["manifest.ocdbt", "d/*"])
+def test_a_damaged_ocdbt_index(maxtext_lab, tmp_path, damage, pattern):
+    """As MaxText wrote it."""
+    run = tmp_path / "run"
+    shutil.copytree(maxtext_lab.checkpoint(ENVY, TIED).run_dir, run)
+    [path] = (run / "checkpoints" / "0" / "items").glob(pattern)
+    raw = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(raw[: len(raw) // 2] if damage == "cut" else bytes(len(raw)))
+    ran = moeconv("convert", run, tmp_path / "out")
+    words = ("cannot be opened", "the save is incomplete or damaged")
+    refused(ran, NotACheckpointError, *words, out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("zarr3", [True, False])
+@pytest.mark.parametrize("split", [{}, {"M": 2}])
+def test_a_missing_chunk_of_an_ocdbt_store(made, tmp_path, zarr3, split):
+    """Never zeros."""
+    checkpoint = made(tmp_path, zarr3=zarr3, split=split)
+    base = {"driver": "file", "path": f"{checkpoint.items}/"}
+    store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    keys = [k for k in store.list().result() if WI_0.encode() in k and b".z" not in k]
+    [*_, last] = sorted(k for k in keys if b"zarr.json" not in k)
+    store.delete_range(ts.KvStore.KeyRange(last, last + b"\0")).result()
+    refused(convert(checkpoint), TensorError, WI_0, "missing", out=out_of(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [(lambda p: cut(p, 0.5), "ZSTD"), (lambda p: cut(p, 0.0), "ZSTD"),
+     (scribble, "ZSTD"), (Path.unlink, "missing")],
+    ids=["cut", "empty", "scribbled", "gone"],
+)  # fmt: skip
+def test_a_damaged_zarr_chunk(plain, damage, word):
+    damage(plain.items / f"params.params.{WI_0}" / "0.0.0.0")
+    sentence = refused(convert(plain), TensorError, WI_0, "damaged", out=out_of(plain))
+    assert word.lower() in sentence.lower()
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_damage_found_late_leaves_nothing(made, tmp_path, jobs):
+    """The last of many arrays: most of the output is written by then."""
+    checkpoint = made(tmp_path, scanned=False, ocdbt=False, zarr3=False)
+    last = "decoder.layers_3.pre_self_attention_layer_norm.scale"
+    scribble(checkpoint.items / f"params.params.{last}" / "0")
+    ran = convert(checkpoint, "--jobs", jobs)
+    refused(ran, TensorError, last, "damaged", out=out_of(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda p: cut(p, 0.3), NotACheckpointError, ["cannot be opened"]),
+        (Path.unlink, NotACheckpointError, ["cannot be opened"]),
+        (lambda p: p.write_text(p.read_text().replace("zstd", "frob")), NotACheckpointError,
+         ["cannot be opened", "frob"]),
+        (lambda p: p.write_text(p.read_text().replace("<f4", "<i4")), UnsupportedError,
+         ["stored as int32", "float32, bfloat16, float16"]),
+        (lambda p: p.write_text(p.read_text().replace("<f4", "<f8")), UnsupportedError,
+         ["stored as float64"]),
+        (lambda p: p.write_text(p.read_text().replace("24]", "23]")), TensorError, ["wi_"]),
+    ],
+    ids=["cut", "gone", "codec", "int32", "float64", "shape"],
+)  # fmt: skip
+def test_damaged_zarr_metadata(plain, change, error, words):
+    change(plain.items / f"params.params.{WI_0}" / ".zarray")
+    refused(convert(plain), error, *words, out=out_of(plain))

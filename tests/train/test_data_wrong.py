@@ -1,0 +1,74 @@
+"""Wrong input of `moeconv data prepare` is one sentence, and leaves nothing."""
+
+import gzip
+
+import cli_runner
+import pytest
+from data_lab import STORIES, jsonl
+from moeconv_train.data import DataSet, PrepareOptions, prepare_dataset
+
+from moeconv.errors import ConfigError, UsageError
+
+pytest.importorskip("array_record")
+
+WRONG = [
+    (["absent.jsonl"], 2, "absent.jsonl: no such file or folder; give one"),
+    (["absent"], 10, "absent: no such file or folder, and with HF_HUB_OFFLINE set"),
+    (["{dir}/empty"], 2, "has no parquet, jsonl or text file to train on"),
+    (["{dir}/notes.md"], 2, "is no parquet, jsonl or text file by its name"),
+    (["{dir}/a.jsonl", "--column", "story"], 2, "line 1 is no object with a field 'story'; name"),
+    (["{dir}/number.jsonl"], 2, "line 1: 'text' is not text"),
+    (["{dir}/broken.jsonl.gz"], 2, "cannot be read as json"),
+    (["{dir}/latin.txt"], 2, "cannot be read as text"),
+    (["{dir}/broken.parquet"], 2, "cannot be read as parquet"),
+    (["{dir}/blank.jsonl"], 2, "holds no story to train on"),
+    (["{dir}", "--split", "train=x*"], 2, "--split train=x* matches no parquet, jsonl or text"),
+    (["{dir}", "--split", "training=a*"], 2, "--split: 'training' is neither train nor validation"),
+    (["{dir}", "--split", "a*"], 2, "--split a*: give train=GLOB and"),
+    (["{dir}/a.jsonl", "--seq-length", "1"], 2, "--seq-length: a row needs at least 2 tokens"),
+    (["{dir}/a.jsonl", "--validation-fraction", "1"], 2, "--validation-fraction: must be from 0"),
+    (["{dir}/a.jsonl", "--tokenizer", "{dir}/empty"], 8, "has no tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("args", "code", "message"), WRONG)
+def test_wrong_input_is_one_sentence_and_leaves_nothing(
+    tmp_path, tokenizer, args, code, message, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "source"
+    (source / "empty").mkdir(parents=True)
+    jsonl(source / "a.jsonl", STORIES[:5])
+    (source / "notes.md").write_text("x")
+    (source / "number.jsonl").write_text('{"text": 5}\n')
+    (source / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:40])
+    (source / "latin.txt").write_bytes(b"caf\xe9")
+    (source / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (source / "blank.jsonl").write_text('{"text": ""}\n{"text": null}\n')
+    if "parquet" in args[0]:
+        pytest.importorskip("pyarrow")
+    words = [word.replace("{dir}", str(source)) for word in args]
+    if "--tokenizer" not in words:
+        words += ["--tokenizer", str(tokenizer)]
+    ran = cli_runner.moeconv("data", "prepare", *words, "--out", tmp_path / "out", "--workers", 0)
+    assert ran.code == code, ran.err
+    assert message in ran.error
+    with pytest.raises(ConfigError):
+        DataSet.read(tmp_path / "out")
+
+
+def test_a_file_that_is_not_there_is_the_command_lines_mistake(tmp_path):
+    for name in ("stories.jsonl", str(tmp_path / "stories")):
+        with pytest.raises(UsageError, match="no such file or folder; give one"):
+            prepare_dataset(name, tmp_path / "out", PrepareOptions())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--workers", -1), ("--shard-characters", -3), ("--shard-characters", 0)]
+)
+def test_the_option_that_is_wrong_is_named(tmp_path, option, value):
+    ran = cli_runner.moeconv("data", "prepare", "x.txt", "--out", tmp_path / "out", option, value)
+    assert ran.code == UsageError.exit_code
+    assert ran.error.startswith(f"{option}: must be ")
+    assert ran.error.count("--") == 1

@@ -1,0 +1,125 @@
+"""GPUs that are there or not, and the model's size, FLOPs and peaks."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from moeconv_train import recipe, start
+from moeconv_train.environment import environment
+from moeconv_train.model_size import model_size, peak
+from moeconv_train.preflight import check, memory
+from moeconv_train.preflight.target import Gpu, gpus, local
+from plan_lab import T4, planned
+
+from moeconv.errors import ConfigError
+
+
+def test_hardware_that_is_not_said_is_what_there_is(tmp_path):
+    (tmp_path / "mine.yml").write_text("dataset_type: synthetic\n")
+    assert planned(str(tmp_path / "mine.yml")).settings["hardware"] == "cpu"
+    made = planned(str(tmp_path / "mine.yml"), found=[T4])
+    assert made.settings["hardware"] == "gpu" and made.run_dir.name == "mine"
+    assert made.settings["skip_jax_distributed_system"] is True
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 2), ("0", 1), ("1,0", 2), ("-1", 0), ("", 0), ("0,7,1", 1)]
+)
+def test_gpus_are_those_that_cuda_shows(tmp_path, monkeypatch, visible, count):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'Tesla T4, 15360, 7.5'\necho 'Tesla T4, 15360, 7.5'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert len(gpus()) == count
+
+
+def test_gpus_that_nvidia_smi_does_not_know_all_of(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GB10, [N/A], 12.1'\necho 'Old, 1024, [N/A]'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = gpus()
+    assert found == [Gpu("NVIDIA GB10", None, (12, 1)), Gpu("Old", 2**30, None)]
+    assert check.check_gpus(found[1:], local(found[1:])).status == "warn"
+
+    def hangs(*_, **options):
+        raise subprocess.TimeoutExpired(str(program), options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", hangs)
+    with pytest.raises(ConfigError, match="gives no answer about the GPUs"):
+        gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert gpus() == []
+
+
+def test_a_gpu_run_is_told_to_jax_and_never_falls_back(tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    words = [f"base_output_directory={tmp_path}", "run.wandb.enabled=false"]
+    with environment(planned(*words, found=[T4, T4])):
+        assert os.environ["JAX_PLATFORMS"] == "cuda,cpu"
+    assert "JAX_PLATFORMS" not in os.environ
+    monkeypatch.setattr(memory, "_PLUGINS", ("no_such_plugin",))
+    monkeypatch.setattr(check, "gpus", lambda: [T4, T4])
+    monkeypatch.setattr(start, "gpus", lambda: [T4, T4])
+    with pytest.raises(ConfigError, match=r"would compute on the CPU.*moeconv\[train,cuda12\]"):
+        start.refuse(start.plan_run(words, network=False))
+
+
+def test_a_gpu_run_does_not_train_on_the_cpu():
+    """JAX in a process of its own, as this one may not import it."""
+    code = "from moeconv_train.trainer import check_gpu; check_gpu()"
+    for platforms in ("cpu", "cuda,cpu"):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "JAX_PLATFORMS": platforms},
+            capture_output=True,
+            text=True,
+        )
+        assert "MissingPackageError: hardware=gpu: JAX computes on" in done.stderr
+        assert "moeconv[train,cuda12]" in done.stderr
+
+
+def test_a_gpu_run_does_not_start_without_one():
+    begun = start.plan_run([], network=False)
+    with pytest.raises(ConfigError, match="there is no NVIDIA GPU here"):
+        start.with_data(begun, note=print, progress=print, quiet=True)
+
+
+# MaxText's own numbers (test_recipes.py).
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [(recipe.DEFAULT, 303_787_776), ("llama3_moe_200m_tinystories_all_moe", 452_441_856)],
+)
+def test_parameters_are_maxtexts(name, total):
+    size = planned(name).size
+    assert size.total == total and size.state_bytes == 12 * total
+
+
+def test_flops_are_those_of_the_active_parameters():
+    config = planned(recipe.DEFAULT).config
+    size = model_size(config)
+    D, F, V, L, T = 768, 3072, 128_256, 6, 2048
+    attention, dense, moe = 4 * D * D, 3 * D * F, 2 * 3 * D * F + 8 * D
+    norms = (2 * L + 1) * D
+    assert size.active == L * attention + 3 * dense + 3 * moe + V * D + norms
+    # Scores and their sum: 2 x 2 x D for each of T / 2 keys and layer, three times with backward.
+    assert size.flops == 6 * size.active + 3 * L * 4 * D * T / 2
+    assert model_size({**config, "decoder_block": "deepseek"}) is None
+    assert model_size({**config, "use_qk_norm": True}) is None
+
+
+def test_peaks_are_only_those_that_are_known():
+    assert peak("Tesla T4", "float16") == 65e12
+    assert peak("Tesla T4", "bfloat16") is None and peak("Tesla T4", "float32") is None
+    assert peak("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert peak("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert peak("NVIDIA L40S", "float16") == 362e12 and peak("NVIDIA L4", "float16") == 121e12
+    assert peak("NVIDIA A100-SXM4-40GB", "bfloat16") == 312e12
+    for other in ("L40", "A10G", "T400", "RTX A1000", "T4G", "A100-SXM4-40GB MIG 1g.5gb", "GH200"):
+        assert peak(f"NVIDIA {other}", "float16") is None
+    assert peak("cpu", "float16") is None and peak("NVIDIA GeForce RTX 9999", "float16") is None

@@ -1,0 +1,87 @@
+"""The run's directory: who may go on there, and what MaxText raises in one sentence."""
+
+import pytest
+from moeconv_train import run_dir
+from moeconv_train.explain import explained
+from moeconv_train.run_dir import Data
+
+from moeconv.arch.sidecar import RunFacts, RunSidecar
+from moeconv.errors import ConfigError, MoeconvError, OutputError, TrainingError
+
+
+def sidecar(**config):
+    facts = RunFacts(dataset_digest="d" * 64)
+    return RunSidecar(format="moeconv-run", version=1, config=config, run=facts)
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+    before = sidecar(steps=10, log_period=1, eval_interval=5, checkpoint_period=2, vocab_size=9)
+    now = {**before.config, "steps": 20, "log_period": 3, "eval_interval": 7, "new_key": 1}
+    now |= {"checkpoint_period": 4, "enable_wandb": True}
+    assert run_dir.check_same(tmp_path, before, now, Data("d" * 64)) == []
+    before = sidecar(remat_policy="full", vocab_size=9)
+    (note,) = run_dir.check_same(
+        tmp_path, before, {"remat_policy": "minimal", "vocab_size": 9}, Data("d" * 64)
+    )
+    facts = RunFacts(patches={"fp16_head": True})
+    before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
+    (other,) = run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": False})
+    assert "loss scale and patches were" in other and other.endswith("not to the bit")
+    assert run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": True}) == []
+    assert note == "remat_policy was full and is minimal: the same model, but not to the bit"
+
+
+def test_another_run_is_refused_by_name(tmp_path):
+    before = sidecar(vocab_size=9, learning_rate_schedule_steps=10)
+    now = {"vocab_size": 8, "learning_rate_schedule_steps": 20}
+    with pytest.raises(ConfigError) as raised:
+        run_dir.check_same(tmp_path, before, now, Data("e" * 64))
+    for text in (
+        "vocab_size was 9 and is 8",
+        "learning_rate_schedule_steps was 10 and is 20",
+        "the data's digest was dddddddddddd and is eeeeeeeeeeee",
+        "begin a new run_name",
+    ):
+        assert text in str(raised.value)
+    with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv\.json"):
+        run_dir.check_same(tmp_path, None, now, Data())
+
+
+def test_a_directory_is_one_processs(tmp_path):
+    run = tmp_path / "run"
+    with (
+        run_dir.locked(run),
+        pytest.raises(OutputError, match="another process is training there"),
+        run_dir.locked(run),
+    ):
+        pass
+    assert not run.exists()  # nothing was put there
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OutputError, match="cannot be written"), run_dir.locked(blocked / "run"):
+        pass
+
+
+def test_a_damaged_sidecar_is_named(tmp_path):
+    (tmp_path / "moeconv.json").write_text('{"format": "moeconv-run"}')
+    with pytest.raises(ConfigError, match=r"moeconv\.json: version: Field required"):
+        run_dir.read_sidecar(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "told"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), TrainingError, "memory is too small"),
+        (RuntimeError("first\nsecond"), TrainingError, "RuntimeError: first; see "),
+        (SystemExit(1), TrainingError, "the loss is no number any more"),
+        (SystemExit(3), TrainingError, "MaxText ended the process"),
+        (MoeconvError("gave up"), TrainingError, "gave up"),
+        (ConfigError("as it is"), ConfigError, "as it is"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_what_maxtext_and_jax_raise_is_one_sentence(tmp_path, raised, kind, told):
+    with pytest.raises(kind) as caught, explained(tmp_path / "training.log", tmp_path):
+        raise raised
+    assert type(caught.value) is kind
+    assert told in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,81 @@
+"""Right conversions, made once a session; not to be changed."""
+
+import json
+import shutil
+
+import numpy as np
+import orbax_writer
+import pytest
+from helpers import run
+from maxtext_lab import ENVY, TIED
+from moeconv_train.sidecar import public_config
+from outputs_lab import SIZES, write_tokenizer
+
+from moeconv.arch.parameters import PARAMETERS
+from moeconv.arch.sidecar import SIDECAR_NAME
+from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+
+
+@pytest.fixture(scope="session")
+def right(tmp_path_factory):
+    """A right conversion of an interleaved model, with square matrices."""
+    root = tmp_path_factory.mktemp("right")
+    rng = np.random.default_rng(1)
+    sizes = SIZES | {"F": 16, "H": 2, "K": 2}
+    arrays = {}
+    for parameter in PARAMETERS.values():
+        name = tuple(parameter.name.split("."))
+        shape = [sizes[a] for a in parameter.axes]
+        if parameter.layers is None:
+            if parameter.name != "decoder.logits_dense.kernel":
+                arrays[name] = rng.standard_normal(shape).astype(np.float32)
+            continue
+        for slot, kind in enumerate(("dense", "moe")):
+            if kind in parameter.layers:
+                stacked = [shape[0], 3, *shape[1:]]
+                path = ("decoder", "layers", f"layers_{slot}", *name)
+                arrays[path] = rng.standard_normal(stacked).astype(np.float32)
+                arrays[path][0] = 0.0
+    step = orbax_writer.write(root / "run" / "checkpoints" / "9", arrays)
+    (root / "config.yml").write_text("decoder_block: envy\nnum_experts_per_tok: 2\n")
+    options = ConvertOptions(config=root / "config.yml")
+    convert(plan_conversion(str(step), options), root / "out")
+    return root / "out"
+
+
+@pytest.fixture(scope="session")
+def told(right, tmp_path_factory):
+    """The same run with a sidecar and a tokenizer, converted."""
+    root = tmp_path_factory.mktemp("told")
+    shutil.copytree(right.parent / "run", root / "run")
+    write_tokenizer(root / "run" / "tokenizer", [f"w{n}" for n in range(30)])
+    config = {"decoder_block": "envy", "num_experts_per_tok": 2}
+    sidecar = {"format": "moeconv-run", "version": 1, "config": config, "tokenizer": "tokenizer"}
+    (root / "run" / SIDECAR_NAME).write_text(json.dumps(sidecar))
+    convert(plan_conversion(str(root / "run"), ConvertOptions()), root / "out")
+    return root / "out"
+
+
+@pytest.fixture(scope="session")
+def envy(maxtext_lab, tmp_path_factory):
+    """Interleaved, tied, with a sidecar: the reference is told by the run, not by us."""
+    checkpoint = maxtext_lab.checkpoint(ENVY, TIED)
+    root = tmp_path_factory.mktemp("parity")
+    shutil.copytree(checkpoint.run_dir, root / "run")
+    config = public_config(checkpoint.resolved)
+    sidecar = {"format": "moeconv-run", "version": 1, "config": config}
+    (root / "run" / SIDECAR_NAME).write_text(json.dumps(sidecar))
+    moved = type(checkpoint)(
+        run_dir=root / "run",
+        step_dir=root / "run" / "checkpoints" / "0",
+        config=checkpoint.config,
+        resolved=checkpoint.resolved,
+        params=checkpoint.params,
+    )
+    for name, options in {
+        "fp32": {},
+        "bf16": {"dtype": "bfloat16"},
+        "compact": {"target": "ernie4_5_moe"},
+    }.items():
+        run(moved, root / name, **options)
+    return root

@@ -1,0 +1,35 @@
+"""What the tests of levels logits and layers share: running one on a row, breaking an output."""
+
+import json
+
+import numpy as np
+
+from moeconv.verify.layers import check_layers
+from moeconv.verify.logits import check_logits
+from moeconv.verify.settings import ParityOptions
+from moeconv.verify.subject import Subject
+from moeconv.verify.tokens import RANDOM, Rows
+
+# One row of the whole context is enough to see every mistake below.
+LENGTH = 64
+
+
+def rows_for(vocab: int) -> Rows:
+    tokens = np.random.default_rng(3).integers(0, vocab, (1, LENGTH)).astype(np.int32)
+    return Rows(tokens, (RANDOM,), "none")
+
+
+def check(level, out, options=None):
+    function = {"logits": check_logits, "layers": check_layers}[level]
+    subject = Subject.open(out)
+    rows = rows_for(subject.model.vocab_size)
+    found = function(subject, rows, options or ParityOptions(), lambda text: None)
+    return {one.name: one for one in found}
+
+
+def edit(**changes):
+    def change(out):
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | changes))
+
+    return change

@@ -1,0 +1,95 @@
+"""The parts of levels logits and layers: ties, roundings, layers, rows, limits."""
+
+import numpy as np
+import pytest
+
+from moeconv.errors import UsageError
+from moeconv.verify.grading import HIDDEN, KL, LIMITS
+from moeconv.verify.outcome import Status
+from moeconv.verify.rounding import Rounding, roundings
+from moeconv.verify.routing import compare_routing
+from moeconv.verify.source_layers import LayerReader
+from moeconv.verify.subject import Subject
+from moeconv.verify.tokens import RANDOM, TEXT, Sample, make_rows
+
+
+def test_a_near_tie_is_told_from_a_mistake():
+    rng = np.random.default_rng(0)
+    right = rng.standard_normal((1, 50, 4))
+    right[0, 20] = [3.0, 1.0, 1.0 - 1e-7, -1.0]
+    noisy = right + 1e-6 * rng.standard_normal(right.shape)
+    noisy[0, 20] = [3.0, 1.0, 1.0 + 1e-7, -1.0]
+    found = compare_routing({0: right}, {0: noisy}, top_k=2, shape=(1, 50))
+    assert (found.layers[0].status, found.layers[0].flips) == (Status.PASS, 1)
+    assert found.settled[0, :20].all() and not found.settled[0, 20:].any()
+    wrong = noisy.copy()
+    wrong[0, 10] = wrong[0, 10, ::-1]
+    found = compare_routing({0: right}, {0: wrong}, top_k=2, shape=(1, 50))
+    assert found.layers[0].status is Status.FAIL and found.settled.all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_moved_weights_stay_within_the_rounding(dtype):
+    import ml_dtypes
+
+    numpy_type = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    values = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
+    values[:10] = 0
+    moved = Rounding(dtype, 8.0).move(values)
+    rounded = values.astype(numpy_type).astype(np.float32)
+    assert (moved[:10] == 0).all()
+    apart, true = (np.sqrt(np.mean((v - values) ** 2)) for v in (moved, rounded))
+    assert 0.9 < apart / true < 1.1
+    assert np.array_equal(moved, Rounding(dtype, 8.0).move(values)), "copies are moved alike"
+
+
+def test_exact_edges_are_not_moved(envy):
+    assert roundings(Subject.open(envy / "fp32").edges.values()) == {}
+    names = roundings(Subject.open(envy / "bf16").edges.values())
+    assert set(names) == set(Subject.open(envy / "bf16").arrays.info)
+
+
+def test_layers_are_laid_out_once_and_cleaned_up(envy, tmp_path):
+    subject = Subject.open(envy / "fp32")
+    name = ("MoeBlock_0.wi_0", 3)
+    stored, entry = subject.layout.places[name]
+    info = subject.arrays.info[stored.name]
+    whole = subject.arrays.reader(info.name, 1 << 20).read(tuple(slice(0, n) for n in info.shape))
+    with LayerReader(subject.arrays, subject.layout, scratch=tmp_path) as read:
+        assert read.scratch_bytes > 0
+        assert np.array_equal(read(*name), np.take(whole, entry, stored.axes.index("L")))
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_packed_text_and_random_ids(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocab = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    sample = Sample(("a b", "c"), "here")
+    rows = make_rows(tmp_path, sample, count=20, vocab_size=9, context=16)
+    assert rows.tokens.shape == (4, 16)
+    assert rows.kinds == (TEXT, TEXT, RANDOM, RANDOM)
+    assert rows.tokens[0, :8].tolist() == [0, 2, 3, 1, 0, 4, 1, 0]
+    assert rows.targets[0, :3].tolist() == [2, 3, 1] and rows.targets[0, -1] == -1
+    assert rows.tokens[2:].max() > 4 and rows.tokens.max() < 9
+    bare = make_rows(tmp_path / "none", sample, count=20, vocab_size=9, context=16)
+    assert set(bare.kinds) == {RANDOM} and "no tokenizer" in bare.text
+    with pytest.raises(UsageError, match="makes id"):
+        make_rows(tmp_path, sample, count=8, vocab_size=3, context=16)
+
+
+def test_limits():
+    assert len({limit.name for limit in LIMITS}) == len(LIMITS)
+    assert KL.grade(9e-7) is Status.PASS
+    assert KL.grade(2e-6) is Status.WARN
+    assert KL.grade(2e-3) is Status.FAIL
+    assert KL.grade(2e-6, rounding=1e-6) is Status.PASS
+    assert HIDDEN.grade(float("nan")) is Status.FAIL
