@@ -14,8 +14,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,14 @@ from typing import Any
 from cli_runner import ROOT
 from hub_server import WRITE, Hub
 from hub_store import Store
-from mutations import Change, Edit, Format, Kind, Spoil, apply, place
+from mutations import JSON, Change, Edit, Format, Kind, Spoil, apply, place
 from worker import Ended
 
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.text import printable
 
 SCALE = int(os.environ.get("MOECONV_FUZZ", "1"))
-WALL, CPU, MEMORY, WAIT = 25.0, 10.0, 600 << 20, 900.0
+WALL, CPU, MEMORY, WAIT = 60.0, 10.0, 600 << 20, 900.0
 
 _TABLE = re.findall(r"^\| (\d+) \|", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
 # Nobody interrupts or trains here, and 1 is a bug but for verify.
@@ -96,7 +98,8 @@ class Process:
         except (EOFError, ConnectionError):
             why = f"died with {self._process.wait()}"
         self.stop()
-        raise AssertionError(f"{why}: {self._log.read_text(errors='replace')[-4000:]}")
+        said = self.said()
+        raise AssertionError(f"{why}: {said[max(0, said.rfind('Timeout (')) :][:4000]}")
 
     def _start(self) -> None:
         here, there = Pipe()
@@ -122,6 +125,66 @@ class Process:
             self._process = None
 
 
+@dataclass(frozen=True)
+class Answer:
+    """How an answer of the Hub is changed.
+
+    Attributes:
+        route: Of which question; see `hub_server.ROUTES`.
+        changes: Of its JSON.
+        status: Instead of its own.
+        headers: Besides its own.
+        skip: Answers that go well before.
+    """
+
+    route: str
+    changes: tuple[Edit | Spoil, ...] = ()
+    status: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    skip: int = 0
+
+
+class Answers:
+    """What stands between the Hub and its answers: keeps them, or changes some.
+
+    Attributes:
+        record: The last answer by route.
+        change: What is changed.
+        said: How often a route answered.
+    """
+
+    def __init__(self) -> None:
+        self.record: dict[str, bytes] = {}
+        self.change: Answer | None = None
+        self.said: Counter[str] = Counter()
+
+    def handler(self, hub: Hub) -> type[Any]:
+        """The Hub's handler of requests, with this in it."""
+        answers = self
+
+        class Handler(hub.server.RequestHandlerClass):  # type: ignore[misc]
+            def _answer(self, status: int, content: Any, headers: Any = None) -> None:
+                route = getattr(getattr(self, "record", None), "route", "")
+                super()._answer(*answers.pass_on(route, status, content, headers or {}))
+
+        return Handler
+
+    def pass_on(
+        self, route: str, status: int, content: Any, headers: dict[str, str]
+    ) -> tuple[int, Any, dict[str, str]]:
+        """The answer as it is sent."""
+        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.record[route] = raw
+        change = self.change
+        self.said[route] += 1
+        if change is None or change.route != route or self.said[route] <= change.skip:
+            return status, content, headers
+        if not isinstance(content, bytes):
+            headers = {"Content-Type": "application/json", **headers}
+            raw = apply(raw, change.changes, JSON)
+        return change.status or status, raw, {**headers, **dict(change.headers)}
+
+
 class World:
     """Files to change, the processes that run commands on them, and a Hub.
 
@@ -137,6 +200,8 @@ class World:
         self.secret.parent.mkdir()
         self.secret.write_text(SECRET)
         self.hub = Hub(base / "hub")
+        self.answers = Answers()
+        self.hub.server.RequestHandlerClass = self.answers.handler(self.hub)
         self.hub.__enter__()
         paths = [ROOT, *(ROOT / "tests" / name for name in ("", "hub", "fuzz"))]
         environment = {
@@ -166,6 +231,14 @@ class World:
     def find(self, pattern: str) -> str:
         """The first file of such a name."""
         return str(min(self.folder.glob(pattern)).relative_to(self.folder))
+
+    def recorded(self) -> dict[str, bytes]:
+        """What the Hub says at a push that goes well, by route."""
+        self.answers.record, self.answers.change = {}, None
+        ended = self.run("push")
+        self.restore()
+        assert ended.code == 0, ended.err
+        return self.answers.record
 
     # --- one example ----------------------------------------------------------------------------
 
@@ -197,6 +270,18 @@ class World:
         finally:
             self.restore()
 
+    def answers_hold(self, command: str, answer: Answer) -> Ended:
+        """Changes an answer of the Hub, runs a command, and says what does not hold."""
+        self.answers.change = answer
+        self.answers.said.clear()
+        try:
+            return self.run(command)
+        except AssertionError as wrong:
+            raise AssertionError(f"{wrong}\n{answer}") from None
+        finally:
+            self.answers.change = None
+            self.restore()
+
     def run(self, command: str, *, more: Sequence[str] = (), full: bool = False) -> Ended:
         """Runs a command on the files as they are; see `holds`."""
         self._reset_hub()
@@ -217,6 +302,10 @@ class World:
 
     def restore(self) -> None:
         """Puts back what is not as it was."""
+        if scan(self.secret.parent) != self.outside:
+            shutil.rmtree(self.secret.parent)
+            self.secret.parent.mkdir()
+            self.secret.write_text(SECRET)
         now = scan(self.folder)
         for name in sorted(now, reverse=True):
             if now[name] != self.first.get(name):
@@ -231,8 +320,6 @@ class World:
                 path.mkdir(exist_ok=True)
             elif not path.exists():
                 path.write_bytes(content)
-        for name, (kind, _) in self.first.items():
-            assert kind in ("file", "folder"), name
 
     # --- the oracle -----------------------------------------------------------------------------
 
@@ -241,6 +328,8 @@ class World:
             str(self.folder / word) if self._is_place(word) else word for word in COMMANDS[command]
         ]
         process = self._full if full else self._bare
+        if full:
+            process.call("warm", wall=300)
         heard = len(process.said())
         ended: Ended = process.call("command", *words, *more)
         past = process.said()[heard:]
@@ -354,7 +443,7 @@ class World:
             held = f"a link to {os.readlink(path)}"
         elif path.is_file():
             with path.open("rb") as file:
-                held = repr(file.read(1500))
+                held = repr(file.read(1500).rstrip(b"\0"))
         else:
             held = "no file"
         return f"moeconv {' '.join([*COMMANDS[command], *more])}\n{name}: {held}"

@@ -91,7 +91,7 @@ BYTES = {
     "UTF-16": "\ufeff{}".encode("utf-16-le"),
     "newlines": b"\n\r\n\n",
     "png": b"\x89PNG\r\n\x1a\n",
-    "protobuf": b"\n\x08\n\x04abcd\x15",
+    "protobuf": b"\n\x0b\n\x04abcd\x15\0\0\0\0",
     "ranks": b"YQ== 0\nYg== 1\n",
     "bad ranks": b"YQ== 0\nYQ== -1\nnot base64 \xff 10000000000000000000000\n",
     "deep": b"[" * 100_000,

@@ -84,7 +84,7 @@ def build(folder: Path) -> None:
     tokenizer = run / "tokenizer"
     (tokenizer / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     (tokenizer / "added_tokens.json").write_text('{"<s>": 0, "</s>": 1}')
-    (tokenizer / "tokenizer.model").write_bytes(b"\n\x08\n\x04abcd\x15")
+    (tokenizer / "tokenizer.model").write_bytes(b"\n\x0b\n\x04abcd\x15\0\0\0\0")
     outputs.convert_run(run, folder / "out", max_shard_bytes=60_000)
     outputs.attest(folder / "out", outputs.parity(1e-6))
     (folder / "out" / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n\nIts own words.\n")
@@ -123,7 +123,13 @@ def _letters() -> list[str]:
     return [base64.b64encode(bytes([n])).decode() for n in range(256)]
 
 
-CALLS: dict[str, Callable[..., Any]] = {"command": command, "build": build}
+def warm() -> None:
+    """What takes long to import."""
+    import torch  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+CALLS: dict[str, Callable[..., Any]] = {"command": command, "build": build, "warm": warm}
 
 
 def serve(connection: Connection, wall: float, hidden: Sequence[str]) -> None:
@@ -141,7 +147,7 @@ def serve(connection: Connection, wall: float, hidden: Sequence[str]) -> None:
             have = _memory("VmData") + MEMORY
             resource.setrlimit(resource.RLIMIT_DATA, (have, have))
             limited = True
-        faulthandler.dump_traceback_later(wall - 1, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(wall if name == "command" else 300, file=sys.__stderr__)
         answer = CALLS[name](*args)
         faulthandler.cancel_dump_traceback_later()
         connection.send(answer)
