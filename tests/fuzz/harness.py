@@ -298,7 +298,9 @@ class World:
             place(path, kinds[-1].kind, self.secret)
             return
         plain = [one for one in changes if isinstance(one, Edit | Spoil)]
-        path.write_bytes(apply(path.read_bytes(), plain, form))
+        raw = path.read_bytes()
+        path.unlink()  # another inode, so that `scan` sees it
+        path.write_bytes(apply(raw, plain, form))
 
     def restore(self) -> None:
         """Puts back what is not as it was."""
@@ -462,24 +464,34 @@ def world():
             made.close()
 
 
+# By path: what tells a file from a changed one, and what lies there. Reading is most of the work.
+_known: dict[str, tuple[tuple[int, ...], Entry]] = {}
+
+
 def scan(folder: Path) -> Tree:
     """Everything below a folder."""
     found: Tree = {}
-    for place_, folders, files in os.walk(folder):
-        for name in folders + files:
-            path = Path(place_, name)
-            found[str(path.relative_to(folder))] = _entry(path)
+    pending, cut = [str(folder)], len(str(folder)) + 1
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                status = entry.stat(follow_symlinks=False)
+                found[entry.path[cut:]] = _entry(entry.path, status)
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append(entry.path)
     return found
 
 
-def _entry(path: Path) -> Entry:
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        return "link", os.readlink(path)
+def _entry(path: str, status: os.stat_result) -> Entry:
     if stat.S_ISDIR(status.st_mode):
         return "folder", None
+    if stat.S_ISLNK(status.st_mode):
+        return "link", os.readlink(path)
     if not stat.S_ISREG(status.st_mode):
         return "special", stat.S_IFMT(status.st_mode)
     if status.st_size > _READ:
         return "file", status.st_size
-    return "file", path.read_bytes()
+    mark = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if path not in _known or _known[path][0] != mark:
+        _known[path] = mark, ("file", Path(path).read_bytes())
+    return _known[path][1]
