@@ -97,8 +97,8 @@ class Process:
             why = f"no end after {wall:.0f} s"
         except (EOFError, ConnectionError):
             why = f"died with {self._process.wait()}"
-        self.stop()
         said = self.said()
+        self.stop()
         raise AssertionError(f"{why}: {said[max(0, said.rfind('Timeout (')) :][:4000]}")
 
     def _start(self) -> None:
