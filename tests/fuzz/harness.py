@@ -288,11 +288,15 @@ class World:
         before = scan(self.folder)
         ended = self._call(command, more, full=full)
         self._judge(command, ended, before)
+        if ended.code == 0:
+            self._judge_done(command, before)
         return ended
 
     def change(self, name: str, changes: Sequence[Change], form: Format | None = None) -> None:
         """Changes a file."""
         path = self.folder / name
+        if not changes:
+            return
         kinds = [one for one in changes if isinstance(one, Kind)]
         if kinds:
             place(path, kinds[-1].kind, self.secret)
@@ -313,7 +317,7 @@ class World:
             if now[name] != self.first.get(name):
                 path = self.folder / os.fsdecode(name)
                 if now[name][0] == "folder":
-                    shutil.rmtree(path)
+                    path.rmdir()
                 else:
                     path.unlink(missing_ok=True)
         for name, (kind, content) in sorted(self.first.items()):
@@ -386,6 +390,18 @@ class World:
         if made is not None:
             self._judge_model(self.folder / made)
 
+    def _judge_done(self, command: str, before: Tree) -> None:
+        """What must not be passed or published."""
+        if command not in ("structure", "push"):
+            return
+        names = json.loads(self.first["out/moeconv.json"][1])["files"]
+        moved = [n for n in names if before.get(f"out/{n}") != self.first[f"out/{n}"]]
+        assert not moved, f"{command} said 0, but this was changed: {moved}"
+        if command == "push":
+            report = json.loads(before["out/verify.json"][1])
+            bad = [check["name"] for check in report["checks"] if check["status"] == "fail"]
+            assert not bad and report["verdict"] != "fail", f"pushed, though these failed: {bad}"
+
     def _made(self, command: str) -> str | None:
         if COMMANDS[command][0] != "convert" or "--dry-run" in COMMANDS[command]:
             return None
@@ -426,7 +442,7 @@ class World:
                 same = files[name].sha256 == record["sha256"]
                 assert same or command == "push anyway", f"{name} is on the Hub, and damaged"
         else:
-            told = "landed" in ended.err or "may have" in ended.err or "does not tell" in ended.err
+            told = "the commit" in ended.err
             assert not landed or told, f"code {ended.code}, but on the Hub: {ended.err}"
 
     # --- the rest -------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ of regressions. Values go by the name they have in `NASTY`.
 
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -100,8 +101,8 @@ BYTES = {
 
 # What may lie where a file should.
 KINDS = (
-    "missing", "folder", "FIFO", "link out", "link to nothing", "link to itself", "link to zeros",
-    "huge",
+    "missing", "folder", "file", "FIFO", "link out", "link to a folder", "link to nothing",
+    "link to itself", "link to zeros", "huge",
 )  # fmt: skip
 
 Path_ = tuple[str | int, ...]
@@ -309,15 +310,19 @@ def _spoil(raw: bytes, change: Spoil) -> bytes:
 
 
 def place(path: Path, kind: str, secret: Path) -> None:
-    """Puts another thing in a file's place."""
-    path.unlink()
+    """Puts another thing in the place of a file or folder."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
     match kind:
         case "folder":
             path.mkdir()
+        case "file":
+            path.touch()
         case "FIFO":
             os.mkfifo(path)
         case "link out":
             path.symlink_to(secret)
+        case "link to a folder":
+            path.symlink_to(secret.parent)
         case "link to nothing":
             path.symlink_to("nothing")
         case "link to itself":
@@ -332,12 +337,8 @@ def place(path: Path, kind: str, secret: Path) -> None:
 # --- choosing changes ---------------------------------------------------------------------------
 
 
-def paths(document: Any) -> list[Path_]:
-    """Of every value, but of many alike (a vocabulary) only some."""
-    return list(_walk(document, ()))
-
-
 def _walk(node: Any, path: Path_) -> Iterator[Path_]:
+    """Paths of all values, but of many alike (a vocabulary) only of some."""
     yield path
     children: list[tuple[str | int, Any]] = []
     if isinstance(node, Object):
@@ -360,9 +361,9 @@ _SPOILS = st.one_of(
 _KEYS = ("", "format", "version", "auto_map", "__class__", "\ud800", "\0", "a" * 300, "../x", "<<")
 
 
-def edits(documents: Sequence[Any], values: dict[str, str]) -> st.SearchStrategy[Edit]:
-    """One change of such a document."""
-    found = sorted({path for one in documents for path in paths(one)}, key=repr)
+def edits(document: Any, values: dict[str, str]) -> st.SearchStrategy[Edit]:
+    """One change of a document."""
+    found = list(_walk(document, ()))
     places, inner = st.sampled_from(found), st.sampled_from([p for p in found if p] or found)
     value, key = st.sampled_from(sorted(values)), st.sampled_from(_KEYS)
     replace = st.builds(Edit, st.just("replace"), places, value)
@@ -379,11 +380,18 @@ def edits(documents: Sequence[Any], values: dict[str, str]) -> st.SearchStrategy
     )
 
 
-def changes(raw: bytes, form: Format | None) -> st.SearchStrategy[tuple[Change, ...]]:
-    """One to three changes of a file."""
-    spoil = st.lists(_SPOILS, min_size=1, max_size=2).map(tuple)
+def changes(path: Path, form: Format | None) -> st.SearchStrategy[tuple[Change, ...]]:
+    """One to three changes of a file, or another thing in the place of a folder."""
     kind = st.sampled_from(KINDS).map(lambda kind: (Kind(kind),))
+    if path.is_dir():
+        return kind
+    return st.one_of(*[content_changes(path.read_bytes(), form)] * 7, kind)
+
+
+def content_changes(raw: bytes, form: Format | None) -> st.SearchStrategy[tuple[Edit | Spoil, ...]]:
+    """One to three changes of some bytes."""
+    spoil = st.lists(_SPOILS, min_size=1, max_size=2).map(tuple)
     if form is None:
-        return st.one_of(spoil, spoil, spoil, kind)
-    edit = st.lists(edits([form.parse(raw)], form.values), min_size=1, max_size=3).map(tuple)
-    return st.one_of(*[edit] * 6, spoil, kind)
+        return spoil
+    edit = st.lists(edits(form.parse(raw), form.values), min_size=1, max_size=3).map(tuple)
+    return st.one_of(*[edit] * 6, spoil)

@@ -17,7 +17,7 @@ class Surface:
     """A file to change.
 
     Attributes:
-        file: The file; a pattern takes the first that there is.
+        file: The file, or folder; a pattern takes the first that there is.
         form: Its format, None for bytes.
         commands: What reads it.
         examples: How many, before `MOECONV_FUZZ` multiplies them.
@@ -58,6 +58,15 @@ SURFACES = (
     Surface("folders/checkpoints/0/items/*wi_0/c/0/0/0/0", None, _FOLDERS, 20),
     Surface("older/checkpoints/0/items/*gate*/.zarray", JSON, _OLDER, 50),
     Surface("older/checkpoints/0/items/*wi_0/0.0.0.0", None, _OLDER, 20),
+    # Another thing in the place of a folder.
+    Surface("run/tokenizer", None, _CONVERT, 10),
+    Surface("run/checkpoints", None, _RUN, 10),
+    Surface(_STEP, None, _RUN, 10),
+    Surface(f"{_STEP}/items", None, _RUN, 10),
+    Surface(f"{_STEP}/items/d", None, _RUN, 10),
+    Surface("folders/checkpoints/0/items/*gate*", None, _FOLDERS, 10),
+    Surface(_PARTIAL, None, _HALF, 10),
+    Surface("out", None, _OUT, 12),
     # A conversion that stopped half way.
     Surface(f"{_PARTIAL}/journal.jsonl", JSON_LINES, _HALF, 50),
     Surface(f"{_PARTIAL}/*.safetensors", SAFETENSORS, _HALF, 20),

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * SCALE)]
 @pytest.mark.parametrize("surface", SURFACES, ids=str)
 def test_any_content(world: World, surface: Surface) -> None:
     file = world.find(surface.file)
-    raw = (world.folder / file).read_bytes()
+    changed = mutations.changes(world.folder / file, surface.form)
 
     @settings(
         max_examples=surface.examples * SCALE,
@@ -22,9 +22,7 @@ def test_any_content(world: World, surface: Surface) -> None:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(
-        command=st.sampled_from(surface.commands), changes=mutations.changes(raw, surface.form)
-    )
+    @given(st.sampled_from(surface.commands), changed)
     def holds(command: str, changes: tuple[mutations.Change, ...]) -> None:
         world.holds(command, file, changes, surface.form, full=surface.full)
 

@@ -4,6 +4,7 @@
 no more memory than a command may need, and says where it hangs when it is about to be killed.
 """
 
+import contextlib
 import faulthandler
 import os
 import resource
@@ -77,7 +78,6 @@ def build(folder: Path) -> None:
     import outputs
     import synthetic
 
-
     from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 
     run = outputs.write_run(folder / "run", split={"D": 2})
@@ -109,10 +109,8 @@ def build(folder: Path) -> None:
 
     half = folder / "half"
     half.mkdir()
-    try:
+    with contextlib.suppress(Stopped):
         convert(plan_conversion(str(run), ConvertOptions()), half / "out", progress=stop)
-    except Stopped:
-        pass
     journal = half / ".out.moeconv-partial" / "journal.jsonl"
     assert len(journal.read_text().splitlines()) > 5, journal.read_text()
 
