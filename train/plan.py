@@ -20,6 +20,7 @@ from moeconv_train.steps import counted
 from moeconv_train.streaming import hf_settings, source_digest
 
 from moeconv.errors import ConfigError, UsageError
+from moeconv.untrusted.files import is_address
 
 OUTPUT = "runs"
 # Of prepared rows: up to 3 for the id, and the file that is being read (docs/data.md).
@@ -231,7 +232,7 @@ def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
         notes.append(f"hardware: not said, so {derived['hardware']}, which this machine has")
     config = resolve({**own, **derived})
     output = Path(str(config["base_output_directory"] or OUTPUT)).expanduser()
-    if "://" in str(config["base_output_directory"]):
+    if is_address(config["base_output_directory"]):
         raise ConfigError(
             f"base_output_directory={config['base_output_directory']}: moeconv train writes to a "
             "local folder; copy it elsewhere afterwards"

@@ -84,8 +84,11 @@ class Stopper:
 
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:
-        """SIGINT and SIGTERM come here while this is open."""
-        before = {n: signal.signal(n, self.signalled) for n in (signal.SIGINT, signal.SIGTERM)}
+        """What ends a process comes here while this is open; under nohup SIGHUP does not."""
+        ending = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            ending.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self.signalled) for number in ending}
         try:
             yield
         finally:

@@ -3,10 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from moeconv.arch.blocks import BLOCKS
 from moeconv.arch.parameters import LayerKind
+
+# What a value may be, for whoever reads a description from a file.
+Count = Annotated[int, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+TokenId = Annotated[int, Field(ge=0)]
 
 
 class Origin(StrEnum):
@@ -42,26 +49,26 @@ class ModelDescription:
     """
 
     decoder_block: str
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
+    hidden_size: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Count
+    vocab_size: Count
     layer_kinds: tuple[LayerKind, ...]
-    intermediate_size: int | None
-    moe_intermediate_size: int | None
-    num_experts: int | None
-    num_experts_per_tok: int | None
+    intermediate_size: Count | None
+    moe_intermediate_size: Count | None
+    num_experts: Count | None
+    num_experts_per_tok: Count | None
     tie_word_embeddings: bool
     normalize_embedding_logits: bool
     rope_type: str
-    rope_theta: float
+    rope_theta: Positive
     rope_use_scale: bool
-    rms_norm_eps: float
-    max_position_embeddings: int
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
+    rms_norm_eps: Positive
+    max_position_embeddings: Count
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | None = None
+    pad_token_id: TokenId | None = None
     sources: Mapping[str, Provenance] = field(default_factory=dict, compare=False)
 
     @property

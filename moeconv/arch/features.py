@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from moeconv.arch.yaml_file import short
+
 _IGNORED = "is ignored by this decoder block in MaxText, and so by the converted model"
 
 
@@ -148,6 +150,6 @@ def verdicts(
         elif not feature.is_neutral(told[feature.key]):
             if feature.key == "final_logits_soft_cap" and not tied:
                 continue  # `apply_output_head` caps only tied logits
-            sentence = f"{feature.key}={told[feature.key]} {feature.says}"
+            sentence = f"{feature.key}={short(told[feature.key])} {feature.says}"
             (refusals if feature.verdict is Verdict.REFUSE else warnings).append(sentence)
     return refusals, warnings, sorted(set(untold))

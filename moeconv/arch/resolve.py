@@ -10,7 +10,8 @@ from moeconv.arch.features import verdicts
 from moeconv.arch.fields import FIELDS, SHAPE_KEYS
 from moeconv.arch.layout import Layout, Stacking, StoredParameter
 from moeconv.arch.parameters import OUTPUT_HEAD, LayerKind, axis_name
-from moeconv.arch.told import TOKEN_IDS, ToldConfig, maxtext_defaults
+from moeconv.arch.told import CHANGED, TOKEN_IDS, ToldConfig, maxtext_defaults
+from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
 
 _AXIS_FIELDS = {
@@ -63,8 +64,12 @@ def missing_message(missing: Sequence[str]) -> str:
     """Names the keys, MaxText's default for each, and the three ways to tell them."""
     base = maxtext_defaults()["base"]
     own = {"decoder_block", *(f.key for f in FIELDS)}
+    defaults = {key: f"MaxText's default: {base[key]}" for key in missing if key in base}
+    for key in defaults.keys() & CHANGED:
+        value, until = CHANGED[key]
+        defaults[key] += f", but {value} until {until}, and nothing dates this checkpoint"
     lines = [
-        f"\n  {key}" + (f"  (MaxText's default: {base[key]})" if key in base else "")
+        f"\n  {key}" + (f"  ({defaults[key]})" if key in defaults else "")
         for key in missing
         if key in own
     ]
@@ -80,13 +85,17 @@ def missing_message(missing: Sequence[str]) -> str:
     )
 
 
-def resolve(layout: Layout, told: ToldConfig, *, scan_layers: bool | None = None) -> Resolution:
+def resolve(
+    layout: Layout, told: ToldConfig, *, scan_layers: bool | None = None, dated: bool = True
+) -> Resolution:
     """Puts together what shapes say and what was told.
 
     Args:
         layout: The checkpoint's structure.
         told: Config file or sidecar, and flags.
         scan_layers: `custom_metadata.scan_layers` of the checkpoint, if it has any.
+        dated: Whether the save is younger than the changes in `CHANGED`; else such a default could
+            be either, and is missing.
 
     Raises:
         TensorError: Shapes contradict each other.
@@ -104,14 +113,15 @@ def resolve(layout: Layout, told: ToldConfig, *, scan_layers: bool | None = None
         value = told.get(spec.key)
         if spec.name == "rope_type" and str(told.value("model_name", "")).startswith("llama3.1"):
             value = told["model_name"]
-        if value is None or value.value is None:
+        either = value is not None and value.is_default and not dated and spec.key in CHANGED
+        if value is None or value.value is None or either:
             missing.append(spec.key)
             continue
         try:
             known[spec.name] = spec.parse(value.value)
         except (ValueError, TypeError, OverflowError):
             raise ConfigError(
-                f"{spec.key}={value.value} ({value.provenance}) should be {spec.expects}"
+                f"{spec.key}={short(value.value)} ({value.provenance}) should be {spec.expects}"
             ) from None
         sources[spec.name] = value.provenance
     experts, chosen = known.get("num_experts"), known.get("num_experts_per_tok")
@@ -173,8 +183,8 @@ def _block(
     block = str(entry.value).lower()
     if block not in BLOCKS:
         raise UnsupportedError(
-            f"decoder_block={entry.value} ({entry.provenance}) is not supported; moeconv converts "
-            f"{', '.join(BLOCKS)}"
+            f"decoder_block={short(entry.value)} ({entry.provenance}) is not supported; moeconv "
+            f"converts {', '.join(BLOCKS)}"
         )
     kinds = set(known["layer_kinds"])
     foreign = {"mixtral": LayerKind.DENSE, "llama2": LayerKind.MOE}.get(block)
@@ -211,21 +221,26 @@ def _check_against_shapes(
         keys["moe_intermediate_size"] = keys["intermediate_size"]
     for name, aliases in keys.items():
         fact = facts[name]
-        entry, key = next(((told[k], k) for k in aliases if k in told), (None, ""))
-        if entry is None or not entry.explicit or fact is None:
-            continue
-        value = entry.value
-        if key.startswith("base_"):
-            value = _scaled(key, value, told)
-        if name == "num_hidden_layers":
-            value = _built_layers(layout, value, told)
-        if value != fact and value != -1:
-            where = sources.get(name)
-            raise ConfigError(
-                f"{key}={entry.value} ({entry.provenance}) contradicts the checkpoint, where "
-                f"{name} is {str(fact).lower()}" + (f" ({where})" if where else "") + "; give the "
-                "config of this run"
-            )
+        for key in aliases if fact is not None else ():
+            entry = told.get(key)
+            if entry is None or not entry.explicit or _is_unset(entry.value):
+                continue
+            value = _scaled(key, entry.value, told) if key.startswith("base_") else entry.value
+            if name == "num_hidden_layers":
+                value = _built_layers(layout, value, told)
+            if value != fact:
+                where = sources.get(name)
+                raise ConfigError(
+                    f"{key}={short(entry.value)} ({entry.provenance}) contradicts the checkpoint, "
+                    f"where {name} is {str(fact).lower()}"
+                    + (f" ({where})" if where else "")
+                    + "; give the config of this run"
+                )
+
+
+def _is_unset(value: Any) -> bool:
+    """MaxText's -1 for a width that another key tells, also once it is scaled."""
+    return _is_whole(value) and value < 0
 
 
 def _built_layers(layout: Layout, layers: Any, told: ToldConfig) -> Any:
@@ -270,7 +285,9 @@ def _count(told: ToldConfig, key: str) -> int:
     """A key that counts something, 1 where nobody told it."""
     value = told.value(key, 1) or 1
     if not _is_whole(value) or value < 1:
-        raise ConfigError(f"{key}={value} ({told[key].provenance}) should be a whole number ≥ 1")
+        raise ConfigError(
+            f"{key}={short(value)} ({told[key].provenance}) should be a whole number ≥ 1"
+        )
     return int(value)
 
 
@@ -282,7 +299,7 @@ def _token_ids(told: ToldConfig, known: dict[str, Any], sources: dict[str, Prove
         token = entry.value
         if not _is_whole(token) or not 0 <= token < known["vocab_size"]:
             raise ConfigError(
-                f"{name}={token} ({entry.provenance}) is no row of the embedding, which has "
+                f"{name}={short(token)} ({entry.provenance}) is no row of the embedding, which has "
                 f"{known['vocab_size']}"
             )
         known[name] = int(token)

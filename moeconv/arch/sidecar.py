@@ -22,7 +22,7 @@ class RunFacts(BaseModel):
     language: str | None = Field(default=None, description="of the data, ISO 639-1")
     license: str | None = Field(default=None, description="that the model is to have, a Hub id")
     hub_repo: str | None = Field(default=None, description="where the model is to be pushed")
-    epochs: float | None = None
+    epochs: float | None = Field(default=None, allow_inf_nan=False)
     steps: int | None = Field(default=None, description="that the run is to take")
     tokens_per_step: int | None = Field(default=None, description="positions of the global batch")
 

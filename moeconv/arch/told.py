@@ -9,27 +9,26 @@ then those of configs/base.yml.
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.yaml_file import SIZE_LIMIT, read_yaml, short
 from moeconv.errors import ConfigError
+from moeconv.untrusted.files import read_regular
 
 _ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
-
-# ValueError: bytes that are no text, or dates and numbers that only look like ones.
-_NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # How alike two names must be for one to be the other misspelt; no key of MaxText 0.1.0 to 0.2.5 is.
 _MISSPELT = 0.85
+# Keys that no supported MaxText has: what other releases and forks have are dozens.
+_FOREIGN_LIMIT = 1000
 
 # A resolved config holds derived keys too; `emb_dim` is `base_emb_dim` times a power of two.
 SCALED_KEYS = {
@@ -39,6 +38,14 @@ SCALED_KEYS = {
     "mlp_dim": "base_mlp_dim",
     "moe_mlp_dim": "base_moe_mlp_dim",
     "num_decoder_layers": "base_num_decoder_layers",
+}
+
+
+# Defaults of base.yml that once were others: the value, and until when. A checkpoint of that time
+# can be read as well, and the shapes do not tell (AI-Hypercomputer/maxtext#414, the only one whose
+# value decides a conversion; between 0.1.0 and 0.2.5 tools/maxtext_defaults.py finds none).
+CHANGED: Mapping[str, tuple[Any, str]] = {
+    "normalization_layer_epsilon": (1e-6, "February 2024"),
 }
 
 
@@ -53,6 +60,11 @@ class Told:
     def explicit(self) -> bool:
         """Whether somebody wrote it down for this run, so that it may contradict the shapes."""
         return self.provenance.origin not in (Origin.DEFAULT, Origin.MODEL)
+
+    @property
+    def is_default(self) -> bool:
+        """Whether MaxText's base.yml says it, and nobody else."""
+        return self.provenance.origin is Origin.DEFAULT
 
 
 class ToldConfig(Mapping[str, Told]):
@@ -88,10 +100,13 @@ def maxtext_defaults() -> dict[str, Any]:
 def from_flags(pairs: Sequence[str]) -> dict[str, Told]:
     """Reads `--set key=value` pairs; values are YAML scalars, as on MaxText's command line.
 
+    A `model_name` tells what its file says, as on MaxText's command line.
+
     Raises:
-        ConfigError: A pair without `=`, an unreadable value, or a key that changes nothing here.
+        ConfigError: A pair without `=`, an unreadable value, a key that changes nothing here, or a
+            model that MaxText does not ship.
     """
-    told = {}
+    told: dict[str, Told] = {}
     for pair in pairs:
         key, separator, text = pair.partition("=")
         key = key.strip()
@@ -103,12 +118,36 @@ def from_flags(pairs: Sequence[str]) -> dict[str, Told]:
                 "for those that do"
             )
         try:
-            value = _plain(yaml.safe_load(text))
-        except _NOT_YAML as error:
-            line = str(error).splitlines()[0]
-            raise ConfigError(f"--set {key}: {text!r} is not a YAML value ({line})") from None
-        told[key] = Told(value, Provenance(Origin.FLAG, f"--set {pair}"))
+            value = _plain(read_yaml(text))
+        except ValueError as error:
+            raise ConfigError(
+                f"--set {key}: {short(repr(text))} is not a YAML value ({error})"
+            ) from None
+        told[key] = Told(value, Provenance(Origin.FLAG, f"--set {short(pair)}"))
+    if "model_name" in told:
+        told = {**_model(told["model_name"].value, "--set"), **told}
     return told
+
+
+def tell(
+    content: Mapping[str, Any] | None, provenance: Provenance, sets: Sequence[str]
+) -> ToldConfig:
+    """All that was told: a config as MaxText would resolve it, and flags over it.
+
+    Args:
+        content: A YAML's or a sidecar's config; None where there is none.
+        provenance: Where it stands.
+        sets: `key=value` flags. A `model_name` among them replaces the config's own.
+
+    Raises:
+        ConfigError: As `from_flags` and `from_mapping`.
+    """
+    flags = from_flags(sets)
+    if content is None:
+        return ToldConfig(flags)
+    if "model_name" in flags:
+        content = {**content, "model_name": flags["model_name"].value}
+    return ToldConfig(from_mapping(content, provenance), flags)
 
 
 @cache
@@ -124,19 +163,23 @@ def maxtext_keys() -> frozenset[str]:
     return frozenset(json.loads(path.read_text()))
 
 
-def check_spelling(keys: Iterable[Any], where: str) -> None:
+def check_spelling(content: Mapping[Any, Any], where: str) -> None:
     """Refuses a key that nearly decides a conversion; what other releases know is let pass.
 
     Raises:
-        ConfigError: Names the key, and the one that is meant.
+        ConfigError: Names the key, and the one that is meant; or nearly all keys are foreign.
     """
     names = known_keys()
-    for key in map(str, keys):
-        if key in names or key in maxtext_keys():
-            continue
+    foreign = [key for key in map(str, content) if key not in names and key not in maxtext_keys()]
+    if len(foreign) > _FOREIGN_LIMIT:
+        raise ConfigError(
+            f"{where}: holds {len(foreign)} keys that no MaxText has ({short(foreign[0])}, …), so "
+            "it is no MaxText config"
+        )
+    for key in foreign:
         plain = key.strip().lower().replace("-", "_").replace(" ", "_")
         if near := difflib.get_close_matches(plain, names, 1, _MISSPELT):
-            raise ConfigError(f"{where}: MaxText has no {key}; did you mean {near[0]}?")
+            raise ConfigError(f"{where}: MaxText has no {short(key)}; did you mean {near[0]}?")
 
 
 def from_config_file(path: Path) -> dict[str, Told]:
@@ -160,12 +203,11 @@ def load_config_file(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text())
+        content = read_yaml(read_regular(path, limit=SIZE_LIMIT).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from None
-    except _NOT_YAML as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError(f"--config {path} is not YAML: {line}") from None
+    except ValueError as error:  # also bytes that are no text
+        raise ConfigError(f"--config {path} is not YAML of MaxText: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -177,9 +219,16 @@ def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
     if not parent or Path(str(parent)).name == "base.yml":
         return content
     above = path.parent / str(parent)
-    if above.resolve() in seen or not above.is_file():
-        raise ConfigError(f"--config {path}: its base_config {parent} is not at {above}")
-    return _load(above, {*seen, path.resolve()}) | content
+    seen = {*seen, path.resolve()}
+    try:
+        there = above.is_file() and above.resolve() not in seen
+    except (OSError, ValueError):  # a name that is none
+        there = False
+    if not there:
+        raise ConfigError(
+            f"--config {path}: its base_config {short(parent)} is not at {short(above, 200)}"
+        )
+    return _load(above, seen) | content
 
 
 def from_mapping(content: Mapping[str, Any], provenance: Provenance) -> dict[str, Told]:
@@ -204,20 +253,29 @@ def from_mapping(content: Mapping[str, Any], provenance: Provenance) -> dict[str
         for key, value in content.items()
         if key in known_keys()
     }
-    name = str(content.get("model_name") or "default").replace("-Instruct", "")
-    if name == "default" or any(key in content for key in SCALED_KEYS):
+    if any(key in content for key in SCALED_KEYS):
         return base | said
-    if name not in defaults["models"]:
+    return base | said | _model(content.get("model_name"), provenance.detail)
+
+
+def _model(name: Any, where: str) -> dict[str, Told]:
+    """What the file of a model says; nothing for the default one.
+
+    Raises:
+        ConfigError: MaxText ships no such model.
+    """
+    models = maxtext_defaults()["models"]
+    name = str(name or "default").replace("-Instruct", "")
+    if name == "default":
+        return {}
+    if name not in models:
         raise ConfigError(
-            f"{provenance.detail}: model_name {name!r} is none of MaxText's models that use a "
-            f"supported decoder block ({', '.join(sorted(defaults['models']))}); give the run's "
-            "resolved config instead"
+            f"{where}: model_name {short(repr(name))} is none of MaxText's models that use a "
+            f"supported decoder block ({', '.join(sorted(models))}); give the run's resolved "
+            "config instead"
         )
-    model = {
-        key: Told(value, Provenance(Origin.MODEL, f"configs/models/{name}.yml"))
-        for key, value in defaults["models"][name].items()
-    }
-    return base | said | model
+    provenance = Provenance(Origin.MODEL, f"configs/models/{name}.yml")
+    return {key: Told(value, provenance) for key, value in models[name].items()}
 
 
 def _plain(value: Any) -> Any:

@@ -1,21 +1,21 @@
 """`moeconv convert`: from what MaxText wrote to a model that loads anywhere."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from moeconv.cli.options import CKPT, CONFIG, JSON, QUIET, SET, output_of
+from moeconv.cli.options import CKPT, CONFIG, JSON, QUIET, SET, LocalPath, output_of, tell_of_store
 from moeconv.cli.output import Output
+from moeconv.cli.streams import say
 from moeconv.cli.tables import fold
 
 
 @click.command("convert")
 @CKPT
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("out", metavar="OUT", type=LocalPath())
 @CONFIG
 @SET
 @click.option(
@@ -88,6 +88,7 @@ def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) 
         **options,
     )
     resolve_out(out)  # before minutes of work
+    tell_of_store(output, ckpt)
     prepared = plan_conversion(ckpt, settings)
     plan = prepared.plan
     for text in plan.warnings:
@@ -98,13 +99,11 @@ def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) 
         if not json_mode:
             _print_plan(output, report)
         return
-    # SIGTERM ends as Ctrl-C does: OUT untouched, finished work kept for --resume.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with output.progress(plan.read_bytes, plan.tensor_bytes) as meter:
             manifest = convert(prepared, out, progress=meter, note=output.note)
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted: {out} is untouched; go on with --resume\n")
+        say(f"interrupted: {out} is untouched; go on with --resume")
         sys.exit(130)
     output.data({"out": str(out), **manifest.model_dump(mode="json")})
     size = sum(f.size for f in manifest.files.values())

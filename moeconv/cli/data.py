@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 
 import click
 
-from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.cli.options import JSON, QUIET, LocalPath, output_of
 from moeconv.cli.output import Output
+from moeconv.cli.streams import say
 from moeconv.errors import MissingPackageError, UsageError
 
 _REPORT_EVERY = 5.0
@@ -28,7 +28,7 @@ def command() -> None:
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, file_okay=False),
+    type=LocalPath(file_okay=False),
     metavar="DIR",
     help="Becomes the dataset; the same command goes on where it was interrupted.",
 )
@@ -146,7 +146,6 @@ def prepare(
         separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
         **options,
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     report = _Report(output)
     try:
         dataset = data.prepare_dataset(
@@ -158,7 +157,7 @@ def prepare(
             quiet=quiet or json_mode,
         )
     except KeyboardInterrupt:
-        sys.stderr.write(f"interrupted: the same command goes on from what is in {out}\n")
+        say(f"interrupted: the same command goes on from what is in {out}")
         sys.exit(130)
     report.last()
     output.data(describe(dataset))

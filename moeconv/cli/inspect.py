@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moeconv.cli.options import CKPT, CONFIG, JSON, SET, output_of
+from moeconv.cli.options import CKPT, CONFIG, JSON, SET, output_of, tell_of_store
 from moeconv.cli.output import Output
 from moeconv.cli.tables import fold
 
@@ -24,8 +24,9 @@ def command(ckpt: str, config: Path | None, sets: tuple[str, ...], json_mode: bo
     """
     from moeconv.convert.source import open_checkpoint
 
-    checkpoint = open_checkpoint(ckpt, config=config, sets=sets)
     output = output_of(json_mode)
+    tell_of_store(output, ckpt)
+    checkpoint = open_checkpoint(ckpt, config=config, sets=sets)
     report = _report(checkpoint)
     output.data(report)
     if not json_mode:

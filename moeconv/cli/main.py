@@ -1,6 +1,7 @@
 """`moeconv`: the group of commands, imported one at a time, and the one place that meets errors."""
 
 import importlib
+import io
 import re
 import sys
 
@@ -8,6 +9,7 @@ import click
 
 from moeconv import __version__
 from moeconv.cli import streams
+from moeconv.cli.start import INTERRUPTED, end_as_ctrl_c
 from moeconv.errors import MoeconvError, UsageError
 
 # Command -> module; a module is imported when its command is used or its help is shown.
@@ -37,8 +39,6 @@ COMMANDS = {
         "Prepare the data that a model is trained on.",
     ),
 }
-
-INTERRUPTED = 130
 
 
 class _Lazy(click.Group):
@@ -79,10 +79,11 @@ def cli() -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence and a documented exit code."""
+    end_as_ctrl_c()
     below = streams.guard()
     code = _run()
     if (why := streams.lost(below)) is not None and code == 0:
-        _say(f"error: the answer cannot be written to stdout ({why}); all else is done")
+        streams.say(f"error: the answer cannot be written to stdout ({why}); all else is done")
         code = UsageError.exit_code
     sys.exit(code)
 
@@ -93,19 +94,17 @@ def _run() -> int:
     except SystemExit as end:
         code = end.code
     except MoeconvError as error:
-        _say(f"error: {error}")
+        streams.say(f"error: {error}")
         return error.exit_code
     except click.ClickException as error:
-        error.show()
+        shown = io.StringIO()
+        error.show(shown)
+        streams.say(shown.getvalue().rstrip("\n"))
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say("interrupted")
+        streams.say("interrupted")
         return INTERRUPTED
     return code if isinstance(code, int) else 0
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 if __name__ == "__main__":

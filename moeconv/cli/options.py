@@ -7,14 +7,38 @@ from typing import Any, TypeVar
 import click
 
 from moeconv.cli.output import Output
+from moeconv.untrusted.files import is_address
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class LocalPath(click.Path):
+    """A path on this machine: an address would be taken for a folder of that name."""
+
+    def __init__(self, *, file_okay: bool = True, dir_okay: bool = True) -> None:
+        super().__init__(file_okay=file_okay, dir_okay=dir_okay, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType`."""
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail("a path that is not UTF-8 can stand in no JSON file; rename it", param, ctx)
+        if is_address(value):
+            self.fail(
+                f"{value} is an address; give a path on this machine, and copy from or to the "
+                "store yourself",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
 
 CKPT = click.argument("ckpt", metavar="CKPT")
 
 CONFIG = click.option(
     "--config",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LocalPath(dir_okay=False),
     help="MaxText YAML of the run; keys it leaves out have MaxText's defaults. Without it the "
     "run's moeconv.json is looked for beside the checkpoint.",
 )
@@ -31,6 +55,12 @@ SET = click.option(
 JSON = click.option("--json", "json_mode", is_flag=True, help="Data on stdout, as JSON.")
 
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Say nothing but warnings and errors.")
+
+
+def tell_of_store(output: Output, ckpt: str) -> None:
+    """A word before a store is asked, which may take seconds."""
+    if is_address(ckpt):
+        output.note(f"reading {ckpt}")
 
 
 def output_of(json_mode: bool, quiet: bool = False) -> Output:

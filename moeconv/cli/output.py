@@ -1,12 +1,16 @@
 """One output object with three modes: human, quiet, json (data on stdout, all else on stderr)."""
 
-import json
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from moeconv.cli.streams import say
+from moeconv.errors import ConfigError
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,32 +25,50 @@ class Output:
 
     def _console(self, *, stderr: bool) -> "Console":
         from rich.console import Console
+        from rich.segment import Segment
+
+        class Harmless(Console):
+            """Control characters of others act on no terminal; rich's own are added later."""
+
+            def render(self, renderable: Any, options: Any = None) -> Any:
+                for text, style, control in super().render(renderable, options):
+                    yield Segment(text if control else printable(text), style, control)
 
         # Into a file or a pipe, tables take the width they need.
         stream = sys.stderr if stderr else sys.stdout
         width = None if stream.isatty() else 240
-        return Console(stderr=stderr, highlight=False, width=width)
+        return Harmless(stderr=stderr, highlight=False, width=width)
 
     def print(self, renderable: Any = "") -> None:
         """The command's answer, for people; nothing in json or quiet mode."""
         if not self.json_mode and not self.quiet:
+            line = isinstance(renderable, str)  # of which rich would drop what is escaped here
             self._console(stderr=False).print(
-                renderable, markup=False, soft_wrap=isinstance(renderable, str)
+                printable(renderable) if line else renderable, markup=False, soft_wrap=line
             )
 
     def data(self, content: Any) -> None:
-        """The command's answer, for machines; only in json mode."""
-        if self.json_mode:
-            sys.stdout.write(json.dumps(content, indent=2) + "\n")
+        """The command's answer, for machines; only in json mode.
+
+        Raises:
+            ConfigError: It holds what JSON cannot.
+        """
+        if not self.json_mode:
+            return
+        try:
+            text = strict_json.dumps(content, ascii_only=True).decode()
+        except ValueError as error:
+            raise ConfigError(f"the answer cannot be given as JSON: {error}") from None
+        sys.stdout.write(text)
 
     def note(self, text: str) -> None:
         """Something on the way, on stderr; the library says warnings here too."""
         if not self.quiet or text.startswith("warning: "):
-            sys.stderr.write(text + "\n")
+            say(text)
 
     def warn(self, text: str) -> None:
         """A warning, on stderr, in every mode."""
-        sys.stderr.write(f"warning: {text}\n")
+        say(f"warning: {text}")
 
     @contextmanager
     def progress(

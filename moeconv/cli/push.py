@@ -1,15 +1,15 @@
 """`moeconv push`: a verified model to the Hub, in one commit."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.cli.options import JSON, QUIET, LocalPath, output_of
 from moeconv.cli.output import Output
+from moeconv.cli.streams import say
 
 if TYPE_CHECKING:
     from moeconv.hub.push import Pushed, PushPlan
@@ -24,7 +24,7 @@ _SAYS = {
 
 
 @click.command("push")
-@click.argument("out", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
+@click.argument("out", metavar="[OUT]", required=False, type=LocalPath())
 @click.option(
     "--repo-id",
     metavar="NAMESPACE/NAME",
@@ -85,7 +85,6 @@ def command(
 
     if json_mode or quiet:
         disable_progress_bars()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = PushOptions(**options)
     token_for(address_of(endpoint))  # an address that is none, before anything else
     folder = find_output(out, output.warn if quiet else output.note)
@@ -103,9 +102,7 @@ def command(
                 return
             done = push(plan, settings, note=output.note)
     except KeyboardInterrupt:
-        sys.stderr.write(
-            "interrupted: a commit lands whole or not at all; the same command goes on\n"
-        )
+        say("interrupted: a commit lands whole or not at all; the same command goes on")
         sys.exit(130)
     output.data(_result(plan, done))
     _print_files(output, done.changes)

@@ -6,6 +6,9 @@ import os
 import sys
 from collections.abc import Buffer
 
+from moeconv.untrusted import native_logs
+from moeconv.untrusted.text import printable
+
 
 class _Raw(io.FileIO):
     """Remembers what could not be written, and lets it go."""
@@ -36,6 +39,9 @@ def guard() -> list[_Raw]:
             fd = stream.fileno()
         else:
             continue
+        if name == "stderr":
+            fd = os.dup(fd)  # native code goes on writing to 2
+            native_logs.words_go_to(fd)
         raw = _Raw(fd, "w", closefd=False)
         fresh = io.TextIOWrapper(
             io.BufferedWriter(raw),
@@ -56,3 +62,8 @@ def lost(below: list[_Raw]) -> str | None:
         if raw.failure is not None and raw.failure.errno != errno.EPIPE:
             return "it is closed" if raw.failure.errno == errno.EBADF else raw.failure.strerror
     return None
+
+
+def say(text: str) -> None:
+    """A line on stderr; what others wrote into it acts on no terminal."""
+    sys.stderr.write(f"{printable(text)}\n")

@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import importlib.util
 import json
-import signal
 import sys
 import time
 from collections.abc import Collection
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.cli.streams import say
 from moeconv.errors import ConfigError, MissingPackageError, TimeLimitError
 
 if TYPE_CHECKING:
@@ -87,8 +87,6 @@ def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, 
 
     trainer = importlib.import_module("moeconv_train.trainer")
     report = progress_report(output)
-    # Until the first step SIGTERM ends as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     limit = begun.plan.run.time_limit
 
     def prepared(state: Any) -> None:
@@ -115,7 +113,7 @@ def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, 
 def _interrupted(text: str) -> NoReturn:
     """Whoever listened may have been interrupted too (`2>&1 | tee log`)."""
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"interrupted: {text}\n")
+        say(f"interrupted: {text}")
     sys.exit(INTERRUPTED)
 
 

@@ -1,7 +1,6 @@
 """`moeconv verify`: evidence that the output is the model of the checkpoint."""
 
 import os
-import signal
 import sys
 import traceback
 from contextlib import contextmanager
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.cli.options import JSON, QUIET, LocalPath, output_of
+from moeconv.cli.streams import say
 from moeconv.errors import MoeconvError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ FAILED, COULD_NOT_RUN = 1, 2
 
 
 @click.command("verify")
-@click.argument("out", metavar="OUT", type=click.Path(path_type=Path, file_okay=False))
+@click.argument("out", metavar="OUT", type=LocalPath(file_okay=False))
 @click.option(
     "--source",
     metavar="CKPT",
@@ -34,7 +34,7 @@ FAILED, COULD_NOT_RUN = 1, 2
 @click.option(
     "--config",
     metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LocalPath(dir_okay=False),
     help="MaxText YAML that the reference is built from. Default: the run's sidecar, else what "
     "the manifest says the conversion was told.",
 )
@@ -58,7 +58,7 @@ FAILED, COULD_NOT_RUN = 1, 2
 @click.option(
     "--prompts",
     metavar="FILE",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=LocalPath(dir_okay=False),
     help="Text to run, documents separated by empty lines. Default: a sample of the run's own "
     "corpus if its sidecar names one, else a text that comes with moeconv.",
 )
@@ -79,7 +79,7 @@ FAILED, COULD_NOT_RUN = 1, 2
 )
 @click.option(
     "--report",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=LocalPath(file_okay=False),
     help="Folder for verify.json, verify.md and the plots. Default: OUT.",
 )
 @click.option(
@@ -118,8 +118,6 @@ def command(
     The verdict is written to verify.json, bound to the SHA-256 of every file, and for people to
     verify.md with its plots. Levels that ran earlier on the same bytes stay in the report.
     """
-    # SIGTERM ends as Ctrl-C does: what lies in the temporary folder is removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Both models run on the CPU, also where jax would take a GPU and most of its memory.
     os.environ["JAX_PLATFORMS"] = "cpu"
     output = output_of(json_mode, quiet)
@@ -160,7 +158,7 @@ def command(
 
 
 def _no_verdict(why: str) -> NoReturn:
-    sys.stderr.write(f"{why}\n")
+    say(why)
     sys.exit(COULD_NOT_RUN)
 
 

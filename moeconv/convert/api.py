@@ -24,7 +24,7 @@ from moeconv.convert.plan import Plan, build_plan, index_json
 from moeconv.convert.run_record import RunRecord, read_run
 from moeconv.convert.source import Checkpoint, open_checkpoint
 from moeconv.convert.staging import Staging
-from moeconv.errors import OutputError, StorageError, UsageError
+from moeconv.errors import ConfigError, OutputError, StorageError, UsageError
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
@@ -103,7 +103,11 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     spec = options.tokenizer or checkpoint.tokenizer
     tokenizer = None
     if spec is not None:
-        tokenizer = read_tokenizer(spec, model_max_length=model.max_position_embeddings)
+        length = model.max_position_embeddings
+        if options.tokenizer is not None:
+            tokenizer = read_tokenizer(spec, model_max_length=length)
+        else:
+            tokenizer = checkpoint.read_tokenizer(length)
         warnings += [*tokenizer.notes, *check_fits(tokenizer, model.vocab_size)]
         model = _with_token_ids(model, tokenizer)
     else:
@@ -136,7 +140,29 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         dropped=checkpoint.dropped,
     )
     plan.memory_budget(options.max_memory, options.jobs)
+    _demand_json(plan, run, tokenizer)
     return Prepared(checkpoint, plan, tokenizer, options, run)
+
+
+def _demand_json(plan: Plan, run: RunRecord | None, tokenizer: TokenizerFiles | None) -> None:
+    """What others told must fit into the manifest, which is written when all work is done.
+
+    Raises:
+        ConfigError: Something is no number or no text.
+    """
+    told = {
+        "model": plan.model.values(),
+        "sources": {name: str(source) for name, source in plan.model.sources.items()},
+        "tokenizer": tokenizer and tokenizer.source,
+        "dropped": dict(plan.dropped),
+        "warnings": list(plan.warnings),
+        "run": run and run.model_dump(mode="json"),
+    }
+    for name, value in told.items():
+        try:
+            to_json(value)
+        except ValueError as error:
+            raise ConfigError(f"{name}: cannot stand in the manifest: {error}") from None
 
 
 def convert(

@@ -1,8 +1,13 @@
-"""What may lie beside the files of the manifest: what verify and push write, and what people add.
+"""The names of an output's files, and of what may lie beside them: ours, and what people add.
 
-Below both of them: structure takes none of these for a stranger, and push sends nothing else.
+Below verify and push: structure takes none of these for a stranger, and push sends nothing else.
 """
 
+from pathlib import Path
+
+from moeconv.hf.tokenizer import TOKENIZER_FILES
+
+_CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 CARD_NAME = "README.md"
 LOSS_PLOT = "training_loss.png"
 # What people add.
@@ -14,7 +19,25 @@ VERDICT = (
     "verify_error_by_layer.png",
     "verify_logits.png",
 )
+# A folder of a verify that is writing its report, or that was killed meanwhile.
+WRITING = ".moeconv-verify-"
 # What push takes from the disk.
 ALLOWED = (CARD_NAME, *VERDICT, *LEGAL)
 # What it makes on the way, and what the Hub and a download from it leave in a folder.
 KNOWN = (*ALLOWED, LOSS_PLOT, ".gitattributes", ".cache")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether verify made a folder to write its report into; one that was killed left it."""
+    return path.name.startswith(WRITING) and path.is_dir() and not path.is_symlink()
+
+
+def is_output_name(name: str) -> bool:
+    """Whether convert writes files of this name: no path, no code, nothing that it does not know.
+
+    A manifest that names anything else was not written by it.
+    """
+    if name in _CONFIGS or name in TOKENIZER_FILES:
+        return True
+    weights = name.startswith("model") and name.endswith(".safetensors") and len(name) <= 255
+    return weights and name.isascii() and name.replace("-", "").replace(".", "").isalnum()

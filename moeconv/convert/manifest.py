@@ -1,7 +1,6 @@
 """`moeconv.json`: what was converted, how, and the digest of everything read and written."""
 
 import json
-import math
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -14,6 +13,8 @@ from moeconv.convert.run_record import RunRecord
 from moeconv.mapping.ops import Scale
 
 MANIFEST_NAME = "moeconv.json"
+# More than any size or id of a model; two of them multiplied are still a number of 64 bits.
+_LARGEST = 2**31
 _DESCRIPTION = TypeAdapter(ModelDescription)
 
 
@@ -99,9 +100,8 @@ class Manifest(_Frozen):
         model = _DESCRIPTION.validate_json(json.dumps(values), strict=True)
         kinds = set(model.layer_kinds)
         wanted = [model.decoder_block in BLOCKS, kinds, not values.keys() - model.values().keys()]
-        for name, value in values.items():
-            if isinstance(value, int | float) and not name.endswith("token_id"):
-                wanted.append(isinstance(value, bool) or 0 < value < math.inf)
+        # Sizes and ids are multiplied, and go into 64 bits.
+        wanted += [abs(value) < _LARGEST for value in values.values() if isinstance(value, int)]
         if LayerKind.DENSE in kinds:
             wanted.append(model.intermediate_size)
         if LayerKind.MOE in kinds:

@@ -8,6 +8,7 @@ from typing import Any
 from moeconv.convert.beside import KNOWN, LOSS_PLOT, VERDICT
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
+from moeconv.untrusted.files import is_address, read_inside
 
 # What lies beside a model without being the user's own.
 _OURS = {MANIFEST_NAME, LOSS_PLOT, *VERDICT, ".gitattributes", ".cache"}
@@ -19,6 +20,11 @@ def resolve_out(out: Path) -> Path:
     Raises:
         OutputError: It is no path, or the current directory, the home directory or one above them.
     """
+    if is_address(out):
+        raise OutputError(
+            f"OUT {out} is an address, and moeconv writes to folders of this machine only; name a "
+            "local folder, and copy it when it is verified"
+        )
     try:
         place = Path(out).expanduser().resolve()
     except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
@@ -36,7 +42,13 @@ def resolve_out(out: Path) -> Path:
 
 
 def holds_something(out: Path) -> bool:
-    """Whether OUT is a folder that is not empty."""
+    """Whether OUT is a folder that is not empty.
+
+    Raises:
+        OutputError: It is a link; those that the user named were followed before.
+    """
+    if out.is_symlink():
+        raise OutputError(f"OUT {out} was just replaced by a link; look who did so")
     return out.is_dir() and any(out.iterdir())
 
 
@@ -47,7 +59,10 @@ def is_replaceable(out: Path) -> bool:
     """
     if all(path.name in KNOWN for path in out.iterdir()):
         return True
-    content = _json(out / MANIFEST_NAME)
+    try:
+        content = _manifest(out)
+    except OSError:
+        return False  # what a link hides may be a run's
     if isinstance(content, dict) and content.get("format") == "moeconv-run":
         return False
     named = any((out / name).is_file() for name in (MANIFEST_NAME, "config.json"))
@@ -56,14 +71,18 @@ def is_replaceable(out: Path) -> bool:
 
 def strangers(out: Path) -> list[str]:
     """What would be lost with an old model without being part of it."""
-    content = _json(out / MANIFEST_NAME)
+    try:
+        content = _manifest(out)
+    except OSError:
+        content = None
     files = content.get("files") if isinstance(content, dict) else None
     known = {*_OURS, *(files if isinstance(files, dict) else ())}
     return sorted(path.name for path in out.iterdir() if path.name not in known)
 
 
-def _json(path: Path) -> Any:
+def _manifest(out: Path) -> Any:
+    """What moeconv.json holds; None where there is none, or it is no JSON."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return json.loads(read_inside(out, MANIFEST_NAME))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None

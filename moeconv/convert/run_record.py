@@ -5,17 +5,18 @@ model card needs: the sidecar's facts, the settings that describe a training, an
 the step that is converted. What is not known is absent.
 """
 
+import io
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from moeconv.arch.sidecar import METRICS_NAME, MetricsLine, RunFacts, RunSidecar
 from moeconv.errors import NotACheckpointError
 from moeconv.orbax.locate import Step, read_beside
+from moeconv.untrusted import strict_json
 
 # Settings a card may tell; nothing else of a config is taken over, so no path and no name.
 SETTINGS = (
@@ -46,6 +47,7 @@ SETTINGS = (
 )
 # Points kept of a curve.
 CURVE_POINTS = 200
+_LONGEST_LINE = 64 * 1024
 
 
 class Measured(BaseModel):
@@ -116,7 +118,29 @@ def _settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
     return {k: v for k, v in found.items() if isinstance(v, bool | int | float | str) and v != ""}
 
 
-def _metrics(step: Step) -> tuple[list[MetricsLine], list[str]]:
+class _Point(NamedTuple):
+    """What is kept of a line; a run may have a million."""
+
+    kind: str
+    step: int
+    loss: float
+    tokens: int | None
+
+
+def _point(text: bytes) -> _Point | None:
+    """A line's loss; None where there is none that is a number."""
+    if len(text) > _LONGEST_LINE:
+        return None
+    try:
+        line = MetricsLine.model_validate(strict_json.loads(text))
+    except ValueError:  # pydantic's is one
+        return None
+    return (
+        _Point(line.kind, line.step, line.loss, line.tokens) if math.isfinite(line.loss) else None
+    )
+
+
+def _metrics(step: Step) -> tuple[list[_Point], list[str]]:
     """The run's metrics up to the step, in its order; a step measured twice counts as at last."""
     raw = None
     for folder in step.beside:
@@ -126,17 +150,15 @@ def _metrics(step: Step) -> tuple[list[MetricsLine], list[str]]:
             return [], [f"{error}; the manifest tells no losses"]
         if raw is not None:
             break
-    found: dict[tuple[str, int], MetricsLine] = {}
+    found: dict[tuple[str, int], _Point] = {}
     damaged = 0
-    for text in (raw or b"").splitlines():
-        try:
-            line = MetricsLine.model_validate(json.loads(text))
-        except (ValueError, RecursionError, ValidationError):
+    for text in io.BytesIO(raw or b""):
+        point = _point(text)
+        if point is None:
             damaged += 1
-            continue
         # Step N of a checkpoint is the number of its last training step, counted from 0.
-        if math.isfinite(line.loss) and (step.number is None or line.step <= step.number + 1):
-            found[line.kind, line.step] = line
+        elif step.number is None or point.step <= step.number + 1:
+            found[point.kind, point.step] = point
     warnings = []
     if damaged:
         warnings.append(
@@ -146,17 +168,19 @@ def _metrics(step: Step) -> tuple[list[MetricsLine], list[str]]:
     return sorted(found.values(), key=lambda line: line.step), warnings
 
 
-def _measured(lines: Sequence[MetricsLine]) -> Measured | None:
+def _measured(lines: Sequence[_Point]) -> Measured | None:
     return _mean(lines) if lines else None
 
 
-def _stretches(lines: Sequence[MetricsLine]) -> list[Sequence[MetricsLine]]:
+def _stretches(lines: Sequence[_Point]) -> list[Sequence[_Point]]:
     """Up to `CURVE_POINTS` stretches of lines, of about the same length."""
     count = min(CURVE_POINTS, len(lines))
     ends = [len(lines) * n // count for n in range(count + 1)] if count else []
     return [lines[a:b] for a, b in itertools.pairwise(ends)]
 
 
-def _mean(lines: Sequence[MetricsLine]) -> Measured:
+def _mean(lines: Sequence[_Point]) -> Measured:
     loss = sum(line.loss for line in lines) / len(lines)
+    if not math.isfinite(loss):  # the sum is beyond a double, the mean is not
+        loss = sum(line.loss / len(lines) for line in lines)
     return Measured(step=lines[-1].step, loss=float(f"{loss:.6g}"), tokens=lines[-1].tokens)

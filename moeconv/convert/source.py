@@ -1,7 +1,6 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,12 +14,15 @@ from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
-from moeconv.arch.told import ToldConfig, from_config_file, from_flags, from_mapping
-from moeconv.errors import ConfigError, NotACheckpointError
+from moeconv.arch.told import ToldConfig, load_config_file, tell
+from moeconv.arch.yaml_file import short
+from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
+from moeconv.hf.tokenizer import TOKENIZER_FILES, TokenizerFiles, tokenizer_of
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.untrusted import strict_json
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -63,6 +65,11 @@ class Checkpoint:
         if self.sidecar is None or self.sidecar[0].tokenizer is None:
             return None
         return str(self.sidecar[1] / self.sidecar[0].tokenizer)
+
+    def read_tokenizer(self, model_max_length: int) -> TokenizerFiles:
+        """Reads it; see `run_tokenizer`."""
+        assert self.sidecar is not None
+        return run_tokenizer(*self.sidecar, model_max_length=model_max_length)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -117,23 +124,29 @@ def open_checkpoint(
         if config is None:
             raise error.needed() from None
         unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
-    flags = from_flags(sets)
-    if config is not None:
-        told = ToldConfig(from_config_file(config), flags)
-    elif sidecar is not None:
-        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
-        told = ToldConfig(from_mapping(sidecar[0].config, where), flags)
-    else:
-        told = ToldConfig(flags)
+    told = tell(*run_config(config, sidecar), sets)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     layout = detect_layout(used, scan_axis=_scan_axis(told))
-    scan_layers = step.custom_metadata.get("scan_layers")
-    resolution = resolve(
-        layout, told, scan_layers=scan_layers if isinstance(scan_layers, bool) else None
-    )
+    resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(step, tree, arrays, layout, told, resolution, sidecar, dropped)
+
+
+def run_config(
+    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None
+) -> tuple[Mapping[str, Any] | None, Provenance]:
+    """What told of a run's config, for `tell`: the user's file, else the run's sidecar, else none.
+
+    Raises:
+        ConfigError: The user's file cannot be read.
+    """
+    if config is not None:
+        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
+    if sidecar is not None:
+        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
+        return sidecar[0].config, where
+    return None, Provenance(Origin.FLAG, "")
 
 
 def _scan_axis(told: ToldConfig) -> int | None:
@@ -146,6 +159,41 @@ def _scan_axis(told: ToldConfig) -> int | None:
             f"param_scan_axis={axis.value} ({axis.provenance}) should be a whole number from 0"
         )
     return int(axis.value)
+
+
+def run_tokenizer(
+    sidecar: RunSidecar, run: Folder, *, model_max_length: int | None
+) -> TokenizerFiles:
+    """The tokenizer that a run's sidecar names, which lies in the run, here or at its address.
+
+    Raises:
+        TokenizerError: It lies outside, cannot be read, or cannot be used.
+    """
+    assert sidecar.tokenizer is not None
+    files = {}
+    try:
+        for name in TOKENIZER_FILES:
+            if (raw := read_beside(run, f"{sidecar.tokenizer}/{name}")) is not None:
+                files[name] = raw
+    except NotACheckpointError as error:
+        raise TokenizerError(
+            f"{error} ({run / SIDECAR_NAME} names it); give the tokenizer with --tokenizer"
+        ) from None
+    source = str(run / sidecar.tokenizer)
+    if not files:
+        raise TokenizerError(
+            f"{source}: no such file or directory with a tokenizer, but {run / SIDECAR_NAME} names "
+            "it; give the tokenizer with --tokenizer"
+        )
+    return tokenizer_of(files, source, "directory", model_max_length=model_max_length)
+
+
+def _first_fault(error: ValueError) -> str:
+    """What is wrong with a sidecar, in short."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
 
 
 class _DamagedError(Exception):
@@ -175,12 +223,13 @@ def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
         if raw is None:
             continue
         try:
-            content = json.loads(raw)
+            content = strict_json.loads(raw)
             if isinstance(content, dict) and content.get("format") == "moeconv":
                 continue  # the manifest of a converted model, not a run's sidecar
             return RunSidecar.model_validate(content), folder
-        except (ValueError, RecursionError, ValidationError):
+        except ValueError as error:  # pydantic's is one
             raise _DamagedError(
-                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes"
+                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes "
+                f"({_first_fault(error)})"
             ) from None
     return None

@@ -3,23 +3,30 @@
 Beside OUT lie, while it is being made, `.<OUT>.moeconv-partial` (the folder being filled),
 `.<OUT>.moeconv-lock` (held by the process that works on OUT) and, where two folders cannot swap at
 once, for a moment `.<OUT>.moeconv-old` (the model being replaced).
+
+Others may write to the folder that OUT lies in. So it is held open, everything in it is named
+relative to it, and what has one of these names without being a folder or file is refused.
 """
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from moeconv.convert.journal import NAME as JOURNAL
+from moeconv.convert.lock import IN_THE_WAY, Lock
 from moeconv.convert.out import holds_something, is_replaceable, strangers
 from moeconv.convert.sizes import format_size
 from moeconv.errors import OutputError
 
-_AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_REPLACED = "was replaced by somebody else during the conversion; convert again"
 
 
 class Staging:
@@ -45,22 +52,28 @@ class Staging:
         self.notes: list[str] = []
         self._old = out.parent / f".{out.name}.moeconv-old"
         self._overwrite = overwrite
-        self._lock = _Lock(out.parent / f".{out.name}.moeconv-lock")
+        self._lock = Lock(out.parent / f".{out.name}.moeconv-lock")
         self._made: list[Path] = []
+        self._beside = self._inside = -1  # the folder that OUT lies in, and `folder`
         try:
             self._made = [p for p in out.parents if not p.exists()]
             out.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.take()
+            self._beside = os.open(out.parent, _FOLDER)
+            self._lock.take(self._beside)
             self._recover()
             self._check_out()
-            found = self.folder.exists()
-            self.folder.mkdir(exist_ok=True)
-            had = (self.folder / JOURNAL).exists()
+            found = self._is_there(self.folder)
+            if not found:
+                os.mkdir(self.folder.name, dir_fd=self._beside)
+            self._inside = os.open(self.folder.name, _FOLDER, dir_fd=self._beside)
+            had = JOURNAL in _names(self._inside)
             self.resuming = resume and had
             if found and not self.resuming:
                 # Without a journal the folder may hold an old model that was swapped out of OUT.
-                self._clear()
+                for name in _names(self._inside):
+                    _remove(name, self._inside)
         except BlockingIOError:
+            self._close()
             raise OutputError(
                 f"another process is converting to {out} (it holds {self._lock.path})"
             ) from None
@@ -106,9 +119,19 @@ class Staging:
                 f"warning: --overwrite also removes from OUT what moeconv did not write: {names}"
             )
 
-    def _clear(self) -> None:
-        for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def _is_there(self, folder: Path) -> bool:
+        """Whether one of the folders beside OUT is there.
+
+        Raises:
+            OutputError: Something else has its name.
+        """
+        try:
+            mode = os.stat(folder.name, dir_fd=self._beside, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return False
+        if not stat.S_ISDIR(mode):
+            raise OutputError(f"{folder} {IN_THE_WAY}")
+        return True
 
     def check_space(self, needed: int) -> None:
         """Refuses to start without room for the whole output.
@@ -116,8 +139,9 @@ class Staging:
         Raises:
             OutputError: Names what is needed and what is free.
         """
-        kept = sum(p.stat().st_blocks * 512 for p in self.folder.iterdir() if p.is_file())
-        free = shutil.disk_usage(self.folder).free + kept
+        with os.scandir(self._inside) as entries:
+            kept = sum(entry.stat(follow_symlinks=False).st_blocks * 512 for entry in entries)
+        free = shutil.disk_usage(self._inside).free + kept
         if free < needed:
             raise OutputError(
                 f"the conversion needs {format_size(needed)} beside OUT {self.out}, where "
@@ -127,7 +151,9 @@ class Staging:
     def write(self, files: Mapping[str, bytes]) -> None:
         """Writes small files whole and syncs them."""
         for name, content in files.items():
-            with (self.folder / name).open("wb") as file:
+            with contextlib.suppress(FileNotFoundError):  # of an earlier process
+                os.unlink(name, dir_fd=self._inside)
+            with os.fdopen(os.open(name, _NEW, 0o666, dir_fd=self._inside), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -150,94 +176,92 @@ class Staging:
                 f"OUT {self.out} was filled by somebody else during the conversion; the new model "
                 f"waits in {self.folder}: go on with --resume once OUT is empty"
             )
-        for path in self.folder.iterdir():
-            if path.name not in names:
-                path.unlink()
-        _sync_folder(self.folder)
+        with os.scandir(self._inside) as entries:
+            for entry in entries:
+                if entry.name not in names:
+                    _remove(entry.name, self._inside)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise OutputError(f"{self.folder / entry.name} {_REPLACED}")
+        os.fsync(self._inside)
+        if not self._is_there(self.folder) or not os.path.samestat(
+            os.stat(self.folder.name, dir_fd=self._beside), os.fstat(self._inside)
+        ):
+            raise OutputError(f"{self.folder} {_REPLACED}")
         if not occupied:
-            self.folder.replace(self.out)
-        elif not _exchange(self.folder, self.out):
-            self.out.replace(self._old)
-            self.folder.replace(self.out)
+            self._rename(self.folder, self.out)
+        elif not _exchange(self._beside, self.folder.name, self.out.name):
+            self._rename(self.out, self._old)
+            self._rename(self.folder, self.out)
         self.published = True
-        _sync_folder(self.out.parent)
+        os.fsync(self._beside)
         self.discard()
 
     def keep(self) -> None:
         """Leaves everything for `--resume`."""
-        self._recover()
-        self._lock.release()
+        try:
+            self._recover()
+        finally:
+            self._lock.release()
+            self._close()
 
     def discard(self) -> None:
         """Removes everything but OUT."""
-        self._recover()
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
+        if self._beside == -1:
+            return
+        try:
+            self._recover()
+            shutil.rmtree(self.folder.name, ignore_errors=True, dir_fd=self._beside)
+        except Exception:
+            self._release()
+            raise
+        self._release()  # not after an interruption: then this is called once more
 
     def _recover(self) -> None:
         """Undoes, or ends, a replacement that stopped between its two renames."""
-        if not self._old.exists():
+        if not self._is_there(self._old):
             return
-        if self.out.exists():
-            shutil.rmtree(self._old)
+        if self._is_there(self.out):
+            shutil.rmtree(self._old.name, dir_fd=self._beside)
         else:
-            self._old.replace(self.out)
+            self._rename(self._old, self.out)
+
+    def _rename(self, one: Path, other: Path) -> None:
+        os.rename(one.name, other.name, src_dir_fd=self._beside, dst_dir_fd=self._beside)
 
     def _release(self) -> None:
         self._lock.release()
+        self._close()
         for path in self._made:
             with contextlib.suppress(OSError):
                 path.rmdir()
 
-
-class _Lock:
-    """A file that one process at a time holds; it is free again when the process dies."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd: int | None = None
-
-    def take(self) -> None:
-        """Takes the lock.
-
-        Raises:
-            BlockingIOError: Another process holds it.
-            OSError: It cannot be made.
-        """
-        while self._fd is None:
-            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                # Its last holder may have removed the file between the two calls.
-                if self.path.exists() and os.path.samestat(os.fstat(fd), self.path.stat()):
-                    self._fd = fd
-            finally:
-                if self._fd is None:
-                    os.close(fd)
-
-    def release(self) -> None:
-        """Gives it back; does nothing where it was not taken."""
-        if self._fd is not None:
-            self.path.unlink(missing_ok=True)
-            os.close(self._fd)
-            self._fd = None
+    def _close(self) -> None:
+        for fd in (self._inside, self._beside):
+            if fd != -1:
+                os.close(fd)
+        self._inside = self._beside = -1
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two paths atomically; False where kernel or file system cannot."""
+def _exchange(beside: int, one: str, other: str) -> bool:
+    """Swaps two names of a folder atomically; False where kernel or file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
     code = rename(
-        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
+        beside, os.fsencode(one), beside, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
     )
     return bool(code == 0)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _names(folder: int) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _remove(name: str, folder: int) -> None:
+    """Removes a file, a link (never what it leads to), or a folder with what is in it."""
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        os.unlink(name, dir_fd=folder)
+    except IsADirectoryError:
+        shutil.rmtree(name, dir_fd=folder)

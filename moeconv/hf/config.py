@@ -4,11 +4,11 @@ transformers 5's `save_pretrained` drops `rope_theta`, and transformers 4, mlx-l
 load a default one silently; so both spellings of RoPE and of the dtype are written here.
 """
 
-import json
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
 from moeconv.mapping.rules import Family, Options
+from moeconv.untrusted import strict_json
 
 # The oldest release that reads every key we write; what loads the file compares it with its own.
 TRANSFORMERS_VERSION = "4.46.0"
@@ -48,5 +48,9 @@ def generation_config(model: ModelDescription) -> dict[str, Any]:
 
 
 def to_json(content: Any) -> bytes:
-    """JSON as Hugging Face lays it out; the same content gives the same bytes."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    """JSON as Hugging Face lays it out; the same content gives the same bytes.
+
+    Raises:
+        ValueError: JSON cannot hold it.
+    """
+    return strict_json.dumps(content)

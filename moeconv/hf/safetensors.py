@@ -19,7 +19,10 @@ from pathlib import Path
 from moeconv.errors import TensorError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
+from moeconv.untrusted.strict_json import loads
 
+# Of a shape that is multiplied out: the format itself sets no limit.
+_MOST_AXES, _LONGEST_AXIS = 32, 2**63
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -86,7 +89,7 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size, 100_000_000):
                 raise ValueError("the header is longer than the file")
-            table = json.loads(file.read(length))
+            table = loads(file.read(length), unique=True)
         if not isinstance(table, dict):
             raise ValueError("its header is no JSON object")
         names = {code: name for name, code in _CODES.items()}
@@ -98,6 +101,8 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
             start, stop = (8 + length + o for o in entry["data_offsets"])
             if not all(type(n) is int and n >= 0 for n in (*spec.shape, start, stop)):
                 raise ValueError(f"tensor {name} has sizes that are no whole numbers")
+            if len(spec.shape) > _MOST_AXES or max(spec.shape, default=0) > _LONGEST_AXIS:
+                raise ValueError(f"tensor {name} has a shape that no tensor has")
             if start != position or stop - start != spec.nbytes:
                 raise ValueError(f"tensor {name} does not lie where its shape says")
             found[name] = (spec, start)

@@ -1,5 +1,6 @@
 """The tokenizer that goes with the converted weights: reading one, and checking that it fits."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any, Literal
 
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import is_address, open_regular, read_inside, read_whole
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
 TOKENIZER_FILES = (
@@ -36,6 +39,10 @@ _NAMED = (
 )
 _ADDITIONAL = "additional_special_tokens"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# The largest that people publish have 40 MB.
+_LIMIT = 256 * 2**20
+# JSON that is written as it was read, and not looked at otherwise.
+_COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "vocab.json")
 _FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".bpe")
 
 Kind = Literal["directory", "tiktoken", "hub"]
@@ -83,20 +90,30 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
     try:
         path = Path(spec).expanduser()
         if path.is_dir():
-            return _from_directory(path, spec, "directory", model_max_length)
-        if path.is_file():
+            files = _directory(path)
+            return tokenizer_of(files, spec, "directory", model_max_length=model_max_length)
+        if path.exists():
             return _from_file(path, spec, model_max_length)
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~name of no user
+    except (OSError, RuntimeError, ValueError) as error:  # ~name of no user, a NUL
         reason = getattr(error, "strerror", None) or error
         raise TokenizerError(
             f"{spec}: cannot be read ({reason}); mend that or give another"
         ) from None
+    if is_address(spec):
+        raise TokenizerError(
+            f"{spec}: is an address; copy the tokenizer into a local folder and give that with "
+            "--tokenizer"
+        )
     if _HUB_ID.fullmatch(spec) is None or spec.endswith(_FILE_SUFFIXES):
         raise TokenizerError(
             f"{spec}: no such file or directory; give a directory with a tokenizer.json, a file of "
             "tiktoken ranks, or the id (namespace/name) of a repository on the Hub"
         )
-    return _from_directory(_download(spec), spec, "hub", model_max_length)
+    try:
+        files = _directory(_download(spec))
+    except OSError as error:
+        raise TokenizerError(f"{spec}: cannot be read ({error.strerror}); fetch it again") from None
+    return tokenizer_of(files, spec, "hub", model_max_length=model_max_length)
 
 
 def check_fits(tokenizer: TokenizerFiles, vocab_size: int) -> list[str]:
@@ -143,13 +160,16 @@ def check_fits(tokenizer: TokenizerFiles, vocab_size: int) -> list[str]:
 
 
 def _from_file(path: Path, source: str, model_max_length: int | None) -> TokenizerFiles:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(4096)  # it may be anything, and large
-    if path.name == "tokenizer.json" or head.lstrip()[:1] == b"{":
-        files = {"tokenizer.json": path.read_bytes()}
-        return _described(files, source, "directory", model_max_length)
-    if path.suffix == ".tiktoken" or tiktoken_bpe.is_ranks(head):
-        tokens = tiktoken_bpe.parse_ranks(path.read_bytes(), source)
+        file.seek(0)
+        known = path.suffix == ".tiktoken" or tiktoken_bpe.is_ranks(head)
+        is_json = path.name == "tokenizer.json" or head.lstrip()[:1] == b"{"
+        raw = read_whole(file, path, limit=_LIMIT) if known or is_json else b""
+    if is_json:
+        return _described({"tokenizer.json": raw}, source, "directory", model_max_length)
+    if known:
+        tokens = tiktoken_bpe.parse_ranks(raw, source)
         files = tiktoken_bpe.tokenizer_files(tokens, model_max_length=model_max_length)
         return _described(files, source, "tiktoken", model_max_length)
     raise TokenizerError(
@@ -158,12 +178,29 @@ def _from_file(path: Path, source: str, model_max_length: int | None) -> Tokeniz
     )
 
 
-def _from_directory(
-    path: Path, source: str, kind: Kind, model_max_length: int | None
+def _directory(folder: Path) -> dict[str, bytes]:
+    """The tokenizer's files that lie in a folder; no link there may lead out of it."""
+    files = {}
+    for name in TOKENIZER_FILES:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            files[name] = read_inside(folder, name, limit=_LIMIT)
+    return files
+
+
+def tokenizer_of(
+    files: Mapping[str, bytes], source: str, kind: Kind, *, model_max_length: int | None
 ) -> TokenizerFiles:
-    files = {
-        name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()
-    }
+    """The tokenizer that some of `TOKENIZER_FILES` hold.
+
+    Args:
+        files: Name and content of each.
+        source: Where they lie, for people.
+        kind: How they were read.
+        model_max_length: The model's context length, for a `tokenizer_config.json` made here.
+
+    Raises:
+        TokenizerError: They hold none, or it cannot be used.
+    """
     if "tokenizer.json" not in files:
         model = files.get("tokenizer.model", b"")
         if tiktoken_bpe.is_ranks(model):
@@ -173,7 +210,7 @@ def _from_directory(
         else:
             fix = "; give a directory into which transformers saved a fast tokenizer"
         raise TokenizerError(f"{source}: has no tokenizer.json{fix}")
-    return _described(files, source, kind, model_max_length)
+    return _described(dict(files), source, kind, model_max_length)
 
 
 # Not copied as it is: for our model types transformers 5.23 drops the leading space that the model
@@ -194,12 +231,12 @@ def _described(
     files: dict[str, bytes], source: str, kind: Kind, model_max_length: int | None
 ) -> TokenizerFiles:
     """Mends what would keep `files` from loading, and reads out the ids they define."""
+    for name in _COPIED:
+        _json_object(files, name, source)
     config = _json_object(files, "tokenizer_config.json", source)
     config, notes = _mended_config(config, source, model_max_length)
     if notes:
-        files["tokenizer_config.json"] = (
-            json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        ).encode()
+        files["tokenizer_config.json"] = strict_json.dumps(config)
     ids = _ids(files, config, source)
     size = 1 + max(ids.values())
     # transformers reads the map only where the config does not define its added tokens.
@@ -316,8 +353,8 @@ def _json_object(files: Mapping[str, bytes], name: str, source: str) -> dict[str
     if name not in files:
         return {}
     try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
+        value = strict_json.loads(files[name])
+    except ValueError as error:
         raise TokenizerError(
             f"{source}: {name} is not JSON ({error}); fetch or save the tokenizer again"
         ) from None

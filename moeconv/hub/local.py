@@ -11,16 +11,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
+from moeconv.convert.beside import is_output_name
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.convert.stamps import Stamp, stamp
 from moeconv.errors import NotACheckpointError, OutputError
-from moeconv.hf.tokenizer import TOKENIZER_FILES
 from moeconv.untrusted.files import is_file, read_inside
 from moeconv.verify.report import REPORT_NAME, Report
 from moeconv.verify.structure import sha256
 
-# What a manifest of ours can name; one that names more was not written by convert.
-_CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # How deep below the current directory an output is looked for.
 _DEPTH = 4
@@ -109,7 +107,7 @@ class Output:
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
-        if foreign := sorted(name for name in manifest.files if not _is_ours(name)):
+        if foreign := sorted(name for name in manifest.files if not is_output_name(name)):
             raise OutputError(
                 f"{path} names {', '.join(foreign)}, which moeconv convert never writes; nothing "
                 "is sent, convert again"
@@ -136,7 +134,8 @@ class Output:
         """
         seen = {}
         for name in self.names:
-            seen[name] = stamp(self.folder / name), sha256(self.folder, name, links=False)
+            here = self.folder / name
+            seen[name] = stamp(here), sha256(here, links=False)
         return seen
 
     @property
@@ -182,12 +181,6 @@ class Output:
         )
 
 
-def _is_ours(name: str) -> bool:
-    weights = name.endswith(".safetensors") and name.startswith("model")
-    plain = "/" not in name and "\\" not in name and not name.startswith(".")
-    return plain and (weights or name in _CONFIGS or name in TOKENIZER_FILES)
-
-
 def read_own(folder: Path, name: str) -> bytes:
     """Content of a file of OUT: no link, as what it leads to would go to the Hub.
 
@@ -214,9 +207,7 @@ def is_own(folder: Path, name: str) -> bool:
 
 def _read_report(folder: Path) -> tuple[Report | None, bool]:
     try:
-        return Report.model_validate(
-            json.loads(read_inside(folder, REPORT_NAME, links=False))
-        ), False
+        return Report.read(read_inside(folder, REPORT_NAME, links=False)), False
     except FileNotFoundError:
         return None, False
     except (OSError, ValueError, RecursionError, ValidationError):

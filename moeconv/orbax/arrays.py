@@ -16,7 +16,7 @@ from moeconv.errors import NotACheckpointError, StorageError, TensorError, Unsup
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.metadata import KeyPath, Tree
-from moeconv.orbax.store import Folder, reason
+from moeconv.orbax.store import Folder, context, reason
 
 # How tensorstore begins a message about data that was read but makes no sense.
 _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
@@ -74,7 +74,7 @@ class Arrays:
     def __init__(self, items: Folder, tree: Tree) -> None:
         self.items = items
         self.tree = tree
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
+        self._context = context(cache_pool={"total_bytes_limit": 0})
         self.info: dict[str, ArrayInfo] = {}
         opened = [(path, self._open(path, self._context)) for path in tree.parameters]
         for path, future in opened:
@@ -135,10 +135,10 @@ class Arrays:
         """A reader whose cache holds `cache_bytes` of decoded chunks."""
         info = self.info[name]
         # Local files are mapped, not copied: a chunk may be gigabytes, and new memory is not free.
-        context = ts.Context(
-            {"cache_pool": {"total_bytes_limit": cache_bytes}, "file_io_mode": {"mode": "memmap"}}
+        chunks = context(
+            cache_pool={"total_bytes_limit": cache_bytes}, file_io_mode={"mode": "memmap"}
         )
-        return Reader(self, info, self._result(info.path, self._open(info.path, context)))
+        return Reader(self, info, self._result(info.path, self._open(info.path, chunks)))
 
 
 class Reader:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint on this machine: what is there, all of it inside, and when it changed."""
+"""The files of a checkpoint on this machine: what is there, all inside, and when it changed."""
 
 import os
 import stat
@@ -49,7 +49,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
                 status = entry.stat(follow_symlinks=False)
                 linked = stat.S_ISLNK(status.st_mode)
                 if linked:
-                    status = os.stat(inside(folder, name))
+                    status = inside(folder, name).stat()
                 if stat.S_ISREG(status.st_mode):
                     yield name, _stamp(status)
                 elif not stat.S_ISDIR(status.st_mode):

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeconv.errors import NotACheckpointError
-from moeconv.orbax.store import Folder
+from moeconv.orbax.inventory import inventory
+from moeconv.orbax.store import DeniedError, Folder
 
 _STEP = re.compile(r"(?:\w+_)?(\d+)\Z")
 _COMMIT = "commit_success.txt"
@@ -30,6 +31,8 @@ class Step:
         custom_metadata: What MaxText recorded beside it (`scan_layers`).
         beside: Folders where the run's sidecar may lie, nearest first.
         skipped: Newer steps passed over because their save is unfinished.
+        dated: Whether it has the step metadata that Orbax writes since 0.5.11 of May 2024, so that
+            no older MaxText saved it.
     """
 
     items: Folder
@@ -37,6 +40,13 @@ class Step:
     custom_metadata: dict[str, Any]
     beside: tuple[Folder, ...]
     skipped: tuple[str, ...] = ()
+    dated: bool = True
+
+    @property
+    def scan_layers(self) -> bool | None:
+        """What MaxText recorded, None where it did not."""
+        found = self.custom_metadata.get("scan_layers")
+        return found if isinstance(found, bool) else None
 
 
 def locate(spec: str) -> Step:
@@ -84,13 +94,12 @@ def read_beside(folder: Folder, name: str) -> bytes | None:
 
     Raises:
         NotACheckpointError: It is on this machine, and cannot be read.
+        StorageError: The store does not answer.
     """
     try:
         raw = folder.read(name)
-    except NotACheckpointError:
-        if folder.local is None:
-            return None
-        raise
+    except DeniedError:  # above a public step, say; S3 answers so where nothing may be listed
+        return None
     if raw is None and folder.local is not None and (folder.local / name).is_dir():
         raise NotACheckpointError(f"cannot read {folder / name}: it is a directory")
     return raw
@@ -132,6 +141,9 @@ def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
 
 
 def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
+    items = items.real()
+    if items.local is not None:
+        inventory(items.local)  # tensorstore and Orbax follow every link, and wait at a FIFO
     if (why := _unfinished(items)) is not None:
         raise NotACheckpointError(f"{why}; name an older step, or let the run save once more")
     step = items.parent if items.name == "items" else items
@@ -142,4 +154,5 @@ def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
     beside = [step, step.parent]
     if step.parent.name == "checkpoints":
         beside.append(step.parent.parent)
-    return Step(items, int(match[1]) if match else None, custom, tuple(beside), skipped)
+    number = int(match[1]) if match else None
+    return Step(items, number, custom, tuple(beside), skipped, dated=raw is not None)

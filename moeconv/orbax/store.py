@@ -1,16 +1,70 @@
-"""Paths that may be local or remote: one small interface over tensorstore's key-value stores."""
+"""Paths that may be local or remote: one small interface over tensorstore's key-value stores.
 
+A remote store is given up after a silence, never after a total: whoever sends bytes is waited for.
+"""
+
+import os
+import re
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
 
 import tensorstore as ts
 
-from moeconv.errors import NotACheckpointError
+from moeconv.errors import NotACheckpointError, StorageError
+from moeconv.untrusted import native_logs
+from moeconv.untrusted.files import READ_LIMIT, inside, is_address, read_inside
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
+
+# Read by tensorstore when it opens its first connection (its docs/environment.rst); by default none
+# of the three has a limit. Who set one knows better.
+CURL_LIMITS = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "5",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "10",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "256",
+}
+# tensorstore's own are 32 attempts over a quarter of an hour, also where nobody listens.
+_RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
+# While the first files are asked for nothing is lost by giving up; seconds between attempts.
+_FIRST_DELAYS = (0.3, 1.0)
+# How tensorstore begins a message about an answer that will be the same when asked again.
+_DENIED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
+_TRANSIENT = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # ... and that may be another
+# What of a message is not for people.
+_STATUS = re.compile(r"(?:ABORTED: All \d+ retry attempts failed: |[A-Z_]+: )?(?:CURL error )?")
+_WHERE = re.compile(r" \[(?:source locations|tensorstore_spec|curl_code)")
+
+
+class DeniedError(StorageError):
+    """The store answered that this may not be read."""
+
+
+def context(**resources: Any) -> ts.Context:
+    """A tensorstore context whose remote stores give up in time.
+
+    Args:
+        resources: Further context resources.
+    """
+    return _context(_RETRIES, **resources)
+
+
+def _context(retries: Any, **resources: Any) -> ts.Context:
+    for name, value in CURL_LIMITS.items():
+        os.environ.setdefault(name, value)
+    kinds = dict.fromkeys(("gcs", "s3", "http"), retries)
+    return ts.Context({**{f"{kind}_request_retries": r for kind, r in kinds.items()}, **resources})
+
+
+@cache
+def _first() -> ts.Context:
+    """For metadata, where attempts are counted here."""
+    native_logs.filter_stderr()
+    return _context({"max_retries": 0, "initial_delay": "1s", "max_delay": "1s"})
 
 
 @dataclass(frozen=True)
@@ -20,16 +74,19 @@ class Folder:
     Attributes:
         url: `file://PATH` (the path as it is, without escapes), `gs://…`, `s3://…`, `http://…`,
             without a slash at the end.
+        root: Of a local one, the folder that the user named (or one above it): neither a link nor
+            a name found in a file may lead out of it. By default the folder itself.
     """
 
     url: str
+    root: Path | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def open(cls, spec: str | Path) -> "Folder":
         """From what the user typed: a path, or one of `SCHEMES`.
 
         Raises:
-            NotACheckpointError: It can be no path.
+            NotACheckpointError: It can be no path, or is an address of another kind.
         """
         text = str(spec)
         if text.startswith(SCHEMES) and not text.startswith("file://"):
@@ -37,16 +94,27 @@ class Folder:
         try:
             if text.startswith("file://"):
                 path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
+            elif is_address(text) and not Path(text).exists():
+                raise NotACheckpointError(
+                    f"{text} is an address that moeconv cannot read; it reads local paths, "
+                    f"{', '.join(SCHEMES)}"
+                )
             else:
                 path = Path(text).expanduser()
-            return cls(f"file://{path.resolve()}")
-        except (OSError, RuntimeError) as error:  # a loop of links, or ~name of no user
+            url = f"file://{path.resolve()}"
+            url.encode()  # else tensorstore cannot be asked, and no manifest can name it
+            return cls(url, path.resolve())
+        except UnicodeEncodeError:
+            raise NotACheckpointError(f"{text}: a path that is not UTF-8; rename it") from None
+        # A loop of links, ~name of no user, a NUL.
+        except (OSError, RuntimeError, ValueError) as error:
             raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
 
     @property
     def local(self) -> Path | None:
         """The path, when the folder is on this machine."""
-        return Path(self.url.removeprefix("file://")) if self.url.startswith("file://") else None
+        path = self.url.removeprefix("file://")
+        return None if path == self.url else Path("/" + path.lstrip("/"))
 
     @property
     def name(self) -> str:
@@ -56,10 +124,13 @@ class Folder:
     @property
     def parent(self) -> "Folder":
         """The folder above."""
-        return Folder(self.url.rsplit("/", 1)[0])
+        above = Folder(self.url.rsplit("/", 1)[0], self.root)
+        if above.local is None or self.root is None or above.local.is_relative_to(self.root):
+            return above
+        return Folder(above.url, above.local)
 
     def __truediv__(self, name: str) -> "Folder":
-        return Folder(f"{self.url}/{name}")
+        return Folder(f"{self.url}/{name}", self.root or self.local)
 
     def __str__(self) -> str:
         return str(self.local or self.url)
@@ -70,34 +141,62 @@ class Folder:
             return {"driver": "file", "path": f"{local}/"}
         return f"{self.url}/"
 
-    def read(self, name: str) -> bytes | None:
+    def real(self) -> "Folder":
+        """The folder without links on the way from its root.
+
+        Raises:
+            NotACheckpointError: It lies outside.
+        """
+        if self.local is None or self.root in (None, self.local):
+            return self
+        try:
+            found = inside(*self._below(""))
+        except OSError as error:
+            raise NotACheckpointError(f"cannot read {self}: {reason(error)}") from None
+        if not found.is_relative_to(self.root):
+            raise NotACheckpointError(f"cannot read {self}: it leads out of {self.root}")
+        return Folder(f"file://{found}", self.root)
+
+    def _below(self, name: str) -> tuple[Path, str]:
+        """The root, and the way from there to a file."""
+        local = self.local
+        assert local is not None
+        root = self.root or local
+        return root, f"{local.relative_to(root).as_posix()}/{name}"
+
+    def read(self, name: str, *, limit: int = READ_LIMIT) -> bytes | None:
         """Content of a file, None when there is none.
 
         Raises:
-            NotACheckpointError: The store cannot be read (permissions, network, …).
+            NotACheckpointError: It is on this machine and cannot be read, lies outside of the root,
+                is no regular file, or is larger than `limit`.
+            StorageError: The store does not answer, or not with it (`DeniedError`).
         """
+        if ".." in PurePosixPath(name).parts or name.startswith("/"):
+            raise NotACheckpointError(f"cannot read {self / name}: its name leads out of {self}")
+        if self.local is None:
+            result = self._ask(name, lambda store: store.read(name.encode()))
+            return bytes(result.value) if result.state == "value" else None
         try:
-            if (local := self.local) is not None:
-                return (local / name).read_bytes()
-            result = _kvstore(self.kvstore()).read(name.encode()).result()
+            return read_inside(*self._below(name), limit=limit)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except (OSError, ValueError) as error:
             raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
-        return bytes(result.value) if result.state == "value" else None
 
     def children(self) -> Iterator[str]:
         """Names of files and folders directly below.
 
         Raises:
-            NotACheckpointError: The store cannot be listed.
+            NotACheckpointError: The folder cannot be listed.
+            StorageError: The store does not answer.
         """
         try:
-            if (local := self.local) is not None:
+            if (local := self.real().local) is not None:
                 yield from sorted(p.name for p in local.iterdir())
                 return
-            keys = _kvstore(self.kvstore()).list().result()
-        except (OSError, ValueError, NotImplementedError) as error:
+            keys = self._ask("", lambda store: store.list())
+        except (OSError, NotImplementedError, DeniedError) as error:
             raise NotACheckpointError(
                 f"cannot list {self} ({reason(error)}); give the address of a step"
             ) from None
@@ -107,13 +206,32 @@ class Folder:
         """Whether a local folder is there; remote ones are found out by reading."""
         return self.local is None or self.local.is_dir()
 
+    def _ask(self, name: str, question: Any) -> Any:
+        """What a remote store answers; a store that says nothing is not asked again."""
+        delays = iter(_FIRST_DELAYS)
+        while True:
+            try:
+                return question(ts.KvStore.open(self.kvstore(), context=_first()).result()).result()
+            except (OSError, ValueError) as error:
+                what = f"{self / name}" if name else str(self)
+                kind = DeniedError if str(error).startswith(_DENIED) else StorageError
+                delay = next(delays, None)
+                if delay is None or not str(error).startswith(_TRANSIENT) or is_silence(error):
+                    raise kind(
+                        f"cannot read {what}: {reason(error)}; check the address, the network and "
+                        "your credentials"
+                    ) from None
+                time.sleep(delay)
 
-def _kvstore(spec: Any) -> Any:
-    return ts.KvStore.open(spec).result()
+
+def is_silence(error: BaseException) -> bool:
+    """Whether an attempt ended because the store said nothing for too long."""
+    return "Timeout was reached" in str(error)
 
 
 def reason(error: BaseException) -> str:
     """The first clause of a tensorstore or OS error, without its source locations."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error).split(" [source locations")[0].split(" [tensorstore_spec")[0].splitlines()[0]
+    text = _WHERE.split(_STATUS.sub("", str(error)), maxsplit=1)[0]
+    return (text.splitlines() or [type(error).__name__])[0]

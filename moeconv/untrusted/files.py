@@ -8,6 +8,7 @@ and nothing but a regular file is opened, so that no FIFO or device blocks or ne
 
 import errno
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -17,9 +18,19 @@ READ_LIMIT = 512 * 2**20
 
 _FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 _FOLDER = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY | os.O_NOFOLLOW
+_SPECIAL = "is a FIFO, device or socket, not a regular file"
 # `<cache>/models--NAME/snapshots/REVISION`: its files are links to `<cache>/models--NAME/blobs`
 # (huggingface_hub/file_download.py, `_create_symlink`).
 _HUB_REPO = ("models--", "datasets--", "spaces--")
+
+
+# `gs://bucket/x`, or `gs:/bucket/x` as pathlib writes it, or `hf:name/x`.
+_ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+:/|hf:)")
+
+
+def is_address(text: object) -> bool:
+    """Whether a path is an address of some store: no file of this machine is meant by it."""
+    return _ADDRESS.match(str(text)) is not None
 
 
 class UnsafeFileError(OSError):
@@ -90,13 +101,21 @@ def open_inside(folder: Path, name: str, *, links: bool = True) -> BinaryIO:
 def read_regular(path: Path, *, limit: int = READ_LIMIT) -> bytes:
     """Content of a file that the user named; raises as `open_regular`, or where it is too large."""
     with open_regular(path) as file:
-        return _read(file, path, limit)
+        return read_whole(file, path, limit=limit)
 
 
 def read_inside(folder: Path, name: str, *, links: bool = True, limit: int = READ_LIMIT) -> bytes:
     """Content of a file of a folder; raises as `open_inside`, or where it is too large."""
     with open_inside(folder, name, links=links) as file:
-        return _read(file, folder / name, limit)
+        return read_whole(file, folder / name, limit=limit)
+
+
+def read_whole(file: BinaryIO, path: Path, *, limit: int = READ_LIMIT) -> bytes:
+    """What is left of an open file; UnsafeFileError where that is too much."""
+    content = file.read(limit + 1)
+    if len(content) > limit:
+        raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
+    return content
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -122,6 +141,23 @@ def is_file(folder: Path, name: str, *, links: bool = True) -> bool:
     return True
 
 
+def demand_inside(folder: Path) -> None:
+    """Looks at a folder before a library gets it that opens its files by name.
+
+    What lies in folders below is not looked at.
+
+    Raises:
+        UnsafeFileError: A link leads out, or there is a FIFO, a device or a socket.
+        OSError: There is a loop of links, or it cannot be listed.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                inside(folder, entry.name)
+            if not (entry.is_file() or entry.is_dir()) and Path(entry).exists():
+                raise UnsafeFileError(Path(entry), _SPECIAL)
+
+
 def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path]:
     """The folder that must not be left, and the path without links."""
     parts = PurePosixPath(name).parts
@@ -134,7 +170,9 @@ def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path
         raise UnsafeFileError(path, "is a link; put the file itself there")
     boundary = _boundary(base)
     if not real.is_relative_to(boundary):
-        raise UnsafeFileError(path, f"is a link that leads out of {folder}")
+        raise UnsafeFileError(
+            path, f"is a link that leads out of {folder}; put there what it leads to, or name that"
+        )
     if real.is_symlink():  # `realpath` leaves a loop as it is
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     return boundary, real
@@ -155,7 +193,7 @@ def _checked(fd: int, path: Path) -> BinaryIO:
     os.close(fd)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise UnsafeFileError(path, "is a FIFO, device or socket, not a regular file")
+    raise UnsafeFileError(path, _SPECIAL)
 
 
 def _encodable(path: Path) -> Path:
@@ -166,10 +204,3 @@ def _encodable(path: Path) -> Path:
     except ValueError:
         raise UnsafeFileError(path, "its name can be no file's") from None
     return path
-
-
-def _read(file: BinaryIO, path: Path, limit: int) -> bytes:
-    content = file.read(limit + 1)
-    if len(content) > limit:
-        raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
-    return content

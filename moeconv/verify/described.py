@@ -8,8 +8,7 @@ from typing import Any
 
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import FIELDS
-from moeconv.arch.resolve import resolve
-from moeconv.arch.told import TOKEN_IDS, Told, ToldConfig
+from moeconv.arch.told import TOKEN_IDS
 from moeconv.verify.outcome import Check, Level, Status, passed
 from moeconv.verify.reference import ReferenceConfig
 from moeconv.verify.subject import Subject
@@ -30,23 +29,13 @@ def check_description(level: Level, subject: Subject, config: ReferenceConfig) -
     Raises:
         MoeconvError: The config is not of this checkpoint's model.
     """
-    if not config.told:
+    if not config.independent:
         return []
-    custom = subject.step.custom_metadata.get("scan_layers")
-    block = config.told["decoder_block"]
-    if _is_default(block.provenance):  # so the reference has the manifest's
-        block = Told(subject.model.decoder_block, block.provenance)
-    found = resolve(
-        subject.layout,
-        ToldConfig(config.told, {"decoder_block": block}),
-        scan_layers=custom if isinstance(custom, bool) else None,
-    )
+    found = config.resolution
     ours, theirs = subject.model, found.model()
     # What only one of both has follows from another field, which differs too.
     follows = {f.name for f in FIELDS if f.needed(vars(ours)) != f.needed(vars(theirs))}
-    run = theirs.values()
-    if _is_default(block.provenance):
-        run["decoder_block"] = config.told["decoder_block"].value
+    run = {**theirs.values(), **config.unsaid}
     differing: dict[Status, list[str]] = {Status.FAIL: [], Status.WARN: []}
     metrics: dict[str, Any] = {}
     for name, value in ours.values().items():

@@ -4,6 +4,7 @@ In fp32 the two models differ by the order of sums only. A rounded output is all
 what rounding alone does to MaxText itself, which is measured in the same run (verify/rounding.py).
 """
 
+import math
 from dataclasses import dataclass
 
 from moeconv.verify.outcome import Status
@@ -29,7 +30,9 @@ class Limit:
     meaning: str
 
     def grade(self, value: float, rounding: float = 0.0) -> Status:
-        """The verdict on a value, given what rounding alone does; NaN fails."""
+        """The verdict on a value, given what rounding alone does; NaN and Inf fail."""
+        if not math.isfinite(value):
+            return Status.FAIL
         if value <= self.passing + PASS_ROUNDING * rounding:
             return Status.PASS
         if value <= self.warning + WARN_ROUNDING * rounding:

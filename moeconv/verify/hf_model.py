@@ -8,7 +8,7 @@ import contextlib
 import copy
 import gc
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +21,56 @@ from moeconv.mapping.ops import SIGNIFICAND_BITS
 from moeconv.verify.maxtext_head import Head
 from moeconv.verify.rounding import Rounding
 from moeconv.verify.sides import Trace
+from moeconv.verify.subject import demand_loadable_files
+from moeconv.verify.transformers_load import (
+    build_empty,
+    load_config,
+    load_model,
+    load_tensors,
+    quiet,
+    told_of,
+)
 
 
 class HfModel:
     """A Hugging Face model directory, whole in memory."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, folder: Path, blame: type[MoeconvError]) -> None:
+        self._model, self._folder, self._blame = model, folder, blame
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> "HfModel":
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        blame: type[MoeconvError] = TensorError,
+    ) -> "HfModel":
         """Loads by transformers, with attention and experts in their plain implementations.
 
         Nothing is fetched, no code of the directory is run, and a parameter that transformers would
         make up or leave out is an error.
 
+        Args:
+            folder: The model.
+            dtype: What it is computed in.
+            device: Where.
+            blame: Raised where the model cannot be loaded whole, or later cannot be run.
+
         Raises:
             ConfigError: The folder has no config.json.
-            TensorError: Weights are missing, or transformers cannot load them whole.
-            MoeconvError: torch or transformers is not installed.
+            TensorError: It has no weights.
+            MissingPackageError: torch or transformers is not installed.
+            MemoryLimitError: The machine is too small.
         """
         folder = check_folder(folder)
-        with _loading(folder):
+        with quiet(), told_of(folder, blame):
             import torch
-            import transformers
 
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                attn_implementation="eager",
-                experts_implementation="eager",
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        _check_whole(folder, report)
-        return cls(model.to(device).eval())
+            model, report = load_model(folder, dtype=getattr(torch, dtype))
+            _check_whole(folder, report)
+            return cls(model.to(device).eval(), folder, blame)
 
     def run(self, tokens: Array) -> tuple[Array, dict[int, Array]]:
         """Logits [B, T, V] of `tokens` [B, T], and router logits [B, T, E] by layer; float32."""
@@ -64,14 +78,15 @@ class HfModel:
 
         kept: dict[int, Any] = {}
         with contextlib.ExitStack() as stack, torch.inference_mode():
+            stack.enter_context(told_of(self._folder, self._blame, "run"))
             for number, layer in enumerate(self._model.model.layers):
                 if (gate := _router(layer)) is not None:
                     stack.enter_context(_tap(gate, kept, number))
             ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._model.device)
             logits = self._model(input_ids=ids, use_cache=False).logits
-        shape = tokens.shape
-        routers = {n: _numpy(value).reshape(*shape, -1) for n, value in kept.items()}
-        return _numpy(logits), routers
+            shape = tokens.shape
+            routers = {n: _numpy(value).reshape(*shape, -1) for n, value in kept.items()}
+            return _numpy(logits), routers
 
     def generate(self, prompt: Array, count: int) -> Array:
         """`prompt` [T] and `count` greedy tokens more, with the KV cache, by `generate`."""
@@ -82,7 +97,7 @@ class HfModel:
             do_sample=False, max_new_tokens=count, use_cache=True, eos_token_id=None, pad_token_id=0
         )
         ids = torch.from_numpy(np.asarray(prompt, np.int64))[None].to(self._model.device)
-        with torch.inference_mode(), _quiet():
+        with torch.inference_mode(), quiet(), told_of(self._folder, self._blame, "run"):
             whole = self._model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
             )
@@ -99,7 +114,12 @@ class HfLayers:
     """
 
     def __init__(
-        self, folder: str | Path, *, dtype: str = "float32", rounding: Rounding | None = None
+        self,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        rounding: Rounding | None = None,
+        blame: type[MoeconvError] = TensorError,
     ) -> None:
         """Reads the config and the names of all tensors.
 
@@ -107,26 +127,24 @@ class HfLayers:
             folder: The model.
             dtype: What it is computed in.
             rounding: Weights are moved as much as this rounds them.
+            blame: Raised where the model cannot be loaded or run.
 
         Raises:
             ConfigError: The folder has no config.json.
             TensorError: It has no weights.
-            MoeconvError: torch or transformers is not installed.
+            MissingPackageError: torch or transformers is not installed.
+            MemoryLimitError: The machine is too small.
         """
-        self._folder = check_folder(folder)
+        self._folder, self._blame = check_folder(folder), blame
         self.name = "transformers"
-        with _loading(self._folder):
+        with quiet(), told_of(self._folder, blame):
             import torch
-            import transformers
 
-            self._config = transformers.AutoConfig.from_pretrained(
-                self._folder, local_files_only=True
-            )
-            with torch.device("meta"):
-                self._meta = transformers.AutoModelForCausalLM.from_config(self._config)
+            self._config = load_config(self._folder)
+            self._meta = build_empty(self._config)
+            self._files = _tensor_files(self._folder)
         self._dtype = getattr(torch, dtype)
         self._rounding = rounding
-        self._files = _tensor_files(self._folder)
         self.num_layers: int = self._config.num_hidden_layers
         self._outer: Any = None
 
@@ -135,16 +153,16 @@ class HfLayers:
         import torch
 
         ids = torch.from_numpy(np.asarray(tokens, np.int64))
-        with torch.inference_mode():
+        with torch.inference_mode(), told_of(self._folder, self._blame, "run"):
             return _numpy(self._globals().model.embed_tokens(ids))
 
     def norm(self, hidden: Array) -> Array:
         """See `Side`."""
-        return self._apply(self._globals().model.norm, hidden)
+        return self._apply(lambda model: model.model.norm, hidden)
 
     def logits(self, normed: Array, head: Head = "stock") -> Array:
         """See `Side`; transformers has one head only."""
-        return self._apply(self._globals().lm_head, normed)
+        return self._apply(lambda model: model.lm_head, normed)
 
     def release(self) -> None:
         """See `Side`."""
@@ -155,10 +173,11 @@ class HfLayers:
         """See `Side`."""
         import torch
 
-        model = self._single(number)
-        layer = model.model.layers[0]
         kept: dict[str, Any] = {}
         with contextlib.ExitStack() as stack, torch.inference_mode():
+            stack.enter_context(told_of(self._folder, self._blame, "run"))
+            model = self._single(number)
+            layer = model.model.layers[0]
             stack.enter_context(_tap(layer.self_attn, kept, "attention"))
             stack.enter_context(_tap(_feed_forward(layer), kept, "experts"))
             stack.enter_context(_tap(layer, kept, "output"))
@@ -166,14 +185,15 @@ class HfLayers:
                 stack.enter_context(_tap(gate, kept, "router"))
             inputs = torch.from_numpy(np.array(hidden)).to(self._dtype)
             model.model(inputs_embeds=inputs, use_cache=False)
-        shape = hidden.shape[:2]
-        found = {name: _numpy(value).reshape(*shape, -1) for name, value in kept.items()}
+            shape = hidden.shape[:2]
+            found = {name: _numpy(value).reshape(*shape, -1) for name, value in kept.items()}
         return Trace(found["attention"], found.get("router"), found["experts"], found["output"])
 
-    def _apply(self, module: Any, values: Array) -> Array:
+    def _apply(self, part: Callable[[Any], Any], values: Array) -> Array:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), told_of(self._folder, self._blame, "run"):
+            module = part(self._globals())
             return _numpy(module(torch.from_numpy(np.array(values)).to(self._dtype)))
 
     def _globals(self) -> Any:
@@ -214,7 +234,7 @@ class HfLayers:
         model = self._build(config, tensors)
         built = type(_feed_forward(model.model.layers[0]))
         if built is not wanted:
-            raise ConfigError(
+            raise TensorError(
                 f"{self._folder / 'config.json'}: layer {number} alone is a {built.__name__}, "
                 f"within the model a {wanted.__name__}"
             )
@@ -235,16 +255,8 @@ class HfLayers:
         return found
 
     def _build(self, config: Any, tensors: dict[str, Any]) -> Any:
-        with _loading(self._folder):
-            model, report = type(self._meta).from_pretrained(
-                None,
-                config=config,
-                state_dict=tensors,
-                dtype=self._dtype,
-                attn_implementation="eager",
-                experts_implementation="eager",
-                output_loading_info=True,
-            )
+        with quiet():
+            model, report = load_tensors(type(self._meta), config, tensors, dtype=self._dtype)
         _check_whole(self._folder, report)
         return model.eval()
 
@@ -252,6 +264,8 @@ class HfLayers:
 def check_folder(folder: str | Path) -> Path:
     """A folder with a config and weights, and the packages to load them."""
     folder = Path(folder)
+    if folder.is_dir():
+        demand_loadable_files(folder)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} is not a Hugging Face model: it has no config.json.")
     if not any(folder.glob("*.safetensors")):
@@ -349,30 +363,3 @@ def _check_whole(folder: Path, report: Mapping[str, Any]) -> None:
             f"transformers does not load {folder} whole: "
             + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
         )
-
-
-@contextlib.contextmanager
-def _loading(folder: Path) -> Iterator[None]:
-    """Quiet, and with what transformers, torch and safetensors raise as one sentence."""
-    with _quiet():
-        try:
-            yield
-        except MoeconvError:
-            raise
-        except Exception as error:
-            raise TensorError(f"transformers cannot load {folder}: {error}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

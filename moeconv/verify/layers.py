@@ -24,14 +24,14 @@ from moeconv.verify.described import check_description
 from moeconv.verify.grading import HIDDEN, ROUTER
 from moeconv.verify.hf_model import HfLayers, rounding_between
 from moeconv.verify.maxtext_layers import MaxTextLayers
-from moeconv.verify.metrics import compare_logits, join
-from moeconv.verify.outcome import Check, Status, failed, passed, worse
+from moeconv.verify.metrics import compare_logits, demand_finite, join
+from moeconv.verify.outcome import CandidateError, Check, Status, failed, passed, worse
 from moeconv.verify.parity import Parity, parity_checks
 from moeconv.verify.reference import ReferenceConfig, reference_check, reference_config
 from moeconv.verify.rounding import roundings
 from moeconv.verify.routing import Routing, chosen, compare_routing
 from moeconv.verify.settings import Note, ParityOptions
-from moeconv.verify.sides import Side
+from moeconv.verify.sides import Side, Trace
 from moeconv.verify.source_layers import LayerReader
 from moeconv.verify.subject import Subject
 from moeconv.verify.tokens import Rows
@@ -109,7 +109,7 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
         except MoeconvError as error:
             return [failed("layers", "description", str(error))]
     with _sides(subject, options, config, note) as sides:
-        candidate = HfLayers(subject.out, dtype=options.dtype)
+        candidate = HfLayers(subject.out, dtype=options.dtype, blame=CandidateError)
         reference = reference_check(
             "layers",
             sides.name,
@@ -191,6 +191,7 @@ class _Walk:
         tokens = self._rows.tokens
         reference, moved_side = self._sides.reference, self._sides.rounding
         right = reference.embed(tokens)
+        demand_finite(right, f"the embeddings of {self._sides.name}")
         own = self._candidate.embed(tokens)
         rounded = moved_side.embed(tokens) if moved_side is not None else None
         self._place("embedding", None, right, own, own, rounded)
@@ -206,10 +207,12 @@ class _Walk:
     def _layer(self, number: int, right: Array, own: Array, rounded: Array | None) -> Array | None:
         batch = len(right)
         exact = self._sides.reference.layer(number, right)
+        _demand_finite(exact, f"of {self._sides.name}", number)
         found = self._candidate.layer(number, np.concatenate([right, own]))
         other = None
         if self._sides.rounding is not None and rounded is not None:
             other = self._sides.rounding.layer(number, np.concatenate([right, rounded]))
+            _demand_finite(other, f"of {self._sides.name}, rounded as the output is,", number)
         calm = calm_rounded = None
         if exact.router is not None and found.router is not None:
             moved_router = other.router if other is not None else None
@@ -301,7 +304,8 @@ class _Walk:
             if sides.rounding is not None and self._rounded is not None:
                 for block, wanted, right in self._paired(self._rounded, targets, exact):
                     other = sides.rounding.logits(sides.rounding.norm(block), "unrounded")[0]
-                    moved_apart.append(compare_logits(right, other, wanted))
+                    apart = compare_logits(right, other, wanted)
+                    moved_apart.append(apart.demand_finite(f"logits of {sides.name}, rounded,"))
                 sides.rounding.release()
             against_stock = []
             for number, (block, wanted, right) in enumerate(
@@ -342,6 +346,13 @@ class _Walk:
         )
 
 
+def _demand_finite(trace: Trace, whose: str, layer: int) -> None:
+    """Raises as `demand_finite`, of each part of a layer."""
+    for part in PARTS:
+        if (values := getattr(trace, part)) is not None:
+            demand_finite(values, f"{part} values {whose} in layer {layer}")
+
+
 def _read(file: IO[bytes], number: int, shape: tuple[int, ...]) -> Array:
     """Block `number` of logits [N, V]; every block but the last has `BLOCK` positions."""
     file.seek(number * BLOCK * shape[1] * 4)
@@ -353,6 +364,8 @@ Measure = Callable[[Array, Array, Array | None], Apart]
 
 def _apart(right: Array, other: Array, mask: Array | None) -> Apart:
     """Vectors [B, T, D] against the mean length of the reference's."""
+    if not np.isfinite(other).all():  # also at a position that is judged apart
+        return Apart(math.inf, math.inf)
     expected, got = right.astype(np.float64), other.astype(np.float64)
     lengths = np.linalg.norm(got - expected, axis=-1)
     if mask is not None:
@@ -365,6 +378,8 @@ def _apart(right: Array, other: Array, mask: Array | None) -> Apart:
 
 def _router_apart(right: Array, other: Array, mask: Array | None) -> Apart:
     """Router logits [B, T, E] against their standard deviation."""
+    if not np.isfinite(other).all():
+        return Apart(math.inf, math.inf)
     expected, got = right.astype(np.float64), other.astype(np.float64)
     difference = np.abs(got - expected)
     unit = float(expected.std()) or 1.0

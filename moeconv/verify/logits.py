@@ -20,8 +20,8 @@ from moeconv.verify.greedy import greedy_check
 from moeconv.verify.hf_model import HfLayers, HfModel, rounding_between
 from moeconv.verify.maxtext import MaxTextModel
 from moeconv.verify.maxtext_layers import MaxTextLayers
-from moeconv.verify.metrics import Positions, compare_logits, join
-from moeconv.verify.outcome import Check, failed
+from moeconv.verify.metrics import Positions, compare_logits, demand_finite, join
+from moeconv.verify.outcome import CandidateError, Check, failed, skipped
 from moeconv.verify.parity import Parity, parity_checks
 from moeconv.verify.reference import ReferenceConfig, reference_check, reference_config
 from moeconv.verify.rounding import roundings
@@ -85,7 +85,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             return [failed("logits", "description", str(error))]
         reference = _maxtext_reference(subject, rows, options, config, note)
     note(f"transformers: {subject.out}, forward over {rows.tokens.size} positions")
-    candidate = HfModel.load(subject.out, dtype=options.dtype)
+    candidate = HfModel.load(subject.out, dtype=options.dtype, blame=CandidateError)
     parity = _compare(subject, rows, reference, candidate)
     checks = [
         reference_check(
@@ -98,6 +98,8 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
         *described,
         *parity_checks("logits", parity, reference=reference.name),
     ]
+    if parity.unrounded.lost:  # the likeliest of NaN is no token
+        return [*checks, skipped("logits", "greedy", "the logits are not all finite")]
     note("greedy generation with the KV cache")
     # What passes may differ by so much, and so may the two likeliest tokens of a step.
     tie = 2 * max(
@@ -180,6 +182,8 @@ def _maxtext_reference(
     logits = [model.logits(row, head="unrounded") for row in each]
     tied = model.config.logits_via_embedding
     stock = [model.logits(row, head="stock") for row in each] if tied else None
+    for row in logits:
+        demand_finite(row, "MaxText's own logits")
     read = parameters_of(model, layout)
     layers = MaxTextLayers(config.keys, read)
     walked = walk(layers, rows.tokens)
@@ -225,7 +229,8 @@ def _against(side: Side, walked: Walked, reference: Array, rows: Rows) -> Positi
     for block in blocks(walked.hidden):
         logits = side.logits(side.norm(block), "unrounded")[0]
         span = slice(start, start + len(logits))
-        parts.append(compare_logits(reference[span], logits, targets[span]))
+        apart = compare_logits(reference[span], logits, targets[span])
+        parts.append(apart.demand_finite(f"logits of {side.name}, rounded as the output is,"))
         start += len(logits)
     return join(parts)
 

@@ -25,6 +25,7 @@ _FIGURES = (
 )
 _COLUMNS = (("text", "text"), ("random", "random ids"), ("rounding", "rounding alone"))
 _PARTS = ("attention", "router", "experts", "output")
+_ABSENT = "—"
 
 
 def verdict_line(report: Report) -> str:
@@ -86,7 +87,7 @@ def limits_table() -> str:
 
 
 def _parity(report: Report, level: str, parity: Check) -> list[str]:
-    columns: list[tuple[str, Mapping[str, float]]] = [
+    columns: list[tuple[str, Mapping[str, float | None]]] = [
         (name, parity.metrics[key])
         for key, name in _COLUMNS
         if isinstance(parity.metrics.get(key), Mapping)
@@ -94,7 +95,10 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
     if (stock := find(report, level, "stock")) is not None:
         columns.append(("MaxText as it is", stock.metrics["all"]))
         columns.append(("its head's rounding alone", stock.metrics["head_rounding"]))
-    rows = [(text, *(_number(c.get(key)) for _, c in columns)) for key, text in _FIGURES]
+    rows = [
+        (text, *(_number(c[key]) if key in c else _ABSENT for _, c in columns))
+        for key, text in _FIGURES
+    ]
     parts = [
         f"## Logits (level {level})",
         f"Text: {parity.metrics['origin']}.",
@@ -106,7 +110,7 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
                 str(one["layer"]),
                 f"{one['agreement']:.2%}",
                 str(one["flips"]),
-                _number(one["margin"]),
+                _ABSENT if one["margin"] is None else _number(one["margin"]),
                 _number(one["difference"]),
             )
             for one in router.metrics["layers"]
@@ -128,18 +132,18 @@ def _hidden(hidden: Check) -> str:
         cells = [_cell(parts.get(part)) for part in _PARTS]
         rounding = parts["output"]["rounding"]
         grown = _number(parts["output"]["own"]["largest"])
-        rows.append((layer, *cells, grown, _number(rounding["largest"] if rounding else None)))
+        rows.append((layer, *cells, grown, _number(rounding["largest"]) if rounding else _ABSENT))
     return table(("layer", *_PARTS, "grown so far", "rounding alone"), rows)
 
 
 def _cell(place: Mapping[str, Any] | None) -> str:
     if place is None:
-        return "—"
+        return _ABSENT
     mark = "" if place["status"] == Status.PASS else f" **{place['status']}**"
     return _number(place["local"]["largest"]) + mark
 
 
 def _number(value: float | None) -> str:
-    if value is None:
-        return "—"
+    if value is None:  # as the report has NaN and Inf
+        return "not finite"
     return f"{value:,.0f}" if value >= 1000 and value == int(value) else f"{value:.3g}"

@@ -1,4 +1,8 @@
-"""How far two models' logits lie apart, position by position, in float64."""
+"""How far two models' logits lie apart, position by position, in float64.
+
+Logits of the reference that are NaN or infinite say nothing of the other model: an error. Those of
+the candidate are a difference like any other, an infinite one.
+"""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +24,8 @@ _SAMPLED = 16
 @dataclass(frozen=True)
 class Positions:
     """Metrics of N positions, in the order of the rows; all of length N.
+
+    Where a logit of the candidate is NaN or infinite, every distance is infinite.
 
     Attributes:
         kl: KL of the candidate's distribution from the reference's, in nats.
@@ -47,8 +53,24 @@ class Positions:
     nll_candidate: Array
     sample: Array
 
+    @property
+    def lost(self) -> int:
+        """Positions at which a logit of the candidate is NaN or infinite."""
+        return int((~np.isfinite(self.kl)).sum())
+
+    def demand_finite(self, who: str) -> "Positions":
+        """These positions, of a model that others are held against.
+
+        Raises:
+            TensorError: Some are lost.
+        """
+        if self.lost:
+            raise _not_finite(who, self.lost, len(self.kl))
+        return self
+
+    @np.errstate(over="ignore", invalid="ignore")
     def summary(self) -> dict[str, float]:
-        """The figures of a report."""
+        """The figures of a report; a perplexity may be infinite."""
         known = ~np.isnan(self.nll_reference)
         figures = {
             "positions": float(len(self.kl)),
@@ -93,7 +115,7 @@ def compare_logits(
 
     Raises:
         UsageError: The shapes differ, or are empty.
-        TensorError: A logit is NaN or infinite.
+        TensorError: A logit of the reference is NaN or infinite.
     """
     if reference.shape != candidate.shape or reference.ndim < 1 or not reference.size:
         raise UsageError(
@@ -109,13 +131,32 @@ def compare_logits(
         return join(pool.map(lambda s: _block(left[s], right[s], wanted[s]), blocks))
 
 
+def demand_finite(values: Array, who: str) -> None:
+    """What a model that is right computes are numbers.
+
+    Raises:
+        TensorError: [..., N] holds NaN or Inf.
+    """
+    bad = ~np.isfinite(values).all(axis=-1)
+    if bad.any():
+        raise _not_finite(who, int(bad.sum()), bad.size)
+
+
+def _not_finite(who: str, lost: int, count: int) -> TensorError:
+    return TensorError(
+        f"{who} are not all finite (NaN or infinite at {lost} of {count} positions), so nothing "
+        "can be held against them"
+    )
+
+
 def _block(reference: Array, candidate: Array, targets: Array) -> Positions:
+    demand_finite(reference, "the reference's logits")
+    lost = ~np.isfinite(candidate).all(axis=-1)
     left, right = reference.astype(np.float64), candidate.astype(np.float64)
-    for name, logits in (("reference", left), ("candidate", right)):
-        if not np.isfinite(logits).all():
-            raise TensorError(f"The logits of the {name} model are not all finite.")
-    difference = right - left
-    absolute = np.abs(difference)
+    sampled = np.random.default_rng(0).integers(0, left.shape[-1], (len(left), _SAMPLED))
+    sample = [np.take_along_axis(logits, sampled, axis=-1) for logits in (left, right)]
+    right[lost] = 0.0  # the figures of these rows are set below
+    absolute = np.abs(right - left)
     log_left, log_right = _log_softmax(left), _log_softmax(right)
     kl = (np.exp(log_left) * (log_left - log_right)).sum(axis=-1)
     top = min(_TOP, left.shape[-1])
@@ -125,22 +166,20 @@ def _block(reference: Array, candidate: Array, targets: Array) -> Positions:
     best.sort(axis=-1)
     rows = np.arange(len(left))
     known = np.where(targets >= 0, targets, 0)
-    chosen = np.random.default_rng(0).integers(0, left.shape[-1], (len(left), _SAMPLED))
+    nll = -log_right[rows, known]
     return Positions(
         # Rounding can leave a divergence of 0 slightly negative.
-        kl=np.maximum(kl, 0.0),
-        max_abs=absolute.max(axis=-1),
-        mean_abs=absolute.mean(axis=-1),
-        top1=left.argmax(axis=-1) == right.argmax(axis=-1),
-        top5=shared,
+        kl=np.where(lost, np.inf, np.maximum(kl, 0.0)),
+        max_abs=np.where(lost, np.inf, absolute.max(axis=-1)),
+        mean_abs=np.where(lost, np.inf, absolute.mean(axis=-1)),
+        top1=~lost & (left.argmax(axis=-1) == right.argmax(axis=-1)),
+        top5=np.where(lost, 0.0, shared),
         margin=best[:, -1] - best[:, -2] if top > 1 else np.full(len(left), np.inf),
         largest=np.abs(left).max(axis=-1),
         variance=left.var(axis=-1),
         nll_reference=np.where(targets >= 0, -log_left[rows, known], np.nan),
-        nll_candidate=np.where(targets >= 0, -log_right[rows, known], np.nan),
-        sample=np.stack(
-            [np.take_along_axis(a, chosen, axis=-1) for a in (left, right)], axis=-1
-        ).astype(np.float32),
+        nll_candidate=np.where(targets >= 0, np.where(lost, np.inf, nll), np.nan),
+        sample=np.stack(sample, axis=-1).astype(np.float32),
     )
 
 

@@ -1,10 +1,14 @@
 """What a check found: pass, warn, fail or skipped, with the numbers and the tensors it is about."""
 
+import math
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from moeconv.errors import OutputError
+from moeconv.untrusted.text import printable
 
 Level = Literal["structure", "weights", "logits", "layers"]
 
@@ -17,6 +21,21 @@ class Status(StrEnum):
     FAIL = "fail"
     SKIP = "skipped"
 
+
+class CandidateError(OutputError):
+    """OUT itself is at fault: a failed check, where trouble of the machine means no verdict.
+
+    Attributes:
+        check: The name of the check that fails.
+    """
+
+    def __init__(self, message: str, check: str = "model") -> None:
+        super().__init__(message)
+        self.check = check
+
+
+# Characters of a summary, values deep of a metric: what OUT holds may be of any length and depth.
+_LONGEST, _DEEPEST = 2000, 12
 
 _RANK = {Status.SKIP: 0, Status.PASS: 1, Status.WARN: 2, Status.FAIL: 3}
 
@@ -31,7 +50,7 @@ class Check(BaseModel):
         summary: One sentence with the numbers.
         tensors: Tensors at fault, or files.
         layer: First layer at fault, where there is one.
-        metrics: Numbers for machines.
+        metrics: Numbers for machines; null where one is NaN or infinite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,6 +62,36 @@ class Check(BaseModel):
     tensors: list[str] = []
     layer: int | None = None
     metrics: dict[str, Any] = {}
+
+    @field_validator("summary")
+    @classmethod
+    def _sentence(cls, text: str) -> str:
+        return printable(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
+
+    @field_validator("tensors")
+    @classmethod
+    def _names(cls, names: list[str]) -> list[str]:
+        return [printable(name) for name in names]
+
+    @field_validator("metrics")
+    @classmethod
+    def _numbers(cls, metrics: dict[str, Any]) -> dict[str, Any]:
+        return {printable(str(name)): _as_json(value) for name, value in metrics.items()}
+
+
+def _as_json(value: Any, depth: int = 0) -> Any:
+    """What JSON can hold of a value: null for what is no finite number."""
+    if depth > _DEEPEST:
+        return "…"
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(str(k)): _as_json(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(one, depth + 1) for one in value]
+    return value
 
 
 def worst(checks: Iterable[Check]) -> Status:

@@ -65,6 +65,8 @@ def _parity(level: Level, parity: Parity, reference: str) -> Check:
     share = float(settled.mean())
     if share < 0.5:
         status = worse(status, Status.WARN)
+    if found.lost:  # also where a near-tie flipped
+        status = Status.FAIL
     first = parity.routing.first_wrong
     summary = (
         f"KL {found.kl.max():.1e} at most, {found.kl.mean():.1e} on average; max |Δ| "
@@ -78,6 +80,8 @@ def _parity(level: Level, parity: Parity, reference: str) -> Check:
         )
     if slack is not None:
         summary += f"; rounding alone does {slack.kl.max():.1e}"
+    if found.lost:
+        summary = f"its logits are NaN or infinite at {found.lost} of {len(found.kl)} positions"
     if status is Status.FAIL:
         summary = f"the converted model is not {reference}'s: {summary}"
     return Check(
@@ -145,7 +149,7 @@ def _stock(level: Level, parity: Parity) -> Check:
     kl = float(_strict(found, parity.routing).kl.mean())
     moved = _strict(parity.rounding, parity.rounding_routing)
     allowed = float(head.kl.mean()) + (float(moved.kl.mean()) if moved is not None else 0.0)
-    status = KL.grade(kl, allowed)
+    status = Status.FAIL if found.lost else KL.grade(kl, allowed)
     return Check(
         level=level,
         name="stock",
@@ -172,8 +176,10 @@ def _router(level: Level, parity: Parity) -> Check:
     else:
         summary = (
             f"same experts for {worst.agreement:.2%} of tokens or more in {len(routing.layers)} "
-            f"layers; smallest margin {min(one.margin for one in routing.layers):.1e} std"
+            "layers"
         )
+        if margins := [one.margin for one in routing.layers if one.margin is not None]:
+            summary += f"; smallest margin {min(margins):.1e} std"
         if flips:
             summary += f"; {flips} near-ties flipped, as rounding explains"
     metrics: dict[str, Any] = {"layers": [asdict(one) for one in routing.layers]}

@@ -1,6 +1,8 @@
 """The plots of a report, from the report's own figures: what is drawn is what verify.json says."""
 
 import importlib.util
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,11 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
+def _drawn(values: Iterable[float | None]) -> list[float]:
+    """Values for a logarithmic axis; a gap where one is NaN or infinite."""
+    return [math.nan if value is None else max(value, _FLOOR) for value in values]
+
+
 def _kl(parity: Check, path: Path) -> Path:
     figure, axes = _axes("KL by position", "position in the row", "KL (nats)")
     for key, name in (
@@ -64,10 +71,8 @@ def _kl(parity: Check, path: Path) -> Path:
     ):
         if (found := parity.metrics.get(key)) is None:
             continue
-        (line,) = axes.plot(
-            found["position"], [max(v, _FLOOR) for v in found["mean"]], label=f"{name}: mean"
-        )
-        largest = [max(v, _FLOOR) for v in found["max"]]
+        (line,) = axes.plot(found["position"], _drawn(found["mean"]), label=f"{name}: mean")
+        largest = _drawn(found["max"])
         axes.plot(found["position"], largest, ":", color=line.get_color(), label=f"{name}: largest")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
@@ -75,12 +80,13 @@ def _kl(parity: Check, path: Path) -> Path:
 
 
 def _logits(parity: Check, path: Path) -> Path:
-    pairs = parity.metrics["logit_pairs"]
+    pairs = [pair for pair in parity.metrics["logit_pairs"] if None not in pair]
     figure, axes = _axes("Logits", "reference", "converted model")
     axes.plot([p[0] for p in pairs], [p[1] for p in pairs], ".", markersize=2)
-    ends = [min(min(p) for p in pairs), max(max(p) for p in pairs)]
-    axes.plot(ends, ends, linewidth=0.8, color="black", label="equal")
-    axes.legend(fontsize=8)
+    if pairs:
+        ends = [min(min(p) for p in pairs), max(max(p) for p in pairs)]
+        axes.plot(ends, ends, linewidth=0.8, color="black", label="equal")
+        axes.legend(fontsize=8)
     return _save(figure, path)
 
 
@@ -97,7 +103,7 @@ def _errors(hidden: Check, path: Path) -> Path:
     ):
         values = [p[key]["largest"] for p in places if p[key] is not None]
         if len(values) == len(layers):
-            axes.plot(layers, [max(v, _FLOOR) for v in values], "o-", markersize=3, label=name)
+            axes.plot(layers, _drawn(values), "o-", markersize=3, label=name)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
     axes.legend(fontsize=8)

@@ -8,8 +8,9 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from moeconv.verify.outcome import Check, failed, first_line, passed
+from moeconv.verify.outcome import CandidateError, Check, failed, passed
 from moeconv.verify.subject import Subject
+from moeconv.verify.transformers_load import load_config, quiet, told_of
 
 Config = Mapping[str, Any]
 
@@ -41,7 +42,11 @@ def as_transformers_5(config: Config) -> dict[str, Any]:
 
 
 def check_readers(subject: Subject) -> Check:
-    """The rules of 4.x and 5.x, and the installed release itself, read the same model."""
+    """The rules of 4.x and 5.x, and the installed release itself, read the same model.
+
+    The release is only asked of a config.json that check `config` finds right: of another one it
+    would build whatever that asks for.
+    """
     config = subject.config
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
@@ -55,12 +60,9 @@ def check_readers(subject: Subject) -> Check:
         if four[key] != five[key]
     ]
     told = "the rules of transformers 4 and 5"
-    if importlib.util.find_spec("transformers") is not None:
-        try:
+    if not wrong and not subject.wrong_keys and importlib.util.find_spec("transformers"):
+        with told_of(subject.out, CandidateError, "read config.json of"), quiet():
             version, read = _installed(subject)
-        except Exception as error:  # whatever it raises, it cannot read the file
-            why = first_line(error)
-            return failed("structure", "readers", f"transformers cannot read config.json: {why}")
         told += f", and {version} itself,"
         wrong += [
             f"{key}: {value!r} by transformers {version}, {config[key]!r} in the file"
@@ -76,7 +78,7 @@ def _installed(subject: Subject) -> tuple[str, dict[str, Any]]:
     """The installed release, and its values of the keys that it keeps under their own names."""
     import transformers
 
-    read = transformers.AutoConfig.from_pretrained(subject.out, local_files_only=True)
+    read = load_config(subject.out)
     names = [k for k in subject.config if k not in _RENAMED and hasattr(read, k)]
     own = {k: getattr(read, k) for k in names}
     return transformers.__version__, own

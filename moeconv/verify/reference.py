@@ -1,36 +1,94 @@
-"""The MaxText config that the reference is built from: the run's own where there is one."""
+"""The MaxText config that the reference is built from: the run's own where there is one.
+
+It is resolved by the very function that convert resolves by (`arch.told.tell`, `arch.resolve`), and
+MaxText is given the outcome: a YAML has one meaning.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeconv.arch.description import ModelDescription, Origin, Provenance
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout, Stacking
 from moeconv.arch.parameters import LayerKind
-from moeconv.arch.sidecar import SIDECAR_NAME
-from moeconv.arch.told import Told, from_mapping, load_config_file
-from moeconv.convert.source import find_sidecar
+from moeconv.arch.resolve import Resolution, resolve
+from moeconv.arch.told import CHANGED, SCALED_KEYS, Told, ToldConfig, known_keys, tell
+from moeconv.convert.source import find_sidecar, run_config
 from moeconv.orbax.locate import Step
 from moeconv.verify.outcome import Check, Level, Status
+
+_NAMES = {"decoder_block": "decoder_block", **{field.key: field.name for field in FIELDS}}
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """MaxText keys and who told them.
+    """What tells of the run.
 
     Attributes:
-        keys: For `MaxTextModel.load`.
+        model: The model that the manifest claims.
+        layout: How the checkpoint stores it.
+        step: The checkpoint.
+        content: The run's config as it stands; None where only the manifest tells.
+        told: The same with MaxText's defaults.
         origin: For people.
-        independent: Whether they were told by somebody else than the conversion: a reference built
-            from what the conversion believed cannot find out that it was told wrong.
-        told: Where they are independent: the same with MaxText's defaults, as convert reads them.
     """
 
-    keys: Mapping[str, Any]
+    model: ModelDescription
+    layout: Layout
+    step: Step
+    content: Mapping[str, Any] | None
+    told: ToldConfig
     origin: str
-    independent: bool
-    told: Mapping[str, Told] = field(default_factory=dict)
+
+    @property
+    def independent(self) -> bool:
+        """Whether somebody else than the conversion told.
+
+        A reference built from what the conversion believed cannot find out that it was told wrong.
+        """
+        return self.content is not None
+
+    @property
+    def unsaid(self) -> Mapping[str, Any]:
+        """Fields that the config leaves to a default which may not have been the run's, with it.
+
+        The reference has the manifest's values there.
+        """
+        keys = {"decoder_block", *(CHANGED if not self.step.dated else ())}
+        return {_NAMES[k]: self.told[k].value for k in keys if self.told[k].is_default}
+
+    @cached_property
+    def resolution(self) -> Resolution:
+        """The run's model, by the config and the checkpoint's shapes.
+
+        Raises:
+            MoeconvError: The config is not of this checkpoint's model.
+        """
+        own = {
+            key: Told(getattr(self.model, name), self.told[key].provenance)
+            for key, name in _NAMES.items()
+            if name in self.unsaid
+        }
+        told = ToldConfig(self.told, own)
+        return resolve(self.layout, told, scan_layers=self.step.scan_layers)
+
+    @cached_property
+    def keys(self) -> Mapping[str, Any]:
+        """For `MaxTextModel.load`: sizes by the shapes, once, and all else as resolved.
+
+        Raises:
+            MoeconvError: The config is not of this checkpoint's model.
+        """
+        if self.content is None:
+            return {**_sizes(self.model, self.layout), **_semantics(self.model)}
+        decided = known_keys() | SCALED_KEYS.keys()
+        others = {key: value for key, value in self.content.items() if key not in decided}
+        told = {key: one.value for key, one in self.told.items() if key not in SCALED_KEYS}
+        run = self.resolution.model()
+        return {**others, **told, **_sizes(run, self.layout), **_semantics(run)}
 
 
 def reference_config(
@@ -42,21 +100,20 @@ def reference_config(
         model: The model that the manifest claims.
         layout: How the checkpoint stores it.
         step: The checkpoint.
-        config: A MaxText YAML given by the user; sizes that it leaves out come from the shapes.
+        config: A MaxText YAML given by the user, instead of the run's sidecar.
 
     Raises:
         ConfigError: The user's file or the run's sidecar cannot be read.
     """
+    sidecar = find_sidecar(step, needed=True) if config is None else None
+    content, provenance = run_config(config, sidecar)
     if config is not None:
-        keys = load_config_file(config)
-        told = from_mapping(keys, Provenance(Origin.CONFIG, str(config)))
-        return ReferenceConfig({**_sizes(model, layout), **keys}, str(config), True, told)
-    if (sidecar := find_sidecar(step, needed=True)) is not None:
-        keys, folder = sidecar[0].config, sidecar[1]
-        told = from_mapping(keys, Provenance(Origin.SIDECAR, str(folder / SIDECAR_NAME)))
-        return ReferenceConfig(keys, f"the run's sidecar in {folder}", True, told)
-    keys = {**_sizes(model, layout), **_semantics(model)}
-    return ReferenceConfig(keys, "the description in the output's manifest", False)
+        origin = str(config)
+    elif sidecar is not None:
+        origin = f"the run's sidecar in {sidecar[1]}"
+    else:
+        origin = "the description in the output's manifest"
+    return ReferenceConfig(model, layout, step, content, tell(content, provenance, ()), origin)
 
 
 def reference_check(level: Level, name: str, *, side: str, origin: str, independent: bool) -> Check:
@@ -85,9 +142,10 @@ def reference_check(level: Level, name: str, *, side: str, origin: str, independ
 
 
 def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
-    """What the shapes say, as MaxText's keys."""
+    """What the shapes say, as MaxText's keys; they are as wide as the model is."""
     dense, moe = model.intermediate_size, model.moe_intermediate_size
     keys: dict[str, Any] = {
+        "global_parameter_scale": 1,
         "base_emb_dim": model.hidden_size,
         "base_num_query_heads": model.num_attention_heads,
         "base_num_kv_heads": model.num_key_value_heads,

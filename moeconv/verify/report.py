@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict
 
 from moeconv import __version__
 from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.untrusted.strict_json import loads
+from moeconv.verify.figures import demand_figures
 from moeconv.verify.outcome import Check, Level, Status, worst
 from moeconv.verify.structure import sha256
 from moeconv.verify.subject import Subject
@@ -35,6 +37,18 @@ class Report(BaseModel):
     source: str
     files: dict[str, str]
 
+    @classmethod
+    def read(cls, raw: bytes) -> "Report":
+        """From verify.json, whoever wrote it.
+
+        Raises:
+            ValueError: It is no report, or lacks figures that a page would show.
+        """
+        report = cls.model_validate(loads(raw))
+        for check in report.checks:
+            demand_figures(check)
+        return report
+
     @property
     def proves(self) -> bool:
         """Whether the levels that ran are enough to call both models the same, warnings aside.
@@ -50,7 +64,7 @@ class Report(BaseModel):
         """Positions of each kind (text, random ids) that a level of running models compared."""
         found = next((c for c in self.checks if (c.level, c.name) == (level, "parity")), None)
         kinds = [found.metrics[kind] for kind in KINDS if kind in found.metrics] if found else []
-        return min((int(kind["positions"]) for kind in kinds), default=0)
+        return min((int(kind.get("positions") or 0) for kind in kinds), default=0)
 
     def with_earlier(self, earlier: "Report") -> "Report":
         """Takes over the levels that did not run this time, if they spoke of the same bytes."""
@@ -82,9 +96,9 @@ def make_report(subject: Subject, checks: list[Check]) -> Report:
     Raises:
         OutputError: The bytes are not those that the levels saw.
     """
-    names = [*subject.manifest.files, MANIFEST_NAME]
+    names = [*subject.names, MANIFEST_NAME]
     present = [n for n in sorted(names) if (subject.out / n).is_file()]
-    files = {name: sha256(subject.out, name) for name in present}
+    files = {name: sha256(subject.out / name) for name in present}
     subject.demand_unchanged()
     return Report(
         verdict=worst(checks),

@@ -16,6 +16,7 @@ import numpy as np
 
 from moeconv.mapping.axes import Array
 from moeconv.verify.grading import ROUTER
+from moeconv.verify.metrics import demand_finite
 from moeconv.verify.outcome import Status, worse
 
 
@@ -30,7 +31,8 @@ class LayerRouting:
         difference: Largest difference of a router logit where nothing had flipped before, in
             standard deviations of the reference's.
         rms: Root mean square of those differences, in the same unit.
-        margin: Smallest distance of the k-th logit from the next, in the same unit.
+        margin: Smallest distance of the k-th logit from the next, in the same unit; None where
+            every expert is chosen, so that there is no next.
         status: The verdict, given what rounding alone does.
     """
 
@@ -39,7 +41,7 @@ class LayerRouting:
     flips: int
     difference: float
     rms: float
-    margin: float
+    margin: float | None
     status: Status
 
 
@@ -82,25 +84,31 @@ def compare_routing(
         rounded: Whether the candidate's weights or arithmetic are rounded.
         rounding: The same of a reference that was moved as much as rounding does; without it all
             flips of a rounded candidate count as explained.
+
+    Raises:
+        TensorError: A logit of the reference is NaN or infinite; of the candidate that is an
+            infinite difference.
     """
     settled = np.ones(shape, bool)
     baseline = {one.layer: one for one in rounding.layers} if rounding is not None else {}
     found = []
     for layer in sorted(set(reference) & set(candidate)):
         left, right = (side[layer].astype(np.float64) for side in (reference, candidate))
+        demand_finite(left, f"the reference's router logits of layer {layer}")
+        whole = bool(np.isfinite(right).all())
         unit = float(left.std()) or 1.0
-        absolute = np.abs(right - left).max(axis=-1) / unit
+        absolute = np.abs(right - left).max(axis=-1) / unit if whole else np.full(shape, np.inf)
         ordered = np.sort(left, axis=-1)[..., ::-1]
         experts = left.shape[-1]
         margin = (
             float((ordered[..., top_k - 1] - ordered[..., top_k]).min()) / unit
             if top_k < experts
-            else float("inf")
+            else None
         )
         flipped = (chosen(left, top_k) != chosen(right, top_k)).any(axis=-1)
         seen = absolute[settled] if settled.any() else absolute
         difference, rms = float(seen.max()), float(np.sqrt((seen**2).mean()))
-        if rounded and rounding is None:
+        if rounded and rounding is None and whole:
             status = Status.PASS
         elif (moved := baseline.get(layer)) is None:
             status = ROUTER.grade(difference)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError
-from moeconv.verify.outcome import Check, Level, Status, skipped, worst
+from moeconv.untrusted.files import is_address
+from moeconv.verify.outcome import CandidateError, Check, Level, Status, failed, skipped, worst
 from moeconv.verify.report import Report, make_report
 from moeconv.verify.settings import Note, ParityOptions
-from moeconv.verify.structure import check_structure
-from moeconv.verify.subject import Subject
+from moeconv.verify.structure import check_structure, demand_loadable
+from moeconv.verify.subject import SourceGoneError, Subject
 from moeconv.verify.tokenizers import check_own_tokenizer
 from moeconv.verify.tokens import Rows, find_sample, make_rows
 from moeconv.verify.weights import Progress, check_weights, source_bytes
@@ -36,8 +37,9 @@ class VerifyOptions:
         jobs: Chunks worked on at the same time.
         memory: Bytes that level weights may take.
         parity: Of the levels logits and layers.
-        skip: Whether a level whose packages are missing, or that cannot read the checkpoint where
-            it is, is skipped; otherwise that is an error.
+        skip: Whether a level whose packages are missing, or whose checkpoint is not there or
+            cannot be read where it is, is skipped; otherwise that is an error. A checkpoint that
+            the user named must be there.
     """
 
     levels: Sequence[Level] = LEVELS
@@ -66,13 +68,14 @@ def verify(
 
     Raises:
         MoeconvError: Something needed is missing or cannot be read, and nothing has failed before:
-            there is no verdict.
+            there is no verdict. What is wrong with the output itself is a failed check instead.
     """
     subject = Subject.open(out, source=source)
     checks: list[Check] = []
     rows: Rows | None = None
     for level in (level for level in LEVELS if level in options.levels):
-        note(f"level {level}")
+        where = f", reading {subject.source}" if level != "structure" else ""
+        note(f"level {level}{where if is_address(subject.source) else ''}")
         try:
             if level == "structure":
                 checks += check_structure(subject)
@@ -84,11 +87,14 @@ def verify(
                 checks += check_own_tokenizer(subject)
             else:
                 _require(level, options.parity)
+                demand_loadable(subject)
                 rows = rows or _rows(subject, options.parity)
                 checks += _parity_level(level, subject, rows, options.parity, note)
+        except CandidateError as error:
+            checks.append(failed(level, error.check, str(error)))
         except MoeconvError as error:
             # What has failed has failed, whatever later levels cannot do with it.
-            lacks = isinstance(error, (MissingPackageError, UnsupportedError))
+            lacks = isinstance(error, MissingPackageError | UnsupportedError | SourceGoneError)
             if not (options.skip and lacks) and worst(checks) is not Status.FAIL:
                 raise
             checks.append(skipped(level, level, str(error)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from moeconv.errors import UsageError
+from moeconv.untrusted.files import is_address
 
 # Called with what is being done, for people who wait.
 Note = Callable[[str], None]
@@ -50,4 +51,6 @@ def parse_against(text: str) -> Path | None:
     kind, separator, folder = text.partition(":")
     if kind != "hf" or not separator or not folder:
         raise UsageError(f"--against {text} is neither maxtext nor hf:DIR")
+    if is_address(folder):
+        raise UsageError(f"--against {text}: {folder} is an address; give a local folder")
     return Path(folder)

@@ -12,19 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.convert.beside import KNOWN
+from moeconv.convert.beside import KNOWN, is_leftover
 from moeconv.convert.manifest import MANIFEST_NAME
-from moeconv.errors import MoeconvError, OutputError
-from moeconv.hf.config import model_config
+from moeconv.errors import MemoryLimitError, MoeconvError, OutputError
+from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
 from moeconv.untrusted.files import open_inside
-from moeconv.verify.outcome import Check, Status, failed, first_line, passed, skipped
+from moeconv.verify.outcome import CandidateError, Check, Status, failed, passed, skipped
 from moeconv.verify.readers import check_readers
 from moeconv.verify.subject import Stored, Subject, read_object
 from moeconv.verify.tokenizers import check_tokenizer
+from moeconv.verify.transformers_load import build_empty, load_config, quiet, told_of
 
 _HASH_BLOCK = 1 << 20
 _SCAN_BLOCK = 1 << 22
+# Keys of config.json that a check names.
+_SHOWN = 20
 _EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 
 
@@ -45,6 +48,8 @@ def check_structure(subject: Subject) -> list[Check]:
     ):
         try:
             checks.append(check(subject))
+        except MemoryLimitError:  # the machine's, and no check's
+            raise
         except MoeconvError as error:
             checks.append(
                 failed("structure", check.__name__.removeprefix("check").strip("_"), str(error))
@@ -54,18 +59,27 @@ def check_structure(subject: Subject) -> list[Check]:
 
 def _files(subject: Subject) -> Check:
     """Size and SHA-256 of every file against the manifest, and no file that it does not name."""
+    foreign = sorted(set(subject.manifest.files) - set(subject.names))
+    if foreign:  # they are not opened: a name may lead anywhere
+        return failed(
+            "structure",
+            "files",
+            f"the manifest names {len(foreign)} files that moeconv convert never writes",
+            tensors=foreign,
+        )
     wrong = []
-    for name, record in subject.manifest.files.items():
+    for name in subject.names:
+        record = subject.manifest.files[name]
         path = subject.out / name
         if not path.is_file():
             wrong.append(f"{name} (missing)")
         elif path.stat().st_size != record.size:
             wrong.append(f"{name} (size)")
-        elif sha256(subject.out, name) != record.sha256:
+        elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
     try:
-        extra = sorted({p.name for p in subject.out.iterdir()} - known)
+        extra = sorted({p.name for p in subject.out.iterdir() if not is_leftover(p)} - known)
     except OSError as error:
         raise OutputError(f"{subject.out} cannot be listed: {error.strerror}") from None
     if wrong:
@@ -84,32 +98,35 @@ def _files(subject: Subject) -> Check:
     return passed("structure", "files", f"{count} files have the size and SHA-256 of the manifest")
 
 
-def sha256(folder: Path, name: str, *, links: bool = True) -> str:
-    """SHA-256 of a file of a folder; `links` as in `open_inside`.
+def sha256(path: Path, *, links: bool = True) -> str:
+    """SHA-256 of a file that lies directly in OUT; `links` as in `open_inside`.
 
     Raises:
         OutputError: It cannot be read.
     """
     digest = hashlib.sha256()
     try:
-        with open_inside(folder, name, links=links) as file:
+        with open_inside(path.parent, path.name, links=links) as file:
             while block := file.read(_HASH_BLOCK):
                 digest.update(block)
     except OSError as error:
-        raise OutputError(f"{folder / name} cannot be read: {error.strerror}") from None
+        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
 def _tensors(subject: Subject) -> Check:
-    """Every file's header, and no tensor in two files."""
-    names = list(subject.tensors)
-    listed = sum(1 for n in subject.manifest.files if n.endswith(".safetensors"))
+    """Every file's header, no tensor in two files, and as many as the described model has."""
+    count = len(subject.tensors)
+    if count != subject.count:
+        summary = f"the described model has {subject.count:,} tensors, the files hold {count:,}"
+        return failed("structure", "tensors", summary)
+    listed = sum(1 for n in subject.names if n.endswith(".safetensors"))
     found = {stored.file.name for stored in subject.tensors.values()}
     if len(found) != listed:
         return failed(
             "structure", "tensors", f"{len(found)} of {listed} safetensors files hold tensors"
         )
-    return passed("structure", "tensors", f"{len(names)} tensors in {len(found)} files, no gaps")
+    return passed("structure", "tensors", f"{count} tensors in {len(found)} files, no gaps")
 
 
 def _dtypes(subject: Subject) -> Check:
@@ -143,7 +160,7 @@ def _index(subject: Subject) -> Check:
                 "structure", "index", "several files, but no model.safetensors.index.json"
             )
         return passed("structure", "index", "one file needs no index")
-    listed = read_object(path).get("weight_map")
+    listed = read_object(path, "index").get("weight_map")
     if not isinstance(listed, Mapping):
         return failed("structure", "index", f"{path.name} has no weight_map of names to files")
     wrong = sorted(n for n in set(listed) | set(files) if listed.get(n) != files.get(n))
@@ -173,24 +190,21 @@ def _tying(subject: Subject) -> Check:
 
 def _finite(subject: Subject) -> Check:
     """No NaN or Inf."""
-    wrong = [name for name, stored in subject.tensors.items() if not _is_finite(stored)]
+    files = {stored.file for stored in subject.tensors.values()}
+    data = {file: np.memmap(file, np.uint8, "r") for file in files}
+    tensors = subject.tensors.items()
+    wrong = [name for name, stored in tensors if not _is_finite(stored, data[stored.file])]
     if wrong:
         return failed("structure", "finite", f"{len(wrong)} tensors hold NaN or Inf", tensors=wrong)
     return passed("structure", "finite", "all values are finite")
 
 
-def _is_finite(stored: Stored) -> bool:
+def _is_finite(stored: Stored, data: Array) -> bool:
+    """Of a tensor in its file's bytes; never an exponent of all ones."""
     count = stored.spec.nbytes // DTYPES[stored.spec.dtype].itemsize
-    if not count:
-        return True
-    bits = np.memmap(
-        stored.file,
-        dtype=f"u{DTYPES[stored.spec.dtype].itemsize}",
-        mode="r",
-        offset=stored.offset,
-        shape=(count,),
-    )
-    mask = bits.dtype.type(_EXPONENT[stored.spec.dtype])
+    dtype = np.dtype(f"u{DTYPES[stored.spec.dtype].itemsize}")
+    bits: Array = np.ndarray(count, dtype, data, stored.offset)
+    mask = dtype.type(_EXPONENT[stored.spec.dtype])
     return not any(
         bool(((bits[i : i + _SCAN_BLOCK] & mask) == mask).any())
         for i in range(0, count, _SCAN_BLOCK)
@@ -199,19 +213,30 @@ def _is_finite(stored: Stored) -> bool:
 
 def _config(subject: Subject) -> Check:
     """config.json against what the described model should have, key by key."""
-    expected = model_config(subject.family, subject.model, subject.manifest.dtype, subject.options)
-    actual = subject.config
-    wrong = sorted(k for k in set(expected) | set(actual) if expected.get(k) != actual.get(k))
+    expected, actual, wrong = subject.wanted_config, subject.config, subject.wrong_keys
     if wrong:
+        shown = wrong[:_SHOWN]
+        more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         return failed(
             "structure",
             "config",
-            f"config.json differs from the described model in: {', '.join(wrong)}",
-            metrics={k: [expected.get(k), actual.get(k)] for k in wrong if k in actual},
+            f"config.json differs from the described model in: {', '.join(shown)}{more}",
+            metrics={k: [expected.get(k), actual.get(k)] for k in shown if k in actual},
         )
     return passed(
         "structure", "config", f"{len(expected)} keys of config.json are the described model's"
     )
+
+
+def demand_loadable(subject: Subject) -> None:
+    """What the levels of running models load is what the manifest describes.
+
+    Raises:
+        CandidateError: config.json or the tensors are another model's.
+    """
+    subject.demand_described()
+    if (check := _transformers(subject)).status is Status.FAIL:
+        raise CandidateError(check.summary, check.name)
 
 
 def _transformers(subject: Subject) -> Check:
@@ -221,15 +246,12 @@ def _transformers(subject: Subject) -> Check:
         return skipped(
             "structure", "transformers", f"{' and '.join(missing)} not installed (moeconv[verify])"
         )
-    _ = subject.config  # says itself what is wrong with the file
     try:
+        subject.demand_described()
+    except CandidateError as error:  # so what it would build may be anything, of any size
+        return skipped("structure", "transformers", f"not asked, since {error}")
+    with told_of(subject.out, CandidateError, "build a model from config.json of"), quiet():
         wanted = _architecture(subject.out)
-    except Exception as error:  # whatever transformers raises, it cannot load the model
-        return failed(
-            "structure",
-            "transformers",
-            f"transformers cannot build a model from config.json: {first_line(error)}",
-        )
     found = {name: stored.spec.shape for name, stored in subject.tensors.items()}
     problems = [f"{n} (missing)" for n in sorted(set(wanted) - set(found))]
     problems += [f"{n} (unexpected)" for n in sorted(set(found) - set(wanted))]
@@ -249,13 +271,10 @@ def _transformers(subject: Subject) -> Check:
 
 def _architecture(folder: Path) -> dict[str, tuple[int, ...]]:
     """Tensors of a model as its checkpoints name them, built without memory for values."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    config = load_config(folder)
+    model = build_empty(config)
     state: dict[str, Any] = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)

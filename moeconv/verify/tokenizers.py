@@ -1,16 +1,17 @@
 """The tokenizer beside the weights: that it fits the model, and that it is the run's own."""
 
 import importlib.util
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moeconv.convert.source import find_sidecar
+from moeconv.convert.source import find_sidecar, run_tokenizer
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import check_fits, read_tokenizer
-from moeconv.verify.outcome import Check, Status, failed, first_line, passed, skipped
+from moeconv.untrusted import strict_json
+from moeconv.verify.outcome import CandidateError, Check, Status, failed, passed, skipped
 from moeconv.verify.subject import Subject, read_object
+from moeconv.verify.transformers_load import load_tokenizer, quiet, told_of
 
 _SAMPLE = (
     "Once upon a time there was a little mixture of experts. It said: «Good morning!»",
@@ -38,11 +39,11 @@ def check_tokenizer(subject: Subject) -> Check:
     if wrong:
         return failed("structure", "tokenizer", "; ".join(wrong))
     if importlib.util.find_spec("transformers") is not None:
-        try:
+        if subject.wrong_keys:  # transformers chooses the tokenizer by config.json
+            why = "not loaded by transformers, since config.json is not the described model's"
+            return skipped("structure", "tokenizer", why)
+        with told_of(subject.out, CandidateError, "load the tokenizer of"), quiet():
             bad = _round_trip(subject.out)
-        except Exception as error:  # whatever transformers raises, it cannot load the tokenizer
-            why = first_line(error)
-            return failed("structure", "tokenizer", f"transformers cannot load it: {why}")
         if bad is not None:
             return failed("structure", "tokenizer", f"text does not survive the tokenizer: {bad!r}")
     return Check(
@@ -60,20 +61,26 @@ def check_own_tokenizer(subject: Subject) -> list[Check]:
     another token's row.
 
     Raises:
-        TokenizerError: The run's tokenizer cannot be read.
+        CandidateError: OUT's tokenizer cannot be read.
         ConfigError: The run's sidecar cannot be read.
     """
     sidecar = find_sidecar(subject.step, needed=False)
     if sidecar is None or sidecar[0].tokenizer is None:
         return []
-    place = str(sidecar[1] / sidecar[0].tokenizer)
     path = subject.out / "tokenizer.json"
     if not path.is_file():
         return [skipped("weights", "tokenizer", "the model was written without a tokenizer")]
-    trained = json.loads(read_tokenizer(place, model_max_length=None).files["tokenizer.json"])
-    written = read_object(path)
-    if not isinstance(written.get("model"), dict):
-        raise TokenizerError(f"{path} is no tokenizer: it has no model")
+    try:
+        own = run_tokenizer(*sidecar, model_max_length=None)
+    except TokenizerError as error:
+        why = f"not compared with the run's own, which cannot be read: {error}"
+        return [Check(level="weights", name="tokenizer", status=Status.WARN, summary=why)]
+    place, trained = own.source, strict_json.loads(own.files["tokenizer.json"])
+    try:
+        read_tokenizer(str(subject.out), model_max_length=None)
+    except TokenizerError as error:
+        raise CandidateError(str(error), "tokenizer") from None
+    written = read_object(path, "tokenizer")
     if apart := _other_ids(trained, written):
         return [
             failed(
@@ -122,11 +129,9 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 
 def _round_trip(folder: Path) -> str | None:
     """A text that encoding and decoding changes, if any."""
-    from transformers import AutoTokenizer
-
-    tokenizer: Callable[..., Any] = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     for text in _SAMPLE:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:  # type: ignore[attr-defined]
+        if tokenizer.decode(ids, clean_up_tokenization_spaces=False) != text:
             return text
     return None

@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
-from moeconv.errors import MoeconvError, TokenizerError, UsageError
+from moeconv.errors import MoeconvError, UsageError
 from moeconv.mapping.axes import Array
 from moeconv.orbax.locate import Step
+from moeconv.untrusted.files import read_inside, read_regular
+from moeconv.verify.outcome import CandidateError
 from moeconv.verify.subject import read_object
+from moeconv.verify.transformers_load import told_of
 
 KINDS = TEXT, RANDOM = "text", "random"
 
@@ -82,20 +85,21 @@ def _packed(out: Path, documents: Sequence[str], rows: int, length: int, vocab_s
     from tokenizers import Tokenizer
 
     path = out / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing else
-        raise TokenizerError(f"{path} cannot be read by tokenizers: {error}") from None
     eos = read_object(out / "config.json").get("eos_token_id")
     end = [eos] if isinstance(eos, int) else []
     stream: list[int] = []
-    for encoded in tokenizer.encode_batch(list(documents)):
-        stream += encoded.ids if encoded.ids[-1:] == end else [*encoded.ids, *end]
+    with told_of(path, CandidateError, "use"):
+        tokenizer = Tokenizer.from_str(read_inside(out, path.name).decode())
+        for encoded in tokenizer.encode_batch(list(documents)):
+            stream += encoded.ids if encoded.ids[-1:] == end else [*encoded.ids, *end]
     if not stream:
         raise UsageError("the text holds no tokens; give another one with --prompts")
     ids = np.resize(np.asarray(stream), rows * length).reshape(rows, length)
-    if ids.max() >= vocab_size:
-        raise UsageError(f"{path} makes id {ids.max()}, but the model has {vocab_size} rows")
+    if not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise CandidateError(
+            f"{path} makes ids {ids.min()} to {ids.max()}, but the model has {vocab_size} rows",
+            "tokenizer",
+        )
     return ids
 
 
@@ -107,9 +111,10 @@ def find_sample(prompts: Path | None, step: Step | None) -> Sample:
     """
     if prompts is not None:
         try:
-            documents = split_documents(prompts.read_text(encoding="utf-8"))
+            documents = split_documents(read_regular(prompts).decode())
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--prompts {prompts} cannot be read as UTF-8 text: {error}") from None
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"--prompts {prompts} cannot be read as UTF-8 text: {why}") from None
         if not documents:
             raise UsageError(
                 f"--prompts {prompts} is empty; put documents in it, an empty line between two"

@@ -83,7 +83,8 @@ def check_weights(
 
     Raises:
         MemoryLimitError: Not even one chunk has room.
-        TensorError: The checkpoint is damaged, or a header cannot be read.
+        TensorError: The checkpoint is damaged.
+        CandidateError: A header cannot be read.
         NotACheckpointError: The checkpoint is not there.
     """
     edges, stored = subject.edges, subject.tensors

@@ -1,22 +1,31 @@
 """Writing a report: verify.json, verify.md and the plots, and nothing old beside them."""
 
+import contextlib
+import fcntl
 import os
+import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from moeconv.convert.beside import WRITING, is_leftover
 from moeconv.errors import OutputError
 from moeconv.hf.config import to_json
+from moeconv.untrusted.files import read_inside
 from moeconv.verify.markdown import to_markdown
 from moeconv.verify.plots import PLOTS, draw_plots
 from moeconv.verify.report import REPORT_NAME, Report
 
 PAGE_NAME = "verify.md"
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_JUST_MADE = 10  # seconds
 
 
 def earlier_report(folder: Path) -> Report | None:
     """The report that lies in a folder, if it can be read."""
     try:
-        return Report.model_validate_json((folder / REPORT_NAME).read_bytes())
+        return Report.read(read_inside(folder, REPORT_NAME))
     except (OSError, ValueError):
         return None
 
@@ -44,8 +53,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".moeconv-verify-", dir=folder) as name:
-            fresh = Path(name)
+        _clear(folder)
+        with TemporaryDirectory(prefix=WRITING, dir=folder) as name, _held(fresh := Path(name)):
             plots = draw_plots(report, fresh)
             page = to_markdown(report, plots)
             (fresh / PAGE_NAME).write_text(page, encoding="utf-8")
@@ -63,6 +72,31 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         why = error.strerror or error
         raise OutputError(f"{folder} cannot be written: {why}") from None
     return [folder / path.name for path in reversed(written)]
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Tells other processes that somebody is at work here, until this one ends or dies."""
+    descriptor = os.open(folder, _FOLDER)
+    try:
+        with contextlib.suppress(OSError):  # some file systems lock no folders
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a killed verify left; a folder just made may not be held yet."""
+    for path in filter(is_leftover, folder.iterdir()):
+        with contextlib.suppress(OSError):  # held, not ours, or gone
+            descriptor = os.open(path, _FOLDER)
+            try:
+                if time.time() - os.fstat(descriptor).st_mtime > _JUST_MADE:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path)
+            finally:
+                os.close(descriptor)
 
 
 def _sync(path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from cli_runner import moeconv
+from denied import unreadable
 from refusals import convert, out_of, refused, tokenizer
 
 from moeconv.errors import ConfigError, TokenizerError, UnsupportedError
@@ -108,7 +109,8 @@ def test_a_sidecar_that_cannot_be_read(checkpoint, monkeypatch, how):
     if how == "directory":
         path.mkdir()
     else:
-        unreadable(monkeypatch, sidecar(checkpoint))
+        sidecar(checkpoint)
+        unreadable(monkeypatch, path)
     reason = "it is a directory" if how == "directory" else "Permission denied"
     words = (f"cannot read {path}: {reason}", "--config")
     for command in (["convert", checkpoint.run, out_of(checkpoint)], ["inspect", checkpoint.run]):
@@ -116,18 +118,6 @@ def test_a_sidecar_that_cannot_be_read(checkpoint, monkeypatch, how):
     ran = convert(checkpoint)
     assert ran.code == 0
     assert f"warning: cannot read {path}: {reason}; --config replaces it" in ran.err
-
-
-def unreadable(monkeypatch, path: Path) -> None:
-    """As chmod 000 does, for root too."""
-    read = Path.read_bytes
-
-    def denied(self: Path) -> bytes:
-        if self == path:
-            raise PermissionError(13, "Permission denied", str(path))
-        return read(self)
-
-    monkeypatch.setattr(Path, "read_bytes", denied)
 
 
 def test_metrics_that_cannot_be_read(checkpoint, monkeypatch):
@@ -160,5 +150,5 @@ def test_a_sidecar_with_a_bad_config(checkpoint, config, error):
 def test_a_sidecar_whose_tokenizer_is_gone(checkpoint):
     sidecar(checkpoint, tokenizer="tokenizer")
     ran = moeconv("convert", checkpoint.run, out_of(checkpoint))
-    words = (str(checkpoint.run / "tokenizer"), "no such file or directory")
+    words = (str(checkpoint.run / "tokenizer"), "no such file or directory", "--tokenizer")
     refused(ran, TokenizerError, *words, out=out_of(checkpoint))

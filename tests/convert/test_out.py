@@ -15,8 +15,8 @@ import synthetic
 from cli_runner import moeconv
 from engine_lab import MOMENTS, beside, contents, to
 
-from moeconv.convert import staging
 from moeconv.convert.engine import Engine
+from moeconv.convert.lock import Lock
 from moeconv.errors import OutputError
 
 
@@ -68,8 +68,9 @@ def test_many_processes_race_for_one_out(tiny, tmp_path):
 def test_a_lock_that_was_removed_between_two_calls(tmp_path, monkeypatch):
     """The next process does not hold a lock file that is not there any more."""
     path = tmp_path / "lock"
-    first, second = staging._Lock(path), staging._Lock(path)
-    first.take()
+    first, second = Lock(path), Lock(path)
+    beside = os.open(tmp_path, os.O_RDONLY)
+    first.take(beside)
     flock, calls = fcntl.flock, []
 
     def late(fd, how):
@@ -79,10 +80,11 @@ def test_a_lock_that_was_removed_between_two_calls(tmp_path, monkeypatch):
         return flock(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    second.take()
+    second.take(beside)
     assert len(calls) == 2
     assert path.exists()
     second.release()
+    os.close(beside)
     assert not path.exists()
 
 

@@ -68,7 +68,7 @@ def test_damaged_lines_and_steps_that_ran_twice(tmp_path):
     found, warnings = record(write(tmp_path, lines), tmp_path / "out")
     assert [(p.step, p.loss) for p in found.train_curve] == [(1, 5.0), (2, 3.5)]
     (warning,) = [w for w in warnings if "metrics.jsonl" in w]
-    assert warning.startswith("2 lines")
+    assert warning.startswith("3 lines")
 
 
 def test_only_settings_that_a_card_tells_are_taken_over(tmp_path):

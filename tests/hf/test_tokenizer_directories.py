@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from denied import unreadable
 from tokenizer_lab import ASSETS, refused, small_ranks, write
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer
@@ -173,10 +174,7 @@ def test_nobodys_home() -> None:
 
 
 def test_a_directory_that_may_not_be_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    unreadable(monkeypatch, saved / "tokenizer.json")
     assert "cannot be read (Permission denied)" in refused(saved)
 
 

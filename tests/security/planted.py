@@ -81,9 +81,13 @@ class Outside:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        (folder / "sub").mkdir(parents=True)
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
         (folder / "secret").write_bytes(SECRET)
         (folder / "sub" / "deep").write_bytes(SECRET)
+        self.remember()
+
+    def remember(self) -> None:
+        """Everything is right as it lies there now."""
         self._before = self._state()
 
     def plant(self, plant: Plant, at: Path) -> None:

@@ -112,3 +112,29 @@ def test_is_file(folder: Path):
     assert not files.is_file(folder, "nothing/at/all")
     with pytest.raises(UnsafeFileError):
         files.is_file(folder, "fifo")
+
+
+def test_where_no_link_is_followed(folder: Path):
+    (folder / "link").symlink_to("sub/real")
+    (folder / "folder").symlink_to("sub")
+    for name in ("link", "folder/real"):
+        with pytest.raises(UnsafeFileError, match="is a link; put the file itself there"):
+            files.open_inside(folder, name, links=False)
+        with pytest.raises(UnsafeFileError, match="is a link"):
+            files.is_file(folder, name, links=False)
+    assert files.read_inside(folder, "sub/real", links=False) == b"fine"
+    (folder.parent / "mine").symlink_to(folder)
+    assert files.read_inside(folder.parent / "mine", "sub/real", links=False) == b"fine"
+
+
+def test_a_folder_that_a_library_may_read(folder: Path):
+    (folder / "link").symlink_to("sub/real")
+    (folder / "nowhere").symlink_to("none")
+    files.demand_inside(folder)
+    (folder / "out").symlink_to("../secret")
+    with pytest.raises(UnsafeFileError, match="leads out of"):
+        files.demand_inside(folder)
+    (folder / "out").unlink()
+    os.mkfifo(folder / "fifo")
+    with pytest.raises(UnsafeFileError, match="FIFO"):
+        files.demand_inside(folder)

@@ -24,6 +24,13 @@ def test_what_is_no_json_is_refused_by_value_error(raw: str):
             strict_json.loads(given)
 
 
+def test_a_name_that_stands_twice_is_refused_where_that_is_asked():
+    raw = '{"a": [{"b": 1, "b": 2}]}'
+    assert strict_json.loads(raw) == {"a": [{"b": 2}]}
+    with pytest.raises(ValueError, match="'b' twice"):
+        strict_json.loads(raw, unique=True)
+
+
 def test_json_comes_back():
     content = {"text": "é\U0001f600", "numbers": [1, 0.1, -0.0, 1e308], "none": None}
     assert strict_json.loads(strict_json.dumps(content)) == content

@@ -144,8 +144,8 @@ MUTATIONS = {
     "wrong epsilon": (lambda o: edit(o, rms_norm_eps=1e-6), "config", None),
     "wrong top-k": (lambda o: edit(o, num_experts_per_tok=1), "config", None),
     "tie flag wrong": (lambda o: edit(o, tie_word_embeddings=False), "tying", None),
-    "an expert more": (lambda o: edit(o, num_local_experts=5), "transformers", None),
-    "wider MLP": (lambda o: edit(o, intermediate_size=32), "transformers", None),
+    "an expert more": (lambda o: edit(o, num_local_experts=5), "config", None),
+    "wider MLP": (lambda o: edit(o, intermediate_size=32), "config", None),
     "a NaN": (lambda o: change(o, MOE + "gate.weight", lambda v: v * np.nan), "finite", None),
     "a file cut": (
         lambda o: (o / "model.safetensors").write_bytes(
