@@ -1,11 +1,13 @@
-"""The files of a checkpoint on this machine: what is there, all inside, and when it changed."""
+"""The files of a checkpoint: what is there, all of it inside, and what tells when it changed."""
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moeconv.errors import NotACheckpointError
+from moeconv.orbax.store import Folder
 from moeconv.untrusted.files import UnsafeFileError, inside
 
 # Size, times of the last change of content and of the entry (which nobody sets back), and inode.
@@ -31,12 +33,23 @@ def inventory(folder: Path) -> Mapping[str, Stamp]:
         ) from None
 
 
-def stamp(path: Path) -> Stamp | None:
-    """What changes when a file is written or replaced; None where there is none."""
-    try:
-        return _stamp(path.stat())
-    except (OSError, ValueError):
-        return None
+def stamps(path: Path) -> Mapping[str, Stamp]:
+    """The stamp of a file, or of the files directly in a folder; none where there is nothing."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError):
+        for entry in path.iterdir() if path.is_dir() else [path]:
+            with contextlib.suppress(OSError):
+                found[str(entry)] = _stamp(entry.stat())
+    return found
+
+
+def versions(folder: Folder, names: Iterable[str]) -> dict[str, object]:
+    """What changes when files of a remote store do, as far as the store tells.
+
+    Raises:
+        StorageError: It failed.
+    """
+    return {str(folder / name): folder.version(name) for name in names}
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:

@@ -170,19 +170,21 @@ def test_stopped_while_pieces_are_put_together(small_units, tmp_path, monkeypatc
 
     def watched_settle(self, name):
         settling.set()
-        settle(self, name)
+        written = settle(self, name)
         settling.clear()
+        return written
 
     for stop_at in (1, 20, 90):
         writes = 0
 
-        def watched_write(self, route, row, values, stop_at=stop_at):
+        def watched_write(self, route, row, values, written, stop_at=stop_at):
             nonlocal writes
-            write(self, route, row, values)
+            written = write(self, route, row, values, written)
             writes += settling.is_set()
             if writes == stop_at:
                 signal.raise_signal(signal.SIGINT)
                 assert self._stop.wait(10)
+            return written
 
         out = tmp_path / f"out{stop_at}"
         with monkeypatch.context() as patch:
