@@ -222,6 +222,8 @@ class World:
         builder.stop()
         self.outside = scan(self.secret.parent)
         self.first = scan(self.folder)
+        # --resume goes by a source's times.
+        self._times = {n: os.stat(self.folder / n).st_mtime_ns for n in self.first}
 
     def close(self) -> None:
         self._bare.stop()
@@ -305,6 +307,7 @@ class World:
         raw = path.read_bytes()
         path.unlink()  # another inode, so that `scan` sees it
         path.write_bytes(apply(raw, plain, form))
+        os.utime(path, ns=(0, self._times[name]))
 
     def restore(self) -> None:
         """Puts back what is not as it was."""
@@ -326,6 +329,7 @@ class World:
                 path.mkdir(exist_ok=True)
             elif not path.exists():
                 path.write_bytes(content)
+                os.utime(path, ns=(0, self._times[name]))
 
     # --- the oracle -----------------------------------------------------------------------------
 
