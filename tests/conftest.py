@@ -1,5 +1,6 @@
 """The test session's environment, set before anything imports jax, and its MaxText lab."""
 
+import gc
 import os
 import signal
 import sys
@@ -22,6 +23,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The default suite compiles much and computes little: XLA for CPU need not optimise."""
+    if config.option.markexpr == "not slow":
+        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +64,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Groups that xdist does not see would be spread without a word."""
     if getattr(session.config.option, "loadgroup", False) and session.items:
         assert "@" in session.items[0].nodeid, "pytest-xdist does not group with this pytest"
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -65,4 +73,5 @@ def _maxtext_only_where_it_is_said(request: pytest.FixtureRequest):
     yield
     if _MAXTEXT in sys.modules and not _imported:
         _imported.append(request.node.nodeid)
+        gc.freeze()  # a collection would go through all of its classes, for half a second
         assert _needs_maxtext(request.node), "imports MaxText: mark it with pytest.mark.maxtext"

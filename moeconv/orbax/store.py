@@ -107,9 +107,9 @@ class Folder:
                 )
             else:
                 path = Path(text).expanduser()
-            url = f"file://{path.resolve()}"
-            url.encode()
-            return cls(url, path.resolve())
+            place = path.resolve()
+            str(place).encode()
+            return cls(f"file://{place}", place)
         except UnicodeEncodeError:
             raise NotACheckpointError(
                 f"{text} has a name that is not UTF-8 in its path, with which tensorstore reads "

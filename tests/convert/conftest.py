@@ -25,8 +25,8 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def big(tmp_path_factory):
-    """111 MB in 82 arrays, so in as many units."""
-    sizes = {"L": 8, "V": 4096, "D": 256, "M": 1024, "h": 64}
+    """60 MB in 82 arrays, so in as many units."""
+    sizes = {"L": 8, "V": 4096, "D": 256, "M": 512, "h": 64}
     run = tmp_path_factory.mktemp("big") / "run"
     checkpoint = synthetic.write(run, scanned=False, sizes=sizes)
     checkpoint.config_file()

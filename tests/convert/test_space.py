@@ -37,22 +37,22 @@ def disk(tmp_path):
 
 
 def test_no_space_is_seen_before_starting(big, disk):
-    folder = disk(100 * MIB)
+    folder = disk(50 * MIB)
     ran = moeconv("convert", big.run, folder / "out", "--config", big.run / "config.yml")
     assert ran.code == OutputError.exit_code
-    assert "the conversion needs 145 MB" in ran.error
-    assert "105 MB are free; free some space" in ran.error
+    assert "the conversion needs 94.4 MB" in ran.error
+    assert "52.4 MB are free; free some space" in ran.error
     assert os.listdir(folder) == []
 
 
 def test_space_that_others_took(big, disk, monkeypatch):
     """The check passes, then the files cannot be reserved."""
-    folder = disk(100 * MIB)
+    folder = disk(50 * MIB)
     plenty = shutil.disk_usage(folder)._replace(free=10**12)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)
     ran = moeconv("convert", big.run, folder / "out", "--config", big.run / "config.yml")
     assert ran.code == OutputError.exit_code
-    assert "cannot reserve 111 MB" in ran.error
+    assert "cannot reserve 60.9 MB" in ran.error
     assert "No space left on device" in ran.error
     assert os.listdir(folder) == []
 
@@ -95,7 +95,7 @@ def test_too_little_space_loses_no_work(big, expected, tmp_path, monkeypatch):
 def test_a_file_size_limit(big, tmp_path):
     """As `ulimit -f` sets it."""
     code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000_000, 50_000_000)); "
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000_000, 30_000_000)); "
         "from moeconv.cli.main import main; main()"
     )
     command = [sys.executable, "-c", code, "convert", big.run, tmp_path / "out"]
@@ -104,13 +104,13 @@ def test_a_file_size_limit(big, tmp_path):
         command, capture_output=True, text=True, env=cli_runner.environment(), check=False
     )
     assert ran.returncode == OutputError.exit_code
-    assert "cannot reserve 111 MB" in ran.stderr
+    assert "cannot reserve 60.9 MB" in ran.stderr
     assert "Traceback" not in ran.stderr
     assert os.listdir(tmp_path) == []
 
 
 def test_out_is_a_mount_point(tiny, disk):
-    folder = disk(100 * MIB)
+    folder = disk(MIB)
     ran = moeconv("convert", tiny.run, folder, "--config", tiny.run / "config.yml")
     assert ran.code == OutputError.exit_code
     assert "is a mount point" in ran.error

@@ -1,6 +1,7 @@
 """Metadata that ask for more than a machine has are refused before anything is counted through."""
 
 import json
+import os
 import resource
 import shutil
 
@@ -13,6 +14,7 @@ from cli_runner import moeconv
 from moeconv.arch.layout import detect_layout
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import (
+    ConfigError,
     MemoryLimitError,
     MoeconvError,
     NotACheckpointError,
@@ -229,3 +231,18 @@ def test_a_padded_step_is_one(tmp_path):
     made.step_dir.rename(made.step_dir.with_name("00004001"))
     ran = moeconv("inspect", made.run, "--config", made.run / "config.yml", "--json")
     assert json.loads(ran.out)["step"] == 4001
+
+
+def test_paths_that_are_not_utf8(checkpoint, tmp_path):
+    """Asked as a library, which no command line guards."""
+    odd = tmp_path / os.fsdecode(b"r\xff")
+    odd.mkdir()
+    config = checkpoint.run / "config.yml"
+    shutil.copy(config, odd / "config.yml")
+    convert(plan_conversion(str(checkpoint.run), ConvertOptions(config=config)), odd / "out")
+    json.loads((odd / "out" / "moeconv.json").read_bytes())
+    shutil.copytree(checkpoint.run, odd / "run")
+    with pytest.raises(NotACheckpointError, match="not UTF-8"):
+        plan_conversion(str(odd / "run"), ConvertOptions(config=config))
+    with pytest.raises(ConfigError, match="cannot stand in the manifest"):
+        plan_conversion(str(checkpoint.run), ConvertOptions(config=odd / "config.yml"))

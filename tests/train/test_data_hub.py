@@ -8,7 +8,9 @@ import urllib.parse
 from dataclasses import dataclass, field
 
 import cli_runner
+import huggingface_hub
 import pytest
+from huggingface_hub.utils import close_session
 from moeconv_train.data import DataSet, read_stories
 from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
 
@@ -141,25 +143,41 @@ def tokenizer(tmp_path_factory):
     return directory
 
 
-def prepare(hub, out, tokenizer, *more, source="some/stories", **environment):
-    return cli_runner.run(
+def words(out, tokenizer, *more, source="some/stories"):
+    return (
         *("data", "prepare", source, "--out", out, "--tokenizer", tokenizer, "--workers", 0),
         *("--seq-length", 128, *more),
-        **{
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(out.parent / "hf-home"),
-            "HF_TOKEN": "",
-            **environment,
-        },
     )
 
 
-def test_a_dataset_is_fetched_file_by_file_and_pinned(hub, tmp_path, tokenizer):
+@pytest.fixture
+def prepare(hub, tmp_path, tokenizer, monkeypatch):
+    """The command in this process, which takes the server for the Hub."""
+    constants = huggingface_hub.constants
+
+    def run(out, *more, source="some/stories", endpoint=hub.endpoint, offline=False, token=""):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        addresses = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", addresses)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setenv("HF_TOKEN", token)
+        return cli_runner.moeconv(*words(out, tokenizer, *more, source=source))
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
+        monkeypatch.setattr(constants, name, str(tmp_path / name))
+    close_session()
+    yield run
+    close_session()
+
+
+def test_a_dataset_is_fetched_file_by_file_and_pinned(hub, tmp_path, tokenizer, prepare):
     hub.wants = TOKEN
     out = tmp_path / "out"
-    ran = prepare(hub, out, tokenizer, "--json", HF_TOKEN=TOKEN)
+    # A process of its own: the Hub's client reads its environment when it is imported.
+    told = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    told |= {"HF_HOME": str(tmp_path / "hf-home"), "HF_TOKEN": TOKEN}
+    ran = cli_runner.run(*words(out, tokenizer, "--json"), **told)
     assert ran.code == 0, ran.err
     report = json.loads(ran.out)
     assert report["request"]["source"]["revision"] == COMMIT
@@ -179,32 +197,32 @@ def test_a_dataset_is_fetched_file_by_file_and_pinned(hub, tmp_path, tokenizer):
     # A second time nothing is asked, and a moved branch changes nothing.
     hub.asked.clear()
     hub.head = "f" * 40
-    again = prepare(hub, out, tokenizer, "--json", HF_HUB_OFFLINE="1")
+    again = prepare(out, "--json", offline=True)
     assert again.code == 0, again.err
     assert json.loads(again.out) == report and not hub.asked
 
 
-def test_a_damaged_file_is_fetched_anew_at_the_same_commit(hub, tmp_path, tokenizer):
+def test_a_damaged_file_is_fetched_anew_at_the_same_commit(hub, tmp_path, prepare):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    assert prepare(hub, whole, tokenizer).code == 0
+    assert prepare(whole).code == 0
     second = next(name for name in hub.files if "train-00001" in name)
     hub.damaged[second] = hub.files[second][:-9] + b"!" * 9
-    ran = prepare(hub, out, tokenizer)
+    ran = prepare(out)
     assert ran.code == 10 and "train-00001" in ran.error
     assert "did not arrive as the Hub lists it" in ran.error
     hub.damaged.clear()
     hub.head = "f" * 40  # the branch has moved on meanwhile
     hub.asked.clear()
-    assert prepare(hub, out, tokenizer).code == 0
+    assert prepare(out).code == 0
     assert not [asked for asked in hub.asked if "/api/" in asked or "train-00000" in asked]
     for file in whole.rglob("*"):
         if file.is_file():
             assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
-def test_a_connection_that_breaks_is_taken_up_again(hub, tmp_path, tokenizer):
+def test_a_connection_that_breaks_is_taken_up_again(hub, tmp_path, prepare):
     hub.break_after = 1000
-    ran = prepare(hub, tmp_path / "out", tokenizer, "--json")
+    ran = prepare(tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     assert hub.break_after is None
     assert len([asked for asked in hub.asked if asked.startswith("GET /datasets/")]) == 4
@@ -224,18 +242,9 @@ def test_a_connection_that_breaks_is_taken_up_again(hub, tmp_path, tokenizer):
         ((400, ""), "", "the Hub answers with 400; try again later"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence(
-    hub, tmp_path, tokenizer, monkeypatch, refuse, token, message
-):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", token)
+def test_what_the_hub_refuses_is_one_sentence(hub, tmp_path, prepare, refuse, token, message):
     hub.refuse_listing = refuse
-    ran = cli_runner.moeconv(
-        *("data", "prepare", "some/stories", "--out", tmp_path / "out", "--tokenizer", tokenizer)
-    )
+    ran = prepare(tmp_path / "out", token=token)
     assert ran.code == 10, ran.err
     assert message.replace("{hub}", hub.endpoint) in ran.error
     assert ran.error.count("\n") == 0 and ran.error.startswith("some/stories: ")
@@ -244,21 +253,21 @@ def test_what_the_hub_refuses_is_one_sentence(
     assert hub.tokens == {f"Bearer {token}" if token else None}
 
 
-def test_a_gated_dataset_that_lists_but_does_not_give(hub, tmp_path, tokenizer):
+def test_a_gated_dataset_that_lists_but_does_not_give(hub, tmp_path, prepare):
     hub.refuse_files = (403, "GatedRepo")
-    ran = prepare(hub, tmp_path / "out", tokenizer, HF_TOKEN=TOKEN)
+    ran = prepare(tmp_path / "out", token=TOKEN)
     assert ran.code == 10 and "this dataset is gated" in ran.error
     with pytest.raises(Exception, match="no prepared dataset"):
         DataSet.read(tmp_path / "out")
     hub.refuse_files = None
-    assert prepare(hub, tmp_path / "out", tokenizer, HF_TOKEN=TOKEN).code == 0
+    assert prepare(tmp_path / "out", token=TOKEN).code == 0
 
 
-def test_no_hub_and_no_such_dataset(hub, tmp_path, tokenizer):
-    ran = prepare(hub, tmp_path / "a", tokenizer, HF_ENDPOINT="http://127.0.0.1:9")
+def test_no_hub_and_no_such_dataset(hub, tmp_path, prepare):
+    ran = prepare(tmp_path / "a", endpoint="http://127.0.0.1:9")
     assert ran.code == 10 and "the Hub at http://127.0.0.1:9 cannot be reached" in ran.error
-    ran = prepare(hub, tmp_path / "b", tokenizer, source="no/such/folder")
+    ran = prepare(tmp_path / "b", source="no/such/folder")
     assert ran.code == 2 and "not the id of a dataset on the Hub" in ran.error
     hub.files = {"README.md": b"", "pictures.zip": b""}
-    ran = prepare(hub, tmp_path / "c", tokenizer)
+    ran = prepare(tmp_path / "c")
     assert ran.code == 2 and "has no parquet, jsonl or text file to train on" in ran.error

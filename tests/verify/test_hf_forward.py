@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from dense import EXACT, TOKENS, dense_logits, distance
+from helpers import reference, tokens_for
 from maxtext_lab import MIXTRAL, TIED
 
 from moeconv.errors import ConfigError, TensorError, UsageError
 from moeconv.verify.hf_model import hf_logits
-from moeconv.verify.maxtext import MaxTextModel
 from moeconv.verify.metrics import compare_logits as compare_positions
 
 
@@ -81,11 +81,11 @@ def hf_mixtral(maxtext_lab, tmp_path):
 def test_transformers_agrees(hf_mixtral):
     pytest.importorskip("transformers")
     checkpoint, directory, _ = hf_mixtral
-    logits = MaxTextModel.load(checkpoint.items, checkpoint.config).logits(TOKENS)
-    difference = compare_logits(logits, hf_logits(directory, TOKENS))
+    logits, tokens = reference(checkpoint), tokens_for(checkpoint)
+    difference = compare_logits(logits, hf_logits(directory, tokens))
     assert difference.max_abs < EXACT
     assert difference.top1_agreement == 1.0
-    half = hf_logits(directory, TOKENS, dtype="bfloat16")
+    half = hf_logits(directory, tokens, dtype="bfloat16")
     assert half.dtype == np.float32
     assert compare_logits(logits, half).max_abs > 1e-3
 

@@ -39,18 +39,18 @@ def test_not_a_checkpoint(maxtext_lab, tmp_path):
             MaxTextModel.load(path, checkpoint.config)
 
 
-@pytest.mark.parametrize("tokens", [[[0, 160]], [[-1, 0]], [0, 1], [[0.0, 1.0]]])
-def test_bad_tokens_are_refused(maxtext_lab, tokens):
+def test_bad_tokens_are_refused(maxtext_lab):
     checkpoint = maxtext_lab.checkpoint(MIXTRAL)
     model = MaxTextModel.load(checkpoint.items, checkpoint.config)
-    with pytest.raises(UsageError, match="Tokens"):
-        model.logits(np.array(tokens))
+    for tokens in ([[0, 160]], [[-1, 0]], [0, 1], [[0.0, 1.0]]):
+        with pytest.raises(UsageError, match="Tokens"):
+            model.logits(np.array(tokens))
 
 
 def test_a_moved_seam_is_an_error(maxtext_lab, monkeypatch):
     from maxtext.layers import embeddings, nnx_decoders
 
-    checkpoint = maxtext_lab.checkpoint(MIXTRAL, TIED)
+    checkpoint = maxtext_lab.checkpoint(MIXTRAL, TIED, {"base_num_decoder_layers": 1})
     stock = embeddings.attend_on_embedding
 
     def attend_on_embedding(*args):
