@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CUDA_PLUGIN := $(VENV)/cuda-plugin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv cuda-plugin demo test test-slow lint format docs docs-check bench pins clean
+.PHONY: help venv cuda-plugin demo test test-slow fuzz lint format docs docs-check bench pins clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -35,6 +35,9 @@ test: venv ## the tests of every commit
 
 test-slow: cuda-plugin ## the tests that take minutes
 	@MOECONV_CUDA_PLUGINS="$$PWD/$(CUDA_PLUGIN)" $(PY) -m pytest -m slow --durations 10
+
+fuzz: venv ## the fuzz tests with ten times the examples
+	@MOECONV_FUZZ=$${MOECONV_FUZZ:-10} $(PY) -m pytest -m slow tests/fuzz
 
 lint: venv ## ruff, mypy and the limits between packages
 	@$(VENV)/bin/ruff check .

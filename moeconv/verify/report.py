@@ -28,8 +28,9 @@ class Report(BaseModel):
     """The file's schema.
 
     `files` has the SHA-256 of every file of the output at the time of the verdict, the manifest
-    included (nothing for one of another size than the manifest says); `source` the digest of the arrays that were read, as the manifest claims it; `beside`
-    the SHA-256 of the report's plots, and of LICENSE and NOTICE, which push sends along.
+    included, and nothing for one of another size than the manifest says; `source` the digest of the
+    arrays that were read, as the manifest claims it; `beside` the SHA-256 of the report's plots,
+    and of LICENSE and NOTICE, which push sends along.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -5,7 +5,7 @@ import pytest
 from harness import SCALE, World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from surfaces import SURFACES, Surface
+from surfaces import KNOWN, SURFACES, Surface
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * SCALE)]
 
@@ -27,3 +27,11 @@ def test_any_content(world: World, surface: Surface) -> None:
         world.holds(command, file, changes, surface.form, full=surface.full)
 
     holds()
+
+
+@pytest.mark.parametrize("file", KNOWN)
+def test_what_was_found(world: World, file: str) -> None:
+    form = next(one.form for one in SURFACES if one.file == file)
+    for command, changes, code in KNOWN[file]:
+        ended = world.holds(command, world.find(file), changes, form)
+        assert ended.code == code, ended.out + ended.err

@@ -52,7 +52,7 @@ def test_any_answer(world: World, route: str) -> None:
     raw = world.recorded()[route]
 
     @settings(
-        max_examples=12 * SCALE,
+        max_examples=8 * SCALE,
         derandomize=True,
         database=None,
         deadline=None,

@@ -14,7 +14,7 @@ from mutations import NASTY, YAML, place
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600 * SCALE)]
 
 _BOUNDED = settings(
-    max_examples=40 * SCALE,
+    max_examples=20 * SCALE,
     derandomize=True,
     database=None,
     deadline=None,
