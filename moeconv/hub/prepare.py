@@ -131,6 +131,7 @@ def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Pa
     repo_id = _repo_id(options, output)
     if not dry_run and not options.unverified:
         demand_verdict(output)
+    numbers = _numbers(output)  # so that no file is hashed whose length is not its header's
     note(f"reading every byte of {out}")
     judgement = judge(output)
     if not dry_run and not options.unverified:
@@ -138,9 +139,7 @@ def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Pa
     files = _files(output, judgement)
     license_id = options.license or _fact(output, "license")
     names = [file.name for file in files]
-    body = card_body(
-        CardInput(output, judgement, repo_id, options.revision, _numbers(output), names)
-    )
+    body = card_body(CardInput(output, judgement, repo_id, options.revision, numbers, names))
     readme = _readme(out)
     metadata = make_metadata(output, judgement, name=repo_id.split("/")[-1], license_id=license_id)
     if readme is not None:

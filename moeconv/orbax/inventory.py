@@ -10,6 +10,10 @@ from moeconv.errors import NotACheckpointError
 from moeconv.orbax.store import Folder
 from moeconv.untrusted.files import UnsafeFileError, inside
 
+# tensorstore reads these whole before it looks at them, and ends the process where it cannot.
+_READ_WHOLE = ("manifest.ocdbt", "zarr.json", ".zarray")
+_WHOLE_LIMIT = 128 * 2**20  # Orbax keeps OCDBT's nodes, the largest of them, below 100 MB
+
 # Size, times of the last change of content and of the entry (which nobody sets back), and inode.
 Stamp = tuple[int, int, int, int]
 
@@ -22,7 +26,7 @@ def inventory(folder: Path) -> Mapping[str, Stamp]:
 
     Raises:
         NotACheckpointError: A link leads out, in a circle or nowhere, there is a FIFO, device or
-            socket, or a folder cannot be listed; names it.
+            socket, metadata are too large, or a folder cannot be listed; names it.
     """
     try:
         return dict(_walk(folder, ""))
@@ -64,6 +68,9 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
                 if linked:
                     status = inside(folder, name).stat()
                 if stat.S_ISREG(status.st_mode):
+                    if entry.name in _READ_WHOLE and status.st_size > _WHOLE_LIMIT:
+                        limit = f"is larger than {_WHOLE_LIMIT // 2**20} MiB"
+                        raise UnsafeFileError(Path(entry.path), limit)
                     yield name, _stamp(status)
                 elif not stat.S_ISDIR(status.st_mode):
                     raise UnsafeFileError(Path(entry.path), "is a FIFO, device or socket")

@@ -19,6 +19,8 @@ from moeconv.verify.tokens import KINDS
 REPORT_NAME = "verify.json"
 # Fewer positions hide a wrong RoPE.
 ENOUGH = 512
+# Instead of the digest of a file that is not of the manifest's size, however large it is.
+_NOT_READ = ""
 _ORDER: tuple[Level, ...] = ("structure", "weights", "logits", "layers")
 
 
@@ -26,8 +28,9 @@ class Report(BaseModel):
     """The file's schema.
 
     `files` has the SHA-256 of every file of the output at the time of the verdict, the manifest
-    included; `source` the digest of the arrays that were read, as the manifest claims it; `beside`
-    the SHA-256 of the report's plots, and of LICENSE and NOTICE, which push sends along.
+    included, and nothing for one of another size than the manifest says; `source` the digest of the
+    arrays that were read, as the manifest claims it; `beside` the SHA-256 of the report's plots,
+    and of LICENSE and NOTICE, which push sends along.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,11 +81,9 @@ class Report(BaseModel):
 
     def with_earlier(self, earlier: "Report") -> "Report":
         """Takes over the levels that did not run this time, if they spoke of the same bytes."""
-        same = (earlier.moeconv_version, earlier.source, earlier.files) == (
-            self.moeconv_version,
-            self.source,
-            self.files,
-        )
+        then = (earlier.moeconv_version, earlier.source, earlier.files)
+        now = (self.moeconv_version, self.source, self.files)
+        same = then == now and _NOT_READ not in self.files.values()
         kept = [c for c in earlier.checks if c.level not in self.levels] if same else []
         if not kept:
             return self
@@ -108,7 +109,7 @@ def make_report(subject: Subject, checks: list[Check]) -> Report:
     """
     names = [*subject.names, MANIFEST_NAME]
     present = [n for n in sorted(names) if (subject.out / n).is_file()]
-    files = {name: sha256(subject.out / name) for name in present}
+    files = {name: _digest(subject, name) for name in present}
     subject.demand_unchanged()
     return Report(
         verdict=worst(checks),
@@ -118,6 +119,13 @@ def make_report(subject: Subject, checks: list[Check]) -> Report:
         files=files,
         beside={name: sha256(subject.out / name) for name in LEGAL if _is_own(subject.out, name)},
     )
+
+
+def _digest(subject: Subject, name: str) -> str:
+    path, record = subject.out / name, subject.manifest.files.get(name)
+    if record is not None and path.stat().st_size != record.size:
+        return _NOT_READ
+    return sha256(path)
 
 
 def _is_own(folder: Path, name: str) -> bool:

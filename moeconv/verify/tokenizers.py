@@ -123,7 +123,7 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     vocabulary = tokenizer["model"].get("vocab", {})
     if isinstance(vocabulary, list):
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     return {**vocabulary, **added}
 
 
