@@ -1,6 +1,7 @@
 """Converting as a library call: `plan_conversion`, then `convert`."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -114,7 +115,8 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     spec = options.tokenizer or checkpoint.tokenizer
     tokenizer = None
     if spec is not None:
-        checkpoint.unchanged.watch(partial(stamps, Path(spec).expanduser()))
+        with suppress(RuntimeError):  # ~name of no user, of which read_tokenizer tells
+            checkpoint.unchanged.watch(partial(stamps, Path(spec).expanduser()))
         length = model.max_position_embeddings
         if options.tokenizer is not None:
             tokenizer = read_tokenizer(spec, model_max_length=length)
