@@ -9,30 +9,26 @@ import json
 import os
 import re
 import shutil
-import stat
 import struct
-import subprocess
-import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
 
 from cli_runner import ROOT
+from hub_answers import Answer, Answers
 from hub_server import WRITE, Hub
 from hub_store import Store
-from mutations import JSON, Change, Edit, Format, Kind, Spoil, apply, place
+from mutations import Change, Edit, Format, Kind, Spoil, apply, place
+from tree import Tree, scan
 from worker import Ended
+from worker_process import Process
 
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.text import printable
 
 SCALE = int(os.environ.get("MOECONV_FUZZ", "1"))
-WALL, CPU, MEMORY, WAIT = 60.0, 10.0, 600 << 20, 900.0
+CPU, MEMORY, WAIT = 10.0, 600 << 20, 900.0
 
 _TABLE = re.findall(r"^\| (\d+) \|", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
 # Nobody interrupts or trains here, and 1 is a bug but for verify.
@@ -40,8 +36,6 @@ DOCUMENTED = {int(code) for code in _TABLE} - {1, 14, 15, 130}
 VERDICTS = {0, 1, 2}
 _VERIFY_WRITES = re.compile(r"out/verify[\w.]*")
 _STAGING = re.compile(r"(half/)?\.out\.moeconv-(partial|lock)(/.*)?")
-# Larger ones are told from others by their size.
-_READ = 8 << 20
 
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----\nZnV6ei1zZWNyZXQtb2YtYS1uZWlnaGJvdXI\n"
 MARKS = ("ZnV6ei1zZWNyZXQtb2YtYS1uZWlnaGJvdXI", WRITE)
@@ -66,123 +60,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "push anyway": ("push", "out", "--unverified", "--quiet"),
 }  # fmt: skip
 
-_WORKER = Path(__file__).with_name("worker.py")
 _EXTRAS = ("torch", "transformers", "tokenizers", "jax", "flax", "maxtext", "matplotlib")
-
-# What lies at a path; a file has its content, or its size where it is large.
-Entry = tuple[str, Any]
-Tree = dict[str, Entry]
-
-
-class Process:
-    """A `worker.py`, started when it is needed, and anew when it died."""
-
-    def __init__(self, hidden: Sequence[str], environment: dict[str, str], log: Path) -> None:
-        self._hidden, self._environment, self._log = hidden, environment, log
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def call(self, name: str, *args: object, wall: float = WALL) -> Any:
-        """The worker's answer.
-
-        Raises:
-            AssertionError: It died, or took too long.
-        """
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        assert self._process is not None
-        self._connection.send((name, args))
-        try:
-            if self._connection.poll(wall):
-                return self._connection.recv()
-            why = f"no end after {wall:.0f} s"
-        except (EOFError, ConnectionError):
-            why = f"died with {self._process.wait()}"
-        said = self.said()
-        self.stop()
-        raise AssertionError(f"{why}: {said[max(0, said.rfind('Timeout (')) :][:4000]}")
-
-    def _start(self) -> None:
-        here, there = Pipe()
-        self._connection = here
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, _WORKER, str(there.fileno()), str(WALL), *self._hidden],
-                stdin=subprocess.DEVNULL,
-                stderr=log,
-                env=self._environment,
-                pass_fds=[there.fileno()],
-            )
-        there.close()
-
-    def said(self) -> str:
-        """What came past Python's streams."""
-        return self._log.read_text(errors="replace") if self._process else ""
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
-
-
-@dataclass(frozen=True)
-class Answer:
-    """How an answer of the Hub is changed.
-
-    Attributes:
-        route: Of which question; see `hub_server.ROUTES`.
-        changes: Of its JSON.
-        status: Instead of its own.
-        headers: Besides its own.
-        skip: Answers that go well before.
-    """
-
-    route: str
-    changes: tuple[Edit | Spoil, ...] = ()
-    status: int | None = None
-    headers: tuple[tuple[str, str], ...] = ()
-    skip: int = 0
-
-
-class Answers:
-    """What stands between the Hub and its answers: keeps them, or changes some.
-
-    Attributes:
-        record: The last answer by route.
-        change: What is changed.
-        said: How often a route answered.
-    """
-
-    def __init__(self) -> None:
-        self.record: dict[str, bytes] = {}
-        self.change: Answer | None = None
-        self.said: Counter[str] = Counter()
-
-    def handler(self, hub: Hub) -> type[Any]:
-        """The Hub's handler of requests, with this in it."""
-        answers = self
-
-        class Handler(hub.server.RequestHandlerClass):  # type: ignore[misc]
-            def _answer(self, status: int, content: Any, headers: Any = None) -> None:
-                route = getattr(getattr(self, "record", None), "route", "")
-                super()._answer(*answers.pass_on(route, status, content, headers or {}))
-
-        return Handler
-
-    def pass_on(
-        self, route: str, status: int, content: Any, headers: dict[str, str]
-    ) -> tuple[int, Any, dict[str, str]]:
-        """The answer as it is sent."""
-        raw = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.record[route] = raw
-        change = self.change
-        self.said[route] += 1
-        if change is None or change.route != route or self.said[route] <= change.skip:
-            return status, content, headers
-        if not isinstance(content, bytes):
-            headers = {"Content-Type": "application/json", **headers}
-            raw = apply(raw, change.changes, JSON)
-        return change.status or status, raw, {**headers, **dict(change.headers)}
 
 
 class World:
@@ -482,36 +360,3 @@ def world():
             yield made
         finally:
             made.close()
-
-
-# By path: what tells a file from a changed one, and what lies there. Reading is most of the work.
-_known: dict[str, tuple[tuple[int, ...], Entry]] = {}
-
-
-def scan(folder: Path) -> Tree:
-    """Everything below a folder."""
-    found: Tree = {}
-    pending, cut = [str(folder)], len(str(folder)) + 1
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                status = entry.stat(follow_symlinks=False)
-                found[entry.path[cut:]] = _entry(entry.path, status)
-                if stat.S_ISDIR(status.st_mode):
-                    pending.append(entry.path)
-    return found
-
-
-def _entry(path: str, status: os.stat_result) -> Entry:
-    if stat.S_ISDIR(status.st_mode):
-        return "folder", None
-    if stat.S_ISLNK(status.st_mode):
-        return "link", os.readlink(path)
-    if not stat.S_ISREG(status.st_mode):
-        return "special", stat.S_IFMT(status.st_mode)
-    if status.st_size > _READ:
-        return "file", status.st_size
-    mark = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    if path not in _known or _known[path][0] != mark:
-        _known[path] = mark, ("file", Path(path).read_bytes())
-    return _known[path][1]

@@ -2,7 +2,8 @@
 
 import mutations
 import pytest
-from harness import SCALE, Answer, World
+from harness import SCALE, World
+from hub_answers import Answer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
