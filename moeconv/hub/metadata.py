@@ -159,7 +159,7 @@ def read_metadata(readme: str, where: str) -> dict[str, Any]:
         block = REGEX_YAML_BLOCK.search(readme)
         if block is None:
             return {}
-        content = yaml.load(block[2], _Loader)
+        content = yaml.load(block[2], Loader=_Loader)
         if content is not None and not isinstance(content, dict):
             raise ValueError("it holds no `key: value` lines")
         ModelCardData(**(content or {}))

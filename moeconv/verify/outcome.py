@@ -27,7 +27,7 @@ class CandidateError(OutputError):
     """OUT itself is at fault: a failed check, where trouble of the machine means no verdict.
 
     Attributes:
-        check: The name of the check that fails, one of `OF_OUT` or of the level's own.
+        check: The name of the check that fails: "model", one of the level's own, or of structure's.
     """
 
     def __init__(self, message: str, check: str = "model") -> None:
@@ -56,9 +56,6 @@ class Checks:
     can_skip: tuple[str, ...] = ()
 
 
-# What a level that runs models finds wrong with OUT itself (`CandidateError`) fails under these.
-OF_OUT = ("model", "config", "tensors", "tokenizer")
-
 # Every check there is: `Check` takes no other, and push demands those that a level always has.
 CHECKS: dict[Level, Checks] = {
     "structure": Checks(
@@ -72,6 +69,7 @@ CHECKS: dict[Level, Checks] = {
         ("reference", "hidden", "parity"), ("description", "depth", "stock", "router")
     ),
 }  # fmt: skip
+_OF_OUT = ("model", *CHECKS["structure"].always)
 
 
 class Check(BaseModel):
@@ -117,7 +115,8 @@ class Check(BaseModel):
         known = CHECKS[self.level]
         # A level that cannot run here is skipped under its own name.
         skipped = self.name == self.level and self.status is Status.SKIP
-        of_out = self.name in OF_OUT and self.status is Status.FAIL
+        # What any level finds wrong with OUT itself (`CandidateError`).
+        of_out = self.name in _OF_OUT and self.status is Status.FAIL
         if not (skipped or of_out) and self.name not in (*known.always, *known.at_times):
             raise ValueError(f"level {self.level} has no check {self.name!a}")
         return self

@@ -54,7 +54,7 @@ def admit(out: Path, *names: str, **fields) -> None:
     """The manifest is made to agree with files that somebody changed."""
     manifest = json.loads((out / "moeconv.json").read_text())
     for name in names:
-        record = {"size": (out / name).stat().st_size, "sha256": sha256(out, name)}
+        record = {"size": (out / name).stat().st_size, "sha256": sha256(out / name)}
         manifest["files"][name] = record
     (out / "moeconv.json").write_text(json.dumps(manifest | fields))
 

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from moeconv.errors import UsageError
 from moeconv.verify.grading import HIDDEN, KL, LIMITS
-from moeconv.verify.outcome import Status
+from moeconv.verify.outcome import CandidateError, Status
 from moeconv.verify.rounding import Rounding, roundings
 from moeconv.verify.routing import compare_routing
 from moeconv.verify.source_layers import LayerReader
@@ -82,7 +81,7 @@ def test_rows_are_packed_text_and_random_ids(tmp_path):
     assert rows.tokens[2:].max() > 4 and rows.tokens.max() < 9
     bare = make_rows(tmp_path / "none", sample, count=20, vocab_size=9, context=16)
     assert set(bare.kinds) == {RANDOM} and "no tokenizer" in bare.text
-    with pytest.raises(UsageError, match="makes id"):
+    with pytest.raises(CandidateError, match="makes id"):
         make_rows(tmp_path, sample, count=8, vocab_size=3, context=16)
 
 
