@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 CUDA_PLUGIN := $(VENV)/cuda-plugin
 
 .DEFAULT_GOAL := help
-.PHONY: help venv cuda-plugin demo test test-slow lint format docs docs-check bench pins clean
+.PHONY: help venv cuda-plugin demo test test-slow prove fuzz lint format docs docs-check bench pins clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -33,8 +33,18 @@ demo: venv ## train a tiny MoE, convert it, prove that it is the same model (und
 test: venv ## the tests of every commit
 	@$(PY) -m pytest --numprocesses 2 --dist loadgroup --durations 10
 
-test-slow: cuda-plugin ## the tests that take minutes
-	@MOECONV_CUDA_PLUGINS="$$PWD/$(CUDA_PLUGIN)" $(PY) -m pytest -m slow --durations 10
+# The longest first, in groups as they are collected; see tests/proof_plugin.py.
+SLOW := MOECONV_CUDA_PLUGINS="$$PWD/$(CUDA_PLUGIN)" $(PY) -m pytest --durations 10 \
+	--numprocesses 2 --dist loadgroup --no-loadscope-reorder
+
+test-slow: cuda-plugin ## the tests that take minutes, of proofs with a record a sample
+	@$(SLOW) -m slow --proofs sample
+
+prove: cuda-plugin ## run all proofs and renew their records (ONLY=stale, or names with commas)
+	@$(SLOW) -m proof --proofs "$(or $(ONLY),all)"
+
+fuzz: venv ## the fuzz tests with ten times the examples
+	@MOECONV_FUZZ=$${MOECONV_FUZZ:-10} $(PY) -m pytest -m slow tests/fuzz
 
 lint: venv ## ruff, mypy and the limits between packages
 	@$(VENV)/bin/ruff check .

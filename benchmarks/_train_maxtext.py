@@ -1,6 +1,6 @@
 """MaxText's own train step on one device, timed step by step; train_step.py starts it.
 
-python _train_maxtext.py SPEC     JSON in, one JSON object as the last line of stdout out
+python _train_maxtext.py SPEC     JSON in; for each of its patches a line of JSON on stdout out
 """
 
 import contextlib
@@ -66,14 +66,14 @@ def batch(config: Any) -> dict[str, Any]:
     return data | {f"{side}_{key}": value for side in data for key, value in shared.items()}
 
 
-def run(spec: dict[str, Any], scratch: str) -> dict[str, Any]:
+def run(spec: dict[str, Any], patch: dict[str, bool], scratch: str) -> dict[str, Any]:
     """Compiles once, runs `steps` steps."""
     import jax
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
     from moeconv_train.preflight import hlo, patches
 
-    with contextlib.redirect_stdout(sys.stderr), patches.trainer(**spec["patch"]):
+    with contextlib.redirect_stdout(sys.stderr), patches.trainer(**patch):
         config, mesh, state, jitted = build(spec["keys"], scratch)
         with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
             begin = time.perf_counter()
@@ -111,5 +111,7 @@ def run(spec: dict[str, Any], scratch: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as directory:
-        print(json.dumps(run(json.loads(sys.argv[1]), directory)))
+    request = json.loads(sys.argv[1])
+    for each in request["patches"]:
+        with tempfile.TemporaryDirectory() as directory:
+            print(json.dumps(run(request, each, directory)))

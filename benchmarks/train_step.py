@@ -97,27 +97,31 @@ def positions(keys: dict[str, Any]) -> int:
     return int(keys["per_device_batch_size"]) * int(keys["max_target_length"])
 
 
-def contend(name: str, script: str, spec: dict[str, Any], work: Path) -> Result:
-    """Runs one process and reads what it says last."""
-    log = work / f"{name}.log".replace(" ", "_").replace(",", "")
+def contend(names: list[str], script: str, spec: dict[str, Any], work: Path) -> list[Result]:
+    """Runs one process and reads what it says last: a line for each of these contenders."""
+    log = work / f"{names[0]}.log".replace(" ", "_").replace(",", "")
     run = measure([sys.executable, HERE / script, json.dumps(spec)], log)
-    told = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
-    return Result(name, statistics.median(told["seconds"]), run.rss, told)
+    lines = log.read_text(encoding="utf-8").splitlines()[-len(names) :]
+    told = [json.loads(line) for line in lines]
+    return [
+        Result(name, statistics.median(each["seconds"]), run.rss, each)
+        for name, each in zip(names, told, strict=True)
+    ]
 
 
 def compare(model: str, keys: dict[str, Any], args: argparse.Namespace) -> list[Result]:
     """All contenders of one model, in turn."""
     # Mixtral and MaxText scale the balance loss differently; without it both losses are one number.
-    keys = {**keys, "load_balance_loss_weight": 0.0}
+    spec = {"keys": {**keys, "load_balance_loss_weight": 0.0}, "steps": args.steps}
+    groups = [list(VARIANTS)] if args.one_process else [[name] for name in VARIANTS]
     jobs = [
-        (name, "_train_maxtext.py", {"keys": keys, "steps": args.steps, "patch": patch})
-        for name, patch in VARIANTS.items()
+        (names, "_train_maxtext.py", {**spec, "patches": [VARIANTS[name] for name in names]})
+        for names in groups
     ]
-    jobs.append((PEER, "_train_torch.py", {"keys": keys, "steps": args.steps}))
     results = []
-    for name, script, spec in jobs:
-        print(f"{model}: {name} …", file=sys.stderr, flush=True)
-        results.append(contend(name, script, spec, args.work))
+    for names, script, given in [*jobs, ([PEER], "_train_torch.py", spec)]:
+        print(f"{model}: {'; '.join(names)} …", file=sys.stderr, flush=True)
+        results += contend(names, script, given, args.work)
     counts = {each.told["parameters"] for each in results}
     if len(counts) != 1:
         sys.exit(f"{model}: the contenders are not of one size: {sorted(counts)} parameters")
@@ -178,13 +182,12 @@ def for_t4s(keys: dict[str, Any]) -> list[dict[str, Any]]:
     """Each variant, compiled for two T4s: XLA's numbers, and T4's datasheet on them."""
     from moeconv_train.preflight import T4X2, memory
 
-    trainer = memory.Patch().function
+    variants = [
+        memory.Variant(name, patch=memory.Patch(arguments=patch))
+        for name, patch in VARIANTS.items()
+    ]
     found = []
-    for name, patch in VARIANTS.items():
-        report = memory.measure(
-            keys, T4X2, variants=[memory.Variant(name)], patch=memory.Patch(trainer, patch)
-        )
-        (row,) = report.rows
+    for row in memory.measure(keys, T4X2, variants=variants, until_fit=False).rows:
         by_type = row.matmul_flops_by_type
         found.append(
             {
@@ -226,6 +229,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="timed, after one (default 5)")
     parser.add_argument("--model", choices=tuple(RECIPES), help="one of both")
     parser.add_argument("--t4", action="store_true", help="compile for two T4s and count")
+    parser.add_argument(
+        "--one-process",
+        action="store_true",
+        help="one for all of MaxText's: quicker, but of all together is the peak of memory",
+    )
     parser.add_argument("--work", type=Path, default=Path("bench-out", "train_step"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="all numbers")
     args = parser.parse_args()

@@ -3,4 +3,4 @@
 Importing this package imports nothing heavy; every command pulls in only what it needs.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeconv.cli.main import main
+from moeconv.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,6 +51,12 @@ def moeconv(*args: object) -> Ran:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return Ran(code, out.getvalue(), err.getvalue())
+
+
+def commands_but(*used: str) -> list[str]:
+    """The files of the other commands: `main` names them, and imports what is run (proofs)."""
+    others = [module for command, (module, _) in COMMANDS.items() if command not in used]
+    return [f"{module.replace('.', '/')}.py" for module in others]
 
 
 def command(*args: object) -> list[str]:

@@ -1,9 +1,11 @@
 """The test session's environment, set before anything imports jax, and its MaxText lab."""
 
 import gc
+import hashlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 # A job in the background ignores Ctrl-C, and so would every process that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -18,11 +20,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What XLA has compiled on such a CPU is not compiled again; it is keyed by the program.
+_CPU = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line[:5] == "flags"][:1]
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moeconv-tests"
+_JAX_CACHE = _CACHE / f"jax-{hashlib.sha256(repr(_CPU).encode()).hexdigest()[:12]}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_JAX_CACHE))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One core a process: threads of several that wait for each other by spinning cost minutes.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
+
+pytest_plugins = ["proof_plugin"]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,17 +57,20 @@ _imported: list[str] = []
 
 
 def _needs_maxtext(item: pytest.Item) -> bool:
-    # Slow tests run in one process, so that they may all import it.
-    marked = item.get_closest_marker("maxtext") or item.get_closest_marker("slow")
-    return "maxtext_lab" in item.fixturenames or marked is not None
+    return "maxtext_lab" in item.fixturenames or item.get_closest_marker("maxtext") is not None
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Tests of one file share a process, and so do all that need MaxText: it is imported once.
 
-    Here, because xdist looks for groups before any `pytest_collection_modifyitems` of ours.
+    But for proofs, which are each longer than that. Here, because xdist looks for groups before any
+    `pytest_collection_modifyitems` of ours.
     """
-    group = "maxtext" if _needs_maxtext(item) else item.nodeid.split("::")[0]
+    proof = item.get_closest_marker("proof")
+    if proof:
+        group = proof.args[0]
+    else:
+        group = "maxtext" if _needs_maxtext(item) else item.nodeid.split("::")[0]
     item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -12,10 +12,11 @@ parameter (layers/nnx_decoders.py `_create_scanned_layers`, `_init_scanned_gener
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import islice
 
 from moeconv.arch.parameters import (
     EMBEDDING,
@@ -29,7 +30,13 @@ from moeconv.errors import ConfigError, TensorError
 
 KeyPath = tuple[str, ...]
 
-_NUMBERED = re.compile(r"layers_(\d+)\Z")
+# One way to write each number, so that no two names mean the same layer.
+_NUMBERED = re.compile(r"layers_(0|[1-9][0-9]{0,8})\Z")
+# Ten times the deepest models, and five times the most experts in all their layers: what a file
+# says is bounded before it is counted through.
+MOST_LAYERS = 2**11
+MOST_EXPERTS = 2**17
+_LISTED = 20  # names in a message
 
 
 class Stacking(StrEnum):
@@ -161,8 +168,22 @@ def detect_layout(
             f"({'.'.join(stacked[0])} and {'.'.join(numbered[0])}); no MaxText run writes that"
         )
     if numbered:
-        return _unscanned(shapes, places)
-    return _scanned(shapes, places, scan_axis)
+        layout = _unscanned(shapes, places)
+    else:
+        layout = _scanned(shapes, places, scan_axis)
+    _refuse_too_many_experts(layout)
+    return layout
+
+
+def _refuse_too_many_experts(layout: Layout) -> None:
+    """Each expert of each layer becomes tensors, so their number is bounded too."""
+    stored = [array for array in layout.arrays if "E" in array.axes]
+    experts = max((array.shape[array.axes.index("E")] for array in stored), default=0)
+    if experts * len(layout.kinds) > MOST_EXPERTS:
+        raise TensorError(
+            f"the shapes of the checkpoint have {experts} experts in each of {len(layout.kinds)} "
+            f"layers; no model has more than {MOST_EXPERTS} in all"
+        )
 
 
 def _refuse_unknown(places: Mapping[KeyPath, _Place]) -> None:
@@ -179,10 +200,17 @@ def _refuse_unknown(places: Mapping[KeyPath, _Place]) -> None:
         )
 
 
-def listing(names: Sequence[str], limit: int = 20) -> str:
-    """An indented list of tensor names, cut after `limit`."""
-    more = [f"… and {len(names) - limit} more"] if len(names) > limit else []
-    return "".join(f"\n  {name}" for name in [*names[:limit], *more])
+def listing(names: Iterable[str], count: int | None = None) -> str:
+    """An indented list of tensor names, cut after the first.
+
+    Args:
+        names: The names; no more of them are made than are listed.
+        count: How many there are, where that is not `len(names)`.
+    """
+    first = list(islice(names, _LISTED))
+    count = len(names) if count is None and isinstance(names, Sized) else count or len(first)
+    more = [f"… and {count - _LISTED} more"] if count > _LISTED else []
+    return "".join(f"\n  {name}" for name in [*first, *more])
 
 
 def _kind(logical: set[str], where: str) -> LayerKind:
@@ -226,13 +254,23 @@ def _by(places: Mapping[KeyPath, _Place], attribute: str) -> dict[int, set[str]]
     return groups
 
 
+def _refuse_gaps(groups: Mapping[int, set[str]], lacks: str, prefix: str) -> None:
+    """Refuses numbers that are not 0, 1, 2, … without one left out, or too many."""
+    wanted = max(groups) + 1
+    if wanted > len(groups):
+        absent = (f"{prefix}{n}" for n in range(wanted) if n not in groups)
+        raise TensorError(lacks + listing(absent, wanted - len(groups)))
+    if len(groups) > MOST_LAYERS:
+        raise TensorError(
+            f"the checkpoint has {len(groups)} layers; no model has more than {MOST_LAYERS}"
+        )
+
+
 def _unscanned(
     shapes: Mapping[KeyPath, tuple[int, ...]], places: Mapping[KeyPath, _Place]
 ) -> Layout:
     groups = _by(places, "layer")
-    absent = sorted(set(range(max(groups) + 1)) - set(groups))
-    if absent:
-        raise TensorError(f"the checkpoint lacks layers:{listing([f'layers_{n}' for n in absent])}")
+    _refuse_gaps(groups, "the checkpoint lacks layers:", "layers_")
     kinds = tuple(_kind(groups[n], f"decoder.layers_{n}") for n in sorted(groups))
     arrays = _global(shapes, places)
     arrays += [
@@ -250,19 +288,19 @@ def _scanned(
     told_axis: int | None,
 ) -> Layout:
     slots = _by(places, "slot")
-    cycle = max(slots) + 1
-    absent = sorted(set(range(cycle)) - set(slots))
-    if absent:
-        raise TensorError(
-            "the checkpoint lacks layers of its scanned block:"
-            f"{listing([f'layers.layers_{n}' for n in absent])}"
-        )
+    _refuse_gaps(slots, "the checkpoint lacks layers of its scanned block:", "layers.layers_")
+    cycle = len(slots)
     cycled = any(_NUMBERED.match(path[2]) for path, p in places.items() if p.stacked)
     kinds = [
         _kind(slots[j], f"decoder.layers.layers_{j}" if cycled else "decoder.layers")
         for j in range(cycle)
     ]
     axis, depth = _scan_axis(shapes, places, told_axis)
+    if cycle * depth > MOST_LAYERS:
+        raise TensorError(
+            f"the shapes of the checkpoint have {cycle * depth} layers; no model has more than "
+            f"{MOST_LAYERS}"
+        )
     arrays = _global(shapes, places)
     for path, place in places.items():
         if place.slot is None:

@@ -67,6 +67,11 @@ from moeconv.cli.tables import fold
 @click.option("--resume", is_flag=True, help="Go on with an interrupted conversion to OUT.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--allow-nonfinite", is_flag=True, help="Copy NaN and Inf instead of refusing them.")
+@click.option(
+    "--allow-missing-chunks",
+    is_flag=True,
+    help="Read chunks that an old checkpoint does not store as zeros instead of refusing them.",
+)
 @JSON
 @QUIET
 def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) -> None:

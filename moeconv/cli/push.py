@@ -10,6 +10,7 @@ import click
 from moeconv.cli.options import JSON, QUIET, LocalPath, output_of
 from moeconv.cli.output import Output
 from moeconv.cli.streams import say
+from moeconv.untrusted.text import printable
 
 if TYPE_CHECKING:
     from moeconv.hub.push import Pushed, PushPlan
@@ -78,7 +79,8 @@ def command(
         os.environ.setdefault("TQDM_MININTERVAL", "5")
     from huggingface_hub.utils import disable_progress_bars
 
-    from moeconv.hub.account import address_of, demand_token, token_for
+    from moeconv.hf.hub_address import read_address
+    from moeconv.hub.account import demand_token
     from moeconv.hub.failures import hub_words
     from moeconv.hub.prepare import PushOptions, find_output, prepare
     from moeconv.hub.push import plan_push, push
@@ -86,10 +88,10 @@ def command(
     if json_mode or quiet:
         disable_progress_bars()
     settings = PushOptions(**options)
-    token_for(address_of(endpoint))  # an address that is none, before anything else
+    read_address(endpoint)  # one that is none, before anything else
     folder = find_output(out, output.warn if quiet else output.note)
     if not dry_run:
-        demand_token(endpoint)  # before minutes of reading
+        demand_token()  # before minutes of reading
     parcel = prepare(folder, settings, dry_run=dry_run, note=output.note)
     try:
         with hub_words(output.note):
@@ -121,7 +123,7 @@ def describe(plan: "PushPlan", settings: Any) -> dict[str, Any]:
     account, remote, judgement = plan.account, plan.remote, plan.parcel.judgement
     return {
         "out": str(plan.parcel.output.folder),
-        "endpoint": plan.endpoint,
+        "endpoint": plan.address.url,
         "repo_id": plan.parcel.repo_id,
         "revision": settings.revision,
         "repository": _repository(plan, settings),
@@ -141,7 +143,7 @@ def describe(plan: "PushPlan", settings: Any) -> dict[str, Any]:
 
 def _result(plan: "PushPlan", done: "Pushed") -> dict[str, Any]:
     return {
-        "endpoint": plan.endpoint,
+        "endpoint": plan.address.url,
         "repo_id": plan.parcel.repo_id,
         "revision": done.commit.revision,
         "commit": done.commit.oid,
@@ -169,11 +171,11 @@ def _files(changes: Any) -> list[dict[str, Any]]:
 
 def _print_plan(output: Output, plan: "PushPlan", settings: Any) -> None:
     _print_files(output, plan.changes, known=plan.remote is not None)
-    for name in plan.parcel.left_behind:
-        output.print(f"{name}: stays here (not in the manifest)")
+    for name, why in plan.parcel.left_behind.items():
+        output.print(f"{name}: stays here ({why})")
     output.print()
     output.print(
-        f"repository: {plan.endpoint}/{plan.parcel.repo_id}, {_repository(plan, settings)}"
+        f"repository: {plan.address.url}/{plan.parcel.repo_id}, {_repository(plan, settings)}"
     )
     output.print(f"account: {_account(plan)}")
     judgement = plan.parcel.judgement
@@ -191,6 +193,7 @@ def _print_plan(output: Output, plan: "PushPlan", settings: Any) -> None:
 
 def _print_files(output: Output, changes: Any, *, known: bool = True) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from moeconv.convert.sizes import format_size
 
@@ -199,7 +202,11 @@ def _print_files(output: Output, changes: Any, *, known: bool = True) -> None:
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("on the Hub")
     for one in changes:
-        table.add_row(one.name, format_size(one.size), _SAYS[one.action] if known else "unknown")
+        table.add_row(
+            Text(printable(one.name)),
+            format_size(one.size),
+            _SAYS[one.action] if known else "unknown",
+        )
     output.print(table)
 
 

@@ -1,7 +1,9 @@
 """Converting as a library call: `plan_conversion`, then `convert`."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from moeconv.convert.manifest import (
     folds,
     rules,
 )
+from moeconv.convert.memory import resident_bytes
 from moeconv.convert.out import resolve_out
-from moeconv.convert.plan import Plan, build_plan, index_json
+from moeconv.convert.plan import IMPORT_BYTES, Plan, build_plan, index_json
 from moeconv.convert.run_record import RunRecord, read_run
 from moeconv.convert.source import Checkpoint, open_checkpoint
 from moeconv.convert.staging import Staging
@@ -31,6 +34,7 @@ from moeconv.mapping.edges import expand
 from moeconv.mapping.families import FAMILIES, default_family
 from moeconv.mapping.ops import DTYPES
 from moeconv.mapping.rules import Options
+from moeconv.orbax.inventory import stamps
 
 GB = 10**9
 GIB = 2**30
@@ -53,6 +57,8 @@ class ConvertOptions:
         overwrite: Replace a non-empty OUT.
         resume: Go on with an interrupted conversion.
         allow_nonfinite: Copy NaN and Inf instead of refusing them.
+        allow_missing_chunks: Read chunks that are not stored as zeros, where the checkpoint's
+            format leaves out chunks of zeros.
     """
 
     config: Path | None = None
@@ -67,6 +73,7 @@ class ConvertOptions:
     overwrite: bool = False
     resume: bool = False
     allow_nonfinite: bool = False
+    allow_missing_chunks: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,12 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         raise UsageError(f"--target {options.target} is none of auto, {', '.join(FAMILIES)}")
     if options.dtype != "keep" and options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
-    checkpoint = open_checkpoint(ckpt, config=options.config, sets=options.sets)
+    checkpoint = open_checkpoint(
+        ckpt,
+        config=options.config,
+        sets=options.sets,
+        allow_missing_chunks=options.allow_missing_chunks,
+    )
     model = checkpoint.resolution.model()
     warnings = list(checkpoint.resolution.warnings)
     if checkpoint.step.skipped:
@@ -103,6 +115,8 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     spec = options.tokenizer or checkpoint.tokenizer
     tokenizer = None
     if spec is not None:
+        with suppress(RuntimeError):  # ~name of no user, of which read_tokenizer tells
+            checkpoint.unchanged.watch(partial(stamps, Path(spec).expanduser()))
         length = model.max_position_embeddings
         if options.tokenizer is not None:
             tokenizer = read_tokenizer(spec, model_max_length=length)
@@ -227,13 +241,21 @@ def _carry_out(
     staging.check_space(plan.disk_bytes)
     # A resumed conversion must not inherit units that were let pass.
     identity = f"{plan.digest}, NaN and Inf {'copied' if options.allow_nonfinite else 'refused'}"
+    if prepared.checkpoint.files is not None:
+        identity += f", files {prepared.checkpoint.files}"
+    if options.allow_missing_chunks:
+        identity += ", missing chunks read as zeros"
     try:
-        journal = Journal(staging.folder, identity, resume=options.resume)
+        journal = Journal(
+            staging.folder, identity, units=plan.units, parked=plan.parked, resume=options.resume
+        )
     except ValueError:
         raise OutputError(
             f"{staging.folder} holds an unfinished conversion of another checkpoint or with "
             "other options; repeat those, or leave out --resume to begin anew"
         ) from None
+    for text in journal.notes:
+        note(text)
     if journal.resumed:
         note(f"resuming: {len(journal.done)} of {len(plan.units)} units are already written")
     engine = Engine(
@@ -241,22 +263,22 @@ def _carry_out(
         prepared.checkpoint.arrays,
         staging.folder,
         jobs=options.jobs,
-        memory=plan.memory_budget(options.max_memory, options.jobs) - _imports(),
+        # What was set aside for the interpreter and is not used yet will be.
+        memory=plan.memory_budget(options.max_memory, options.jobs)
+        - max(resident_bytes(), IMPORT_BYTES),
         journal=journal,
         allow_nonfinite=options.allow_nonfinite,
         progress=progress,
+        note=note,
     )
-    result = engine.run()
-    journal.close()
+    try:
+        result = engine.run()
+    finally:
+        journal.close()
+    prepared.checkpoint.unchanged.check()
     for text in result.warnings:
         note(f"warning: {text}")
     return _write_small_files(prepared, staging, result)
-
-
-def _imports() -> int:
-    from moeconv.convert.memory import resident_bytes
-
-    return resident_bytes()
 
 
 def _place(out: Path, checkpoint: Checkpoint) -> Path:
@@ -303,7 +325,7 @@ def _write_small_files(prepared: Prepared, staging: Staging, result: Result) -> 
         files["model.safetensors.index.json"] = to_json(index)
     staging.write(files)
     manifest = make_manifest(prepared, result, files, dtype)
-    staging.write({MANIFEST_NAME: to_json(manifest.model_dump(mode="json"))})
+    staging.write({MANIFEST_NAME: manifest.to_json()})
     return manifest
 
 
@@ -362,6 +384,7 @@ def make_manifest(
         plan=plan.digest,
         files=dict(sorted(records.items())),
         run=prepared.run,
+        missing_chunks={n: [list(p) for p in places] for n, places in result.missing.items()},
     )
 
 

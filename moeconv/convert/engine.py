@@ -11,7 +11,8 @@ import hashlib
 import math
 import queue
 import threading
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from moeconv.convert.digest import array_digest, chunk_digests
+from moeconv.convert.digest import Position, array_digest, chunk_digests
 from moeconv.convert.files import OutputFiles, Scratch
-from moeconv.convert.journal import Journal
+from moeconv.convert.journal import Done, Journal
 from moeconv.convert.memory import Budget
 from moeconv.convert.plan import Plan
 from moeconv.convert.scatter import arrange, check_finite, check_overflow, nonfinite_message
@@ -38,6 +39,7 @@ from moeconv.convert.work import (
 )
 from moeconv.hf.safetensors import payload
 from moeconv.mapping.axes import Array
+from moeconv.mapping.edges import Edge
 from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.arrays import Arrays, Reader
 
@@ -51,22 +53,23 @@ class Result:
     Attributes:
         files: SHA-256 of every safetensors file, by name.
         arrays: Digest of every source array as it was read, by name (see `array_digest`).
-        zeros: Arrays with a chunk of nothing but zeros, in a checkpoint of an older Orbax, which
-            stores no such chunk, so that a lost one reads the same.
+        missing: Chunks that the checkpoint does not store, by array: their places in its grid. It
+            is of an older Orbax, which leaves out zeros, so that a lost chunk looks the same.
     """
 
     files: Mapping[str, str]
     arrays: Mapping[str, str]
-    zeros: tuple[str, ...] = ()
+    missing: Mapping[str, Sequence[Position]]
 
     @property
     def warnings(self) -> list[str]:
         """Sentences for people."""
-        if not self.zeros:
+        if not self.missing:
             return []
         return [
-            "these parameters hold whole chunks of zeros; the Orbax that wrote the checkpoint "
-            "stores none, so a lost chunk would look the same: " + ", ".join(self.zeros)
+            "chunks of these parameters are not stored and were read as zeros, as "
+            "--allow-missing-chunks says; whether they were lost cannot be told: "
+            + ", ".join(self.missing)
         ]
 
 
@@ -96,6 +99,7 @@ class Engine:
         journal: Journal,
         allow_nonfinite: bool = False,
         progress: Progress = lambda read, written: None,
+        note: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._plan = plan
         self._arrays = arrays
@@ -105,14 +109,16 @@ class Engine:
         self._journal = journal
         self._allow_nonfinite = allow_nonfinite
         self._progress = progress
+        self._say = note
         self._lock = threading.Lock()
         self._failure: BaseException | None = None
         self._stop = threading.Event()
-        self._chunks: dict[str, dict[tuple[int, ...], str]] = {}
+        self._chunks: dict[str, dict[Position, str]] = {}
+        self._missing: dict[str, list[Position]] = {}
         self._parking = self._lay_out_parking()
         self._waiting: dict[str, set[int]] = {}
         self._left: dict[str, int] = {n: e.nbytes for n, e in plan.edges.items()}
-        self._zeros: dict[tuple[str, tuple[int, ...]], bool] = {}
+        self._todo: list[Unit] = []
         self._to_sync: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
 
     def run(self) -> Result:
@@ -136,36 +142,69 @@ class Engine:
                 if parking.scratch is not None:
                     parking.scratch.close()
             self._output.close()
-        zeros = {name for (name, _), zero in self._zeros.items() if zero}
         arrays = {n: self._array_digest(n) for n in self._plan.routes}
-        return Result(digests, arrays, tuple(sorted(zeros)))
+        missing = {name: sorted(self._missing[name]) for name in sorted(self._missing)}
+        return Result(digests, arrays, missing)
 
     # --- scheduling -----------------------------------------------------------------------------
 
     def _restore(self) -> None:
-        """Takes over what the journal says is on disk."""
-        done = self._journal.done
+        """Takes over what the journal says is on disk, as far as it is; the rest is to be done."""
+        kept = {unit.number for unit in self._plan.units if self._is_on_disk(unit)}
+        settled = {name for name in self._parking if self._is_settled(name)}
+        if lost := [*(self._journal.done.keys() - kept), *(self._journal.settled.keys() - settled)]:
+            self._say(
+                f"warning: what the unfinished conversion wrote was changed since, in {len(lost)} "
+                "places; they are written again"
+            )
+        # Pieces that were parked are gone, so that an array with any is kept whole or not at all.
+        again = {u.array.name for u in self._plan.units if u.number not in kept}
+        again |= self._parking.keys() - settled
         for unit in self._plan.units:
             name = unit.array.name
-            if unit.number in done and (
-                name not in self._parking or self._journal.settled.issuperset({name})
-            ):
-                self._note_chunks(unit, done[unit.number])
-                self._zeros |= {(name, p): True for p in self._journal.zeros[unit.number]}
+            if name in again and name in self._parking:
+                self._waiting.setdefault(name, set()).add(unit.number)
+            elif unit.number in kept:
+                self._note(unit, self._journal.done[unit.number])
                 for number, ranges in pieces(unit, self._plan.routes[name]):
                     route = self._plan.routes[name][number]
                     self._written(route, piece_bytes(route, ranges))
                 self._progress(unit.nbytes, 0)
-            elif name in self._parking:
-                self._waiting.setdefault(name, set()).add(unit.number)
+                continue
+            self._todo.append(unit)
+        self._todo.sort(key=self._plan.unit_cost, reverse=True)
+
+    def _is_on_disk(self, unit: Unit) -> bool:
+        """Whether what the journal says of a unit is what lies in every copy of its tensors."""
+        done = self._journal.done.get(unit.number)
+        if done is None:
+            return False
+        parts = [
+            (route.edges, ranges[route.lead][0] * route.row_bytes, piece_bytes(route, ranges))
+            for number, ranges in pieces(unit, self._plan.routes[unit.array.name])
+            if self._lot(unit, number) is None
+            for route in [self._plan.routes[unit.array.name][number]]
+        ]
+        return self._holds(parts, done.written)
+
+    def _is_settled(self, name: str) -> bool:
+        """The same for the parked pieces of an array."""
+        written = self._journal.settled.get(name)
+        parts = [(route.edges, 0, route.edges[0].nbytes) for route, _ in self._parked(name)]
+        return written is not None and self._holds(parts, written)
+
+    def _holds(self, parts: Sequence[tuple[Sequence[Edge], int, int]], written: int) -> bool:
+        for copy in range(max((len(edges) for edges, _, _ in parts), default=0)):
+            found = 0
+            for edges, offset, size in parts:
+                place = self._plan.places[edges[min(copy, len(edges) - 1)].target]
+                found = self._output.checksum(place.file, place.offset + offset, size, found)
+            if found != written:
+                return False
+        return True
 
     def _work(self) -> None:
-        names = self._waiting
-        todo = [
-            u
-            for u in self._plan.units
-            if u.number not in self._journal.done or u.number in names.get(u.array.name, ())
-        ]
+        todo = self._todo
         jobs = min(self._jobs, max(1, len(todo)))
         hashers = ThreadPoolExecutor(jobs)
         syncer = Thread(self._sync_loop)
@@ -224,21 +263,22 @@ class Engine:
     def _do(self, unit: Unit, hashers: Executor) -> None:
         held = self._plan.unit_cost(unit)
         try:
-            reader = self._arrays.reader(
-                unit.array.name, unit.nbytes + unit.nbytes // 4 + (64 << 20)
-            )
-            for _, box in unit.chunks():
+            reader = self._arrays.reader(unit.array.name, unit.chunk_count)
+            missing = []
+            for position, box in unit.chunks():
                 if self._stop.is_set():
                     return
-                reader.decode(box)
+                if not reader.decode(box):
+                    missing.append(position)
             # The compressed bytes are gone.
-            self._budget.release(unit.nbytes)
-            held -= unit.nbytes
+            self._budget.release(unit.decoded_bytes)
+            held -= unit.decoded_bytes
             hashing = hashers.submit(chunk_digests, unit, reader, partial(self._take, unit))
+            written = 0
             try:
                 routes = self._plan.routes[unit.array.name]
                 for number, ranges in pieces(unit, routes):
-                    self._do_piece(unit, number, routes[number], ranges, reader)
+                    written = self._do_piece(unit, number, routes[number], ranges, reader, written)
             finally:
                 # It uses the reader too; and a NaN that it finds explains an overflow found here.
                 digests = hashing.result()
@@ -247,17 +287,14 @@ class Engine:
             self._budget.release(held)
         if self._stop.is_set():
             return  # perhaps half way
-        self._note_chunks(unit, digests)
-        self._finish(unit, digests)
+        done = Done(digests, missing, written)
+        self._note(unit, done)
+        self._finish(unit, done)
 
     def _take(
         self, unit: Unit, position: tuple[int, ...], part: tuple[slice, ...], data: Array
     ) -> bool:
         """Looks at each part of a unit while it is hashed; False stops the hashing."""
-        if not self._arrays.tree.zeros_stored:
-            chunk = (unit.array.name, position)
-            with self._lock:
-                self._zeros[chunk] = self._zeros.get(chunk, True) and not data.any()
         if not self._allow_nonfinite:
             where = f" at [{', '.join(f'{s.start}:{s.stop}' for s in part)}]"
             message = nonfinite_message(unit.array.name, where)
@@ -272,13 +309,15 @@ class Engine:
         route: Route,
         ranges: Mapping[str, Range],
         reader: Reader,
-    ) -> None:
+        written: int,
+    ) -> int:
+        """Puts a piece to its place; `written`, with what went to the tensors added."""
         parking = self._parking.get(unit.array.name)
-        lot = parking.lots.get((unit.number, number)) if parking else None
+        lot = self._lot(unit, number)
         start, stop = ranges[route.lead]
         for first in range(start, stop, route.rows_per_block):
             if self._stop.is_set():
-                return
+                break
             part = {**ranges, route.lead: (first, min(first + route.rows_per_block, stop))}
             block = reader.read(source_box(unit, route, part))
             values = arrange(block, route, part)
@@ -288,17 +327,26 @@ class Engine:
                 offset = lot[0] + (first - start) * (values.nbytes // values.shape[0])
                 parking.scratch.write(offset, payload(values))
             else:
-                self._write(route, first, values)
+                written = self._write(route, first, values, written)
             del block, values  # before the next are made
+        return written
 
-    def _write(self, route: Route, row: int, values: Array) -> None:
-        """Writes whole rows of the target, to every copy."""
+    def _lot(self, unit: Unit, number: int) -> tuple[int, dict[str, Range]] | None:
+        parking = self._parking.get(unit.array.name)
+        return parking.lots.get((unit.number, number)) if parking else None
+
+    def _write(self, route: Route, row: int, values: Array, written: int) -> int:
+        """Writes whole rows of the target, to every copy; CRC-32 of them after what came before.
+
+        It tells damage, not a forger: who can write to the folder can write a journal too.
+        """
         data = payload(values)
         for edge in route.edges:
             place = self._plan.places[edge.target]
             self._output.write(place.file, place.offset + row * route.row_bytes, data)
             self._progress(0, len(data))
         self._written(route, len(data))
+        return zlib.crc32(data, written)
 
     def _written(self, route: Route, count: int) -> None:
         for edge in route.edges:
@@ -308,10 +356,9 @@ class Engine:
             if complete:
                 self._output.completed(self._plan.places[edge.target].file, edge.target)
 
-    def _finish(self, unit: Unit, digests: dict[tuple[int, ...], str]) -> None:
+    def _finish(self, unit: Unit, done: Done) -> None:
         name = unit.array.name
-        zeros = [position for position in digests if self._zeros.get((name, position))]
-        self._to_sync.put(lambda: self._journal.unit(unit.number, digests, zeros))
+        self._to_sync.put(lambda: self._journal.unit(unit.number, done))
         with self._lock:
             waiting = self._waiting.get(name)
             if waiting is None:
@@ -319,9 +366,9 @@ class Engine:
             waiting.discard(unit.number)
             if waiting:
                 return
-        self._settle(name)
+        written = self._settle(name)
         if not self._stop.is_set():  # it may have stopped half way
-            self._to_sync.put(lambda: self._journal.settle(name))
+            self._to_sync.put(lambda: self._journal.settle(name, written))
 
     # --- parked arrays --------------------------------------------------------------------------
 
@@ -340,26 +387,35 @@ class Engine:
                     lots.size += piece_bytes(route, ranges)
         return parking
 
-    def _settle(self, name: str) -> None:
-        """Puts the parked pieces of an array together, tensor by tensor, block by block."""
-        parking = self._parking[name]
+    def _parked(self, name: str) -> Iterator[tuple[Route, list[tuple[int, dict[str, Range]]]]]:
+        """The routes of an array whose pieces are parked, with their lots."""
         for number, route in enumerate(self._plan.routes[name]):
-            lots = [lot for (_, n), lot in parking.lots.items() if n == number]
-            if not lots:
-                continue
+            lots = [lot for (_, n), lot in self._parking[name].lots.items() if n == number]
+            if lots:
+                yield route, lots
+
+    def _settle(self, name: str) -> int:
+        """Puts the parked pieces of an array together, tensor by tensor, block by block.
+
+        Returns:
+            CRC-32 of what was written.
+        """
+        parking, written = self._parking[name], 0
+        for route, lots in self._parked(name):
             rows = route.target_shape[0]
             dtype = DTYPES[route.edges[0].dtype]
             for first in range(0, rows, route.rows_per_block):
                 if self._stop.is_set():
-                    return
+                    return written
                 last = min(first + route.rows_per_block, rows)
                 out = np.zeros((last - first, *route.target_shape[1:]), dtype)
                 for offset, ranges in lots:
                     self._collect(parking, route, out, first, offset, ranges)
-                self._write(route, first, out)
+                written = self._write(route, first, out, written)
         if parking.scratch is not None:
             parking.scratch.close()
             parking.scratch = None
+        return written
 
     @staticmethod
     def _collect(
@@ -400,9 +456,11 @@ class Engine:
                 safe = hashlib.sha256(name.encode()).hexdigest()[:16]
                 parking.scratch = Scratch(self._folder / f"scratch-{safe}", parking.size)
 
-    def _note_chunks(self, unit: Unit, digests: Mapping[tuple[int, ...], str]) -> None:
+    def _note(self, unit: Unit, done: Done) -> None:
         with self._lock:
-            self._chunks.setdefault(unit.array.name, {}).update(digests)
+            self._chunks.setdefault(unit.array.name, {}).update(done.chunks)
+            if done.missing:
+                self._missing.setdefault(unit.array.name, []).extend(done.missing)
 
     def _array_digest(self, name: str) -> str:
         info = self._arrays.info[name]

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import hashlib
 import os
+import stat
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from moeconv.convert.plan import PlannedFile
 from moeconv.convert.sizes import format_size
 from moeconv.convert.threads import Thread
 from moeconv.errors import OutputError
+from moeconv.untrusted.files import UnsafeFileError
 
 _HASH_BLOCK = 1 << 20
 _HASHERS = 2  # files hashed at the same moment
@@ -49,9 +52,14 @@ class OutputFiles:
                     f"{path} of the unfinished conversion is gone or cut; begin anew without "
                     "--resume"
                 )
-            flags = os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC)
-            fd = os.open(path, flags, 0o644)
+            try:
+                fd = open_own(path, os.O_RDWR | os.O_CREAT)
+            except OSError:
+                self.close()
+                raise
             self._descriptors.append(fd)
+            if not keep:
+                os.ftruncate(fd, 0)
             try:
                 os.posix_fallocate(fd, 0, file.layout.size)
             except OSError as error:
@@ -72,6 +80,13 @@ class OutputFiles:
     def write(self, file: int, offset: int, data: memoryview) -> None:
         """Writes bytes at an absolute offset."""
         write_all(self._descriptors[file], data, offset)
+
+    def checksum(self, file: int, offset: int, size: int, before: int = 0) -> int:
+        """CRC-32 of bytes that lie in a file; `before` is that of bytes that come before them."""
+        for start in range(offset, offset + size, _HASH_BLOCK):
+            part = os.pread(self._descriptors[file], min(_HASH_BLOCK, offset + size - start), start)
+            before = zlib.crc32(part, before)
+        return before
 
     def completed(self, file: int, tensor: str) -> None:
         """Notes that every byte of a tensor is written."""
@@ -146,8 +161,9 @@ class Scratch:
 
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._fd = open_own(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
+            os.ftruncate(self._fd, 0)
             os.posix_fallocate(self._fd, 0, max(1, size))
         except OSError as error:
             self.close()
@@ -174,6 +190,27 @@ class Scratch:
         os.close(self._fd)
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
+
+
+def open_own(path: Path, flags: int, mode: int = 0o644) -> int:
+    """Opens a file of the staging directory to write; a descriptor.
+
+    Others may have been there: nothing that leads elsewhere is written through.
+
+    Raises:
+        OSError: It cannot be opened; UnsafeFileError for a link or a special file.
+    """
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnsafeFileError(path, f"{path.name} is a link") from None
+        raise
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+        os.close(fd)
+        raise UnsafeFileError(path, f"{path.name} is a link or no regular file")
+    return fd
 
 
 def write_all(fd: int, data: memoryview, offset: int) -> None:

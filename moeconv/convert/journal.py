@@ -1,76 +1,174 @@
 """The journal of a conversion under way: what is safely on disk, so that `--resume` can go on.
 
 One JSON line each, appended after the data it speaks of was synced: first the plan's digest, then
-finished units with the digests of their chunks, and arrays whose parked pieces were put together.
+finished units, and arrays whose parked pieces were put together. Each line has a checksum of its
+own and one of the bytes that it speaks of: a journal is believed as far as it is whole, and the
+files as far as they are what it says.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from moeconv.convert.files import open_own
+from moeconv.convert.work import Unit
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import read_inside
 
 NAME = "journal.jsonl"
 
+Position = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Done:
+    """What is recorded of a finished unit.
+
+    Attributes:
+        chunks: SHA-256 of each chunk as it was read, by its place in the grid.
+        missing: Chunks that the checkpoint does not store.
+        written: CRC-32 of the bytes that went to their places, in the order of the routes.
+    """
+
+    chunks: Mapping[Position, str]
+    missing: Sequence[Position]
+    written: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a line."""
+        return {
+            "chunks": [[list(position), digest] for position, digest in self.chunks.items()],
+            "missing": [list(position) for position in self.missing],
+            "written": self.written,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Any, unit: Unit) -> Self:
+        """From a line; ValueError (or KeyError, TypeError) where it is none of this unit."""
+        chunks = {tuple(position): str(digest) for position, digest in entry["chunks"]}
+        missing = [tuple(position) for position in entry["missing"]]
+        if chunks.keys() != {p for p, _ in unit.chunks()} or not chunks.keys() >= set(missing):
+            raise ValueError
+        return cls(chunks, missing, int(entry["written"]))
+
 
 class Journal:
-    """An append-only file in the staging directory."""
+    """An append-only file in the staging directory.
 
-    def __init__(self, folder: Path, plan_digest: str, *, resume: bool) -> None:
+    Attributes:
+        done: Finished units, by number.
+        settled: Arrays whose parked pieces are in their places, with the CRC-32 of their bytes.
+        resumed: An earlier process's journal is taken over.
+        notes: Sentences for people.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan_digest: str,
+        *,
+        units: Sequence[Unit] = (),
+        parked: Collection[str] = (),
+        resume: bool,
+    ) -> None:
         """Opens it; with `resume` takes over what an earlier process wrote for the same plan.
+
+        Args:
+            folder: The staging directory.
+            plan_digest: Of the plan.
+            units: The plan's.
+            parked: Its parked arrays.
+            resume: Whether to take anything over.
 
         Raises:
             ValueError: There is a journal, but of another plan.
+            OSError: It cannot be read or written.
         """
-        self.done: dict[int, dict[tuple[int, ...], str]] = {}
-        self.zeros: dict[int, list[tuple[int, ...]]] = {}
-        self.settled: set[str] = set()
+        self.done: dict[int, Done] = {}
+        self.settled: dict[str, int] = {}
         self.resumed = False
-        path = folder / NAME
-        if resume and path.exists():
-            self._read(path, plan_digest)
-        self._file = path.open("a" if self.resumed else "w", encoding="utf-8")
+        self.notes: list[str] = []
+        self._units, self._parked = units, parked
+        whole = 0
+        if resume:
+            with contextlib.suppress(FileNotFoundError):
+                whole = self._read(read_inside(folder, NAME), plan_digest)
+        self._fd = open_own(folder / NAME, os.O_RDWR | os.O_CREAT)
+        os.ftruncate(self._fd, whole)
+        os.lseek(self._fd, whole, os.SEEK_SET)
         if not self.resumed:
             self._append({"plan": plan_digest})
 
-    def _read(self, path: Path, plan_digest: str) -> None:
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+    def _read(self, raw: bytes, plan_digest: str) -> int:
+        """Takes over what is whole; how many bytes that is."""
+        end = 0
+        for number, line in enumerate(raw.split(b"\n"), 1):
+            if end + len(line) == len(raw):
+                break  # no line's end: the last line of a process that died while writing it
             try:
-                lines.append(json.loads(line))
-            except ValueError:
-                break  # the last line of a process that died while writing it
-        if not lines:
-            return
-        if lines[0].get("plan") != plan_digest:
-            raise ValueError("the journal is of another plan")
-        for entry in lines[1:]:
-            if "unit" in entry:
-                chunks = {tuple(position): digest for position, digest in entry["chunks"]}
-                self.done[entry["unit"]] = chunks
-                self.zeros[entry["unit"]] = [tuple(position) for position in entry.get("zeros", ())]
-            elif "settled" in entry:
-                self.settled.add(entry["settled"])
-        self.resumed = True
-        text = "".join(json.dumps(entry) + "\n" for entry in lines)
-        path.write_text(text, encoding="utf-8")
+                self._take(_checked(line), plan_digest, first=number == 1)
+            except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
+                if isinstance(error, _AnotherPlanError):
+                    raise ValueError("the journal is of another plan") from None
+                self.notes.append(
+                    f"warning: line {number} of the unfinished conversion's {NAME} is damaged; "
+                    + ("what comes after it is done again" if self.resumed else "beginning anew")
+                )
+                break
+            end += len(line) + 1
+        return end
 
-    def unit(
-        self, number: int, chunks: dict[tuple[int, ...], str], zeros: Sequence[tuple[int, ...]]
-    ) -> None:
-        """Records a unit whose bytes are synced: its chunks, and which of them hold only zeros."""
-        entry = {"unit": number, "chunks": [[list(p), d] for p, d in chunks.items()]}
-        self._append({**entry, "zeros": [list(p) for p in zeros]})
+    def _take(self, entry: dict[str, Any], plan_digest: str, *, first: bool) -> None:
+        if first:
+            if entry["plan"] != plan_digest:
+                raise _AnotherPlanError
+            self.resumed = True
+        elif "settled" in entry:
+            if entry["settled"] not in self._parked:
+                raise ValueError
+            self.settled[entry["settled"]] = int(entry["written"])
+        else:
+            number = entry["unit"]
+            if type(number) is not int or number < 0:
+                raise ValueError
+            self.done[number] = Done.from_json(entry, self._units[number])
 
-    def settle(self, array: str) -> None:
+    def unit(self, number: int, done: Done) -> None:
+        """Records a unit whose bytes are synced."""
+        self._append({"unit": number, **done.to_json()})
+
+    def settle(self, array: str, written: int) -> None:
         """Records an array whose parked pieces are in their places, synced."""
-        self._append({"settled": array})
+        self._append({"settled": array, "written": written})
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        os.close(self._fd)
 
     def _append(self, entry: dict[str, Any]) -> None:
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps({**entry, "sum": _sum(entry)}) + "\n"
+        data = line.encode()
+        while data:
+            data = data[os.write(self._fd, data) :]
+        os.fsync(self._fd)
+
+
+class _AnotherPlanError(ValueError):
+    """The journal is whole, and speaks of another conversion."""
+
+
+def _sum(entry: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(entry, sort_keys=True).encode())
+
+
+def _checked(line: bytes) -> dict[str, Any]:
+    """A line's content; ValueError (or KeyError, TypeError) where it is not as it was written."""
+    entry = strict_json.loads(line)
+    if not isinstance(entry, dict) or entry.pop("sum") != _sum(entry):
+        raise ValueError
+    return entry

@@ -10,7 +10,9 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import LayerKind
 from moeconv.convert.plan import Plan
 from moeconv.convert.run_record import RunRecord
+from moeconv.hf.config import to_json
 from moeconv.mapping.ops import Scale
+from moeconv.untrusted.text import printable
 
 MANIFEST_NAME = "moeconv.json"
 # More than any size or id of a model; two of them multiplied are still a number of 64 bits.
@@ -68,7 +70,8 @@ class Manifest(_Frozen):
 
     `dtype` is what config.json names; with `dtype_kept` the tensors have the checkpoint's own, and
     it is the one that most of their bytes have. `run` is null where a run left nothing that tells
-    of it.
+    of it. `missing_chunks` has the places, in each array's grid, of the chunks that the checkpoint
+    does not store and that were read as zeros; it is written only where there are any.
     """
 
     format: Literal["moeconv"] = "moeconv"
@@ -89,6 +92,12 @@ class Manifest(_Frozen):
     plan: str
     files: dict[str, FileRecord]
     run: RunRecord | None = None
+    missing_chunks: dict[str, list[list[int]]] = {}
+
+    def to_json(self) -> bytes:
+        """Content of the file; what no text may hold (of a path, say) stands as escapes."""
+        left_out = None if self.missing_chunks else {"missing_chunks"}
+        return to_json(_plain(self.model_dump(mode="json", exclude=left_out)))
 
     def description(self) -> ModelDescription:
         """The model that `model` tells of.
@@ -109,6 +118,14 @@ class Manifest(_Frozen):
         if not all(wanted):
             raise ValueError("it describes no model")
         return model
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(below) for name, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(below) for below in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def folds(plan: Plan) -> list[FoldRecord]:

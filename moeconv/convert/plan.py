@@ -124,7 +124,7 @@ class Plan:
 
     def unit_cost(self, unit: Unit) -> int:
         """Peak bytes of one unit: decoded, and compressed (never larger) while it is decoded."""
-        return 2 * unit.nbytes + WORKER_BYTES
+        return 2 * unit.decoded_bytes + WORKER_BYTES
 
     @property
     def memory_floor(self) -> int:
@@ -141,12 +141,12 @@ class Plan:
             MemoryLimitError: The limit lies below the floor.
         """
         if limit < self.memory_floor:
-            largest = max(self.units, key=lambda u: u.nbytes)
+            largest = max(self.units, key=lambda u: u.decoded_bytes)
             raise MemoryLimitError(
                 f"--max-memory {format_size(limit)} is below the {format_size(self.memory_floor)} "
                 f"that this checkpoint needs: {largest.array.name} is stored in chunks of "
-                f"{format_size(largest.nbytes)}, and a chunk is decoded whole; give --max-memory "
-                f"{math.ceil(self.memory_floor / MIB)}MiB or more"
+                f"{format_size(largest.decoded_bytes)}, and a chunk is decoded whole; give "
+                f"--max-memory {math.ceil(self.memory_floor / MIB)}MiB or more"
             )
         return min(limit, max(int(1.1 * self.memory_floor), jobs * 384 * MIB))
 

@@ -1,10 +1,9 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.arch.told import ToldConfig, load_config_file, tell
 from moeconv.arch.yaml_file import short
+from moeconv.convert.unchanged import Unchanged
 from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
 from moeconv.hf.tokenizer import TOKENIZER_FILES, TokenizerFiles, tokenizer_of
 from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
@@ -33,6 +34,8 @@ UNUSED = {
 
 # Of the step; Orbax writes when the save began into it.
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+# Of its items, beside the arrays.
+_OWN = ("_METADATA", "manifest.ocdbt")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Checkpoint:
         resolution: What is known of the model, and what is missing.
         sidecar: The run's sidecar and its folder, if one was found.
         dropped: Parameters left out on purpose, with the reason.
+        files: Digest of the names, sizes and times of all its files; None where it is remote.
+        unchanged: Looks for changes since before it was read.
     """
 
     step: Step
@@ -58,6 +63,25 @@ class Checkpoint:
     resolution: Resolution
     sidecar: tuple[RunSidecar, Folder] | None
     dropped: Mapping[str, str]
+    files: str | None
+    unchanged: Unchanged
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another: place, step, and digests of its metadata.
+
+        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
+        that the files tell, if they are known.
+        """
+        items = self.step.items
+        parts = {name: items.read(name) for name in _OWN}
+        if items.name == "items":
+            parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
+        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+        found = {"path": str(items), "step": self.step.number, "metadata": digests}
+        if "manifest.ocdbt" not in digests and self.files is not None:
+            found["files"] = self.files
+        return found
 
     @property
     def tokenizer(self) -> str | None:
@@ -71,35 +95,25 @@ class Checkpoint:
         assert self.sidecar is not None
         return run_tokenizer(*self.sidecar, model_max_length=model_max_length)
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: place, step, and digests of its metadata.
 
-        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
-        `files` is a digest of the names, sizes and times of what lies there, if that is known.
-        """
-        items = self.step.items
-        parts = {name: items.read(name) for name in ("_METADATA", "manifest.ocdbt")}
-        if items.name == "items":
-            parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
-        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
-        found = {"path": str(items), "step": self.step.number, "metadata": digests}
-        if "manifest.ocdbt" not in digests and items.local is not None:
-            found["files"] = _inventory(items.local)
-        return found
+def _look(step: Step) -> Mapping[str, object]:
+    """What changes when the checkpoint does: on this machine, the stamp of every file."""
+    if (local := step.items.local) is not None:
+        return {**inventory(local), **stamps(local.parent / _CHECKPOINT_METADATA)}
+    return versions(step.items, _OWN) | versions(step.items.parent, [_CHECKPOINT_METADATA])
 
 
-def _inventory(folder: Path) -> str:
-    lines = []
-    for place, _, names in os.walk(folder):
-        for path in (Path(place, name) for name in names):
-            status = path.stat()
-            lines.append(f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns}")
-    return hashlib.sha256("\n".join(sorted(lines)).encode("utf-8", "surrogateescape")).hexdigest()
+def _files_digest(files: Mapping[str, Stamp]) -> str:
+    lines = sorted(f"{name} {size} {changed}" for name, (size, changed, *_) in files.items())
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def open_checkpoint(
-    spec: str, *, config: Path | None = None, sets: Sequence[str] = ()
+    spec: str,
+    *,
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    allow_missing_chunks: bool = False,
 ) -> Checkpoint:
     """Opens CKPT and resolves what is known of its model.
 
@@ -107,6 +121,7 @@ def open_checkpoint(
         spec: A run, its `checkpoints/`, a step, a step's `items/`, or a URL of one.
         config: MaxText YAML; replaces the run's sidecar.
         sets: `key=value` flags; win over both.
+        allow_missing_chunks: Chunks that are not stored count as zeros, where zeros need not be.
 
     Raises:
         NotACheckpointError: There is no complete checkpoint.
@@ -115,8 +130,16 @@ def open_checkpoint(
         UnsupportedError: The decoder block or a dtype is not supported.
     """
     step = locate(spec)
+    unchanged = Unchanged()
+    unchanged.watch(partial(_look, step))
+    local = step.items.local
+    files = _files_digest(inventory(local)) if local is not None else None
     tree = read_tree(step.items)
-    arrays = Arrays(step.items, tree)
+    if local is None and not tree.use_ocdbt:
+        name = "zarr.json" if tree.use_zarr3 else ".zarray"
+        names = [f"params.params.{'.'.join(path)}/{name}" for path in tree.parameters]
+        unchanged.watch(partial(versions, step.items, names))
+    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
     sidecar, unread = None, []
     try:
         sidecar = _read_sidecar(step)
@@ -130,7 +153,9 @@ def open_checkpoint(
     layout = detect_layout(used, scan_axis=_scan_axis(told))
     resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
-    return Checkpoint(step, tree, arrays, layout, told, resolution, sidecar, dropped)
+    return Checkpoint(
+        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
+    )
 
 
 def run_config(

@@ -120,13 +120,27 @@ class Unit:
         """Bytes, decoded."""
         return math.prod(stop - start for start, stop in self.box) * self.array.itemsize
 
-    def chunks(self) -> Iterator[tuple[tuple[int, ...], tuple[Range, ...]]]:
-        """Grid position and box of every chunk in the unit, in grid order."""
-        steps = [
+    @property
+    def chunk_count(self) -> int:
+        """Number of its chunks."""
+        return math.prod(map(len, self._steps))
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Bytes of its chunks when they are decoded, each whole."""
+        return self.chunk_count * self.array.decoded_bytes
+
+    @property
+    def _steps(self) -> list[range]:
+        """Its chunks' places along each axis of the grid."""
+        return [
             range(start // c, -(-stop // c))
             for (start, stop), c in zip(self.box, self.array.chunk, strict=True)
         ]
-        for position in _product(steps):
+
+    def chunks(self) -> Iterator[tuple[tuple[int, ...], tuple[Range, ...]]]:
+        """Grid position and box of every chunk in the unit, in grid order."""
+        for position in _product(self._steps):
             box = tuple(
                 (p * c, min((p + 1) * c, n))
                 for p, c, n in zip(position, self.array.chunk, self.array.shape, strict=True)

@@ -12,6 +12,7 @@ from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import is_address, open_regular, read_inside, read_whole
+from moeconv.untrusted.text import printable
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
 TOKENIZER_FILES = (
@@ -369,8 +370,19 @@ def _download(repo_id: str) -> Path:
     """Fetches the tokenizer's files of a repository into the Hub's cache."""
     from huggingface_hub import snapshot_download
 
+    from moeconv.hf.hub_address import read_address
+    from moeconv.hf.hub_client import DOWNLOAD, hub_client, within
+
+    address = read_address(None)  # says itself where a token must not go
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=list(TOKENIZER_FILES)))
+        with hub_client(address):
+            found = within(
+                # Whole: what is downloaded through Xet has no limit of ours besides.
+                lambda: snapshot_download(repo_id, allow_patterns=list(TOKENIZER_FILES)),
+                DOWNLOAD,
+                address.host,
+            )
+        return Path(found)
     except Exception as error:  # its transport's own errors have no stable name to catch
         raise TokenizerError(f"{repo_id}: {_failure(repo_id, error)}") from error
 
@@ -410,5 +422,5 @@ def _failure(repo_id: str, error: Exception) -> str:
             "no such directory, and the Hub cannot be reached; check the network, or give a "
             "directory"
         )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
     return f"fetching it from the Hub failed ({reason}); try again, or give a directory"

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub import HfApi, get_token
 
-from moeconv.errors import HubError, UsageError
+from moeconv.errors import HubError
+from moeconv.untrusted.text import printable
 
 _WRITING_ROLES = ("admin", "write", "contributor")
 
@@ -27,51 +27,26 @@ class Account:
     why: str = ""
 
 
-def token_for(endpoint: str) -> str | None:
-    """The token from HF_TOKEN or the stored login; never over a line that others can read.
+def demand_token() -> str:
+    """The token from HF_TOKEN or the stored login, which a push needs first.
 
     Raises:
-        UsageError: The endpoint is no address, or would get the token unencrypted.
+        HubError: There is none.
     """
-    parts = urlsplit(endpoint)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
-        raise UsageError(f"--endpoint {endpoint} is not an address such as https://huggingface.co")
     token: str | None = get_token()
-    local = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
-    if token is not None and parts.scheme == "http" and not local:
-        raise UsageError(
-            f"--endpoint {endpoint} would get the token unencrypted; give an https address"
-        )
-    return token
-
-
-def demand_token(endpoint: str | None) -> None:
-    """What a push needs first, before anything is read.
-
-    Args:
-        endpoint: The Hub's address, None for huggingface_hub's own (HF_ENDPOINT).
-
-    Raises:
-        HubError: There is no token.
-        UsageError: As `token_for`.
-    """
-    if token_for(address_of(endpoint)) is None:
+    if token is None:
         raise HubError(
             "there is no token; set HF_TOKEN (https://huggingface.co/settings/tokens) or "
             "run `hf auth login`"
         )
-
-
-def address_of(endpoint: str | None) -> str:
-    """The Hub that is meant; None is huggingface_hub's own (HF_ENDPOINT)."""
-    return (endpoint or constants.ENDPOINT).rstrip("/")
+    return token
 
 
 def read_account(api: HfApi, repo_id: str) -> Account:
     """Asks the Hub who the token is."""
     me = api.whoami()
     may, why = may_write(me, repo_id)
-    return Account(str(me.get("name", "?")), may, why)
+    return Account(printable(str(me.get("name", "?")))[:100], may, why)
 
 
 def may_write(me: Mapping[str, Any], repo_id: str) -> tuple[bool | None, str]:

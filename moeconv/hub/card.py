@@ -14,7 +14,7 @@ from moeconv.hub.usage import usage
 from moeconv.verify.markdown import verdict_line
 from moeconv.verify.outcome import Check, Status
 from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, parity_of
-from moeconv.verify.tables import table
+from moeconv.verify.tables import code, plain, table
 from moeconv.verify.written import PAGE_NAME
 
 _SETTINGS = {
@@ -102,7 +102,7 @@ def _intro(given: CardInput) -> list[str]:
     parts = [
         f"A {kind} with {_millions(counts.total)} parameters{used}, trained with "
         "[MaxText](https://github.com/AI-Hypercomputer/maxtext) and converted to Hugging Face "
-        f"files by moeconv {given.output.manifest.moeconv_version}."
+        f"files by moeconv {plain(given.output.manifest.moeconv_version)}."
     ]
     if not given.judgement.verified:
         parts.append(
@@ -118,7 +118,7 @@ def _architecture(given: CardInput) -> list[str]:
     counts = count(model)
     heads = f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value"
     rows = [
-        ("architecture", f"`{output.manifest.architecture}`"),
+        ("architecture", code(output.manifest.architecture)),
         ("parameters", f"{counts.total:,}"),
     ]
     if model.moe_layers:
@@ -144,7 +144,7 @@ def _architecture(given: CardInput) -> list[str]:
         ("RoPE", f"θ = {model.rope_theta:,.0f}" + (", scaled" if model.rope_use_scale else "")),
         ("norm", f"RMSNorm, ε = {model.rms_norm_eps:g}"),
         ("output head", "tied to the embedding" if model.tie_word_embeddings else "its own"),
-        ("dtype of the files", output.manifest.dtype),
+        ("dtype of the files", plain(output.manifest.dtype)),
     ]
     parts = [table(("", ""), rows)]
     if output.manifest.target == "mixtral" and model.dense_layers:
@@ -171,7 +171,7 @@ def _training(given: CardInput) -> list[str]:
     if dataset := given.output.dataset:
         rows.append(("data", f"[{dataset}](https://huggingface.co/datasets/{dataset})"))
     if run and run.maxtext_version:
-        rows.append(("MaxText", run.maxtext_version))
+        rows.append(("MaxText", plain(run.maxtext_version)))
     if step is not None:
         planned = (
             facts.steps if facts and facts.steps else run.settings.get("steps") if run else None
@@ -188,7 +188,7 @@ def _training(given: CardInput) -> list[str]:
             if k in run.settings
         ]
         if facts and facts.dataset_digest:
-            rows.append(("SHA-256 of the prepared data", f"`{facts.dataset_digest}`"))
+            rows.append(("SHA-256 of the prepared data", code(facts.dataset_digest)))
     if rows:
         parts.append(table(("", ""), rows))
     if run is not None and (run.train or run.evaluation):
@@ -219,17 +219,18 @@ def _conversion(given: CardInput) -> list[str]:
     manifest = given.output.manifest
     source = manifest.source
     parts = [
-        f"Made by `moeconv convert` {manifest.moeconv_version} from `{tail(source.path)}` "
-        f"({source.format}; {source.layout}), whose {len(source.arrays)} arrays have the digest "
-        f"`{source.digest}`. `moeconv.json` has the SHA-256 of every array that was read and of "
-        "every file that was written."
+        f"Made by `moeconv convert` {plain(manifest.moeconv_version)} from "
+        f"{code(tail(source.path))} ({plain(source.format)}; {plain(source.layout)}), whose "
+        f"{len(source.arrays)} arrays have the digest {code(source.digest)}. "
+        "`moeconv.json` has the SHA-256 of every array that was read and of every file that was "
+        "written."
     ]
     notes = [
-        f"{fold.factor} was folded into `{fold.target}` "
-        f"({'exact' if fold.exact else 'rounded once'}): {fold.reason}."
+        f"{plain(fold.factor)} was folded into {code(fold.target)} "
+        f"({'exact' if fold.exact else 'rounded once'}): {plain(fold.reason)}."
         for fold in manifest.folds
     ]
-    notes += [f"{name} is left out: {why}." for name, why in manifest.dropped.items()]
+    notes += [f"{plain(name)} is left out: {plain(why)}." for name, why in manifest.dropped.items()]
     notes += [
         f"{_public(given, text)}."
         for text in manifest.warnings
@@ -299,13 +300,13 @@ def _figures(parity: Check) -> list[tuple[str, str]]:
 
 def _public(given: CardInput, text: str) -> str:
     """A sentence from a report, without paths of the machine that wrote it."""
-    return shorten(text, own_paths(given.output)).rstrip(".")
+    return plain(shorten(text, own_paths(given.output))).rstrip(".")
 
 
 def _setting(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else plain(str(value))
 
 
 def _millions(number: int) -> str:

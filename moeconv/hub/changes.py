@@ -1,6 +1,5 @@
 """What a push does to each file, as a value: made first, printed by a dry run, then carried out."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from moeconv.convert.beside import LOSS_PLOT
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.hub.local import File
 from moeconv.hub.remote import RemoteFile
+from moeconv.untrusted import strict_json
 from moeconv.verify.plots import PLOTS
 from moeconv.verify.report import REPORT_NAME
 from moeconv.verify.written import PAGE_NAME
@@ -65,7 +65,7 @@ def plan_changes(
 
 def _named_by(manifest: bytes | None) -> set[str]:
     try:
-        content = json.loads(manifest or b"{}")
+        content = strict_json.loads(manifest or b"{}")
         return set(content["files"]) if content.get("format") == "moeconv" else set()
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()

@@ -6,7 +6,6 @@ as long as `Retry-After` says); what it sends once only is retried here.
 
 import json
 import logging
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,10 +21,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from moeconv.errors import HubError, OutputError
-
-# Of the HTTP library that huggingface_hub uses: httpx, or httpx2 in newer releases.
-HttpError: type[Exception] = HfHubHTTPError.__bases__[0]
+from moeconv.errors import HubError, MoeconvError, OutputError
+from moeconv.hf.hub_client import HttpError, asked_wait
+from moeconv.hub.secrets import redact
+from moeconv.untrusted.text import printable
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
@@ -66,8 +65,7 @@ def retry_after(error: BaseException) -> float | None:
     """Seconds that the Hub asks to wait."""
     if status_of(error) is None:
         return None
-    text = error.response.headers.get("Retry-After", "")  # type: ignore[attr-defined]
-    return float(text) if text.isdigit() else None
+    return asked_wait(error.response.headers)  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -83,9 +81,12 @@ def hub_errors(what: str, place: str) -> Iterator[None]:
     """
     try:
         yield
+    except MoeconvError:
+        raise
     except (HttpError, ConnectionError, HFValidationError, LocalTokenNotFoundError) as error:
         raise HubError(explain(error, what, place)) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except Exception as error:
+        # huggingface_hub takes answers for what they should be: of others it raises just anything.
         raise HubError(
             f"{what} ({place}) failed: the answer is not that of a Hub ({type(error).__name__}); "
             "check --endpoint and HF_ENDPOINT"
@@ -102,7 +103,7 @@ def upload_errors(place: str) -> Iterator[None]:
     """
     try:
         yield
-    except (HttpError, ConnectionError, json.JSONDecodeError):
+    except (HttpError, ConnectionError, json.JSONDecodeError, MoeconvError):
         raise
     except (ValueError, RuntimeError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
@@ -111,6 +112,8 @@ def upload_errors(place: str) -> Iterator[None]:
             ) from None
         # Files are sent by threads, whose own error is the cause.
         cause = error.__cause__ or error
+        if isinstance(cause, MoeconvError):
+            raise cause from None
         refused = status_of(cause) == 403  # such an address is good for some hours
         if isinstance(cause, HttpError | ConnectionError) and not refused:
             raise cause from None
@@ -190,20 +193,19 @@ def explain(error: BaseException, what: str, place: str) -> str:
 def server_message(error: BaseException) -> str:
     """What the Hub itself said, in one line; empty when nothing."""
     text = getattr(error, "server_message", None) or ""
-    return redact(" ".join(str(text).split()))[:300].rstrip(".")
-
-
-def redact(text: str) -> str:
-    """A text without tokens and without the signatures of addresses."""
-    text = re.sub(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+", "***", text)
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
+    return _line(text)[:300].rstrip(".")
 
 
 def _short(error: BaseException) -> str:
     status = status_of(error)
     if status is not None:
         return f"the Hub answered {status}"
-    return redact(" ".join(str(error).split())).rstrip(".") or type(error).__name__
+    return _line(error).rstrip(".") or type(error).__name__
+
+
+def _line(words: object) -> str:
+    """Words of others as one line that a terminal can take, without tokens."""
+    return redact(printable(" ".join(str(words).split())))
 
 
 @contextmanager
@@ -212,7 +214,7 @@ def hub_words(note: Note) -> Iterator[None]:
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            note(redact(" ".join(record.getMessage().split())))
+            note(_line(record.getMessage()))
 
     logger = logging.getLogger("huggingface_hub")
     handlers, propagate = logger.handlers, logger.propagate
@@ -225,4 +227,4 @@ def hub_words(note: Note) -> Iterator[None]:
         logger.handlers, logger.propagate = handlers, propagate
         for one in caught:
             if issubclass(one.category, UserWarning):
-                note(redact(" ".join(str(one.message).split())))
+                note(_line(one.message))

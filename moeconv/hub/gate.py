@@ -3,15 +3,23 @@
 A verdict counts if it was made of the bytes that lie there now, did not fail, and rests on the
 levels structure and weights and on one of logits and layers against MaxText itself: equal weights
 prove nothing about the RoPE that config.json declares. Warnings pass and are repeated in the card.
+
+The verdict is not taken at its word: it is made again of the checks, each level must have those
+that it always makes, and the source must be the manifest's. It is evidence and not a signature:
+whoever writes a report that is consistent in itself is believed.
 """
 
+import hashlib
 from dataclasses import dataclass
 
+from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import UnverifiedError
 from moeconv.hub.local import Output
+from moeconv.untrusted.text import printable
 from moeconv.verify.markdown import verdict_line
-from moeconv.verify.outcome import Check, Level, Status, passed, worst
-from moeconv.verify.report import ENOUGH, REPORT_NAME, Report
+from moeconv.verify.outcome import CHECKS, Level, Status, passed, worst
+from moeconv.verify.plots import find
+from moeconv.verify.report import ENOUGH, REPORT_NAME, Report, levels_of
 
 _PROVEN = (Status.PASS, Status.WARN)
 _ALWAYS: tuple[Level, ...] = ("structure", "weights")
@@ -51,6 +59,8 @@ def judge(output: Output) -> Judgement:
         return Judgement(None, _no_report(output))
     if other := _other_bytes(output, report):
         return Judgement(None, f"{REPORT_NAME} speaks of other bytes than those of {_few(other)}")
+    if (wrong := _contradiction(output, report)) is not None:
+        return Judgement(None, f"{REPORT_NAME} contradicts itself: {wrong}")
     report = _of_what_is_sent(report)
     warned = [c for c in report.checks if c.status is Status.WARN]
     warnings = tuple(f"{c.level}/{c.name}: {c.summary}" for c in warned)
@@ -58,7 +68,45 @@ def judge(output: Output) -> Judgement:
 
 
 def _no_report(output: Output) -> str:
-    return f"{REPORT_NAME} is no report" if output.unreadable else f"there is no {REPORT_NAME}"
+    if output.unreadable is not None:
+        return f"{REPORT_NAME} is no report ({printable(output.unreadable)[:200]})"
+    return f"there is no {REPORT_NAME}"
+
+
+def _contradiction(output: Output, report: Report) -> str | None:
+    """What in a report does not follow from its checks, or from the manifest."""
+    names = [(c.level, c.name) for c in report.checks]
+    if len(set(names)) != len(names):
+        return "a check is there twice"
+    levels = levels_of(report.checks)
+    if report.levels != levels:
+        apart = {name for name, _ in report.levels.items() ^ levels.items()}
+        return f"its checks do not give the verdict of level {_few(sorted(apart))}"
+    if report.verdict is not worst(report.checks):
+        return f"its checks give {worst(report.checks)}, its verdict is {report.verdict}"
+    for level, status in levels.items():
+        if status in _PROVEN and (lacking := _lacking(output, report, level)):
+            return f"level {level} lacks {_few(lacking)}"
+    claimed = output.manifest.source
+    lines = [f"{name} {digest}" for name, digest in sorted(claimed.arrays.items())]
+    read = find(report, "weights", "source")
+    digests = {report.source, hashlib.sha256("\n".join(lines).encode()).hexdigest()}
+    if read is not None and read.status is Status.PASS:
+        digests.add(str(read.metrics.get("digest")))
+    if digests != {claimed.digest}:
+        return f"it speaks of another checkpoint than {MANIFEST_NAME}"
+    return None
+
+
+def _lacking(output: Output, report: Report, level: Level) -> list[str]:
+    """Checks that a level has whenever it ran, and that are not there or were not made."""
+    known = CHECKS[level]
+    made = {c.name for c in report.checks if c.level == level and c.status in _PROVEN}
+    there = {c.name for c in report.checks if c.level == level}
+    wanted = {name: there if name in known.can_skip else made for name in known.always}
+    if level in _ONE_OF and output.model.moe_layers:
+        wanted["router"] = made
+    return [f"check {name}" for name, among in wanted.items() if name not in among]
 
 
 def _of_what_is_sent(report: Report) -> Report:
@@ -71,8 +119,9 @@ def _of_what_is_sent(report: Report) -> Report:
     ]
     if checks == report.checks:
         return report
-    levels = {level: worst(c for c in checks if c.level == level) for level in report.levels}
-    return report.model_copy(update={"checks": checks, "levels": levels, "verdict": worst(checks)})
+    return report.model_copy(
+        update={"checks": checks, "levels": levels_of(checks), "verdict": worst(checks)}
+    )
 
 
 def demand(output: Output, judgement: Judgement) -> None:
@@ -90,7 +139,12 @@ def demand_verdict(output: Output) -> None:
     Raises:
         UnverifiedError: Whatever the bytes are, it is not proven; says why and what to do.
     """
-    _refuse(output, _problem(output.report) if output.report else _no_report(output))
+    if output.report is None:
+        _refuse(output, _no_report(output))
+    elif (wrong := _contradiction(output, output.report)) is not None:
+        _refuse(output, f"{REPORT_NAME} contradicts itself: {wrong}")
+    else:
+        _refuse(output, _problem(output.report))
 
 
 def _refuse(output: Output, problem: str | None) -> None:
@@ -133,13 +187,8 @@ def _problem(report: Report) -> str | None:
 
 def _against_maxtext(report: Report, level: Level) -> bool:
     """Whether a level's reference was MaxText (`--against hf:DIR` takes another)."""
-    check = reference(report, level)
+    check = find(report, level, "reference")
     return check is not None and check.metrics.get("against") == "maxtext"
-
-
-def reference(report: Report, level: Level) -> Check | None:
-    """The check that says what a level compared with."""
-    return next((c for c in report.checks if (c.level, c.name) == (level, "reference")), None)
 
 
 def _why(report: Report, level: Level) -> str:

@@ -1,25 +1,30 @@
 """An output of `convert` as it lies on the disk: its manifest, its verdict, every file's digest."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
 from moeconv.convert.beside import is_output_name
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
-from moeconv.convert.stamps import Stamp, stamp
 from moeconv.errors import NotACheckpointError, OutputError
+from moeconv.hub.weights import Weights
+from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import is_file, read_inside
+from moeconv.untrusted.text import printable
+from moeconv.verify.markdown import to_markdown
+from moeconv.verify.outcome import first_line
 from moeconv.verify.report import REPORT_NAME, Report
-from moeconv.verify.structure import sha256
 
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# Of a manifest or report: far more than a model of any size has.
+_JSON_LIMIT = 64 * 2**20
 # How deep below the current directory an output is looked for.
 _DEPTH = 4
 
@@ -32,54 +37,67 @@ class File:
         name: Its name there.
         size: In bytes.
         sha256: Its digest.
-        path: Where it lies; None when `content` has it.
-        content: What is sent instead of a file on the disk.
+        content: All of it, read once: what was looked at is what is sent; None of weights.
+        weights: A file too large for that.
+        path: Where it lies, if it is sent as it is.
     """
 
     name: str
     size: int
     sha256: str
-    path: Path | None = None
     content: bytes | None = field(default=None, repr=False)
+    weights: Weights | None = None
+    path: Path | None = None
 
     @classmethod
-    def of(cls, name: str, content: bytes) -> "File":
-        """A file that lies nowhere."""
-        return cls(name, len(content), hashlib.sha256(content).hexdigest(), content=content)
+    def of(cls, name: str, content: bytes, path: Path | None = None) -> "File":
+        """A file that is kept in memory."""
+        return cls(name, len(content), hashlib.sha256(content).hexdigest(), content, path=path)
 
-    def read(self) -> bytes:
-        """All of it."""
-        if self.content is not None:
-            return self.content
-        assert self.path is not None
-        return read_own(self.path.parent, self.path.name)
+    @classmethod
+    def read(cls, folder: Path, name: str) -> "File":
+        """A file of OUT.
+
+        Raises:
+            OutputError: It cannot be read.
+        """
+        path = folder / name
+        if not name.endswith(".safetensors"):
+            return cls.of(name, read_own(folder, name), path)
+        weights = Weights.read(folder, name)
+        return cls(name, weights.size, weights.sha256, weights=weights, path=path)
 
     @property
-    def is_text(self) -> bool:
-        """Whether it is neither weights nor a picture."""
-        return not self.name.endswith((".safetensors", ".png", ".model"))
+    def looked_at(self) -> bytes:
+        """What may hold a secret: all of it, or of weights the header with its names."""
+        return self.weights.header if self.weights is not None else self.content or b""
 
     @cached_property
     def git_oid(self) -> str:
         """What git calls it, where it is no LFS file."""
-        return hashlib.sha1(b"blob %d\0" % self.size + self.read()).hexdigest()
+        digest = hashlib.sha1(b"blob %d\0" % self.size)
+        for chunk in self.weights.chunks() if self.weights else (self.looked_at,):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Output:
-    """An output of `convert`; its weights are read when their digests are asked for, once.
+    """An output of `convert`; its files are read when they are asked for, once.
 
     Attributes:
         folder: Where it lies.
         manifest: What it claims.
+        raw: The manifest's bytes.
         report: `verify.json`, None when there is none.
-        unreadable: `verify.json` is there, but is no report.
+        unreadable: Why `verify.json` is no report, where it is there.
     """
 
     folder: Path
     manifest: Manifest
+    raw: bytes = field(repr=False)
     report: Report | None
-    unreadable: bool = False
+    unreadable: str | None = None
 
     @classmethod
     def open(cls, folder: Path) -> "Output":
@@ -90,30 +108,37 @@ class Output:
             OutputError: The manifest is damaged, or names what convert never writes.
         """
         path = folder / MANIFEST_NAME
-        if not folder.is_dir():
-            raise NotACheckpointError(f"{folder} does not exist; give an output of moeconv convert")
         try:
-            manifest = Manifest.model_validate(
-                json.loads(read_inside(folder, MANIFEST_NAME, links=False))
-            )
-            manifest.description()  # what describes no model is no manifest
-        except FileNotFoundError:
+            if not folder.is_dir():
+                raise NotACheckpointError(
+                    f"{folder} does not exist; give an output of moeconv convert"
+                )
+            raw = read_inside(folder, MANIFEST_NAME, links=False, limit=_JSON_LIMIT)
+        except (FileNotFoundError, ValueError):  # ValueError: a NUL in the path
             raise NotACheckpointError(
                 f"{folder} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
             ) from None
         except OSError as error:
             raise OutputError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        try:
+            content = strict_json.loads(raw)
+            if isinstance(content, dict) and content.get("format") == "moeconv-run":
+                raise NotACheckpointError(
+                    f"{folder} is a training run; give the output of `moeconv convert {folder} OUT`"
+                )
+            demand_plain(content)
+            manifest = Manifest.model_validate(content)
+            manifest.description()  # what describes no model is no manifest
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
         if foreign := sorted(name for name in manifest.files if not is_output_name(name)):
             raise OutputError(
-                f"{path} names {', '.join(foreign)}, which moeconv convert never writes; nothing "
-                "is sent, convert again"
+                f"{path} names {printable(', '.join(foreign))[:200]}, which moeconv convert never "
+                "writes; nothing is sent, convert again"
             )
-        report, unreadable = _read_report(folder)
-        return cls(folder, manifest, report, unreadable)
+        return cls(folder, manifest, raw, *_read_report(folder))
 
     @property
     def names(self) -> list[str]:
@@ -126,27 +151,20 @@ class Output:
         return [name for name in self.names if not is_own(self.folder, name)]
 
     @cached_property
-    def _seen(self) -> dict[str, tuple[Stamp | None, str]]:
-        """By name: what tells the file from a later one, taken before it was read; its SHA-256.
+    def files(self) -> dict[str, File]:
+        """Each file as it lies there.
 
         Raises:
-            OutputError: A file cannot be read.
+            OutputError: One cannot be read.
         """
-        seen = {}
-        for name in self.names:
-            here = self.folder / name
-            seen[name] = stamp(here), sha256(here, links=False)
-        return seen
+        manifest = File.of(MANIFEST_NAME, self.raw, self.folder / MANIFEST_NAME)
+        found = {name: File.read(self.folder, name) for name in self.manifest.files}
+        return {**found, MANIFEST_NAME: manifest}
 
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of each file."""
-        return {name: digest for name, (_, digest) in self._seen.items()}
-
-    @property
-    def stamps(self) -> dict[Path, Stamp | None]:
-        """What tells each file from a later one, taken before it was read."""
-        return {self.folder / name: before for name, (before, _) in self._seen.items()}
+        return {name: file.sha256 for name, file in self.files.items()}
 
     @cached_property
     def model(self) -> ModelDescription:
@@ -174,11 +192,11 @@ class Output:
     def left_behind(self, sent: Iterable[str]) -> list[str]:
         """What lies in the folder and is not sent."""
         known = set(sent)
-        return sorted(
-            f"{p.name}/" if p.is_dir() else p.name
-            for p in self.folder.iterdir()
-            if p.name not in known
-        )
+        try:
+            there = sorted(self.folder.iterdir())
+        except OSError as error:
+            raise OutputError(f"{self.folder} cannot be listed: {error.strerror}") from None
+        return [f"{p.name}/" if p.is_dir() else p.name for p in there if p.name not in known]
 
 
 def read_own(folder: Path, name: str) -> bytes:
@@ -205,13 +223,40 @@ def is_own(folder: Path, name: str) -> bool:
         raise OutputError(f"{folder / name} cannot be read: {error.strerror}") from None
 
 
-def _read_report(folder: Path) -> tuple[Report | None, bool]:
+def _read_report(folder: Path) -> tuple[Report | None, str | None]:
+    """The report, or why what is there is none."""
     try:
-        return Report.read(read_inside(folder, REPORT_NAME, links=False)), False
+        content = strict_json.loads(
+            read_inside(folder, REPORT_NAME, links=False, limit=_JSON_LIMIT)
+        )
+        demand_plain(content)
+        report = Report.of(content)
+        to_markdown(report, ())  # figures that cannot be shown are none
     except FileNotFoundError:
-        return None, False
-    except (OSError, ValueError, RecursionError, ValidationError):
-        return None, True
+        return None, None
+    except OSError as error:
+        return None, error.strerror or type(error).__name__
+    except ValidationError as error:
+        first = error.errors()[0]
+        return None, f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        return None, first_line(error)
+    except RecursionError:
+        return None, "it is nested too deeply"
+    return report, None
+
+
+def demand_plain(content: Any) -> None:
+    """Refuses JSON with numbers that no count, digest or figure is.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if isinstance(content, int) and not -(2**63) <= content < 2**63:
+        raise ValueError("it holds a number of more than 64 bits")
+    if isinstance(content, dict | list):
+        for one in content.values() if isinstance(content, dict) else content:
+            demand_plain(one)
 
 
 def newest_output(below: Path) -> Path | None:
@@ -238,7 +283,9 @@ def _manifests(folder: Path, depth: int) -> Iterator[Path]:
 def _is_output(folder: Path) -> bool:
     """Whether it holds a manifest; a run's sidecar has the same name."""
     try:
-        content = json.loads(read_inside(folder, MANIFEST_NAME, links=False))
-    except (OSError, ValueError, RecursionError):
+        content = strict_json.loads(
+            read_inside(folder, MANIFEST_NAME, links=False, limit=_JSON_LIMIT)
+        )
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("format") == "moeconv"

@@ -14,6 +14,20 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from moeconv.errors import OutputError
 from moeconv.hub.gate import Judgement
 from moeconv.hub.local import Output
+from moeconv.untrusted.text import printable
+
+# Characters of a README.
+_MOST = 2**22
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines can make more than any memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has aliases (*name)")
+        return super().compose_node(parent, index)
+
 
 UNVERIFIED_TAG = "unverified"
 # Tags that push itself gives and takes away.
@@ -41,8 +55,8 @@ def make_metadata(
         tags.append(UNVERIFIED_TAG)
     results = _results(output)
     data = ModelCardData(
-        language=facts.language if facts else None,
-        license=license_id,
+        language=one_line(facts.language) if facts and facts.language else None,
+        license=one_line(license_id) if license_id else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,
@@ -52,6 +66,11 @@ def make_metadata(
     )
     found: dict[str, Any] = data.to_dict()
     return found
+
+
+def one_line(text: str) -> str:
+    """Text of others without line ends and control characters."""
+    return printable(" ".join(text.split()))
 
 
 def _results(output: Output) -> list[EvalResult]:
@@ -133,16 +152,28 @@ def read_metadata(readme: str, where: str) -> dict[str, Any]:
     Raises:
         OutputError: It cannot be read.
     """
-    block = REGEX_YAML_BLOCK.search(readme)
-    if block is None:
-        return {}
     try:
-        content = yaml.safe_load(block[2])
+        # What finds the block takes time by the square of them.
+        if re.search(r"[\r\n]{100}", readme) or len(readme) > _MOST:
+            raise ValueError("it is longer than any README, or has a hundred empty lines")
+        block = REGEX_YAML_BLOCK.search(readme)
+        if block is None:
+            return {}
+        content = yaml.load(block[2], _Loader)
         if content is not None and not isinstance(content, dict):
             raise ValueError("it holds no `key: value` lines")
         ModelCardData(**(content or {}))
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        if isinstance(content, dict) and "model-index" in content:
+            model_index_to_eval_results(content["model-index"])
+    except (
+        yaml.YAMLError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        reason = one_line(str(error))[:200]
         raise OutputError(
             f"the metadata between the --- lines of {where} cannot be read ({reason}); mend it"
         ) from None

@@ -1,22 +1,23 @@
 """Everything a push needs before the network: which files, which card, and whether it may go."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeconv.convert.beside import ALLOWED, CARD_NAME, LOSS_PLOT
-from moeconv.convert.stamps import stamp
+from moeconv.convert.beside import CARD_NAME, LEGAL, LOSS_PLOT, VERDICT
 from moeconv.errors import OutputError, UsageError
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
 from moeconv.hub.failures import Note
-from moeconv.hub.gate import Judgement, demand_verdict, judge
+from moeconv.hub.gate import Judgement, demand, demand_verdict, judge
 from moeconv.hub.local import File, Output, is_own, newest_output, read_own
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
 from moeconv.hub.plot import draw_losses, has_curve
-from moeconv.hub.public import machine_paths, public_files, refuse_secrets
+from moeconv.hub.public import demand_sendable, machine_paths, public_files
 from moeconv.verify.plots import PLOTS
+from moeconv.verify.report import REPORT_NAME, Report
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Parcel:
         metadata: The card's.
         body: The card's text, where nobody wrote another one.
         readme: The README in OUT, None where there is none.
-        left_behind: What lies in OUT and is not sent.
+        left_behind: What lies in OUT and is not sent, and why.
         warnings: Of what is known without the Hub, a sentence each.
     """
 
@@ -65,7 +66,7 @@ class Parcel:
     metadata: Mapping[str, Any]
     body: str
     readme: str | None
-    left_behind: tuple[str, ...]
+    left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
 
     def card(self, on_hub: str | None, insist: tuple[str, ...] = ()) -> tuple[str, str]:
@@ -87,19 +88,6 @@ class Parcel:
         if on_hub is not None:
             metadata = renew(on_hub, metadata, f"the {CARD_NAME} of {self.repo_id}")
         return assemble(metadata, self.body), "written by moeconv"
-
-    def unchanged(self) -> None:
-        """Makes sure that nobody wrote to a file since it was hashed.
-
-        Raises:
-            OutputError: Somebody did.
-        """
-        for path, then in self.output.stamps.items():
-            if stamp(path) != then:
-                raise OutputError(
-                    f"{path} was changed while it was being pushed; nothing was committed, verify "
-                    "and push again"
-                )
 
 
 def find_output(out: Path | None, note: Callable[[str], None]) -> Path:
@@ -143,21 +131,27 @@ def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Pa
     repo_id = _repo_id(options, output)
     if not dry_run and not options.unverified:
         demand_verdict(output)
+    numbers = _numbers(output)  # so that no file is hashed whose length is not its header's
     note(f"reading every byte of {out}")
     judgement = judge(output)
+    if not dry_run and not options.unverified:
+        demand(output, judgement)
     files = _files(output, judgement)
     license_id = options.license or _fact(output, "license")
     names = [file.name for file in files]
-    body = card_body(
-        CardInput(output, judgement, repo_id, options.revision, _numbers(output), names)
-    )
+    body = card_body(CardInput(output, judgement, repo_id, options.revision, numbers, names))
     readme = _readme(out)
     metadata = make_metadata(output, judgement, name=repo_id.split("/")[-1], license_id=license_id)
     if readme is not None:
-        refuse_secrets([File.of(CARD_NAME, readme.encode())])
-    refuse_secrets(files)
-    refuse_secrets([File.of("the commit message", (options.message or "").encode())])
-    left = output.left_behind([*names, CARD_NAME])
+        demand_sendable([File.of(CARD_NAME, readme.encode(), out / CARD_NAME)])
+    demand_sendable(files)
+    message = File.of("the commit message", (options.message or "").encode())
+    demand_sendable([message])
+    if not dry_run:
+        _demand_bound(output, judgement)
+    left = {
+        name: _why_left(name, output, judgement) for name in output.left_behind([*names, CARD_NAME])
+    }
     return Parcel(
         output=output,
         judgement=judgement,
@@ -166,32 +160,58 @@ def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Pa
         metadata=metadata,
         body=body,
         readme=readme,
-        left_behind=tuple(left),
-        warnings=tuple(_warnings(output, files, judgement)),
+        left_behind=left,
+        warnings=tuple(_warnings(output, files, judgement, left)),
     )
 
 
+def _demand_bound(output: Output, judgement: Judgement) -> None:
+    """Each file has the digest of the manifest or of the report.
+
+    Raises:
+        OutputError: Nobody vouches for the bytes of one.
+    """
+    if output.changed and judgement.report is None:
+        raise OutputError(
+            f"{output.folder / output.changed[0]} is not as moeconv convert wrote it, and no "
+            f"{REPORT_NAME} speaks of its bytes; nothing is sent, convert again"
+        )
+
+
 def _files(output: Output, judgement: Judgement) -> list[File]:
-    """All but the card: those of the manifest, and what is allowed beside them."""
-    files: list[File] = []
-    digests = output.digests
-    for name in output.manifest.files:
-        path = output.folder / name
-        if name.endswith(".safetensors"):
-            files.append(File(name, path.lstat().st_size, digests[name], path=path))
-        else:  # what is looked through for secrets is what is sent
-            files.append(replace(File.of(name, read_own(output.folder, name)), path=path))
-    files += public_files(output, judgement.report)
-    made = {file.name for file in files}
-    for name in ALLOWED:
-        stale = name in PLOTS and judgement.report is None
-        if name not in made and name != CARD_NAME and not stale and is_own(output.folder, name):
-            if name.startswith("verify."):
-                continue  # a report of other bytes
-            files.append(File.of(name, read_own(output.folder, name)))
+    """All but the card: the manifest's, and what the report is bound to by its digest."""
+    report = judgement.report
+    files = [output.files[name] for name in output.manifest.files]
+    beside = _beside(output, report)
+    files += public_files(output, report, [file.name for file in beside])
+    files += beside
     if (plot := draw_losses(output.manifest.run)) is not None:
         files.append(File.of(LOSS_PLOT, plot))
     return files
+
+
+def _beside(output: Output, report: Report | None) -> list[File]:
+    """Plots, LICENSE and NOTICE, as far as the report is bound to their bytes.
+
+    Raises:
+        OutputError: One is a link, or cannot be read.
+    """
+    found = []
+    for name in (*VERDICT, *LEGAL):
+        there = is_own(output.folder, name)  # refuses a link, whether it would be sent or not
+        if there and report is not None and name in report.beside:
+            file = File.read(output.folder, name)
+            if file.sha256 == report.beside[name]:
+                found.append(file)
+    return found
+
+
+def _why_left(name: str, output: Output, judgement: Judgement) -> str:
+    if name in (*VERDICT, *LEGAL) and output.report is not None and judgement.report is None:
+        return f"{REPORT_NAME} does not speak of what lies here"
+    if name in (*PLOTS, *LEGAL):
+        return f"no {REPORT_NAME} has its digest; run moeconv verify again"
+    return "not in the manifest"
 
 
 def _repo_id(options: PushOptions, output: Output) -> str:
@@ -235,23 +255,28 @@ def _readme(out: Path) -> str | None:
 
 def _numbers(output: Output) -> int:
     """Numbers in the safetensors files, from their headers."""
-    total = 0
-    for name in output.manifest.files:
-        if name.endswith(".safetensors"):
-            for spec, _ in read_header(output.folder / name).values():
-                size = 1
-                for length in spec.shape:
-                    size *= length
-                total += size
-    return total
+    weights = [name for name in output.manifest.files if name.endswith(".safetensors")]
+    return sum(
+        math.prod(spec.shape)
+        for name in weights
+        for spec, _ in read_header(output.folder / name).values()
+    )
 
 
-def _warnings(output: Output, files: list[File], judgement: Judgement) -> list[str]:
+def _warnings(
+    output: Output, files: list[File], judgement: Judgement, left: Mapping[str, str]
+) -> list[str]:
     found = []
     for name in machine_paths(files, output):
         found.append(f"{name} names a folder of this machine; it is sent as it is")
     if output.changed:
-        found.append(f"not as moeconv convert wrote them: {', '.join(output.changed)}")
+        never = "; --unverified does not send them either" if judgement.report is None else ""
+        found.append(f"not as moeconv convert wrote them: {', '.join(output.changed)}{never}")
+    found += [
+        f"{name} stays here: {why}"
+        for name in (*PLOTS, *LEGAL)
+        if (why := left.get(name)) is not None
+    ]
     if not output.has_tokenizer:
         found.append("the output has no tokenizer; convert with --tokenizer to push one")
     if has_curve(output.manifest.run) and not any(file.name == LOSS_PLOT for file in files):

@@ -5,52 +5,46 @@ converted. On the Hub only their ends are left (`RUN/checkpoints/STEP/items`). T
 manifest's bytes, so the report's digest of it is renewed; every other digest stays what it was.
 """
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
-from moeconv.hf.config import to_json
-from moeconv.hub.local import File, Output, is_own, read_own
+from moeconv.hub.kinds import png_texts, unlike
+from moeconv.hub.local import File, Output
+from moeconv.hub.secrets import find_secret, own_values
+from moeconv.untrusted import strict_json
 from moeconv.verify.markdown import to_markdown
-from moeconv.verify.plots import PLOTS
 from moeconv.verify.report import REPORT_NAME, Report
 from moeconv.verify.written import PAGE_NAME
 
 # A path from the root or from home, or an address; not `1/sqrt(D)`, not `models/models.py`.
 _PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+.-]*:/|~)?(?:/[^\s/:;,\"'()`|\]]+)+/?")
-_TOKENS = re.compile(
-    r"\bhf_[A-Za-z0-9]{30,}|\bAKIA[0-9A-Z]{16}\b|\bgh[oprsu]_[A-Za-z0-9]{36}"
-    r"|\bsk-(?:[a-z]+-)?[A-Za-z0-9_-]{40,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-)
-_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|API_KEY)$")
 
 
-def public_files(output: Output, report: Report | None) -> list[File]:
+def public_files(output: Output, report: Report | None, beside: Collection[str]) -> list[File]:
     """The manifest, the report and its page as they are sent.
 
     Args:
         output: The output.
         report: Its report, None where none speaks of these bytes.
+        beside: The report's plots that are sent too.
     """
-    known = own_paths(output)
-    raw = read_own(output.folder, MANIFEST_NAME)
-    content = json.loads(raw)
+    known, raw = own_paths(output), output.raw
+    content = strict_json.loads(raw)
     content["source"]["path"] = tail(content["source"]["path"])
-    manifest = to_json(_walk(content, lambda text: shorten(text, known)))
+    public = _walk(content, lambda text: shorten(text, known))
     # One without a path goes as it is, byte for byte.
-    files = [File.of(MANIFEST_NAME, raw if json.loads(raw) == json.loads(manifest) else manifest)]
+    same = public == strict_json.loads(raw)
+    files = [File.of(MANIFEST_NAME, raw if same else strict_json.dumps(public))]
     if report is not None:
         told = _walk(report.model_dump(mode="json"), lambda text: shorten(text, known))
-        told["files"][MANIFEST_NAME] = hashlib.sha256(files[0].read()).hexdigest()
-        files.append(File.of(REPORT_NAME, to_json(told)))
-        plots = [output.folder / name for name in PLOTS if is_own(output.folder, name)]
-        page = to_markdown(report, plots)
+        told["files"][MANIFEST_NAME] = files[0].sha256
+        files.append(File.of(REPORT_NAME, strict_json.dumps(told)))
+        page = to_markdown(report, [output.folder / name for name in beside])
         files.append(File.of(PAGE_NAME, shorten(page, known).encode()))
     return files
 
@@ -71,22 +65,24 @@ def shorten(text: str, known: Iterable[str]) -> str:
     return _PATH.sub(lambda match: re.sub(r"[?#].*", "", match[0]).rstrip("/").split("/")[-1], text)
 
 
-def refuse_secrets(files: Iterable[File], environment: Mapping[str, str] = os.environ) -> None:
-    """Looks for keys in every text that is to be sent.
+def demand_sendable(files: Iterable[File], environment: Mapping[str, str] = os.environ) -> None:
+    """Looks at everything that is to be sent, whatever its ending; of weights at the header.
 
     Raises:
-        OutputError: One is there; it is not repeated.
+        OutputError: One holds a secret, which is not repeated, or is not what its name says.
     """
-    values = [v for k, v in environment.items() if _SECRET_NAME.search(k.upper()) and len(v) >= 12]
+    own = own_values(environment)
     for file in files:
-        if not file.is_text:
-            continue
-        text = file.read().decode("utf-8", "replace")
-        if _TOKENS.search(text) or any(value in text for value in values):
-            raise OutputError(
-                f"{file.path or file.name} holds what looks like an access key; nothing is sent, "
-                "take it out (and revoke it if it was ever shown to others)"
-            )
+        where = file.path or file.name
+        if file.content is not None and (wrong := unlike(file.name, file.content)) is not None:
+            raise OutputError(f"{where} {wrong}; nothing is sent, take it out or mend it")
+        picture = file.name.endswith(".png")
+        for text in png_texts(file.looked_at) if picture else (file.looked_at,):
+            if (kind := find_secret(text, own)) is not None:
+                raise OutputError(
+                    f"{where} holds what looks like an access key ({kind}); nothing is sent, take "
+                    "it out (and revoke it if it was ever shown to others)"
+                )
 
 
 def machine_paths(files: Iterable[File], output: Output) -> list[str]:
@@ -94,8 +90,8 @@ def machine_paths(files: Iterable[File], output: Output) -> list[str]:
     known = own_paths(output)
     found = []
     for file in files:
-        if file.path is not None and file.is_text and file.size < 1_000_000:
-            text = file.read().decode("utf-8", "replace")
+        if file.path is not None and file.content is not None and file.size < 1_000_000:
+            text = file.content.decode("utf-8", "replace")
             if any(path in text for path in known):
                 found.append(file.name)
     return found

@@ -1,9 +1,10 @@
 """`push` as library calls: `plan_push` looks at both sides, `push` carries it out."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -12,19 +13,22 @@ from moeconv.convert.beside import CARD_NAME
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.convert.sizes import format_size
 from moeconv.errors import HubError, OutputError, UsageError
-from moeconv.hub.account import Account, address_of, demand_token, read_account, token_for
+from moeconv.hf.hub_address import Address, read_address, stranger_warning
+from moeconv.hf.hub_client import hub_client
+from moeconv.hub.account import Account, demand_token, read_account
 from moeconv.hub.changes import Change, plan_changes
 from moeconv.hub.failures import Note, hub_errors, patiently, status_of, upload_errors
 from moeconv.hub.gate import demand
 from moeconv.hub.local import File
 from moeconv.hub.metadata import read_metadata
 from moeconv.hub.prepare import Parcel, PushOptions
-from moeconv.hub.public import refuse_secrets
+from moeconv.hub.public import demand_sendable
 from moeconv.hub.remote import Remote, read_remote
 from moeconv.hub.upload import (
     Commit,
     Target,
     check_listing,
+    demand_unchanged,
     make_branch,
     make_repository,
     operations_of,
@@ -38,7 +42,7 @@ class PushPlan:
 
     Attributes:
         parcel: What is sent.
-        endpoint: To which Hub.
+        address: To which Hub.
         account: Whose token it is; None without a token, or if the Hub does not tell.
         remote: What is there; None when the Hub could not be reached.
         changes: File by file.
@@ -50,7 +54,7 @@ class PushPlan:
     """
 
     parcel: Parcel
-    endpoint: str
+    address: Address
     account: Account | None
     remote: Remote | None
     changes: tuple[Change, ...]
@@ -80,10 +84,18 @@ def plan_push(
     """
     if not dry_run and not options.unverified:
         demand(parcel.output, parcel.judgement)
-    if not dry_run:
-        demand_token(endpoint)
-    address = address_of(endpoint)
-    token = token_for(address)
+    address = read_address(endpoint)
+    with hub_client(address):
+        return _plan(parcel, options, address, dry_run=dry_run, note=note)
+
+
+def _plan(
+    parcel: Parcel, options: PushOptions, address: Address, *, dry_run: bool, note: Note
+) -> PushPlan:
+    token = get_token() if dry_run else demand_token()
+    warning = stranger_warning(address)
+    if warning is not None and token is not None:
+        note(f"warning: {warning}")
     api = _api(address, token)
     repo_id, unknown = parcel.repo_id, []
     account, remote, on_hub, old_manifest = None, None, None, None
@@ -102,7 +114,7 @@ def plan_push(
             raise
         unknown.append(f"what is on the Hub: {error}")
     card, origin = parcel.card(on_hub, insist)
-    refuse_secrets([File.of(CARD_NAME, card.encode())])
+    demand_sendable([File.of(CARD_NAME, card.encode())])
     checked = False
     try:
         with hub_errors("validating the card", repo_id):
@@ -186,17 +198,22 @@ def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
         MoeconvError: No commit was made, unless the message says so; files that arrived stay with
             the Hub, so that another run does not send them again.
     """
-    parcel, repo_id = plan.parcel, plan.parcel.repo_id
+    with hub_client(plan.address), ExitStack() as opened:
+        return _push(plan, options, opened, note)
+
+
+def _push(plan: PushPlan, options: PushOptions, opened: ExitStack, note: Note) -> Pushed:
+    repo_id = plan.parcel.repo_id
     # `plan_push` has refused already what must not go; a dry run's plan may be of such.
     assert not plan.dry_run
     assert plan.account is not None
     assert plan.remote is not None
-    api = _api(plan.endpoint, token_for(plan.endpoint))
+    api = _api(plan.address, demand_token())
     remote, changes = plan.remote, list(plan.changes)
     if not remote.exists:
         with hub_errors("making the repository", repo_id):
             make_repository(api, repo_id, private=options.private, note=note)
-        note(f"made {plan.endpoint}/{repo_id}{' (private)' if options.private else ''}")
+        note(f"made {plan.address.url}/{repo_id}{' (private)' if options.private else ''}")
         with hub_errors("asking the Hub", repo_id):
             remote = read_remote(api, repo_id, options.revision, pull_request_of=None, note=note)
         # It begins with files of its own (.gitattributes).
@@ -215,15 +232,15 @@ def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
         author=plan.account.name,
         create_pr=options.create_pr and number is None,
     )
-    adds, deletes = operations_of(changes)
+    adds, deletes = operations_of(changes, opened)
     if not adds and not deletes:
         note("the Hub has every file already; nothing to commit")
-        url = f"{plan.endpoint}/{repo_id}/commit/{target.head}"
+        url = f"{plan.address.url}/{repo_id}/commit/{target.head}"
         return Pushed(
             Commit(target.head, url, target.revision, _pr(plan, number)), tuple(changes), 0
         )
     size = sum(add.upload_info.size for add in adds)
-    note(f"sending {len(adds)} files, {format_size(size)}, to {plan.endpoint}/{repo_id}")
+    note(f"sending {len(adds)} files, {format_size(size)}, to {plan.address.url}/{repo_id}")
     with hub_errors("uploading", repo_id), upload_errors(repo_id):
         api.preupload_lfs_files(
             repo_id,
@@ -232,7 +249,7 @@ def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
             create_pr=target.create_pr,
             free_memory=False,
         )
-    parcel.unchanged()
+    demand_unchanged(adds)
     message = options.message or f"Upload {repo_id.split('/')[-1]} with moeconv {__version__}"
     with hub_errors("committing", repo_id), upload_errors(repo_id):
         commit = send(api, target, adds, deletes, changes, message=message, note=note)
@@ -243,10 +260,10 @@ def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
     return Pushed(commit, tuple(changes), size)
 
 
-def _api(endpoint: str, token: str | None) -> HfApi:
+def _api(address: Address, token: str | None) -> HfApi:
     # False: without a token, and without looking for one.
     return HfApi(
-        endpoint=endpoint,
+        endpoint=address.url,
         token=token or False,
         library_name="moeconv",
         library_version=__version__,
@@ -256,7 +273,7 @@ def _api(endpoint: str, token: str | None) -> HfApi:
 def _pr(plan: PushPlan, number: int | None) -> str | None:
     if number is None:
         return None
-    return f"{plan.endpoint}/{plan.parcel.repo_id}/discussions/{number}"
+    return f"{plan.address.url}/{plan.parcel.repo_id}/discussions/{number}"
 
 
 def _fetch(api: HfApi, parcel: Parcel, remote: Remote, name: str, note: Note) -> str | None:

@@ -76,8 +76,10 @@ def read_remote(
         note: For people.
     """
 
-    def info(at: str | None) -> tuple[str, bool | None]:
+    def info(at: str | None) -> tuple[str | None, bool | None]:
         found = patiently(lambda: api.model_info(repo_id, revision=at), "the repository", note)
+        if not isinstance(found.sha, str | None) or not isinstance(found.private, bool | None):
+            raise TypeError("it tells of no repository")
         return found.sha, found.private
 
     try:
@@ -96,7 +98,7 @@ def read_remote(
     except RevisionNotFoundError:
         head, private = main
         branch = False
-    files = list_files(api, repo_id, head, note)
+    files = list_files(api, repo_id, head, note) if head is not None else {}
     return Remote(True, private, head, branch, files, number)
 
 
@@ -107,11 +109,15 @@ def list_files(api: HfApi, repo_id: str, revision: str, note: Note) -> dict[str,
         "the listing",
         note,
     )
-    return {
-        one.path: RemoteFile(one.size, one.blob_id, one.lfs.sha256 if one.lfs else None)
-        for one in tree
-        if isinstance(one, RepoFile)
-    }
+    files = {}
+    for one in tree:
+        if isinstance(one, RepoFile):
+            oid = one.lfs.sha256 if one.lfs else None
+            told = (one.path, one.size, one.blob_id, oid)
+            if not all(map(isinstance, told, (str, int, str, str | None))):
+                raise TypeError("it lists no files")
+            files[one.path] = RemoteFile(one.size, one.blob_id, oid)
+    return files
 
 
 def find_pull_request(api: HfApi, repo_id: str, author: str, note: Note) -> int | None:

@@ -1,17 +1,21 @@
 """Sending: large files first, then one commit, then the Hub's listing against what was sent."""
 
+import os
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import tqdm
 
-from moeconv.errors import HubError
+from moeconv.errors import HubError, MoeconvError
 from moeconv.hub.changes import Change, differences
 from moeconv.hub.failures import (
     WAITS,
-    HttpError,
     Note,
     is_transient,
     patiently,
@@ -25,6 +29,10 @@ from moeconv.hub.remote import (
     find_pull_request,
     list_files,
 )
+from moeconv.hub.weights import Weights
+from moeconv.untrusted.text import printable
+
+_OID = re.compile("[0-9a-f]{40,64}")
 
 
 @dataclass(frozen=True)
@@ -72,23 +80,89 @@ def make_branch(api: HfApi, repo_id: str, branch: str, note: Note) -> None:
 
 
 def operations_of(
-    changes: Sequence[Change],
+    changes: Sequence[Change], opened: ExitStack
 ) -> tuple[list[CommitOperationAdd], list[CommitOperationDelete]]:
-    """What the commit does; the digests are known, so no file is hashed again."""
+    """What the commit does; the digests are known, so no file is hashed again.
+
+    Args:
+        changes: What is planned.
+        opened: Holds the files of weights open until they are sent.
+
+    Raises:
+        OutputError: A file is no longer the one that was hashed.
+    """
     adds, deletes = [], []
     for change in changes:
         if change.action == "delete":
             deletes.append(CommitOperationDelete(change.name, is_folder=False))
         elif change.action in ("add", "replace"):
             assert change.file is not None
-            adds.append(_add(change.file))
+            adds.append(_add(change.file, opened))
     return adds, deletes
 
 
-def _add(file: File) -> CommitOperationAdd:
-    add = CommitOperationAdd(file.name, file.path if file.content is None else file.content)
+def _add(file: File, opened: ExitStack) -> CommitOperationAdd:
+    if file.weights is None:
+        return CommitOperationAdd(file.name, file.looked_at)
+    descriptor = opened.enter_context(file.weights.descriptor())
+    # The file that was hashed, whatever lies at its path by now: this is what Xet reads.
+    add = _AddWeights(file.name, f"/dev/fd/{descriptor}")
     add.upload_info.sha256 = bytes.fromhex(file.sha256)
+    os.lseek(descriptor, 0, os.SEEK_SET)  # where /dev/fd shares the place of reading (macOS)
+    add.weights, add.descriptor = file.weights, descriptor
     return add
+
+
+class _AddWeights(CommitOperationAdd):  # type: ignore[misc]
+    """A file that is sent as it was hashed, or not at all."""
+
+    weights: Weights
+    descriptor: int
+
+    @contextmanager
+    def as_file(self, with_tqdm: bool = False) -> Iterator[BinaryIO]:
+        """What LFS reads: each block is compared with its digest before it is handed out."""
+        with (
+            self.weights.reader(self.descriptor) as file,
+            tqdm(
+                unit="B",
+                unit_scale=True,
+                total=self.weights.size,
+                desc=self.path_in_repo,
+                disable=None if with_tqdm else True,
+            ) as bar,
+        ):
+            plain = file.read
+
+            def read(size: int | None = -1) -> bytes:
+                data = plain(size)
+                bar.update(len(data))
+                return data
+
+            file.read = read  # type: ignore[method-assign]
+            yield file
+
+    def b64content(self) -> bytes:
+        """What a commit holds itself; no weights do, as they would have to fit the memory."""
+        raise HubError(
+            f"the Hub asks for {self.path_in_repo} within the commit, which is for small files; "
+            "nothing was committed"
+        )
+
+    def demand_unchanged(self) -> None:
+        """Raises OutputError, if somebody wrote to the file since it was hashed."""
+        self.weights.demand_unchanged(self.descriptor)
+
+
+def demand_unchanged(adds: Iterable[CommitOperationAdd]) -> None:
+    """Makes sure that what was sent is what was hashed; Xet reads the files itself.
+
+    Raises:
+        OutputError: It may not be.
+    """
+    for add in adds:
+        if isinstance(add, _AddWeights):
+            add.demand_unchanged()
 
 
 def send(
@@ -118,18 +192,24 @@ def send(
                 create_pr=target.create_pr,
                 parent_commit=target.head,
             )
+            if not _OID.fullmatch(info.oid):
+                raise ValueError("it names no commit")
             return Commit(
                 info.oid,
-                info.commit_url,
+                printable(info.commit_url),
                 info.pr_revision or target.revision,
-                info.pr_url,
+                info.pr_url and printable(info.pr_url),
             )
+        except MoeconvError:
+            raise
         except Exception as error:
-            if not (is_transient(error) or status_of(error) in (409, 412)):
+            # An answer that cannot be read may be one to a commit that landed.
+            answered = status_of(error) is None
+            if not (is_transient(error) or status_of(error) in (409, 412) or answered):
                 raise
             try:
                 landed = _landed(api, target, changes, note)
-            except HttpError:
+            except Exception:  # whatever comes of an answer that is none
                 raise HubError(
                     f"committing ({target.repo_id}) failed: {error_name(error)}, and the Hub does "
                     "not tell whether the commit landed all the same; run the same command again, "
@@ -140,7 +220,7 @@ def send(
                 return landed
             # A 409 may be a lock that is held for a moment; a moved head stays moved.
             moved = status_of(error) == 412 or _moved(api, target, note)
-            if moved or attempt == last:
+            if moved or attempt == last or not (is_transient(error) or status_of(error) == 409):
                 raise
             pause = max(WAITS[attempt], retry_after(error) or 0.0)
             note(f"the commit: {error_name(error)}; trying again in {pause:.0f} s")
@@ -151,7 +231,9 @@ def send(
 def error_name(error: BaseException) -> str:
     """An error in a few words."""
     status = status_of(error)
-    return f"the Hub answered {status}" if status is not None else "the connection broke"
+    if status is not None:
+        return f"the Hub answered {status}"
+    return "the connection broke" if is_transient(error) else "the answer is not that of a Hub"
 
 
 def _landed(api: HfApi, target: Target, changes: Sequence[Change], note: Note) -> Commit | None:

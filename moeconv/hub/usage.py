@@ -1,11 +1,13 @@
 """Code for a card that loads the model: what a reader copies, and what the tests run."""
 
+import json
+
 from moeconv.hub.local import Output
 
 
 def usage(output: Output, repo_id: str, revision: str) -> list[str]:
     """Sections for transformers and vLLM."""
-    at = "" if revision == "main" else f', revision="{revision}"'
+    at = "" if revision == "main" else f", revision={json.dumps(revision)}"
     context = output.model.max_position_embeddings
     new = max(1, min(64, context // 2))
     if output.has_tokenizer:

@@ -18,8 +18,16 @@ from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.metadata import KeyPath, Tree
 from moeconv.orbax.store import Folder, context, reason
 
+# Far more than runs write (a chunk is what one device held), and still counted in a second.
+MOST_CHUNKS = 2**20
+# Decoded as a stream, so that a chunk takes no more memory than its shape says. blosc is not: its
+# chunks say themselves how large they are. Orbax writes zstd.
+_CODECS = {"bytes", "transpose", "crc32c", "zstd", "gzip", "zlib", "bz2"}
 # How tensorstore begins a message about data that was read but makes no sense.
 _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
+_MISSING = "NOT_FOUND"
+# What tensorstore raises about metadata and data.
+_REFUSED = (ValueError, OSError, TypeError, RuntimeError, OverflowError)
 
 Box = tuple[slice | int, ...]
 
@@ -32,8 +40,11 @@ class ArrayInfo:
         path: Key path below `params.params`.
         shape: Its shape.
         dtype: A key of `ops.DTYPES`.
-        chunk: Shape of the unit that is decoded at once (the inner chunk of a sharded zarr3 array).
+        chunk: Shape of the unit that is decoded at once (the inner chunk of a sharded zarr3 array),
+            cut to the array.
         codec: Compression, for people.
+        decoded_bytes: Bytes of one chunk when it is decoded, which is done whole: it may reach
+            beyond the array.
     """
 
     path: KeyPath
@@ -41,6 +52,7 @@ class ArrayInfo:
     dtype: str
     chunk: tuple[int, ...]
     codec: str
+    decoded_bytes: int
 
     @property
     def name(self) -> str:
@@ -59,7 +71,7 @@ class ArrayInfo:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one chunk, decoded."""
+        """Bytes of the part of one chunk that lies in the array."""
         return math.prod(self.chunk) * self.itemsize
 
     @property
@@ -69,17 +81,44 @@ class ArrayInfo:
 
 
 class Arrays:
-    """The parameters of one checkpoint step."""
+    """The parameters of one checkpoint step.
 
-    def __init__(self, items: Folder, tree: Tree) -> None:
+    Attributes:
+        info: How each is stored, by name.
+        may_lack: A chunk that is not stored counts as the fill value, where the format leaves out
+            chunks that hold nothing else; by default it is an error.
+    """
+
+    def __init__(self, items: Folder, tree: Tree, *, allow_missing: bool = False) -> None:
+        """Opens them.
+
+        Args:
+            items: Where they lie.
+            tree: What its `_METADATA` says.
+            allow_missing: See `may_lack`.
+
+        Raises:
+            NotACheckpointError: One is not there.
+            TensorError: One has an axis without entries, or there are too many chunks.
+            UnsupportedError: One is stored in a dtype or compression that is not supported.
+            StorageError: A remote store failed.
+        """
         self.items = items
         self.tree = tree
+        self.may_lack = allow_missing and not tree.zeros_stored
         self._context = context(cache_pool={"total_bytes_limit": 0})
         self.info: dict[str, ArrayInfo] = {}
         opened = [(path, self._open(path, self._context)) for path in tree.parameters]
+        chunks = 0
         for path, future in opened:
             info = self._describe(path, self._result(path, future))
             self.info[info.name] = info
+            chunks += math.prod(info.grid)
+        if chunks > MOST_CHUNKS:
+            raise TensorError(
+                f"{items} has {chunks} chunks, of which no run writes more than {MOST_CHUNKS}; its "
+                "metadata are damaged"
+            )
 
     def _spec(self, path: KeyPath) -> dict[str, Any]:
         name = ".".join(("params", "params", *path))
@@ -89,23 +128,32 @@ class Arrays:
             kvstore = (self.items / name).kvstore()
         return {"driver": "zarr3" if self.tree.use_zarr3 else "zarr", "kvstore": kvstore}
 
-    def _open(self, path: KeyPath, context: Any) -> Any:
-        # What is in the cache is not asked for again with every box: a store may be far away.
-        spec = {**self._spec(path), "recheck_cached_data": False}
-        # A missing chunk reads as zeros unless tensorstore is told that none may be missing.
-        if self.tree.zeros_stored:
-            spec["fill_missing_data_reads"] = False
-        return ts.open(spec, open=True, read=True, context=context)
+    def _open(self, path: KeyPath, context: Any, *, fill: bool = False) -> Any:
+        spec = {
+            **self._spec(path),
+            # What is in the cache is not asked for again with every box: a store may be far away.
+            "recheck_cached_data": False,
+            # A missing chunk reads as zeros unless tensorstore is told that none may be missing.
+            "fill_missing_data_reads": fill,
+        }
+        try:
+            return ts.open(spec, open=True, read=True, context=context)
+        except _REFUSED as error:
+            raise self._unopened(path, error) from None
 
     def _result(self, path: KeyPath, future: Any) -> Any:
         try:
             return future.result()
-        except (ValueError, OSError) as error:
-            self.check_store(error, f"{self.items}: parameter {'.'.join(path)}")
-            raise NotACheckpointError(
-                f"{self.items}: parameter {'.'.join(path)} cannot be opened, so the save is "
-                f"incomplete or damaged: {reason(error)}"
-            ) from None
+        except _REFUSED as error:
+            raise self._unopened(path, error) from None
+
+    def _unopened(self, path: KeyPath, error: Exception) -> NotACheckpointError:
+        name = ".".join(path)
+        self.check_store(error, f"{self.items}: parameter {name}")
+        return NotACheckpointError(
+            f"{self.items}: parameter {name} cannot be opened, so the save is incomplete or "
+            f"damaged: {reason(error)}"
+        )
 
     def check_store(self, error: Exception, what: str) -> None:
         """Tells a remote store that failed from data that is damaged.
@@ -120,32 +168,56 @@ class Arrays:
             ) from None
 
     def _describe(self, path: KeyPath, store: Any) -> ArrayInfo:
-        dtype = str(store.dtype.name)
+        name, dtype = ".".join(path), str(store.dtype.name)
         if dtype not in DTYPES:
             raise UnsupportedError(
-                f"parameter {'.'.join(path)} is stored as {dtype}; moeconv converts "
+                f"parameter {name} is stored as {dtype}; moeconv converts "
                 f"{', '.join(DTYPES)} (a quantized checkpoint has to be trained or saved in one)"
             )
-        chunk = store.chunk_layout.read_chunk.shape or ()  # None for a scalar
+        codecs, sharded = _codecs(store)
+        if unknown := [codec for codec in codecs if codec not in _CODECS]:
+            raise UnsupportedError(
+                f"parameter {name} is compressed with {', '.join(unknown)}, which no MaxText run "
+                "writes; save it with zstd or gzip"
+            )
         shape = tuple(int(n) for n in store.shape)
-        clipped = tuple(min(int(c), n) if n else 1 for c, n in zip(chunk, shape, strict=True))
-        return ArrayInfo(path, shape, dtype, clipped, _codec(store))
+        if 0 in shape:
+            raise TensorError(f"parameter {name} has shape {list(shape)}, so it holds nothing")
+        layout = store.chunk_layout  # its shapes are None for a scalar
+        chunk = tuple(int(n) for n in layout.read_chunk.shape or ())
+        written = tuple(int(n) for n in layout.write_chunk.shape or ())
+        # What a shard holds is listed in its index, which is read whole.
+        if sharded and math.prod(written) > MOST_CHUNKS * math.prod(chunk):
+            raise TensorError(
+                f"parameter {name} has shards of {math.prod(written) // math.prod(chunk)} chunks; "
+                "its metadata are damaged"
+            )
+        clipped = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
+        decoded = math.prod(chunk if sharded else written) * DTYPES[dtype].itemsize
+        codec = "+".join(c for c in codecs if c != "bytes") or "none"
+        return ArrayInfo(path, shape, dtype, clipped, codec, decoded)
 
-    def reader(self, name: str, cache_bytes: int) -> "Reader":
-        """A reader whose cache holds `cache_bytes` of decoded chunks."""
+    def reader(self, name: str, chunks: int = 1) -> "Reader":
+        """A reader whose cache holds so many decoded chunks."""
         info = self.info[name]
+        # The cache counts more than the values: what manages them, and OCDBT's nodes.
+        size = chunks * info.decoded_bytes
+        size += size // 4 + (64 << 20)
         # Local files are mapped, not copied: a chunk may be gigabytes, and new memory is not free.
-        chunks = context(
-            cache_pool={"total_bytes_limit": cache_bytes}, file_io_mode={"mode": "memmap"}
-        )
-        return Reader(self, info, self._result(info.path, self._open(info.path, chunks)))
+        opening = context(cache_pool={"total_bytes_limit": size}, file_io_mode={"mode": "memmap"})
+        stores = [
+            self._result(info.path, self._open(info.path, opening, fill=fill))
+            for fill in (False, True)[: 1 + self.may_lack]
+        ]
+        return Reader(self, info, stores[0], stores[-1])
 
 
 class Reader:
     """Cuts boxes from one array."""
 
-    def __init__(self, arrays: Arrays, info: ArrayInfo, store: Any) -> None:
+    def __init__(self, arrays: Arrays, info: ArrayInfo, strict: Any, store: Any) -> None:
         self._arrays = arrays
+        self._strict = strict
         self._store = store
         self.info = info
 
@@ -158,41 +230,60 @@ class Reader:
         """
         return np.asarray(self._result(box, self._store[box].read(order="C")))
 
-    def decode(self, box: Sequence[tuple[int, int]]) -> None:
+    def decode(self, box: Sequence[tuple[int, int]]) -> bool:
         """Fetches and decodes the chunk with these bounds; later reads find it in the cache.
+
+        Returns:
+            False if it is not stored, and need not be.
 
         Raises:
             TensorError: It is missing, truncated or corrupt; names the array and the place.
             StorageError: A remote store failed.
         """
         corner = tuple(slice(start, min(start + 1, stop)) for start, stop in box)
-        self._result(tuple(slice(*ends) for ends in box), self._store[corner].read())
+        future = self._strict[corner].read()
+        if self._store is not self._strict and _is_missing(future):
+            return False
+        self._result(tuple(slice(*ends) for ends in box), future)
+        return True
 
     def _result(self, box: Box, future: Any) -> Any:
         try:
             return future.result()
-        except (ValueError, OSError) as error:
+        except _REFUSED as error:
             where = ", ".join(
                 f"{s.start}:{s.stop}" if isinstance(s, slice) else str(s) for s in box
             )
             what = f"{self._arrays.items}: parameter {self.info.name} [{where}]"
             self._arrays.check_store(error, what)
+            if not self._arrays.tree.zeros_stored and str(error).startswith(_MISSING):
+                raise TensorError(
+                    f"{what} is not stored; the Orbax that wrote the checkpoint left out chunks of "
+                    "nothing but zeros, and a lost one looks the same: compare with another copy "
+                    "or step, or pass --allow-missing-chunks to read it as zeros"
+                ) from None
             raise TensorError(
                 f"{what} is damaged: {reason(error)}; use another step of the run"
             ) from None
 
 
-def _codec(store: Any) -> str:
-    """Name of the compressor, read from the array's metadata."""
+def _is_missing(future: Any) -> bool:
+    """Whether a read failed because nothing is there."""
+    error = future.exception()
+    return error is not None and str(error).startswith(_MISSING)
+
+
+def _codecs(store: Any) -> tuple[list[str], bool]:
+    """Names of an array's codecs, read from its metadata, and whether its chunks lie in shards."""
     metadata: Mapping[str, Any] = store.spec().to_json().get("metadata", {})
     if compressor := metadata.get("compressor"):
-        return str(compressor.get("id"))
-    names = []
+        return [str(compressor.get("id"))], False
+    names, sharded = [], False
     codecs = list(metadata.get("codecs", ()))
     while codecs:
         codec = codecs.pop(0)
         if codec["name"] == "sharding_indexed":
-            codecs = list(codec["configuration"]["codecs"])
-        elif codec["name"] != "bytes":
-            names.append(codec["name"])
-    return "+".join(names) or "none"
+            codecs, sharded = list(codec["configuration"]["codecs"]), True
+        else:
+            names.append(str(codec["name"]))
+    return names, sharded

@@ -1,12 +1,18 @@
-"""The files of a checkpoint on this machine: what is there, all inside, and when it changed."""
+"""The files of a checkpoint: what is there, all of it inside, and what tells when it changed."""
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from moeconv.errors import NotACheckpointError
+from moeconv.orbax.store import Folder
 from moeconv.untrusted.files import UnsafeFileError, inside
+
+# tensorstore reads these whole before it looks at them, and ends the process where it cannot.
+_READ_WHOLE = ("manifest.ocdbt", "zarr.json", ".zarray")
+_WHOLE_LIMIT = 128 * 2**20  # Orbax keeps OCDBT's nodes, the largest of them, below 100 MB
 
 # Size, times of the last change of content and of the entry (which nobody sets back), and inode.
 Stamp = tuple[int, int, int, int]
@@ -20,7 +26,7 @@ def inventory(folder: Path) -> Mapping[str, Stamp]:
 
     Raises:
         NotACheckpointError: A link leads out, in a circle or nowhere, there is a FIFO, device or
-            socket, or a folder cannot be listed; names it.
+            socket, metadata are too large, or a folder cannot be listed; names it.
     """
     try:
         return dict(_walk(folder, ""))
@@ -31,12 +37,23 @@ def inventory(folder: Path) -> Mapping[str, Stamp]:
         ) from None
 
 
-def stamp(path: Path) -> Stamp | None:
-    """What changes when a file is written or replaced; None where there is none."""
-    try:
-        return _stamp(path.stat())
-    except (OSError, ValueError):
-        return None
+def stamps(path: Path) -> Mapping[str, Stamp]:
+    """The stamp of a file, or of the files directly in a folder; none where there is nothing."""
+    found = {}
+    with contextlib.suppress(OSError, ValueError):
+        for entry in path.iterdir() if path.is_dir() else [path]:
+            with contextlib.suppress(OSError):
+                found[str(entry)] = _stamp(entry.stat())
+    return found
+
+
+def versions(folder: Folder, names: Iterable[str]) -> dict[str, object]:
+    """What changes when files of a remote store do, as far as the store tells.
+
+    Raises:
+        StorageError: It failed.
+    """
+    return {str(folder / name): folder.version(name) for name in names}
 
 
 def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
@@ -51,6 +68,9 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
                 if linked:
                     status = inside(folder, name).stat()
                 if stat.S_ISREG(status.st_mode):
+                    if entry.name in _READ_WHOLE and status.st_size > _WHOLE_LIMIT:
+                        limit = f"is larger than {_WHOLE_LIMIT // 2**20} MiB"
+                        raise UnsafeFileError(Path(entry.path), limit)
                     yield name, _stamp(status)
                 elif not stat.S_ISDIR(status.st_mode):
                     raise UnsafeFileError(Path(entry.path), "is a FIFO, device or socket")

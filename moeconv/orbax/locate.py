@@ -16,8 +16,12 @@ from typing import Any
 from moeconv.errors import NotACheckpointError
 from moeconv.orbax.inventory import inventory
 from moeconv.orbax.store import DeniedError, Folder
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import READ_LIMIT
 
-_STEP = re.compile(r"(?:\w+_)?(\d+)\Z")
+# MaxText names a step by its number alone (`create_orbax_checkpoint_manager` gives no
+# `step_prefix`); Orbax may pad it with zeros (orbax-checkpoint `path/step.py`).
+_STEP = re.compile(r"[0-9]{1,18}\Z")
 _COMMIT = "commit_success.txt"
 
 
@@ -59,19 +63,18 @@ def locate(spec: str) -> Step:
     if not folder.exists():
         what = "is a file" if folder.local and folder.local.is_file() else "does not exist"
         raise NotACheckpointError(f"{folder} {what}; give a MaxText run, step or items directory")
-    if folder.read("_METADATA") is not None:
+    if folder.has("_METADATA"):
         return _step(folder)
-    if (folder / "items").read("_METADATA") is not None:
+    if (folder / "items").has("_METADATA"):
         return _step(folder / "items")
     names = list(folder.children())
     if "checkpoints" in names:
         folder = folder / "checkpoints"
         names = list(folder.children())
-    steps = _steps(names)
     skipped = []
-    for name in steps:
+    for name in _steps(names):
         items = folder / name / "items"
-        if items.read("_METADATA") is None or _unfinished(items) is not None:
+        if not items.has("_METADATA") or _unfinished(items) is not None:
             skipped.append(name)
             continue
         return _step(items, tuple(skipped))
@@ -83,9 +86,14 @@ def locate(spec: str) -> Step:
     tmp = [n for n in names if "orbax-checkpoint-tmp" in n]
     if tmp:
         raise NotACheckpointError(f"{folder} holds only unfinished saves ({', '.join(tmp)})")
+    passed = [n for n in names if re.search(r"\d", n)]
+    more = (
+        f" (no step's name, and passed over: {', '.join(passed[:5])}{', …' if passed[5:] else ''}; "
+        "a step is called by its number alone, and any folder that holds one can be given itself)"
+    )
     raise NotACheckpointError(
         f"{folder} is no MaxText checkpoint: it has no _METADATA, no items/, and no numbered steps "
-        "below it or below checkpoints/"
+        f"below it or below checkpoints/{more if passed else ''}"
     )
 
 
@@ -97,7 +105,7 @@ def read_beside(folder: Folder, name: str) -> bytes | None:
         StorageError: The store does not answer.
     """
     try:
-        raw = folder.read(name)
+        raw = folder.read(name, limit=READ_LIMIT)  # metrics of a long run
     except DeniedError:  # above a public step, say; S3 answers so where nothing may be listed
         return None
     if raw is None and folder.local is not None and (folder.local / name).is_dir():
@@ -107,8 +115,8 @@ def read_beside(folder: Folder, name: str) -> bytes | None:
 
 def _steps(names: list[str]) -> list[str]:
     """Names that are steps, newest first."""
-    numbered = [(int(m[1]), n) for n in names if (m := _STEP.match(n))]
-    return [name for _, name in sorted(numbered, reverse=True)]
+    numbered = sorted(((int(n), n) for n in names if _STEP.match(n)), reverse=True)
+    return [name for _, name in numbered]
 
 
 def _unfinished(items: Folder) -> str | None:
@@ -122,8 +130,8 @@ def _unfinished(items: Folder) -> str | None:
     # Orbax v1 always leaves a marker; before it, local saves were committed by a rename alone and
     # saves to object stores by the marker (orbax-checkpoint `path/atomicity.py`).
     handler = json.dumps(metadata.get("item_handlers"))
-    marks = "experimental.v1" in handler or items.local is None or items.read(_COMMIT) is not None
-    if marks and step.read(_COMMIT) is None and (raw is not None or items.read(_COMMIT) is None):
+    marks = "experimental.v1" in handler or items.local is None or items.has(_COMMIT)
+    if marks and not step.has(_COMMIT) and (raw is not None or not items.has(_COMMIT)):
         return f"{step} has no {_COMMIT}, so its save did not finish"
     if raw is not None and not metadata.get("commit_timestamp_nsecs", True):
         return f"{step}/_CHECKPOINT_METADATA has no commit time, so its save did not finish"
@@ -132,8 +140,8 @@ def _unfinished(items: Folder) -> str | None:
 
 def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
+        content = strict_json.loads(raw)
+    except ValueError:
         content = None
     if not isinstance(content, dict):
         raise NotACheckpointError(f"{folder}/_CHECKPOINT_METADATA is not JSON; the save is damaged")
@@ -150,9 +158,8 @@ def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
     raw = step.read("_CHECKPOINT_METADATA")
     custom = _json(step, raw).get("custom_metadata") if raw is not None else None
     custom = custom if isinstance(custom, dict) else {}
-    match = _STEP.match(step.name)
     beside = [step, step.parent]
     if step.parent.name == "checkpoints":
         beside.append(step.parent.parent)
-    number = int(match[1]) if match else None
+    number = int(step.name) if _STEP.match(step.name) else None
     return Step(items, number, custom, tuple(beside), skipped, dated=raw is not None)

@@ -3,6 +3,7 @@
 A remote store is given up after a silence, never after a total: whoever sends bytes is waited for.
 """
 
+import hashlib
 import os
 import re
 import time
@@ -17,7 +18,7 @@ import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError
 from moeconv.untrusted import native_logs
-from moeconv.untrusted.files import READ_LIMIT, inside, is_address, read_inside
+from moeconv.untrusted.files import inside, is_address, is_file, read_inside
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
 
@@ -67,6 +68,11 @@ def _first() -> ts.Context:
     return _context({"max_retries": 0, "initial_delay": "1s", "max_delay": "1s"})
 
 
+_LONGEST = 500  # characters of somebody else's message, which may quote all of a file
+# The largest metadata that runs write have some MB; parsed they take up to twenty times as much.
+LIMIT = 32 * 2**20
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder of a checkpoint, local or below a URL that tensorstore reads.
@@ -101,11 +107,14 @@ class Folder:
                 )
             else:
                 path = Path(text).expanduser()
-            url = f"file://{path.resolve()}"
-            url.encode()  # else tensorstore cannot be asked, and no manifest can name it
-            return cls(url, path.resolve())
+            place = path.resolve()
+            str(place).encode()
+            return cls(f"file://{place}", place)
         except UnicodeEncodeError:
-            raise NotACheckpointError(f"{text}: a path that is not UTF-8; rename it") from None
+            raise NotACheckpointError(
+                f"{text} has a name that is not UTF-8 in its path, with which tensorstore reads "
+                "nothing; rename it"
+            ) from None
         # A loop of links, ~name of no user, a NUL.
         except (OSError, RuntimeError, ValueError) as error:
             raise NotACheckpointError(f"{text} is no path that can be read: {error}") from None
@@ -164,7 +173,7 @@ class Folder:
         root = self.root or local
         return root, f"{local.relative_to(root).as_posix()}/{name}"
 
-    def read(self, name: str, *, limit: int = READ_LIMIT) -> bytes | None:
+    def read(self, name: str, *, limit: int = LIMIT) -> bytes | None:
         """Content of a file, None when there is none.
 
         Raises:
@@ -183,6 +192,28 @@ class Folder:
             return None
         except (OSError, ValueError) as error:
             raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name.
+
+        Raises:
+            NotACheckpointError: As `read`.
+        """
+        if self.local is None:
+            return self.read(name) is not None
+        try:
+            return is_file(*self._below(name))
+        except OSError as error:
+            raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
+
+    def version(self, name: str) -> object:
+        """What changes when a file of a remote store does: its generation and its content.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        result = self._ask(name, lambda store: store.read(name.encode()))
+        return result.state, result.stamp.generation, hashlib.sha256(result.value).digest()
 
     def children(self) -> Iterator[str]:
         """Names of files and folders directly below.
@@ -234,4 +265,5 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = _WHERE.split(_STATUS.sub("", str(error)), maxsplit=1)[0]
-    return (text.splitlines() or [type(error).__name__])[0]
+    line = next(iter(text.splitlines()), type(error).__name__)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}…"

@@ -8,7 +8,7 @@ from moeconv.verify.grading import LIMITS, PASS_ROUNDING, WARN_ROUNDING
 from moeconv.verify.outcome import Check, Status
 from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, find
 from moeconv.verify.report import Report
-from moeconv.verify.tables import table
+from moeconv.verify.tables import code, plain, table
 
 _FIGURES = (
     ("positions", "positions"),
@@ -41,7 +41,9 @@ def verdict_line(report: Report) -> str:
         )
     if report.verdict is Status.SKIP:
         return "SKIPPED: nothing could be checked here."
-    check = next(c for c in report.checks if c.status is report.verdict)
+    check = next((c for c in report.checks if c.status is report.verdict), None)
+    if check is None:  # of a report that contradicts itself, which push refuses
+        return f"{report.verdict.upper()}: no check says why."
     where = f", layer {check.layer}" if check.layer is not None else ""
     tensors = f" ({', '.join(check.tensors[:3])})" if check.tensors else ""
     word = "FAIL" if report.verdict is Status.FAIL else "WARN"
@@ -53,17 +55,18 @@ def to_markdown(report: Report, plots: Iterable[Path]) -> str:
     drawn = {path.name for path in plots}
     parts = [
         "# Verification",
-        f"**{verdict_line(report)}**",
-        f"moeconv {report.moeconv_version}; checkpoint digest `{report.source}`; bound to the "
+        f"**{plain(verdict_line(report))}**",
+        f"moeconv {plain(report.moeconv_version)}; checkpoint digest {code(report.source)}; bound "
+        f"to the "
         f"SHA-256 of {len(report.files)} files in verify.json: a change of one byte voids it.",
         "## Checks",
         table(
             ("level", "check", "verdict", "what was found"),
-            [(c.level, c.name, c.status.value, c.summary) for c in report.checks],
+            [(c.level, c.name, c.status.value, plain(c.summary)) for c in report.checks],
         ),
     ]
     if wrong := [c for c in report.checks if c.tensors and c.status is not Status.PASS]:
-        rows = [(f"{c.level}/{c.name}", f"`{t}`") for c in wrong for t in c.tensors[:10]]
+        rows = [(f"{c.level}/{c.name}", code(t)) for c in wrong for t in c.tensors[:10]]
         parts += ["## Tensors and files at fault", table(("check", "name"), rows)]
     for level in ("logits", "layers"):
         if (parity := find(report, level, "parity")) is not None:
@@ -101,7 +104,7 @@ def _parity(report: Report, level: str, parity: Check) -> list[str]:
     ]
     parts = [
         f"## Logits (level {level})",
-        f"Text: {parity.metrics['origin']}.",
+        f"Text: {plain(parity.metrics['origin'])}.",
         table(("", *(name for name, _ in columns)), rows),
     ]
     if (router := find(report, level, "router")) is not None:
@@ -124,7 +127,7 @@ def _hidden(hidden: Check) -> str:
     """One row a layer: what arises in each part, and what has grown."""
     by_layer: dict[str, dict[str, Any]] = {}
     for place in hidden.metrics["places"]:
-        layer = place["part"] if place["layer"] is None else str(place["layer"])
+        layer = plain(place["part"] if place["layer"] is None else place["layer"])
         part = "output" if place["layer"] is None else place["part"]
         by_layer.setdefault(layer, {})[part] = place
     rows = []
@@ -139,7 +142,7 @@ def _hidden(hidden: Check) -> str:
 def _cell(place: Mapping[str, Any] | None) -> str:
     if place is None:
         return _ABSENT
-    mark = "" if place["status"] == Status.PASS else f" **{place['status']}**"
+    mark = "" if place["status"] == Status.PASS else f" **{plain(place['status'])}**"
     return _number(place["local"]["largest"]) + mark
 
 

@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from moeconv.errors import OutputError
 from moeconv.untrusted.text import printable
@@ -26,7 +27,7 @@ class CandidateError(OutputError):
     """OUT itself is at fault: a failed check, where trouble of the machine means no verdict.
 
     Attributes:
-        check: The name of the check that fails.
+        check: The name of the check that fails, one of `OF_OUT` or of the level's own.
     """
 
     def __init__(self, message: str, check: str = "model") -> None:
@@ -38,6 +39,39 @@ class CandidateError(OutputError):
 _LONGEST, _DEEPEST = 2000, 12
 
 _RANK = {Status.SKIP: 0, Status.PASS: 1, Status.WARN: 2, Status.FAIL: 3}
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The checks of a level.
+
+    Attributes:
+        always: A level that has run and not failed has each of these.
+        at_times: It may have these besides.
+        can_skip: Of `always`, those that need packages or files that may be absent.
+    """
+
+    always: tuple[str, ...]
+    at_times: tuple[str, ...] = ()
+    can_skip: tuple[str, ...] = ()
+
+
+# What a level that runs models finds wrong with OUT itself (`CandidateError`) fails under these.
+OF_OUT = ("model", "config", "tensors", "tokenizer")
+
+# Every check there is: `Check` takes no other, and push demands those that a level always has.
+CHECKS: dict[Level, Checks] = {
+    "structure": Checks(
+        ("files", "tensors", "dtypes", "index", "tying", "finite", "config", "readers",
+         "transformers", "tokenizer"),
+        can_skip=("readers", "transformers", "tokenizer"),
+    ),
+    "weights": Checks(("source", "values"), ("tensors", "tokenizer")),
+    "logits": Checks(("reference", "parity", "greedy"), ("description", "stock", "router")),
+    "layers": Checks(
+        ("reference", "hidden", "parity"), ("description", "depth", "stock", "router")
+    ),
+}  # fmt: skip
 
 
 class Check(BaseModel):
@@ -77,6 +111,16 @@ class Check(BaseModel):
     @classmethod
     def _numbers(cls, metrics: dict[str, Any]) -> dict[str, Any]:
         return {printable(str(name)): _as_json(value) for name, value in metrics.items()}
+
+    @model_validator(mode="after")
+    def _is_known(self) -> Self:
+        known = CHECKS[self.level]
+        # A level that cannot run here is skipped under its own name.
+        skipped = self.name == self.level and self.status is Status.SKIP
+        of_out = self.name in OF_OUT and self.status is Status.FAIL
+        if not (skipped or of_out) and self.name not in (*known.always, *known.at_times):
+            raise ValueError(f"level {self.level} has no check {self.name!a}")
+        return self
 
 
 def _as_json(value: Any, depth: int = 0) -> Any:

@@ -1,11 +1,14 @@
 """`verify.json`: the verdict, bound to the bytes it speaks of, so that changing one voids it."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from moeconv import __version__
+from moeconv.convert.beside import LEGAL
 from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.untrusted.files import is_file
 from moeconv.untrusted.strict_json import loads
 from moeconv.verify.figures import demand_figures
 from moeconv.verify.outcome import Check, Level, Status, worst
@@ -16,6 +19,8 @@ from moeconv.verify.tokens import KINDS
 REPORT_NAME = "verify.json"
 # Fewer positions hide a wrong RoPE.
 ENOUGH = 512
+# Instead of the digest of a file that is not of the manifest's size, however large it is.
+_NOT_READ = ""
 _ORDER: tuple[Level, ...] = ("structure", "weights", "logits", "layers")
 
 
@@ -23,7 +28,9 @@ class Report(BaseModel):
     """The file's schema.
 
     `files` has the SHA-256 of every file of the output at the time of the verdict, the manifest
-    included; `source` the digest of the arrays that were read, as the manifest claims it.
+    included, and nothing for one of another size than the manifest says; `source` the digest of the
+    arrays that were read, as the manifest claims it; `beside` the SHA-256 of the report's plots,
+    and of LICENSE and NOTICE, which push sends along.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +43,7 @@ class Report(BaseModel):
     checks: list[Check]
     source: str
     files: dict[str, str]
+    beside: dict[str, str] = {}
 
     @classmethod
     def read(cls, raw: bytes) -> "Report":
@@ -44,7 +52,12 @@ class Report(BaseModel):
         Raises:
             ValueError: It is no report, or lacks figures that a page would show.
         """
-        report = cls.model_validate(loads(raw))
+        return cls.of(loads(raw))
+
+    @classmethod
+    def of(cls, content: object) -> "Report":
+        """From what verify.json holds; raises as `read`."""
+        report = cls.model_validate(content)
         for check in report.checks:
             demand_figures(check)
         return report
@@ -68,21 +81,19 @@ class Report(BaseModel):
 
     def with_earlier(self, earlier: "Report") -> "Report":
         """Takes over the levels that did not run this time, if they spoke of the same bytes."""
-        same = (earlier.moeconv_version, earlier.source, earlier.files) == (
-            self.moeconv_version,
-            self.source,
-            self.files,
-        )
+        then = (earlier.moeconv_version, earlier.source, earlier.files)
+        now = (self.moeconv_version, self.source, self.files)
+        same = then == now and _NOT_READ not in self.files.values()
         kept = [c for c in earlier.checks if c.level not in self.levels] if same else []
         if not kept:
             return self
         checks = sorted([*self.checks, *kept], key=lambda check: _ORDER.index(check.level))
         return self.model_copy(
-            update={"checks": checks, "verdict": worst(checks), "levels": _levels(checks)}
+            update={"checks": checks, "verdict": worst(checks), "levels": levels_of(checks)}
         )
 
 
-def _levels(checks: list[Check]) -> dict[Level, Status]:
+def levels_of(checks: list[Check]) -> dict[Level, Status]:
     """The verdict of every level; one whose checks were all skipped is skipped."""
     levels: dict[Level, list[Check]] = {}
     for check in checks:
@@ -98,12 +109,27 @@ def make_report(subject: Subject, checks: list[Check]) -> Report:
     """
     names = [*subject.names, MANIFEST_NAME]
     present = [n for n in sorted(names) if (subject.out / n).is_file()]
-    files = {name: sha256(subject.out / name) for name in present}
+    files = {name: _digest(subject, name) for name in present}
     subject.demand_unchanged()
     return Report(
         verdict=worst(checks),
-        levels=_levels(checks),
+        levels=levels_of(checks),
         checks=checks,
         source=subject.manifest.source.digest,
         files=files,
+        beside={name: sha256(subject.out / name) for name in LEGAL if _is_own(subject.out, name)},
     )
+
+
+def _digest(subject: Subject, name: str) -> str:
+    path, record = subject.out / name, subject.manifest.files.get(name)
+    if record is not None and path.stat().st_size != record.size:
+        return _NOT_READ
+    return sha256(path)
+
+
+def _is_own(folder: Path, name: str) -> bool:
+    try:
+        return is_file(folder, name, links=False)
+    except OSError:  # a link, say: push refuses it
+        return False

@@ -109,7 +109,7 @@ class LayerReader:
                 entry if axis == "L" and entry is not None else slice(0, n)
                 for axis, n in zip(stored.axes, info.shape, strict=True)
             )
-            value = self._arrays.reader(info.name, info.chunk_bytes + (64 << 20)).read(box)
+            value = self._arrays.reader(info.name).read(box)
         return np.ascontiguousarray(value, np.float32)
 
     def _stacked(self) -> list[str]:
@@ -131,7 +131,7 @@ class LayerReader:
         info, axis = self._arrays.info[name], self._axis(name)
         plain = [n for i, n in enumerate(info.shape) if i != axis]
         shape = (info.shape[axis], *plain)
-        reader = self._arrays.reader(name, info.chunk_bytes + (64 << 20))
+        reader = self._arrays.reader(name)
         for box in _chunks(info):
             chunk = np.moveaxis(reader.read(box), axis, 0)
             place = (box[axis], *(s for i, s in enumerate(box) if i != axis))

@@ -176,7 +176,8 @@ class Subject:
     @cached_property
     def arrays(self) -> Arrays:
         """The source's parameters, opened."""
-        return Arrays(self.step.items, read_tree(self.step.items))
+        missing = bool(self.manifest.missing_chunks)
+        return Arrays(self.step.items, read_tree(self.step.items), allow_missing=missing)
 
     @cached_property
     def layout(self) -> Layout:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.convert.source import find_sidecar, run_tokenizer
-from moeconv.errors import TokenizerError
+from moeconv.errors import StorageError, TokenizerError
 from moeconv.hf.tokenizer import check_fits, read_tokenizer
 from moeconv.untrusted import strict_json
 from moeconv.verify.outcome import CandidateError, Check, Status, failed, passed, skipped
@@ -72,7 +72,7 @@ def check_own_tokenizer(subject: Subject) -> list[Check]:
         return [skipped("weights", "tokenizer", "the model was written without a tokenizer")]
     try:
         own = run_tokenizer(*sidecar, model_max_length=None)
-    except TokenizerError as error:
+    except (TokenizerError, StorageError) as error:
         why = f"not compared with the run's own, which cannot be read: {error}"
         return [Check(level="weights", name="tokenizer", status=Status.WARN, summary=why)]
     place, trained = own.source, strict_json.loads(own.files["tokenizer.json"])
@@ -123,7 +123,7 @@ def _ids(tokenizer: Mapping[str, Any]) -> dict[str, int]:
     vocabulary = tokenizer["model"].get("vocab", {})
     if isinstance(vocabulary, list):
         vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", ())}
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or ()}
     return {**vocabulary, **added}
 
 

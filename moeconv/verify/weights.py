@@ -35,7 +35,7 @@ from moeconv.mapping.axes import Array
 from moeconv.mapping.edges import Edge
 from moeconv.mapping.ops import DTYPES, SIGNIFICAND_BITS, Cast, Scale
 from moeconv.orbax.arrays import Reader
-from moeconv.verify.outcome import Check, failed, passed
+from moeconv.verify.outcome import Check, Status, failed, passed
 from moeconv.verify.subject import Stored, Subject
 
 Progress = Callable[[int], None]
@@ -113,7 +113,7 @@ def check_weights(
 
 def _cost(unit: Unit) -> int:
     """Bytes of a unit while it is compared: decoded, and compressed while it is decoded."""
-    return 2 * unit.nbytes + WORKER_BYTES
+    return 2 * unit.decoded_bytes + WORKER_BYTES
 
 
 def source_bytes(subject: Subject) -> int:
@@ -133,13 +133,13 @@ def _compare_all(
         for name, group in routes.items()
         for box in unit_boxes(info[name], group[0].axes, group, limit)
     ]
-    units.sort(key=lambda unit: (-unit.nbytes, unit.array.name, unit.box))
+    units.sort(key=lambda unit: (-unit.decoded_bytes, unit.array.name, unit.box))
     largest = units[0]
     if memory < _cost(largest):
         raise MemoryLimitError(
             f"--max-memory {format_size(memory)} is below the {format_size(_cost(largest))} that "
             f"level weights needs: {largest.array.name} is compared in pieces of "
-            f"{format_size(largest.nbytes)}; give --max-memory "
+            f"{format_size(largest.decoded_bytes)}; give --max-memory "
             f"{math.ceil(_cost(largest) / MIB)}MiB or more"
         )
     budget = Budget(memory)
@@ -148,8 +148,7 @@ def _compare_all(
         cost = _cost(unit)
         budget.acquire(cost)
         try:
-            cache = unit.nbytes + unit.nbytes // 4 + (64 << 20)
-            reader = subject.arrays.reader(unit.array.name, cache)
+            reader = subject.arrays.reader(unit.array.name, unit.chunk_count)
             digests = chunk_digests(unit, reader)
             with findings.lock:
                 findings.chunks.setdefault(unit.array.name, {}).update(digests)
@@ -292,6 +291,16 @@ def _source_check(subject: Subject, findings: _Findings) -> Check:
             f"{len(changed)} of {len(digests)} arrays of {subject.source} are not those that were "
             "converted",
             tensors=changed,
+        )
+    if lacking := subject.manifest.missing_chunks:
+        return Check(
+            level="weights",
+            name="source",
+            status=Status.WARN,
+            summary=f"chunks of {len(lacking)} arrays of {subject.source} are not stored and count "
+            "as zeros; whether they were lost cannot be told",
+            tensors=sorted(lacking),
+            metrics={"digest": total},
         )
     return passed(
         "weights",

@@ -16,6 +16,7 @@ from moeconv.untrusted.files import read_inside
 from moeconv.verify.markdown import to_markdown
 from moeconv.verify.plots import PLOTS, draw_plots
 from moeconv.verify.report import REPORT_NAME, Report
+from moeconv.verify.structure import sha256
 
 PAGE_NAME = "verify.md"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -56,6 +57,8 @@ def write_report(report: Report, folder: Path) -> list[Path]:
         _clear(folder)
         with TemporaryDirectory(prefix=WRITING, dir=folder) as name, _held(fresh := Path(name)):
             plots = draw_plots(report, fresh)
+            drawn = {path.name: sha256(path) for path in plots}
+            report = report.model_copy(update={"beside": {**report.beside, **drawn}})
             page = to_markdown(report, plots)
             (fresh / PAGE_NAME).write_text(page, encoding="utf-8")
             (fresh / REPORT_NAME).write_bytes(to_json(report.model_dump(mode="json")))

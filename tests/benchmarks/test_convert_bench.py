@@ -6,15 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runner import commands_but
 
 BENCH = Path(__file__).parents[2] / "benchmarks" / "convert.py"
 
 
-@pytest.mark.slow
+@pytest.mark.proof(
+    "bench of converting",
+    inputs=["benchmarks/convert.py"],
+    without=commands_but("convert", "inspect"),
+)
 @pytest.mark.timeout(900)
 def test_quick(tmp_path):
     report = tmp_path / "report.json"
-    words = [BENCH, "--quick", "--repeat", "2", "--work", tmp_path / "work", "--json", report]
+    words = [BENCH, "--quick", "--repeat", "1", "--work", tmp_path / "work", "--json", report]
     ran = subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, check=False
     )
@@ -29,7 +34,7 @@ def test_quick(tmp_path):
     runs = [r for part in (interleaved, all_moe) for r in part["runs"].values()]
     runs += [*found["growth"].values(), *found["start-up"].values()]
     for contender in runs:
-        assert len(contender["runs"]) == 2
+        assert len(contender["runs"]) == 1
         assert all(run["wall"] > 0 and run["rss"] > 0 for run in contender["runs"])
     for title in (*found["models"], "wall / (read + write floor)", "moeconv --help"):
         assert title in ran.stdout

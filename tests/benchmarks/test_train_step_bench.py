@@ -47,13 +47,14 @@ def test_the_models_flops_by_hand(bench):
     assert bench.model_flops(mixtral) - bench.model_flops(keys) == 3 * 30 * 2 * (experts - dense)
 
 
-@pytest.mark.slow
+@pytest.mark.proof("bench of training", inputs=["benchmarks/train_step.py"])
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["interleaved", "all MoE"])
 def test_all_contenders_train_one_model(model, tmp_path):
     numbers = tmp_path / "numbers.json"
     options = ["--model", model, "--size", "tiny", "--steps", "1", "--json", numbers]
-    command = [sys.executable, BENCH, *options, "--work", tmp_path / "work"]
+    options += ["--one-process", "--work", tmp_path / "work"]
+    command = [sys.executable, BENCH, *options]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     found = json.loads(numbers.read_text())[model]

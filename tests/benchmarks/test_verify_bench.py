@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_runner import commands_but
 
 BENCH = Path(__file__).parents[2] / "benchmarks" / "verify.py"
 GOALS = {
@@ -15,7 +16,11 @@ GOALS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.proof(
+    "bench of verifying",
+    inputs=["benchmarks/verify.py"],
+    without=commands_but("convert", "inspect", "verify"),
+)
 @pytest.mark.timeout(900)
 def test_quick(tmp_path):
     report = tmp_path / "report.json"

@@ -25,7 +25,10 @@ from moeconv.convert.manifest import Manifest
 from moeconv.verify.maxtext import MaxTextModel
 
 # Environments are made here, which is downloading where no cache has the packages.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.proof("consumers", inputs=["requirements/consumers/*.txt"]),
+    pytest.mark.timeout(1800),
+]
 
 HERE = Path(__file__).parent
 REQUIREMENTS = HERE.parents[1] / "requirements" / "consumers"

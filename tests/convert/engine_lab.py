@@ -100,10 +100,10 @@ class Crashes:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def leave_unfinished(self, checkpoint, out: Path) -> None:
+    def leave_unfinished(self, checkpoint, out: Path, *flags: str) -> None:
         """Dies when every unit is in the journal and config.json is about to be synced."""
         units = len(checkpoint.arrays)
-        self.convert(checkpoint, out, die=["fsync", units + 1])
+        self.convert(checkpoint, out, *flags, die=["fsync", units + 1])
         assert journaled(out) == units
 
     def close(self) -> None:

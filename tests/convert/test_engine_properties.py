@@ -99,7 +99,9 @@ def test_units_tile_every_array(sample, data, limit):
         routes = work.routes_of(expand(family, sample.model, sample.layout, sample.dtypes))
         for array in sample.layout.arrays:
             chunk = chunk_of(data.draw, array.shape)
-            info = ArrayInfo(array.path, array.shape, sample.dtypes[array.name], chunk, "none")
+            dtype = sample.dtypes[array.name]
+            decoded = math.prod(chunk) * DTYPES[dtype].itemsize
+            info = ArrayInfo(array.path, array.shape, dtype, chunk, "none", decoded)
             boxes = work.unit_boxes(info, array.axes, routes[array.name], limit)
             count = np.zeros(array.shape, int)
             chunks = set()

@@ -17,6 +17,8 @@ from moeconv.convert.engine import Engine
 from moeconv.errors import OutputError
 from moeconv.orbax.arrays import Reader
 
+PROOF = pytest.mark.proof("kill points", without=cli_runner.commands_but("convert"))
+
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed(big, expected, tmp_path, moment):
@@ -94,9 +96,7 @@ def spread(total: int, tail: int, count: int) -> list[int]:
     return sorted({*range(0, total, max(1, total // count)), *range(max(0, total - tail), total)})
 
 
-@pytest.mark.parametrize(
-    ("tail", "count"), [(14, 12), pytest.param(999, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("tail", "count"), [(14, 12), pytest.param(999, 1, marks=PROOF)])
 def test_killed_at_any_call(crashes, tiny, tmp_path, tail, count):
     whole = crashes.convert(tiny, tmp_path / "whole", "--max-shard-size", "40kB")
     assert whole["code"] == 0
@@ -118,8 +118,8 @@ def test_killed_at_any_call(crashes, tiny, tmp_path, tail, count):
 
 @pytest.mark.parametrize(
     ("swap", "tail"),
-    [(True, 13), (False, 13), pytest.param(True, 999, marks=pytest.mark.slow),
-     pytest.param(False, 999, marks=pytest.mark.slow)],
+    [(True, 13), (False, 13), pytest.param(True, 999, marks=PROOF),
+     pytest.param(False, 999, marks=PROOF)],
 )  # fmt: skip
 def test_killed_while_overwriting(crashes, tiny, tmp_path, swap, tail):
     """The old model stays whole until the new one is."""
@@ -170,19 +170,21 @@ def test_stopped_while_pieces_are_put_together(small_units, tmp_path, monkeypatc
 
     def watched_settle(self, name):
         settling.set()
-        settle(self, name)
+        written = settle(self, name)
         settling.clear()
+        return written
 
     for stop_at in (1, 20, 90):
         writes = 0
 
-        def watched_write(self, route, row, values, stop_at=stop_at):
+        def watched_write(self, route, row, values, written, stop_at=stop_at):
             nonlocal writes
-            write(self, route, row, values)
+            written = write(self, route, row, values, written)
             writes += settling.is_set()
             if writes == stop_at:
                 signal.raise_signal(signal.SIGINT)
                 assert self._stop.wait(10)
+            return written
 
         out = tmp_path / f"out{stop_at}"
         with monkeypatch.context() as patch:

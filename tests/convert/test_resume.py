@@ -94,8 +94,8 @@ def test_resuming_a_checkpoint_without_ocdbt(crashes, tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_chunks_of_zeros_are_told_when_resumed(crashes, tmp_path):
-    """Of an older Orbax, which stores none, so that a lost one reads the same."""
+def test_missing_chunks_are_told_when_resumed(crashes, tmp_path):
+    """Of an older Orbax, which stores no zeros, so that a lost one reads the same."""
 
     def change(arrays):
         arrays["token_embedder.embedding"][:] = 0
@@ -103,8 +103,11 @@ def test_chunks_of_zeros_are_told_when_resumed(crashes, tmp_path):
     checkpoint = synthetic.write(tmp_path / "run", "envy", change=change, zeros=False)
     checkpoint.config_file()
     out = tmp_path / "out"
-    crashes.leave_unfinished(checkpoint, out)
-    manifest = to(checkpoint, out, resume=True)
+    crashes.leave_unfinished(checkpoint, out, "--allow-missing-chunks")
+    with pytest.raises(OutputError, match="with other options"):
+        to(checkpoint, out, resume=True)
+    manifest = to(checkpoint, out, resume=True, allow_missing_chunks=True)
+    assert manifest.missing_chunks == {"token_embedder.embedding": [[0, 0]]}
     assert any("token_embedder.embedding" in text for text in manifest.warnings)
 
 

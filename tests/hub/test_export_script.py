@@ -154,7 +154,7 @@ def test_an_environment_to_verify_in_is_made_where_none_is(finished):
     assert ran.returncode == 0 and not (finished / "installed").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.proof("export", inputs=["train/kaggle/export_to_hub.sh"])
 def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
     """MaxText and transformers run in processes of their own, as on Kaggle."""
     run = outputs.write_run(tmp_path / "run")
@@ -173,9 +173,18 @@ def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
     assert "**PASS" in hub.text("README.md", "alice/exported")
     assert os.environ["HF_TOKEN"] not in ran.stdout + ran.stderr
 
-    # Once more, to the repository that the run names, with a README of the user's.
-    (tmp_path / "run-hf" / "README.md").write_text("my own words\n")
-    ran = export(run, **online)
+    # Once more, to the repository that the run names, with a README of the user's. What is
+    # converted again has the verdict that it had.
+    verdict, out = tmp_path / "verdict", tmp_path / "run-hf"
+    shutil.copytree(out, verdict, ignore=shutil.ignore_patterns("*.safetensors", "moeconv.json"))
+    (verdict / "README.md").unlink(missing_ok=True)
+    (tmp_path / "python").write_text(
+        '#!/bin/bash\ncase "$*" in\n'
+        f'  *"main verify"*) cp -r {verdict}/. "$4" ;;\n  *) exec {sys.executable} "$@" ;;\nesac\n'
+    )
+    (tmp_path / "python").chmod(0o755)
+    (out / "README.md").write_text("my own words\n")
+    ran = export(run, **{**online, "PYTHON": str(tmp_path / "python")})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert hub.text("README.md").endswith("my own words\n")
     first, second = repo.files(), hub.repo().files()

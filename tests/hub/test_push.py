@@ -147,6 +147,7 @@ def test_what_was_downloaded_is_no_stranger_to_verify(hub, push, out, tmp_path):
     """Nor is what people put beside it: `verify DOWNLOADED` finds nothing to warn of."""
     for name in ("LICENSE", "NOTICE"):
         (out / name).write_text("words\n")
+    outputs.attest(out, outputs.parity(1e-6))
     assert push().code == 0
     copy = tmp_path / "downloaded"
     subprocess.run(

@@ -144,6 +144,7 @@ def test_one_pull_request_is_opened_and_gone_on_with(hub, push, out, name):
     assert first["pull_request"] == f"{hub.url}/{name}/discussions/1"
     assert first["revision"] == "refs/pr/1"
     (out / "LICENSE").write_text("a license")
+    outputs.attest(out, outputs.parity(1e-6))
     assert "pull request 1 (open, goes on)" in push(*arguments[:3], "--dry-run").out
     ran = push(*arguments, "--message", "another title")
     assert ran.code == 0, ran.err
@@ -153,7 +154,8 @@ def test_one_pull_request_is_opened_and_gone_on_with(hub, push, out, name):
     assert hub.text("LICENSE", name, "refs/pr/1") == "a license"
     assert set(repo.files("main")) == {".gitattributes"}
     assert {n: a for n, a in actions(ran).items() if a not in ("same", "keep")} == {
-        "LICENSE": "add"
+        "LICENSE": "add",
+        "verify.json": "replace",
     }
     repo.pulls[0].status = "merged"
     third = json.loads(push(*arguments).out)

@@ -45,6 +45,14 @@ _RUN = {
 }
 FP32 = {**BASE, **ENVY, **TIED, **_RUN}
 FP16 = {**FP32, **_FP16}
+# Over both, for gradients that are compared: test modules with one way to build a step in common
+# find what the other has compiled.
+SHARED = {
+    "base_num_decoder_layers": 2,
+    "vocab_size": 16384,
+    "gradient_clipping_threshold": 0.0,
+    "float32_logits": True,
+}
 
 
 def resolve(keys: dict[str, object], directory: Path, run: str = "run") -> Any:

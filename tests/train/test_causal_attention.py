@@ -8,7 +8,7 @@ from moeconv_train import causal_attention
 from moeconv.errors import ConfigError, UnsupportedError
 
 # Of what is off unless asked for.
-pytestmark = [pytest.mark.maxtext, pytest.mark.slow]
+pytestmark = [pytest.mark.maxtext, pytest.mark.proof("causal attention")]
 
 B, T, H, K, h = 2, 24, 4, 2, 8
 
@@ -88,7 +88,6 @@ def test_blocks_skip_the_future():
     assert flops(T // 8) == pytest.approx(whole * 36 / 64, rel=0.05)
 
 
-@pytest.mark.slow
 def test_maxtexts_step_has_the_same_loss_and_gradient(tmp_path):
     """In fp16, to its rounding; test_cheaper_step.py has fp32."""
     keys = {

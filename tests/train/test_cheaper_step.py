@@ -7,14 +7,9 @@ import pytest
 from moeconv_train import causal_attention, expert_tiles, fp16_head, loss_scaling
 from moeconv_train.loss_scaling import LossScaleSettings
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.proof("cheaper step"), pytest.mark.maxtext]
 
-KEYS = {
-    "base_num_decoder_layers": 2,
-    "vocab_size": 16384,
-    "gradient_clipping_threshold": 0.0,
-    "float32_logits": True,
-}
+KEYS = fp16_lab.SHARED
 # 16 rows a step in each, as in test_loss_scaling_runs.py.
 WAYS = {
     "one device": {"remat_policy": "minimal_with_context"},

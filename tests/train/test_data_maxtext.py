@@ -250,7 +250,7 @@ def test_hosts_share_the_rows_and_the_fewest_batches_count(
     assert sorted(seen) == sorted(list(range(0, rows * (LENGTH + 1), LENGTH + 1)) * epochs)
 
 
-@pytest.mark.slow
+@pytest.mark.proof("data workers")
 @pytest.mark.parametrize(
     ("rows", "epochs", "workers", "hosts"),
     [(10, 1, 2, 1), (11, 2, 2, 1), (13, 1, 3, 1), (13, 2, 2, 2)],

@@ -11,7 +11,7 @@ from moeconv_train.preflight import hlo
 from moeconv.errors import ConfigError, UnsupportedError
 
 # Of what is off unless asked for.
-pytestmark = [pytest.mark.maxtext, pytest.mark.slow]
+pytestmark = [pytest.mark.maxtext, pytest.mark.proof("expert tiles")]
 
 E, D, F, K = 4, 16, 24, 2
 # Tokens' first expert, then their second: evenly drawn, all on two, one alone on the last.
@@ -97,7 +97,6 @@ def test_results_and_gradients_are_those_of_all_experts(routing, tile):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.slow
 def test_maxtexts_step_has_the_same_loss_and_gradient(tmp_path):
     """In fp32; test_cheaper_step.py has fp16."""
     keys = {

@@ -41,7 +41,7 @@ def scaled(directory):
     return stepper
 
 
-@pytest.mark.slow
+@pytest.mark.proof("loss scaling of a step")
 def test_without_scaling_gradients_are_wrong(directory, reference):
     with loss_scaling.install(LossScaleSettings(mode="off")), fp16_head.install():
         plain = fp16_lab.Stepper.make({**fp16_lab.FP16, **KEYS}, directory)
@@ -50,7 +50,7 @@ def test_without_scaling_gradients_are_wrong(directory, reference):
     assert fp16_lab.error(gradient, reference) > 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.proof("loss scaling of a step")
 @pytest.mark.parametrize("exponent", [12, 15, 18])
 def test_with_scaling_gradients_are_those_of_fp32(scaled, reference, exponent):
     gradient = scaled.gradient(loss_scale=2.0**exponent)
@@ -91,7 +91,7 @@ def test_the_scale_grows_after_good_steps_and_metrics_say_so(scaled):
     assert scaled.scaling() == (2.0**12, 1, 0)
 
 
-@pytest.mark.slow
+@pytest.mark.proof("loss scaling of a step")
 def test_a_checkpoint_resumes_to_the_bit(scaled, directory):
     """Saved and restored by MaxText between an overflow and the growth after it."""
     scaled.reset(loss_scale=2.0**40)

@@ -5,16 +5,16 @@ import json
 import jax
 import pytest
 import train_lab
-from cli_runner import moeconv
+from cli_runner import commands_but, moeconv
 from jax.experimental.compilation_cache import compilation_cache
-from moeconv_train.data import read_stories
 from test_train_command import _JAX
 
 from moeconv.errors import TrainingError
 
 pytest.importorskip("maxtext")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.proof("endings of training", without=commands_but("train", "data")),
+    pytest.mark.maxtext,
     pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -62,27 +62,6 @@ def test_hopeless_fp16_gives_up(train):
     assert ran.code == TrainingError.exit_code, ran.err
     assert "3 steps in a row were not finite" in ran.error and "docs/fp16.md" in ran.error
     assert train_lab.metrics(run)[-1]["skipped_steps"] == 3
-
-
-@pytest.fixture
-def stories(tmp_path):
-    path = tmp_path / "stories.jsonl"
-    path.write_text("".join(json.dumps({"text": s.strip()}) + "\n" for s in read_stories()[:150]))
-    return path
-
-
-def test_a_streamed_source_trains_and_saves_when_its_data_end(train, stories, tmp_path):
-    pytest.importorskip("datasets")
-    ran, run = train(**{"dataset_type": "hf", "run.data.source": stories, "steps": 1000})
-    assert ran.code == 0, ran.err
-    outcome = json.loads(ran.out)
-    assert outcome["status"] == "stopped" and 0 < outcome["completed"] < 100
-    assert outcome["saved_step"] == outcome["completed"] - 1
-    assert "You may have run out of training data" in outcome["message"]
-    assert "dataset_type=hf begins its data anew at every resume" in ran.err
-    assert (run / "tokenizer" / "tokenizer.json").is_file()
-    converted = moeconv("convert", run, tmp_path / "model")
-    assert converted.code == 0, converted.err
 
 
 def test_accumulated_gradients_are_counted_as_one_step(train):

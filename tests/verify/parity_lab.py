@@ -1,11 +1,13 @@
 """What the tests of levels logits and layers share: running one on a row, breaking an output."""
 
 import json
+from typing import ClassVar
 
 import numpy as np
 
 from moeconv.verify.layers import check_layers
 from moeconv.verify.logits import check_logits
+from moeconv.verify.maxtext_layers import MaxTextLayers
 from moeconv.verify.settings import ParityOptions
 from moeconv.verify.subject import Subject
 from moeconv.verify.tokens import RANDOM, Rows
@@ -25,6 +27,19 @@ def check(level, out, options=None):
     rows = rows_for(subject.model.vocab_size)
     found = function(subject, rows, options or ParityOptions(), lambda text: None)
     return {one.name: one for one in found}
+
+
+class Compiled(MaxTextLayers):
+    """MaxText's side, built and compiled once for each config: the weights are read anew."""
+
+    _made: ClassVar[dict[str, MaxTextLayers]] = {}
+
+    def __init__(self, config, read, *, dtype="float32"):
+        key = repr((sorted(config.items()), dtype))
+        if key not in self._made:
+            super().__init__(config, read, dtype=dtype)
+            self._made[key] = self
+        self.__dict__ |= self._made[key].__dict__ | {"_read": read, "_globals": None}
 
 
 def edit(**changes):

@@ -87,7 +87,7 @@ EVERY_TIME = [(ENVY, "unscanned full state"), (ENVY, "expert 2 tensor 2")]
         )
         for block in (MIXTRAL, ENVY)
         for name in STORED
-        for marks in [() if (block, name) in EVERY_TIME else pytest.mark.slow]
+        for marks in [() if (block, name) in EVERY_TIME else pytest.mark.proof("storage")]
     ],
 )
 def test_one_model_however_it_is_stored(maxtext_lab, block, stored):

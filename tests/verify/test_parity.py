@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import config_file, run
 from maxtext_lab import LLAMA2, MIXTRAL, TIED
-from parity_lab import check, edit
+from parity_lab import Compiled, check, edit
 
 from moeconv.errors import UnsupportedError, UsageError
 from moeconv.hf.safetensors import read_header
@@ -16,8 +16,16 @@ from moeconv.verify.run import VerifyOptions, verify
 from moeconv.verify.settings import ParityOptions, parse_against
 from moeconv.verify.subject import Subject
 
+PROOF = pytest.mark.proof("parity")
+MISTAKES = pytest.mark.proof("parity of mistakes")
 
-@pytest.mark.parametrize("name", ["fp32", pytest.param("bf16", marks=pytest.mark.slow), "compact"])
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    monkeypatch.setattr("moeconv.verify.layers.MaxTextLayers", Compiled)
+
+
+@pytest.mark.parametrize("name", ["fp32", pytest.param("bf16", marks=PROOF), "compact"])
 @pytest.mark.parametrize("level", ["logits", "layers"])
 def test_a_right_conversion_passes(envy, name, level):
     found = check(level, envy / name)
@@ -41,9 +49,9 @@ def test_a_right_conversion_passes(envy, name, level):
 @pytest.mark.parametrize(
     "parts",
     [
-        pytest.param((MIXTRAL, TIED, {"scan_layers": False}), marks=pytest.mark.slow),
-        pytest.param((MIXTRAL,), marks=pytest.mark.slow),
-        pytest.param((LLAMA2,), marks=pytest.mark.slow),
+        pytest.param((MIXTRAL, TIED, {"scan_layers": False}), marks=PROOF),
+        pytest.param((MIXTRAL,), marks=PROOF),
+        pytest.param((LLAMA2,), marks=PROOF),
     ],
 )
 def test_other_blocks_pass_too(maxtext_lab, tmp_path, parts):
@@ -61,14 +69,14 @@ def test_other_blocks_pass_too(maxtext_lab, tmp_path, parts):
     assert "description" in found
 
 
-@pytest.mark.parametrize("name", ["compact", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["compact", pytest.param("bf16", marks=PROOF)])
 @pytest.mark.parametrize("level", ["logits", "layers"])
 def test_against_another_hugging_face_model(envy, name, level):
     found = check(level, envy / name, ParityOptions(against=envy / "fp32"))
     assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
 
 
-@pytest.mark.slow
+@PROOF
 def test_computed_in_bfloat16(envy):
     found = check("layers", envy / "fp32", ParityOptions(dtype="bfloat16"))
     assert worst(found.values()) is Status.PASS, {n: c.summary for n, c in found.items()}
@@ -156,7 +164,7 @@ MUTATIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@MISTAKES
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_every_mistake_is_found_and_placed(envy, tmp_path, name):
     break_it, layer, words = MUTATIONS[name]
@@ -171,7 +179,7 @@ def test_every_mistake_is_found_and_placed(envy, tmp_path, name):
 
 
 # Whole models take longer: those that move no weight, and one that does.
-@pytest.mark.slow
+@MISTAKES
 @pytest.mark.parametrize(
     "name", ["wrong theta", "top-k wrong", "logit scale missing", "one expert zeroed"]
 )
@@ -188,7 +196,7 @@ def test_a_mistake_is_found_and_placed(envy, tmp_path):
     test_every_mistake_is_found_and_placed(envy, tmp_path, "two experts swapped")
 
 
-@pytest.mark.slow
+@MISTAKES
 def test_a_mistake_in_a_rounded_output_is_found(envy, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(envy / "bf16", out)

@@ -49,7 +49,7 @@ def main() -> None:
             return
         for index, variant in enumerate(request["variants"]):
             try:
-                with tempfile.TemporaryDirectory() as scratch, _patched(request["patch"]):
+                with tempfile.TemporaryDirectory() as scratch, _patched(variant["patch"]):
                     config = _config(request, variant, scratch)
                     step = _Step(config, devices)
                     if index == 0:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +39,6 @@ class PluginMissingError(MoeconvError):
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One configuration to compile: settings over the run's own.
-
-    `forced` are values that MaxText's config cannot be given (aot.py).
-    """
-
-    name: str
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    forced: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Patch:
     """A context manager of the trainer, by name, that is open while MaxText traces the step."""
 
@@ -59,6 +47,20 @@ class Patch:
 
 
 STOCK = Patch("moeconv_train.preflight.patches:stock")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration to compile: settings over the run's own.
+
+    `forced` are values that MaxText's config cannot be given (aot.py); `patch` stands in the place
+    of the run's.
+    """
+
+    name: str
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    forced: Mapping[str, Any] = field(default_factory=dict)
+    patch: Patch | None = None
 
 
 def ladder(config: Mapping[str, Any]) -> list[Variant]:
@@ -130,7 +132,8 @@ def measure(
         target: Compiled for; needs no device if it has a `config_file`.
         variants: What to compile; by default the run as it is, then its ladder.
         until_fit: Whether to stop at the first variant that fits.
-        patch: The trainer's changes to MaxText, by default `patches.trainer`.
+        patch: The trainer's changes to MaxText where a variant has no others; by default
+            `patches.trainer`.
         hlo: Where to leave the optimised HLO text of the last variant.
         progress: Told before and after each compilation.
 
@@ -180,11 +183,15 @@ def _run(
         "target_config": None if state_only else target.target_config,
         "usable": target.usable,
         "variants": [
-            {"name": v.name, "overrides": dict(v.overrides), "forced": dict(v.forced)}
+            {
+                "name": v.name,
+                "overrides": dict(v.overrides),
+                "forced": dict(v.forced),
+                "patch": asdict(v.patch or patch),
+            }
             for v in variants
         ],
         "until_fit": until_fit,
-        "patch": {"function": patch.function, "arguments": dict(patch.arguments)},
         "hlo": str(hlo.absolute()) if hlo else None,
         "state_only": state_only,
     }
