@@ -15,6 +15,7 @@ from moeconv.arch.counts import count
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.local import Output
 from moeconv.hub.metadata import assemble, is_ours, join, renew
+from moeconv.hub.plot import draw_losses
 
 OURS = {
     "license": "cdla-sharing-1.0",
@@ -142,7 +143,8 @@ def test_an_earlier_step_is_not_told_as_the_whole_run(hub, tmp_path):
     assert "model-index" not in metadata(card)
 
 
-def test_the_same_output_gives_the_same_card_and_plot(hub, out):
+def test_the_same_output_gives_the_same_card_and_plot(hub, out, monkeypatch):
+    monkeypatch.setattr("moeconv.hub.prepare.draw_losses", draw_losses)  # twice
     assert dry_card(out) == dry_card(out)
     first = cli_runner.moeconv("push", out, "--dry-run", "--json")
     second = cli_runner.moeconv("push", out, "--dry-run", "--json")

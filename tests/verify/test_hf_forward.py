@@ -161,5 +161,5 @@ def test_compare_logits_by_hand():
 def test_compare_logits_refuses():
     with pytest.raises(UsageError, match="shape"):
         compare_logits(np.zeros((2, 3)), np.zeros((3, 2)))
-    with pytest.raises(TensorError, match="the reference's"):
+    with pytest.raises(TensorError, match="the reference's logits"):
         compare_logits(np.array([[0, np.nan, 0]]), np.zeros((1, 3)))
