@@ -36,7 +36,8 @@ def test_the_gradient_is_the_same(way, tmp_path):
     with cheaper():
         ours = fp16_lab.Stepper.make({**fp16_lab.FP32, **keys}, tmp_path)
         gradient, ours_metrics = ours.gradient(), ours.step(seed=1)
-    assert fp16_lab.error(gradient, reference) < 2e-6
+    # 2e-6 on one CPU, 5e-6 on another.
+    assert fp16_lab.error(gradient, reference) < 1e-5
     for name, value in ours_metrics.items():
         assert value == pytest.approx(metrics[name], rel=2e-5), name
 
