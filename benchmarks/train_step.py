@@ -186,8 +186,11 @@ def for_t4s(keys: dict[str, Any]) -> list[dict[str, Any]]:
         memory.Variant(name, patch=memory.Patch(arguments=patch))
         for name, patch in VARIANTS.items()
     ]
+    report = memory.measure(keys, T4X2, variants=variants, until_fit=False)
+    if report.failed:
+        sys.exit(f"not every variant compiles: {report.failed}")
     found = []
-    for row in memory.measure(keys, T4X2, variants=variants, until_fit=False).rows:
+    for row in report.rows:
         by_type = row.matmul_flops_by_type
         found.append(
             {
