@@ -159,7 +159,10 @@ _PLACEHOLDER = re.compile(
     rb"(?i)your|example|placeholder|changeme|change_me|redacted|dummy|xxxx|\.\.\.|\*\*\*|<|\{|\$|"
     rb"environ|getenv|^[0-9.]+$|^[A-Za-z_]+\.[A-Za-z_.]+$"
 )
-_ESCAPED = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
+# JSON's, in any text: before a key in a string, `\n` would make its letter part of the word.
+_ESCAPED = re.compile(rb"\\([nrtbf/\"\\]|u[0-9a-fA-F]{4})")
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"f": b"\f"}
+_NESTED = 3  # JSON in JSON in JSON
 _SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)|_KEY$|_PAT$"
     r"|_PWD$|DATABASE_URL$|_DSN$"
@@ -195,9 +198,18 @@ def _views(content: bytes) -> Iterator[bytes]:
     if content.count(0) > len(content) // 4:  # UTF-16
         content = content.replace(b"\0", b"")
         yield content
-    if b"\\/" in content or _ESCAPED.search(content):
-        plain = _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), content)
-        yield plain.replace(b"\\/", b"/")
+    for _ in range(_NESTED):
+        plain = _ESCAPED.sub(_unescaped, content)
+        if plain == content:
+            break
+        yield (content := plain)
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    code = found[1]
+    if code[:1] == b"u":
+        return chr(int(code[1:], 16)).encode("utf-8", "surrogatepass")
+    return _ESCAPES.get(code, code)
 
 
 def _places(text: bytes, anchors: Iterable[bytes]) -> Iterator[int]:

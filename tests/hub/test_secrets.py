@@ -82,6 +82,14 @@ def test_a_secret_is_found_and_not_repeated(case):
     assert secret[-8:] not in kind
 
 
+@pytest.mark.parametrize("escape", ["\\n", "\\t", "\\r", "\\b", "\\f", "\\/", '\\"', "\\u000a"])
+def test_a_secret_behind_an_escape_of_json_is_found(escape):
+    for secret in (f"hf_{MIXED[:34]}", "machine github.com login ann password hunter"):
+        text = f'{{"a": "word{escape}{secret}"}}'
+        for content in (text, json.dumps(text), json.dumps(json.dumps(text))):
+            assert find_secret(content.encode()) is not None
+
+
 HARMLESS = [
     "export HF_TOKEN=your_token_here",
     "HF_TOKEN=$MY_TOKEN_VARIABLE",
