@@ -23,7 +23,7 @@ _MOST_TEXT = 2**20
 # Fields of sentencepiece's ModelProto (sentencepiece_model.proto): pieces, trainer_spec,
 # normalizer_spec, self_test_data, denormalizer_spec; all are length-delimited messages.
 _MODEL_FIELDS = range(1, 6)
-_RANKS = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d{1,7}\r?\n?)+")
+_RANKS = re.compile(rb"(?:[A-Za-z0-9+/]++={0,2} \d{1,7}(?:\r?\n|\Z))++")
 
 
 def unlike(name: str, content: bytes) -> str | None:

@@ -22,7 +22,7 @@ from moeconv.verify.report import REPORT_NAME, Report
 from moeconv.verify.written import PAGE_NAME
 
 # A path from the root or from home, or an address; not `1/sqrt(D)`, not `models/models.py`.
-_PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+.-]*:/|~)?(?:/[^\s/:;,\"'()`|\]]+)+/?")
+_PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+.-]{0,30}:/|~)?(?:/[^\s/:;,\"'()`|\]]+)+/?")
 
 
 def public_files(output: Output, report: Report | None, beside: Collection[str]) -> list[File]:
