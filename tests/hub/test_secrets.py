@@ -174,12 +174,21 @@ def png(*, before: bytes = b"", rows: bytes = b"\0\1" * 2, behind: bytes = b"") 
     return b"\x89PNG\r\n\x1a\n" + header + before + pixels + chunk(b"IEND", b"") + behind
 
 
+def wide_png(row: bytes) -> bytes:
+    """Some bytes as the gray pixels of one row."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", len(row), 1, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
 UNLIKE = {
     "text as a picture": ("a.png", b"machine x login y"),
     "something behind the picture": ("a.png", png(behind=b"x")),
     "two pictures": ("a.png", png(behind=png())),
     "cut off": ("a.png", png()[:-3]),
     "an unknown part": ("a.png", png(before=chunk(b"exIf", b"x"))),
+    "a part with more than it may hold": ("a.png", png(before=chunk(b"pHYs", b"x" * 40))),
+    "a palette": ("a.png", png(before=chunk(b"PLTE", b"x" * 40))),
     "a damaged part": ("a.png", png().replace(b"IDAT", b"IDAT\0", 1)),
     "other pixels": ("a.png", png(rows=b"\0\1" * 3)),
     "behind the pixels": ("a.png", png().replace(
@@ -211,7 +220,9 @@ def test_a_picture_s_texts_are_looked_through():
         chunk(b"tEXt", b"Software\0" + key),
         chunk(b"zTXt", b"Software\0\0" + zlib.compress(key)),
         chunk(b"iTXt", b"Software\0\1\0en\0\0" + zlib.compress(key)),
+        wide_png(key),
     ):
+        picture = part if part.startswith(b"\x89PNG") else png(before=part)
         with pytest.raises(OutputError, match="access key") as caught:
-            demand_sendable([File.of("a.png", png(before=part))], {})
+            demand_sendable([File.of("a.png", picture)], {})
         assert key.decode() not in str(caught.value)
