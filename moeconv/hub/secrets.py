@@ -120,8 +120,9 @@ _RULES = (
           re.compile(_NOT_WORD + rb"machine\s+[\w-]+(?:\.[\w-]+)+\s+password\s+(\S+)"),
           value="any"),
     _Rule("a password of .pgpass", (),
-          re.compile(rb":(?:[0-9]{2,5}|\*):(?=[^:\s]*[A-Za-z*])[^\s:\"'{}]+"
-                     rb":(?=[^:\s]*[A-Za-z*])[^\s:\"'{}]+:(?:[^\s:\"'{}\\]|\\.){4,}")),
+          re.compile(rb"(?m)^[ \t\"']{0,8}+[^\s:/\"'{}]{1,255}:(?:[0-9]{2,5}|\*)"
+                     rb"(?::(?=[^:\s]{0,128}[A-Za-z*])[^\s:\"'{}]{1,128}){2}"
+                     rb":(?:[^\s:\"'{}\\]|\\.){4}")),
     _Rule("a password's hash", (b":$",),
           re.compile(rb":\$(?:[0-9a-z][\w-]*)\$[./A-Za-z0-9$=,]{20,}")),
     _Rule("a W&B key", (b"wandb",),
@@ -131,9 +132,11 @@ _RULES = (
           re.compile(rb"\"key\\?\"\s*:\s*\\?\"[0-9a-f]{32}\\?\"")),
     # Assignments as a shell, an .env, a program or a config has them.
     _Rule("a secret variable", _NAMES,
-          re.compile(rb"(?:TOKEN|SECRET|PASSW(?:OR)?D|PASSPHRASE|ACCESS_?KEY|API_?KEY|PRIVATE_KEY"
-                     rb"|AUTH_KEY|CRYPTION_KEY|CREDENTIAL|_PAT|_PWD)[A-Z0-9_]{0,40}" + _IS
-                     + rb"([^\s\"'`,;\\]{8,})"), back=16, fold=True, value="any"),
+          re.compile(rb"(?:(?<!BOS_)(?<!EOS_)(?<!PAD_)(?<!MASK_)(?<!UNK_)(?<!CLS_)(?<!SEP_)(?<!IMAGE_)"
+                     rb"TOKEN|SECRET|PASSW(?:OR)?D|PASSPHRASE|(?:ACCESS|API|PRIVATE|SECRET)_?KEY"
+                     rb"|AUTH_KEY|CRYPTION_KEY|SIGNING_KEY|CREDENTIALS?|_PAT|_PWD)_?\d{0,3}" + _IS
+                     + rb"(?![/~.]|[a-z]+://)([^\s\"'`,;\\()\[\]{}<>]{12,})"),
+          back=16, fold=True, value="mixed"),
     _Rule("a password", _NAMES,
           re.compile(rb"(?i:passw(?:or)?d|passphrase)" + _IS + rb"([^\s\"'`,;\\()\[\]|:]{8,})"),
           fold=True, value="any"),
@@ -159,7 +162,7 @@ _SPACED = bytes(c if re.match(b"[%b]" % _WORD, bytes([c])) else 32 for c in rang
 _LETTER, _DIGIT = re.compile(rb"[A-Za-z]"), re.compile(rb"[0-9]")
 _PLACEHOLDER = re.compile(
     rb"(?i)your|example|placeholder|changeme|change_me|redacted|dummy|xxxx|\.\.\.|\*\*\*|<|\{|\$|"
-    rb"environ|getenv|^[0-9.]+$|^[A-Za-z_]+\.[A-Za-z_.]+$"
+    rb"environ|getenv|abc123|^[0-9.]+$|^[A-Za-z_]+\.[A-Za-z_.]+$"
 )
 # JSON's, in any text: before a key in a string, `\n` would make its letter part of the word.
 _ESCAPED = re.compile(rb"\\([nrtbf/\"\\]|u[0-9a-fA-F]{4})")

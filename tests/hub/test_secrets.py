@@ -63,8 +63,9 @@ SECRETS = {
     "address with a password": "https://ann:pa55word@example.net/x.git",
     "shadow": f"root:$6$abcdefgh${MIXED}",
     "token variable": "export MY_TOKEN=abcdefgh1234",
-    "secret variable": "CLIENT_SECRET_ID='abcdefgh1'",
-    "access key variable": "S3_ACCESS_KEY=abcdefghijkl",
+    "secret variable": "CLIENT_SECRET='abcdefghijk1'",
+    "access key variable": "S3_ACCESS_KEY=abcdefghijk1",
+    "a second variable": "MY_TOKEN_2=abcdefgh1234",
     "password variable": "DB_PASSWORD=correcthorse",
     "password setting": 'password: "correct-horse-battery"',
     "secret setting": '"client_secret": "abcDEF1234567890"',
@@ -75,7 +76,8 @@ SECRETS = {
 @pytest.mark.parametrize("case", SECRETS)
 def test_a_secret_is_found_and_not_repeated(case):
     secret = SECRETS[case]
-    for content in (secret, f"before\n{secret}\nafter", f'"Ġx":1,{secret} '):
+    within = f'"Ġx":1,{secret} ' if case != "pgpass" else f'"{secret}"'  # which begins its line
+    for content in (secret, f"before\n{secret}\nafter", within):
         assert find_secret(content.encode()) is not None
     assert find_secret(f"\ufeff{secret}".encode("utf-16")) is not None
     kind = find_secret(secret.encode())
@@ -107,6 +109,19 @@ HARMLESS = [
     "12:34:56:78 and fe80::1:12:ab",
     "max_new_tokens=64, skip_special_tokens=True, token: the next of 512 tokens",
     '"hf_token": null',
+    "MAX_TOKENS = 10_000_000",
+    "TOKENIZER_PATH=/data/tok123456789",
+    "TOKEN=/data/secrets/token1",
+    "TOKENIZER=meta-llama/Llama-3.1-8B",
+    "NUM_TOKENS = len(tokens)",
+    "TOTAL_TOKENS = batch_size * seq",
+    'PAD_TOKEN = "[PAD_TOKEN]"',
+    "EOS_TOKEN=<|end_of_text_1|>",
+    "IMAGE_TOKEN=image_token_123",
+    "IMAGE_TOKEN_INDEX=-200000000",
+    "OPENAI_API_KEY=token-abc123",
+    "see 10:20:Mark:verse:text",
+    "http://127.0.0.1:8000:x:y:zzzz",
     "sha256 " + "0a1b2c3d" * 8,
 ]
 
