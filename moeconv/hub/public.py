@@ -27,6 +27,7 @@ _PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+.-]{0,30}:/|~)?(?:/[^\s/:;,\"'
 
 # Who reads at an address: `://user:password@`.
 _USER = re.compile(r"(?<=://)[^\s/?#\"'`<>]{1,512}@")
+_SIGNED = re.compile(r"(://[^\s?#\"'`<>)\]]{1,512}+)[?#][^\s\"'`<>)\]]*")
 
 
 def public_files(output: Output, report: Report | None, beside: Collection[str]) -> list[File]:
@@ -66,7 +67,7 @@ def shorten(text: str, known: Iterable[str]) -> str:
     """A text without machine paths; of a path its last part is left."""
     for path in known:
         text = re.sub(re.escape(path) + r"(?:/|(?=[\s:;,\"'()`]|$))", "", text)
-    text = _USER.sub("", text)
+    text = _SIGNED.sub(r"\1", _USER.sub("", text))
     return _PATH.sub(lambda match: re.sub(r"[?#].*", "", match[0]).rstrip("/").split("/")[-1], text)
 
 

@@ -10,7 +10,7 @@ from moeconv.untrusted.files import without_access
 from moeconv.errors import MoeconvError
 from moeconv.hub.public import shorten, tail
 
-ADDRESS = "http://ann:s3cret@host:80/run/checkpoints/3/items?sig=s3cret#s3cret"
+ADDRESS = "http://zoe:s3cret@host:80/run/checkpoints/3/items?sig=s3cret#s3cret"
 
 
 @pytest.mark.parametrize(
@@ -21,10 +21,10 @@ ADDRESS = "http://ann:s3cret@host:80/run/checkpoints/3/items?sig=s3cret#s3cret"
         lambda: str(resolve_out(ADDRESS)),
         lambda: LocalPath().convert(ADDRESS, None, None),
         lambda: without_access(ADDRESS),
-        lambda: without_access("http:/ann:s3cret@b@host/a"),
-        lambda: tail("http://ann:s3cret@host"),
+        lambda: without_access("http:/zoe:s3cret@b@host/a"),
+        lambda: tail("http://zoe:s3cret@host"),
         lambda: tail(ADDRESS),
-        lambda: shorten(f"read {ADDRESS}; http://ann:s3cret@host", []),
+        lambda: shorten(f"read {ADDRESS}; http://zoe:s3cret@host", []),
     ],
 )
 def test_no_address_is_told_with_what_opens_it(tell):
@@ -33,7 +33,7 @@ def test_no_address_is_told_with_what_opens_it(tell):
     except (MoeconvError, click.UsageError) as error:
         told = str(error)
     assert told
-    assert "s3cret" not in told and "ann" not in told
+    assert "s3cret" not in told and "zoe" not in told
 
 
 def test_the_store_is_still_asked_with_it():
