@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from huggingface_hub import get_token
 
@@ -90,6 +90,20 @@ _RULES = (
               b"gsk_", b"dop_v1_", b"doo_v1_", b"glsa_", b"lin_api_", b"KGAT_", b"ATATT3x",
               b"tskey-", b"shpat_", b"shpss_", b"shppa_", b"dp.pt.", b"sgp_", b"PMAK-",
               b"rubygems_", b"r8_", b"dapi", b"sntrys_", b"sbp_", value="mixed"),
+    _prefixed("a Hugging Face token", rb"[A-Za-z0-9_.-]{30,}", b"hf_oauth_"),
+    _prefixed("a Notion token", rb"[A-Za-z0-9]{40,}", b"ntn_"),
+    _prefixed("a Figma token", rb"[A-Za-z0-9_-]{40,}", b"figd_"),
+    _prefixed("a LangSmith key", rb"[0-9a-f]{32}_[0-9a-f]{10}", b"lsv2_pt_", b"lsv2_sk_"),
+    _prefixed("an API key", rb"[A-Za-z0-9_]{40,}", b"pcsk_", value="mixed"),
+    _prefixed("an API key", rb"[A-Za-z0-9-]{20,}", b"tvly-", value="mixed"),
+    _prefixed("a Heroku key", rb"[A-Za-z0-9_-]{36,}", b"HRKU-"),
+    _prefixed("a Bitbucket password", rb"[A-Za-z0-9]{28,}", b"ATBB", value="mixed"),
+    _prefixed("a Grafana token", rb"[A-Za-z0-9+/=]{32,}", b"glc_"),
+    _prefixed("a New Relic key", rb"[A-Z0-9]{27}", b"NRAK-"),
+    _prefixed("a Twilio key", rb"[0-9a-f]{32}(?![A-Za-z0-9])", b"SK"),
+    _prefixed("an API key", rb"[A-Za-z0-9]{32,}", b"sk_", value="mixed"),
+    _prefixed("a private key in base64", rb"(?!BDRVJU|BQVUJMSUMg)[A-Za-z0-9+/_-]{8}",
+              b"LS0tLS1CRUdJTi"),
     _prefixed("an age key", rb"[A-Z0-9]{40,}", b"AGE-SECRET-KEY-1"),
     _prefixed("a JSON web token", rb"[A-Za-z0-9_-]{8,400}+\.eyJ[A-Za-z0-9_-]{8}", b"eyJ"),
     _Rule("a private key", (b"-BEGIN ", b"- BEGIN "),
@@ -106,8 +120,10 @@ _RULES = (
           re.compile(rb"[?&](?i:x-amz-signature|x-goog-signature|sig)=[A-Za-z0-9%+/=_-]{40,}"),
           back=12, fold=True),
     _Rule("an address with a password", (b"://",),
-          re.compile(rb"://[^\s/:@\"'<>{}$|\\]{0,64}:([^\s/@\"'<>{}$|\\]{3,128})@[\w\[]"),
-          value="mixed"),
+          re.compile(rb"://[^\s/:@\"'<>{}$|\\]{0,64}:(?!(?i:your[^@]{0,64}|password|passwd|pass|pwd"
+                     rb"|secret|token|\*+|x+|\.+)@)[^\s/@\"'<>{}$|\\]{1,128}@[\w\[]")),
+    _Rule("a Discord address", (b"/api/webhooks/",),
+          re.compile(rb"discord(?:app)?\.com/api/webhooks/[0-9]{15,20}/[\w-]{40}"), back=16),
     _Rule("a Slack address", (b"hooks.slack.com/",),
           re.compile(rb"hooks\.slack\.com/(?:services|workflows)/[A-Za-z0-9/]{20,}")),
     _Rule("a bot's token", (b":AA",), re.compile(rb"(?<![0-9A-Za-z])[0-9]{8,10}:AA[\w-]{33}"),
@@ -137,6 +153,9 @@ _RULES = (
                      rb"|AUTH_KEY|CRYPTION_KEY|SIGNING_KEY|CREDENTIALS?|_PAT|_PWD)_?\d{0,3}" + _IS
                      + rb"(?![/~.]|[a-z]+://)([^\s\"'`,;\\()\[\]{}<>]{12,})"),
           back=16, fold=True, value="mixed"),
+    _Rule("a password", (b"_pass",),
+          re.compile(rb"[A-Z0-9]_PASS" + _IS + rb"(?![/~.])([^\s\"'`,;\\()\[\]{}<>]{6,})"),
+          back=1, fold=True, value="mixed"),
     _Rule("a password", _NAMES,
           re.compile(rb"(?i:passw(?:or)?d|passphrase)" + _IS + rb"([^\s\"'`,;\\()\[\]|:]{8,})"),
           fold=True, value="any"),
@@ -169,9 +188,10 @@ _ESCAPED = re.compile(rb"\\([nrtbf/\"\\]|u[0-9a-fA-F]{4})")
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"f": b"\f"}
 _NESTED = 3  # JSON in JSON in JSON
 _SECRET_NAME = re.compile(
-    r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)|_KEY$|_PAT$"
-    r"|_PWD$|DATABASE_URL$|_DSN$"
+    r"TOKEN|SECRET|PASSW|PASSPHRASE|PASS$|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)"
+    r"|^KEY$|_KEY\d*$|JWT|WEBHOOK|_PAT$|_PWD$|DATABASE_URL$|_DSN$"
 )
+_WITH_USER = re.compile(r"[\w+.-]+://[^\s/@]*:([^\s/@]+)@")
 
 
 def find_secret(content: bytes, values: Iterable[bytes] = ()) -> str | None:
@@ -264,6 +284,9 @@ def own_values(environment: Mapping[str, str] = os.environ) -> list[bytes]:
         for name, value in environment.items()
         if _SECRET_NAME.search(name.upper()) and not _is_path(value)
     }
+    for name, value in environment.items():
+        if name.upper().endswith(("URI", "URL")) and (user := _WITH_USER.match(value)):
+            found |= {value, unquote(user[1])}
     if (token := get_token()) is not None:
         found.add(token)
     spellings: set[bytes] = set()

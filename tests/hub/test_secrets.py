@@ -69,6 +69,23 @@ SECRETS = {
     "password variable": "DB_PASSWORD=correcthorse",
     "password setting": 'password: "correct-horse-battery"',
     "secret setting": '"client_secret": "abcDEF1234567890"',
+    "address with a word as a password": "postgres://ann:hunter@db.example.net/x",
+    "address with a number as a password": "redis://:12345678@localhost",
+    "pass variable": "DB_PASS=hunter22",
+    "pem in base64": base64.b64encode(b"-----BEGIN RSA PRIVATE KEY-----\nMII").decode(),
+    "discord": f"https://discord.com/api/webhooks/123456789012345678/{MIXED}",
+    "notion": f"ntn_{MIXED[:46]}",
+    "figma": f"figd_{MIXED[:40]}",
+    "langsmith": f"lsv2_pt_{'0a1b' * 8}_{'0a1b2' * 2}",
+    "pinecone": f"pcsk_{MIXED}",
+    "tavily": f"tvly-{MIXED[:32]}",
+    "heroku": f"HRKU-{MIXED[:40]}",
+    "bitbucket": f"ATBB{MIXED[:32]}",
+    "grafana": f"glc_{MIXED}",
+    "new relic": "NRAK-" + "ABC" * 9,
+    "hugging face, by oauth": f"hf_oauth_{MIXED[:20]}.{MIXED[:20]}",
+    "twilio": "SK" + "0a1b" * 8,
+    "of no maker": f"sk_{MIXED[:40]}",
     "escaped": "\\u0068f_" + MIXED[:34],
 }
 
@@ -120,6 +137,9 @@ HARMLESS = [
     "IMAGE_TOKEN=image_token_123",
     "IMAGE_TOKEN_INDEX=-200000000",
     "OPENAI_API_KEY=token-abc123",
+    "https://user:password@example.org, https://ann:<password>@example.org",
+    "https://user:$PASSWORD@example.org",
+    base64.b64encode(b"-----BEGIN CERTIFICATE-----\nMII").decode(),
     "see 10:20:Mark:verse:text",
     "http://127.0.0.1:8000:x:y:zzzz",
     "sha256 " + "0a1b2c3d" * 8,
@@ -168,6 +188,14 @@ def test_this_process_s_own_secrets_are_found_however_they_are_written(spelling)
 def test_the_stored_token_is_one_of_them(monkeypatch):
     monkeypatch.setattr("moeconv.hub.secrets.get_token", lambda: "a-token-of-no-form")
     assert find_secret(b"x a-token-of-no-form y", own_values({})) is not None
+
+
+@pytest.mark.parametrize(
+    "name", ["SMTP_PASS", "SLACK_WEBHOOK_ADDRESS", "KEY", "MY_JWT", "WANDB_KEY2", "MONGO_URI"]
+)
+def test_variables_that_hold_a_secret_by_their_name(name):
+    value = "x://ann:pa55word1@h/d" if name == "MONGO_URI" else "pa55word1"
+    assert find_secret(b"a pa55word1 b", own_values({name: value})) is not None
 
 
 def test_names_of_variables_and_values_that_are_none():
