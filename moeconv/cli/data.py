@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from moeconv.cli.options import JSON, QUIET, LocalPath, output_of
+from moeconv.cli.options import JSON, QUIET, LocalPath, Revision, Text, output_of
 from moeconv.cli.output import Output
 from moeconv.cli.streams import say
 from moeconv.errors import MissingPackageError, UsageError
@@ -81,6 +81,7 @@ def command() -> None:
 )
 @click.option(
     "--column",
+    type=Text(),
     default="text",
     show_default=True,
     metavar="NAME",
@@ -88,12 +89,18 @@ def command() -> None:
 )
 @click.option(
     "--separator",
+    type=Text(),
     default="<|endoftext|>",
     show_default=True,
     metavar="TEXT",
     help=r"What stands between the stories of a text file; \n is a line's end.",
 )
-@click.option("--revision", metavar="REV", help="Commit, branch or tag of a dataset on the Hub.")
+@click.option(
+    "--revision",
+    type=Revision(),
+    metavar="REV",
+    help="Commit, branch or tag of a dataset on the Hub.",
+)
 @click.option(
     "--seed",
     type=int,

@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,10 @@ from moeconv.cli.output import Output
 from moeconv.untrusted.files import is_address, without_access
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+_NO_REF = re.compile(
+    r"^[-/]|^@?$|\.\.|//|@\{|(?:^|/)\.|[\x00-\x20\x7f-\x9f\s~^:?*\[\\]|\.lock(?:/|$)|[./]$"
+)
 
 
 class LocalPath(click.Path):
@@ -32,6 +37,31 @@ class LocalPath(click.Path):
                 ctx,
             )
         return super().convert(value, param, ctx)
+
+
+class Text(click.ParamType):
+    """A text that can be stored and sent: the shell may hand over bytes that are no UTF-8."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See `click.ParamType`."""
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:
+            self.fail("is not UTF-8; give a text in UTF-8", param, ctx)
+        return str(value)
+
+
+class Revision(Text):
+    """A name that git takes for a branch or tag (git-check-ref-format)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See `click.ParamType`."""
+        text = super().convert(value, param, ctx)
+        if _NO_REF.search(text):
+            self.fail(f"{text!r} can be no name of a branch in git; give another", param, ctx)
+        return text
 
 
 CKPT = click.argument("ckpt", metavar="CKPT")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moeconv.cli.options import JSON, QUIET, LocalPath, output_of
+from moeconv.cli.options import JSON, QUIET, LocalPath, Revision, Text, output_of
 from moeconv.cli.output import Output
 from moeconv.cli.streams import say
 from moeconv.untrusted.text import printable
@@ -33,7 +33,12 @@ _SAYS = {
 )
 @click.option("--private", is_flag=True, help="If the repository has to be made, make it private.")
 @click.option(
-    "--revision", default="main", show_default=True, metavar="BRANCH", help="Made if needed."
+    "--revision",
+    type=Revision(),
+    default="main",
+    show_default=True,
+    metavar="BRANCH",
+    help="Made if needed.",
 )
 @click.option(
     "--create-pr",
@@ -46,7 +51,7 @@ _SAYS = {
     is_flag=True,
     help="Push what is not proven to be the model; its card says so.",
 )
-@click.option("--message", metavar="TEXT", help="Of the commit.")
+@click.option("--message", type=Text(), metavar="TEXT", help="Of the commit.")
 @click.option(
     "--license",
     metavar="ID",
