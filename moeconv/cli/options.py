@@ -31,15 +31,15 @@ class LocalPath(click.Path):
             self.fail("a path that is not UTF-8 can stand in no JSON file; rename it", param, ctx)
         if is_address(value):
             self.fail(
-                f"{without_access(value)} is an address; give a path on this machine, and copy from or to the "
-                "store yourself",
+                f"{without_access(value)} is an address; give a path on this machine, and "
+                "copy from or to the store yourself",
                 param,
                 ctx,
             )
         return super().convert(value, param, ctx)
 
 
-class Text(click.ParamType):
+class Text(click.types.StringParamType):
     """A text that can be stored and sent: the shell may hand over bytes that are no UTF-8."""
 
     name = "text"

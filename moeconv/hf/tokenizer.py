@@ -108,7 +108,8 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
         ) from None
     if is_address(spec):
         raise TokenizerError(
-            f"{without_access(spec)}: is an address; copy the tokenizer into a local folder and give that with "
+            f"{without_access(spec)}: is an address; copy the tokenizer into a local folder "
+            "and give that with "
             "--tokenizer"
         )
     if _HUB_ID.fullmatch(spec) is None or spec.endswith(_FILE_SUFFIXES):

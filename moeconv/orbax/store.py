@@ -102,8 +102,8 @@ class Folder:
                 path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
             elif is_address(text) and not Path(text).exists():
                 raise NotACheckpointError(
-                    f"{without_access(text)} is an address that moeconv cannot read; it reads local paths, "
-                    f"{', '.join(SCHEMES)}"
+                    f"{without_access(text)} is an address that moeconv cannot read; it "
+                    f"reads local paths, {', '.join(SCHEMES)}"
                 )
             else:
                 path = Path(text).expanduser()

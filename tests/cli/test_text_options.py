@@ -7,9 +7,33 @@ from moeconv.cli.data import prepare
 from moeconv.cli.options import Revision, Text
 from moeconv.cli.push import command as push
 
-BAD = ["a\udcffb", "../x", "-x", "/x", "x/", "a..b", "a b", "a~b", "a^b", "a:b", "a?b", "a*b", "a[b",
-       "a\\b", "a\x1b[1m", "a\x9b", "x.lock", "x.lock/y", ".x", "a/.x", "a//b", "a@{b", "@", "",
-       "x."]  # fmt: skip
+BAD = [
+    "a\udcffb",
+    "../x",
+    "-x",
+    "/x",
+    "x/",
+    "a..b",
+    "a b",
+    "a~b",
+    "a^b",
+    "a:b",
+    "a?b",
+    "a*b",
+    "a[b",
+    "a\\b",
+    "a\x1b[1m",
+    "a\x9b",
+    "x.lock",
+    "x.lock/y",
+    ".x",
+    "a/.x",
+    "a//b",
+    "a@{b",
+    "@",
+    "",
+    "x.",
+]
 
 
 @pytest.mark.parametrize("name", BAD)

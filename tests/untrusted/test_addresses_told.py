@@ -5,10 +5,10 @@ import pytest
 
 from moeconv.cli.options import LocalPath
 from moeconv.convert.out import resolve_out
-from moeconv.orbax.store import Folder
-from moeconv.untrusted.files import without_access
 from moeconv.errors import MoeconvError
 from moeconv.hub.public import shorten, tail
+from moeconv.orbax.store import Folder
+from moeconv.untrusted.files import without_access
 
 ADDRESS = "http://zoe:s3cret@host:80/run/checkpoints/3/items?sig=s3cret#s3cret"
 
