@@ -1,6 +1,5 @@
 """A file that is small by nature is not read where it is large: --max-memory counts none of them."""
 
-import json
 
 import pytest
 import synthetic
@@ -46,8 +45,6 @@ def test_a_tokenizer_as_a_whole(tmp_path):
         sparse(tmp_path / "tokenizer" / name, 24 * MIB)
     with pytest.raises(TokenizerError, match=r"tokenizer: its files up to merges.txt .* 64 MiB"):
         tokenizer.read_tokenizer(str(tmp_path / "tokenizer"), model_max_length=None)
-    sidecar = source.RunSidecar(
-        format="moeconv-run", version=1, config={}, tokenizer="tokenizer"
-    )
+    sidecar = source.RunSidecar(format="moeconv-run", version=1, config={}, tokenizer="tokenizer")
     with pytest.raises(TokenizerError, match=r"tokenizer: its files up to merges.txt .* 64 MiB"):
         source.run_tokenizer(sidecar, Folder.open(tmp_path), model_max_length=None)
