@@ -17,7 +17,7 @@ from moeconv.arch.told import ToldConfig, load_config_file, tell
 from moeconv.arch.yaml_file import short
 from moeconv.convert.unchanged import Unchanged
 from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
-from moeconv.hf.tokenizer import TokenizerFiles, read_files, tokenizer_of
+from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
@@ -210,7 +210,9 @@ def run_tokenizer(
             f"{source}: no such file or directory with a tokenizer, but {run / SIDECAR_NAME} names "
             "it; give the tokenizer with --tokenizer"
         )
-    return tokenizer_of(files, source, "directory", model_max_length=model_max_length)
+    found = tokenizer_of(files, source, "directory", model_max_length=model_max_length)
+    more = left_out(run.local / sidecar.tokenizer) if run.local else []
+    return replace(found, notes=(*found.notes, *more))
 
 
 def _first_fault(error: ValueError) -> str:

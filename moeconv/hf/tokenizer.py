@@ -4,14 +4,14 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
 from moeconv.untrusted import strict_json
-from moeconv.untrusted.files import is_address, open_regular, read_inside, read_whole
+from moeconv.untrusted.files import inside, is_address, open_regular, read_inside, read_whole
 from moeconv.untrusted.text import printable
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
@@ -42,6 +42,7 @@ _ADDITIONAL = "additional_special_tokens"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # Of all files together; the largest that people publish have 40 MB.
 _LIMIT = 64 * 2**20
+_TEMPLATES = "additional_chat_templates"
 # JSON that is written as it was read, and not looked at otherwise.
 _COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "vocab.json")
 _FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".bpe")
@@ -92,7 +93,8 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
         path = Path(spec).expanduser()
         if path.is_dir():
             files = _directory(path, spec)
-            return tokenizer_of(files, spec, "directory", model_max_length=model_max_length)
+            found = tokenizer_of(files, spec, "directory", model_max_length=model_max_length)
+            return replace(found, notes=(*found.notes, *left_out(path)))
         if path.exists():
             return _from_file(path, spec, model_max_length)
     except (OSError, RuntimeError, ValueError) as error:  # ~name of no user, a NUL
@@ -115,6 +117,19 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
     except OSError as error:
         raise TokenizerError(f"{spec}: cannot be read ({error.strerror}); fetch it again") from None
     return tokenizer_of(files, spec, "hub", model_max_length=model_max_length)
+
+
+def left_out(folder: Path) -> list[str]:
+    """A note where a tokenizer's folder has further chat templates, which are not copied."""
+    with contextlib.suppress(OSError):
+        names = sorted(path.name for path in inside(folder, _TEMPLATES).glob("*.jinja"))
+        if names:
+            more = ", …" if names[5:] else ""
+            return [
+                f"{folder}: not copied: {printable(', '.join(names[:5]))}{more} of {_TEMPLATES}; "
+                "copy them into the converted model where they are needed"
+            ]
+    return []
 
 
 def check_fits(tokenizer: TokenizerFiles, vocab_size: int) -> list[str]:
