@@ -100,7 +100,8 @@ def read_beside(folder: Folder, name: str, *, limit: int) -> bytes | None:
     """A file beside a step; None where there is none, or a remote store does not let it be read.
 
     Raises:
-        NotACheckpointError: It is on this machine, and cannot be read; or it is larger than `limit`.
+        NotACheckpointError: It is on this machine, and cannot be read; or it has more than
+            `limit` bytes.
         StorageError: The store does not answer.
     """
     try:

@@ -63,8 +63,8 @@ def open_inside(folder: Path, name: str, *, links: bool = True) -> BinaryIO:
     """Opens a file by its name in a folder that others may have filled.
 
     Links are followed as long as they stay in the folder (in a snapshot of the Hub's cache: in
-    the snapshot, or lead to its repository's blobs). The path is resolved once and then walked without following links, so
-    that a link made meanwhile is refused too.
+    the snapshot, or lead to its repository's blobs). The path is resolved once and
+    then walked without following links, so that a link made meanwhile is refused too.
 
     Args:
         folder: The folder that the user named, or one found in it by `inside`.

@@ -1,4 +1,4 @@
-"""A file that is small by nature is not read where it is large: --max-memory counts none of them."""
+"""A file that is small by nature is not read where it is large: --max-memory counts none."""
 
 
 import pytest
