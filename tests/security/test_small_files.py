@@ -1,6 +1,5 @@
 """A file that is small by nature is not read where it is large: --max-memory counts none."""
 
-
 import pytest
 import synthetic
 
