@@ -15,7 +15,7 @@ import tensorstore as ts
 from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
-from moeconv.orbax.inventory import inventory
+from moeconv.orbax.inventory import ARRAY_LIMIT, inventory
 from moeconv.orbax.metadata import KeyPath, Tree, is_of_training
 from moeconv.orbax.store import Folder, context, reason
 
@@ -111,6 +111,8 @@ class Arrays:
         self.may_lack = allow_missing and not tree.zeros_stored
         self._context = context(cache_pool={"total_bytes_limit": 0})
         self.info: dict[str, ArrayInfo] = {}
+        if tree.use_ocdbt and items.local is not None:
+            self._check_metadata()
         opened = [(path, self._open(path, self._context)) for path in tree.parameters]
         self._demand_named()
         chunks = 0
@@ -151,6 +153,23 @@ class Arrays:
         else:
             return set()
         return {key.rpartition("/")[0] for key in keys if key.endswith(("/zarr.json", "/.zarray"))}
+
+    def _check_metadata(self) -> None:
+        """Looks at the size of what tensorstore parses; where they are files `inventory` does."""
+        base = {"driver": "ocdbt", "base": self.items.kvstore()}
+        file = "zarr.json" if self.tree.use_zarr3 else ".zarray"
+        try:
+            store = ts.KvStore.open(base, context=self._context).result()
+        except _REFUSED:
+            return  # opening the arrays says why
+        for path in self.tree.parameters:
+            name = ".".join(("params", "params", *path))
+            future = store.read(f"{name}/{file}")
+            if future.exception() is None and len(future.result().value) > ARRAY_LIMIT:
+                raise TensorError(
+                    f"{self.items}: parameter {'.'.join(path)}: its {file} is larger than "
+                    f"{ARRAY_LIMIT // 2**10} KiB; use another step of the run"
+                )
 
     def _spec(self, path: KeyPath) -> dict[str, Any]:
         name = ".".join(("params", "params", *path))

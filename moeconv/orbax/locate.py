@@ -18,7 +18,6 @@ from moeconv.errors import NotACheckpointError
 from moeconv.orbax.inventory import inventory
 from moeconv.orbax.store import DeniedError, Folder
 from moeconv.untrusted import strict_json
-from moeconv.untrusted.files import READ_LIMIT
 
 # MaxText names a step by its number alone (`create_orbax_checkpoint_manager` gives no
 # `step_prefix`); Orbax may pad it with zeros (orbax-checkpoint `path/step.py`).
@@ -112,15 +111,16 @@ def _ambiguous(one: Folder, other: Folder) -> NotACheckpointError:
     )
 
 
-def read_beside(folder: Folder, name: str) -> bytes | None:
+def read_beside(folder: Folder, name: str, *, limit: int) -> bytes | None:
     """A file beside a step; None where there is none, or a remote store does not let it be read.
 
     Raises:
-        NotACheckpointError: It is on this machine, and cannot be read.
+        NotACheckpointError: It is on this machine, and cannot be read; or it has more than
+            `limit` bytes.
         StorageError: The store does not answer.
     """
     try:
-        raw = folder.read(name, limit=READ_LIMIT)  # metrics of a long run
+        raw = folder.read(name, limit=limit)
     except DeniedError:  # above a public step, say; S3 answers so where nothing may be listed
         return None
     if raw is None and folder.local is not None and (folder.local / name).is_dir():
