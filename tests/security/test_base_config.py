@@ -23,7 +23,7 @@ def test_it_leads_not_out(secret, name, nested):
     (run / "team.yml").write_text(f"base_config: {name}\n")
     with pytest.raises(ConfigError) as caught:
         load_config_file(path)
-    for word in (str(run), "base_config", name, "leads out", "copy"):
+    for word in (str(run), "base_config", name[:50], "leads out", "copy"):
         assert word in str(caught.value)
 
 
