@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import click
 
 from moeconv.cli.output import Output
-from moeconv.untrusted.files import is_address
+from moeconv.untrusted.files import is_address, without_access
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,7 +26,7 @@ class LocalPath(click.Path):
             self.fail("a path that is not UTF-8 can stand in no JSON file; rename it", param, ctx)
         if is_address(value):
             self.fail(
-                f"{value} is an address; give a path on this machine, and copy from or to the "
+                f"{without_access(value)} is an address; give a path on this machine, and copy from or to the "
                 "store yourself",
                 param,
                 ctx,
@@ -60,7 +60,7 @@ QUIET = click.option("--quiet", "-q", is_flag=True, help="Say nothing but warnin
 def tell_of_store(output: Output, ckpt: str) -> None:
     """A word before a store is asked, which may take seconds."""
     if is_address(ckpt):
-        output.note(f"reading {ckpt}")
+        output.note(f"reading {without_access(ckpt)}")
 
 
 def output_of(json_mode: bool, quiet: bool = False) -> Output:

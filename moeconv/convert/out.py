@@ -8,7 +8,7 @@ from typing import Any
 from moeconv.convert.beside import KNOWN, LOSS_PLOT, VERDICT, is_leftover
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
-from moeconv.untrusted.files import is_address, read_inside
+from moeconv.untrusted.files import is_address, read_inside, without_access
 
 # What lies beside a model without being the user's own.
 _OURS = {MANIFEST_NAME, LOSS_PLOT, *VERDICT, ".gitattributes", ".cache"}
@@ -24,8 +24,8 @@ def resolve_out(out: Path) -> Path:
     """
     if is_address(out):
         raise OutputError(
-            f"OUT {out} is an address, and moeconv writes to folders of this machine only; name a "
-            "local folder, and copy it when it is verified"
+            f"OUT {without_access(out)} is an address, and moeconv writes to folders of "
+            "this machine only; name a local folder, and copy it when it is verified"
         )
     try:
         place = Path(out).expanduser().resolve()

@@ -11,7 +11,14 @@ from typing import Any, Literal
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
 from moeconv.untrusted import strict_json
-from moeconv.untrusted.files import inside, is_address, open_regular, read_inside, read_whole
+from moeconv.untrusted.files import (
+    inside,
+    is_address,
+    open_regular,
+    read_inside,
+    read_whole,
+    without_access,
+)
 from moeconv.untrusted.text import printable
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
@@ -104,7 +111,7 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
         ) from None
     if is_address(spec):
         raise TokenizerError(
-            f"{spec}: is an address; copy the tokenizer into a local folder and give that with "
+            f"{without_access(spec)}: is an address; copy the tokenizer into a local folder and give that with "
             "--tokenizer"
         )
     if _HUB_ID.fullmatch(spec) is None or spec.endswith(_FILE_SUFFIXES):

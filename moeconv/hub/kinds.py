@@ -11,19 +11,17 @@ from collections.abc import Iterator
 from moeconv.untrusted import strict_json
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-# What matplotlib writes, and the chunks that tell of color, size and text in anybody's.
-_CHUNKS = {
-    *(b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD"),
-    *(b"pHYs", b"tIME", b"tEXt", b"zTXt", b"iTXt"),
-}
+# What matplotlib writes, and compressed texts.
+_CHUNKS = {b"IHDR", b"IDAT", b"IEND", b"pHYs", b"tEXt", b"zTXt", b"iTXt"}
+_LENGTHS = {b"IHDR": {13}, b"IEND": {0}, b"pHYs": {9}}
 # Samples a pixel, by color type.
-_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
-_MOST_PIXELS = 64 * 2**20
+_SAMPLES = {0: 1, 2: 3, 4: 2, 6: 4}
+_MOST_PIXELS = 64 * 2**20  # bytes
 _MOST_TEXT = 2**20
 # Fields of sentencepiece's ModelProto (sentencepiece_model.proto): pieces, trainer_spec,
 # normalizer_spec, self_test_data, denormalizer_spec; all are length-delimited messages.
 _MODEL_FIELDS = range(1, 6)
-_RANKS = re.compile(rb"(?:[A-Za-z0-9+/]+={0,2} \d{1,7}\r?\n?)+")
+_RANKS = re.compile(rb"(?:[A-Za-z0-9+/]++={0,2} \d{1,7}(?:\r?\n|\Z))++")
 
 
 def unlike(name: str, content: bytes) -> str | None:
@@ -53,7 +51,9 @@ def unlike(name: str, content: bytes) -> str | None:
 
 
 def png_texts(content: bytes) -> Iterator[bytes]:
-    """The texts in a picture, unpacked; once all are taken, it is known to be a PNG and no more.
+    """All that a picture may hide a text in: its texts and pixels, unpacked, and the file itself.
+
+    Once all are taken, it is known to be a PNG and no more.
 
     Raises:
         ValueError: It is no PNG, is damaged, or holds something that no plain picture has.
@@ -72,7 +72,7 @@ def png_texts(content: bytes) -> Iterator[bytes]:
             raise ValueError("is a PNG with parts that no plot has")
         if zlib.crc32(kind + data) != int.from_bytes(content[end - 4 : end], "big"):
             raise ValueError("is a damaged PNG")
-        if (kind == b"IHDR") != (last == b"") or (kind == b"IEND" and length):
+        if (kind == b"IHDR") != (last == b"") or length not in _LENGTHS.get(kind, {length}):
             raise ValueError("is no PNG")
         if kind == b"IHDR":
             header = data
@@ -83,7 +83,8 @@ def png_texts(content: bytes) -> Iterator[bytes]:
         last, at = kind, end
     if last != b"IEND":
         raise ValueError("is a PNG that is cut off")
-    _demand_image(header, bytes(pixels))
+    yield _image(header, bytes(pixels))
+    yield content
 
 
 def _text(kind: bytes, data: bytes) -> bytes:
@@ -100,22 +101,22 @@ def _text(kind: bytes, data: bytes) -> bytes:
     return keyword + b": " + rest
 
 
-def _demand_image(header: bytes, pixels: bytes) -> None:
-    """The pixels are exactly those that the header tells of.
+def _image(header: bytes, pixels: bytes) -> bytes:
+    """The pixels unpacked, exactly those that the header tells of.
 
     Raises:
         ValueError: They are not.
     """
-    if len(header) != 13:
-        raise ValueError("is no PNG")
     width, height, depth, color, method, filters, interlaced = struct.unpack(">IIBBBBB", header)
     if color not in _SAMPLES or depth not in (1, 2, 4, 8, 16) or method or filters or interlaced:
         raise ValueError("is a PNG of a kind that no plot is")
     row = 1 + (width * depth * _SAMPLES[color] + 7) // 8
-    if not 0 < row * height <= 8 * _MOST_PIXELS or not width:
+    if not 0 < row * height <= _MOST_PIXELS or not width:
         raise ValueError("is a PNG too large for a plot")
-    if len(_inflate(pixels, row * height)) != row * height:
+    found = _inflate(pixels, row * height)
+    if len(found) != row * height:
         raise ValueError("is a damaged PNG")
+    return found
 
 
 def _inflate(data: bytes, most: int) -> bytes:

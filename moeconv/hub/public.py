@@ -17,12 +17,17 @@ from moeconv.hub.kinds import png_texts, unlike
 from moeconv.hub.local import File, Output
 from moeconv.hub.secrets import find_secret, own_values
 from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import without_access
 from moeconv.verify.markdown import to_markdown
 from moeconv.verify.report import REPORT_NAME, Report
 from moeconv.verify.written import PAGE_NAME
 
 # A path from the root or from home, or an address; not `1/sqrt(D)`, not `models/models.py`.
-_PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+.-]*:/|~)?(?:/[^\s/:;,\"'()`|\]]+)+/?")
+_PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+.-]{0,30}:/|~)?(?:/[^\s/:;,\"'()`|\]]+)+/?")
+
+# Who reads at an address: `://user:password@`.
+_USER = re.compile(r"(?<=://)[^\s/?#\"'`<>]{1,512}@")
+_SIGNED = re.compile(r"(://[^\s?#\"'`<>)\]]{1,512}+)[?#][^\s\"'`<>)\]]*")
 
 
 def public_files(output: Output, report: Report | None, beside: Collection[str]) -> list[File]:
@@ -51,7 +56,7 @@ def public_files(output: Output, report: Report | None, beside: Collection[str])
 
 def tail(path: str) -> str:
     """The end of a checkpoint's path: run, `checkpoints`, step, `items`."""
-    parts = [p for p in re.sub(r"[?#].*", "", path).split("/") if p]
+    parts = [p for p in without_access(path).split("/") if p]
     keep = 2 if parts[-1:] == ["items"] else 1
     if parts[-keep - 1 : -keep] == ["checkpoints"]:
         keep += 2
@@ -62,6 +67,7 @@ def shorten(text: str, known: Iterable[str]) -> str:
     """A text without machine paths; of a path its last part is left."""
     for path in known:
         text = re.sub(re.escape(path) + r"(?:/|(?=[\s:;,\"'()`]|$))", "", text)
+    text = _SIGNED.sub(r"\1", _USER.sub("", text))
     return _PATH.sub(lambda match: re.sub(r"[?#].*", "", match[0]).rstrip("/").split("/")[-1], text)
 
 

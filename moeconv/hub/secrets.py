@@ -72,7 +72,7 @@ _RULES = (
         b"glpat-", b"gldt-", b"glrt-", b"glrtr-", b"glcbt-", b"glptt-", b"glft-", b"glsoat-",
         b"glimt-", b"glagent-", b"glffct-", b"glwt-", b"gloas-", b"GR1348941",
     ),
-    _prefixed("an API key", rb"[A-Za-z0-9_-]*[A-Za-z0-9_]{16}", b"sk-", value="mixed"),
+    _prefixed("an API key", rb"[A-Za-z0-9_-]{0,200}[A-Za-z0-9_]{16}", b"sk-", value="mixed"),
     _prefixed("an AWS key id", rb"[A-Z2-7]{16}(?![A-Za-z0-9])", b"AKIA", b"ASIA", b"ABIA", b"ACCA"),
     _prefixed("a Google API key", rb"[A-Za-z0-9_-]{35}", b"AIza"),
     _prefixed("a Google token", rb"[A-Za-z0-9_-]{20,}", b"ya29.", b"GOCSPX-", b"1//0"),
@@ -91,8 +91,7 @@ _RULES = (
               b"tskey-", b"shpat_", b"shpss_", b"shppa_", b"dp.pt.", b"sgp_", b"PMAK-",
               b"rubygems_", b"r8_", b"dapi", b"sntrys_", b"sbp_", value="mixed"),
     _prefixed("an age key", rb"[A-Z0-9]{40,}", b"AGE-SECRET-KEY-1"),
-    _prefixed("a JSON web token", rb"[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*",
-              b"eyJ"),
+    _prefixed("a JSON web token", rb"[A-Za-z0-9_-]{8,400}+\.eyJ[A-Za-z0-9_-]{8}", b"eyJ"),
     _Rule("a private key", (b"-BEGIN ", b"- BEGIN "),
           re.compile(rb"-\s?BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?\s?-")),
     _Rule("a private key", (b"PuTTY-User-Key-File-", b"openssh-key-v1\0", b"b3BlbnNzaC1rZXktdjE",
@@ -121,20 +120,23 @@ _RULES = (
           re.compile(_NOT_WORD + rb"machine\s+[\w-]+(?:\.[\w-]+)+\s+password\s+(\S+)"),
           value="any"),
     _Rule("a password of .pgpass", (),
-          re.compile(rb":(?:[0-9]{2,5}|\*):(?=[^:\s]*[A-Za-z*])[^\s:\"'{}]+"
-                     rb":(?=[^:\s]*[A-Za-z*])[^\s:\"'{}]+:(?:[^\s:\"'{}\\]|\\.){4,}")),
+          re.compile(rb"(?m)^[ \t\"']{0,8}+[^\s:/\"'{}]{1,255}:(?:[0-9]{2,5}|\*)"
+                     rb"(?::(?=[^:\s]{0,128}[A-Za-z*])[^\s:\"'{}]{1,128}){2}"
+                     rb":(?:[^\s:\"'{}\\]|\\.){4}")),
     _Rule("a password's hash", (b":$",),
           re.compile(rb":\$(?:[0-9a-z][\w-]*)\$[./A-Za-z0-9$=,]{20,}")),
     _Rule("a W&B key", (b"wandb",),
-          re.compile(rb"(?i:wandb)[\w.-]*(?:[\s\"':=,(]|--\w+(?:=\S+)?|login|key|password|user)*"
+          re.compile(rb"(?i:wandb)[\w.-]{0,64}+(?:[\s\"':=,(]|--\w{1,32}+|login|key|password|user){0,64}+"
                      rb"([0-9a-f]{40}|[0-9a-zA-Z_]{86})(?![0-9A-Za-z])"), fold=True),
     _Rule("a Kaggle key", (b"\"key",),
           re.compile(rb"\"key\\?\"\s*:\s*\\?\"[0-9a-f]{32}\\?\"")),
     # Assignments as a shell, an .env, a program or a config has them.
     _Rule("a secret variable", _NAMES,
-          re.compile(rb"(?:TOKEN|SECRET|PASSW(?:OR)?D|PASSPHRASE|ACCESS_?KEY|API_?KEY|PRIVATE_KEY"
-                     rb"|AUTH_KEY|CRYPTION_KEY|CREDENTIAL|_PAT|_PWD)[A-Z0-9_]{0,40}" + _IS
-                     + rb"([^\s\"'`,;\\]{8,})"), back=16, fold=True, value="any"),
+          re.compile(rb"(?:(?<!BOS_)(?<!EOS_)(?<!PAD_)(?<!MASK_)(?<!UNK_)(?<!CLS_)(?<!SEP_)(?<!IMAGE_)"
+                     rb"TOKEN|SECRET|PASSW(?:OR)?D|PASSPHRASE|(?:ACCESS|API|PRIVATE|SECRET)_?KEY"
+                     rb"|AUTH_KEY|CRYPTION_KEY|SIGNING_KEY|CREDENTIALS?|_PAT|_PWD)_?\d{0,3}" + _IS
+                     + rb"(?![/~.]|[a-z]+://)([^\s\"'`,;\\()\[\]{}<>]{12,})"),
+          back=16, fold=True, value="mixed"),
     _Rule("a password", _NAMES,
           re.compile(rb"(?i:passw(?:or)?d|passphrase)" + _IS + rb"([^\s\"'`,;\\()\[\]|:]{8,})"),
           fold=True, value="any"),
@@ -149,17 +151,23 @@ _RULES = (
           fold=True, value="any"),
 )  # fmt: skip
 
+_REACH = 512  # bytes that a match may take
+
 # A word that a key may be part of, or stand beside the others' punctuation.
 _WORD = rb"A-Za-z0-9_+/=.~%-"
 _SHORTEST = 12
 _LONG = re.compile(b"[%b]{%d,}" % (_WORD, _SHORTEST))
 _SPACED = bytes(c if re.match(b"[%b]" % _WORD, bytes([c])) else 32 for c in range(256))
 
+_LETTER, _DIGIT = re.compile(rb"[A-Za-z]"), re.compile(rb"[0-9]")
 _PLACEHOLDER = re.compile(
     rb"(?i)your|example|placeholder|changeme|change_me|redacted|dummy|xxxx|\.\.\.|\*\*\*|<|\{|\$|"
-    rb"environ|getenv|^[0-9.]+$|^[A-Za-z_]+\.[A-Za-z_.]+$"
+    rb"environ|getenv|abc123|^[0-9.]+$|^[A-Za-z_]+\.[A-Za-z_.]+$"
 )
-_ESCAPED = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
+# JSON's, in any text: before a key in a string, `\n` would make its letter part of the word.
+_ESCAPED = re.compile(rb"\\([nrtbf/\"\\]|u[0-9a-fA-F]{4})")
+_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"b": b"\b", b"f": b"\f"}
+_NESTED = 3  # JSON in JSON in JSON
 _SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSW|PASSPHRASE|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|CREDENTIAL|AUTH(?!OR)|_KEY$|_PAT$"
     r"|_PWD$|DATABASE_URL$|_DSN$"
@@ -195,9 +203,18 @@ def _views(content: bytes) -> Iterator[bytes]:
     if content.count(0) > len(content) // 4:  # UTF-16
         content = content.replace(b"\0", b"")
         yield content
-    if b"\\/" in content or _ESCAPED.search(content):
-        plain = _ESCAPED.sub(lambda found: bytes([int(found[1], 16)]), content)
-        yield plain.replace(b"\\/", b"/")
+    for _ in range(_NESTED):
+        plain = _ESCAPED.sub(_unescaped, content)
+        if plain == content:
+            break
+        yield (content := plain)
+
+
+def _unescaped(found: re.Match[bytes]) -> bytes:
+    code = found[1]
+    if code[:1] == b"u":
+        return chr(int(code[1:], 16)).encode("utf-8", "surrogatepass")
+    return _ESCAPES.get(code, code)
 
 
 def _places(text: bytes, anchors: Iterable[bytes]) -> Iterator[int]:
@@ -218,18 +235,22 @@ def _found(rule: _Rule, text: bytes, places: Iterable[int]) -> bool:
 def _matches(rule: _Rule, text: bytes, places: Iterable[int]) -> Iterator[re.Match[bytes]]:
     if not rule.anchors:
         yield from rule.pattern.finditer(text)
+    tried = 0
     for at in places:
-        if rule.back:
-            yield from rule.pattern.finditer(text, max(at - rule.back, 0), at + 512)
-        elif match := rule.pattern.match(text, at):
-            yield match
+        if at < tried:  # the next anchor's places
+            tried = 0
+        # Each start once, and a bounded reach: so the time is linear, whatever the text repeats.
+        for start in range(max(at - rule.back, tried), at + 1):
+            if match := rule.pattern.match(text, start, start + _REACH):
+                yield match
+        tried = at + 1
 
 
 def _is_value(value: bytes, *, mixed: bool) -> bool:
     """Whether it is like a secret, and not like a placeholder, a word or an expression."""
-    if _PLACEHOLDER.search(value):
+    if mixed and not (_LETTER.search(value) and _DIGIT.search(value)):
         return False
-    return not mixed or (any(chr(c).isalpha() for c in value) and any(48 <= c < 58 for c in value))
+    return not _PLACEHOLDER.search(value)
 
 
 def own_values(environment: Mapping[str, str] = os.environ) -> list[bytes]:
@@ -273,4 +294,4 @@ def _base64(raw: bytes) -> Iterator[bytes]:
 def redact(text: str) -> str:
     """A text for people, without tokens and without the signatures of addresses."""
     text = re.sub(r"hf_[A-Za-z0-9]{4,}|(?i:bearer)\s+\S+", "***", text)
-    return re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", text)
+    return re.sub(r"(https?://[^\s?'\"]{1,2000}+)\?[^\s'\"]+", r"\1", text)

@@ -18,7 +18,7 @@ import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError
 from moeconv.untrusted import native_logs
-from moeconv.untrusted.files import inside, is_address, is_file, read_inside
+from moeconv.untrusted.files import inside, is_address, is_file, read_inside, without_access
 
 SCHEMES = ("gs://", "s3://", "http://", "https://", "file://")
 
@@ -102,7 +102,7 @@ class Folder:
                 path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
             elif is_address(text) and not Path(text).exists():
                 raise NotACheckpointError(
-                    f"{text} is an address that moeconv cannot read; it reads local paths, "
+                    f"{without_access(text)} is an address that moeconv cannot read; it reads local paths, "
                     f"{', '.join(SCHEMES)}"
                 )
             else:
@@ -142,7 +142,7 @@ class Folder:
         return Folder(f"{self.url}/{name}", self.root or self.local)
 
     def __str__(self) -> str:
-        return str(self.local or self.url)
+        return str(self.local or without_access(self.url))
 
     def kvstore(self) -> dict[str, Any] | str:
         """Spec of a tensorstore key-value store rooted here."""

@@ -33,6 +33,13 @@ def is_address(text: object) -> bool:
     return _ADDRESS.match(str(text)) is not None
 
 
+def without_access(text: object) -> str:
+    """An address without user, password, query and fragment, for people; a path as it is."""
+    if not is_address(text):
+        return str(text)
+    return re.sub(r"[?#].*", "", re.sub(r"^([^/]*:/{1,2})[^/]*@", r"\1", str(text)))
+
+
 class UnsafeFileError(OSError):
     """The file is no regular file, too large, or lies outside its folder; `strerror` says which.
 

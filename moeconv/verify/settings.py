@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from moeconv.errors import UsageError
-from moeconv.untrusted.files import is_address
+from moeconv.untrusted.files import is_address, without_access
 
 # Called with what is being done, for people who wait.
 Note = Callable[[str], None]
@@ -52,5 +52,5 @@ def parse_against(text: str) -> Path | None:
     if kind != "hf" or not separator or not folder:
         raise UsageError(f"--against {text} is neither maxtext nor hf:DIR")
     if is_address(folder):
-        raise UsageError(f"--against {text}: {folder} is an address; give a local folder")
+        raise UsageError(f"--against: {without_access(folder)} is an address; give a local folder")
     return Path(folder)

@@ -63,8 +63,9 @@ SECRETS = {
     "address with a password": "https://ann:pa55word@example.net/x.git",
     "shadow": f"root:$6$abcdefgh${MIXED}",
     "token variable": "export MY_TOKEN=abcdefgh1234",
-    "secret variable": "CLIENT_SECRET_ID='abcdefgh1'",
-    "access key variable": "S3_ACCESS_KEY=abcdefghijkl",
+    "secret variable": "CLIENT_SECRET='abcdefghijk1'",
+    "access key variable": "S3_ACCESS_KEY=abcdefghijk1",
+    "a second variable": "MY_TOKEN_2=abcdefgh1234",
     "password variable": "DB_PASSWORD=correcthorse",
     "password setting": 'password: "correct-horse-battery"',
     "secret setting": '"client_secret": "abcDEF1234567890"',
@@ -75,11 +76,20 @@ SECRETS = {
 @pytest.mark.parametrize("case", SECRETS)
 def test_a_secret_is_found_and_not_repeated(case):
     secret = SECRETS[case]
-    for content in (secret, f"before\n{secret}\nafter", f'"Ġx":1,{secret} '):
+    within = f'"Ġx":1,{secret} ' if case != "pgpass" else f'"{secret}"'  # which begins its line
+    for content in (secret, f"before\n{secret}\nafter", within):
         assert find_secret(content.encode()) is not None
     assert find_secret(f"\ufeff{secret}".encode("utf-16")) is not None
     kind = find_secret(secret.encode())
     assert secret[-8:] not in kind
+
+
+@pytest.mark.parametrize("escape", ["\\n", "\\t", "\\r", "\\b", "\\f", "\\/", '\\"', "\\u000a"])
+def test_a_secret_behind_an_escape_of_json_is_found(escape):
+    for secret in (f"hf_{MIXED[:34]}", "machine github.com login ann password hunter"):
+        text = f'{{"a": "word{escape}{secret}"}}'
+        for content in (text, json.dumps(text), json.dumps(json.dumps(text))):
+            assert find_secret(content.encode()) is not None
 
 
 HARMLESS = [
@@ -99,6 +109,19 @@ HARMLESS = [
     "12:34:56:78 and fe80::1:12:ab",
     "max_new_tokens=64, skip_special_tokens=True, token: the next of 512 tokens",
     '"hf_token": null',
+    "MAX_TOKENS = 10_000_000",
+    "TOKENIZER_PATH=/data/tok123456789",
+    "TOKEN=/data/secrets/token1",
+    "TOKENIZER=meta-llama/Llama-3.1-8B",
+    "NUM_TOKENS = len(tokens)",
+    "TOTAL_TOKENS = batch_size * seq",
+    'PAD_TOKEN = "[PAD_TOKEN]"',
+    "EOS_TOKEN=<|end_of_text_1|>",
+    "IMAGE_TOKEN=image_token_123",
+    "IMAGE_TOKEN_INDEX=-200000000",
+    "OPENAI_API_KEY=token-abc123",
+    "see 10:20:Mark:verse:text",
+    "http://127.0.0.1:8000:x:y:zzzz",
     "sha256 " + "0a1b2c3d" * 8,
 ]
 
@@ -166,12 +189,21 @@ def png(*, before: bytes = b"", rows: bytes = b"\0\1" * 2, behind: bytes = b"") 
     return b"\x89PNG\r\n\x1a\n" + header + before + pixels + chunk(b"IEND", b"") + behind
 
 
+def wide_png(row: bytes) -> bytes:
+    """Some bytes as the gray pixels of one row."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", len(row), 1, 8, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" + row))
+    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+
+
 UNLIKE = {
     "text as a picture": ("a.png", b"machine x login y"),
     "something behind the picture": ("a.png", png(behind=b"x")),
     "two pictures": ("a.png", png(behind=png())),
     "cut off": ("a.png", png()[:-3]),
     "an unknown part": ("a.png", png(before=chunk(b"exIf", b"x"))),
+    "a part with more than it may hold": ("a.png", png(before=chunk(b"pHYs", b"x" * 40))),
+    "a palette": ("a.png", png(before=chunk(b"PLTE", b"x" * 40))),
     "a damaged part": ("a.png", png().replace(b"IDAT", b"IDAT\0", 1)),
     "other pixels": ("a.png", png(rows=b"\0\1" * 3)),
     "behind the pixels": ("a.png", png().replace(
@@ -203,7 +235,9 @@ def test_a_picture_s_texts_are_looked_through():
         chunk(b"tEXt", b"Software\0" + key),
         chunk(b"zTXt", b"Software\0\0" + zlib.compress(key)),
         chunk(b"iTXt", b"Software\0\1\0en\0\0" + zlib.compress(key)),
+        wide_png(key),
     ):
+        picture = part if part.startswith(b"\x89PNG") else png(before=part)
         with pytest.raises(OutputError, match="access key") as caught:
-            demand_sendable([File.of("a.png", png(before=part))], {})
+            demand_sendable([File.of("a.png", picture)], {})
         assert key.decode() not in str(caught.value)
