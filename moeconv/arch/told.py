@@ -19,7 +19,7 @@ from typing import Any
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.yaml_file import SIZE_LIMIT, read_yaml, short
 from moeconv.errors import ConfigError
-from moeconv.untrusted.files import read_regular
+from moeconv.untrusted.files import is_file, read_inside, read_regular
 
 _ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
 
@@ -201,9 +201,14 @@ def load_config_file(path: Path) -> dict[str, Any]:
     return _load(path, set())
 
 
-def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
+def _load(path: Path, seen: set[Path], folder: Path | None = None) -> dict[str, Any]:
+    """Reads a file that the user named, or one that another names, which must lie in `folder`."""
     try:
-        content = read_yaml(read_regular(path, limit=SIZE_LIMIT).decode("utf-8-sig"))
+        if folder is None:
+            raw = read_regular(path, limit=SIZE_LIMIT)
+        else:
+            raw = read_inside(folder, path.relative_to(folder).as_posix(), limit=SIZE_LIMIT)
+        content = read_yaml(raw.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"cannot read --config {path}: {error.strerror}") from None
     except ValueError as error:  # also bytes that are no text
@@ -219,16 +224,23 @@ def _load(path: Path, seen: set[Path]) -> dict[str, Any]:
     if not parent or Path(str(parent)).name == "base.yml":
         return content
     above = path.parent / str(parent)
+    if Path(str(parent)).is_absolute() or ".." in Path(str(parent)).parts:
+        raise ConfigError(
+            f"--config {path}: its base_config {short(parent)} leads out of {path.parent}; copy "
+            "that file beside it and give its name alone"
+        )
     seen = {*seen, path.resolve()}
+    why = ""
     try:
-        there = above.is_file() and above.resolve() not in seen
-    except (OSError, ValueError):  # a name that is none
-        there = False
+        there = is_file(path.parent, str(parent)) and above.resolve() not in seen
+    except OSError as error:  # a name that is none, a link that leads out, a FIFO
+        there, why = False, f" ({short(error.strerror, 300)})"
     if not there:
         raise ConfigError(
-            f"--config {path}: its base_config {short(parent)} is not at {short(above, 200)}"
+            f"--config {path}: its base_config {short(parent)} is not at {short(above, 200)}{why}; "
+            "copy it there"
         )
-    return _load(above, seen) | content
+    return _load(above, seen, path.parent) | content
 
 
 def from_mapping(content: Mapping[str, Any], provenance: Provenance) -> dict[str, Told]:

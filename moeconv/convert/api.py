@@ -27,7 +27,14 @@ from moeconv.convert.plan import IMPORT_BYTES, Plan, build_plan, index_json
 from moeconv.convert.run_record import RunRecord, read_run
 from moeconv.convert.source import Checkpoint, open_checkpoint
 from moeconv.convert.staging import Staging
-from moeconv.errors import ConfigError, OutputError, StorageError, UsageError
+from moeconv.errors import (
+    ConfigError,
+    NotACheckpointError,
+    OutputError,
+    StorageError,
+    TensorError,
+    UsageError,
+)
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
@@ -273,6 +280,9 @@ def _carry_out(
     )
     try:
         result = engine.run()
+    except (NotACheckpointError, TensorError):
+        prepared.checkpoint.unchanged.check()  # what is damaged now may be half of another save
+        raise
     finally:
         journal.close()
     prepared.checkpoint.unchanged.check()

@@ -10,8 +10,9 @@ from pathlib import Path
 from moeconv.errors import OutputError
 
 IN_THE_WAY = (
-    "is in the way: moeconv keeps a folder or file of its own there, and this one is a link or "
-    "something else; nothing was written through it, look who made it and remove it"
+    "is in the way: moeconv keeps a folder or file of its own there, and this one is a link, "
+    "another's, open to others or something else; nothing was written to it, look who made it and "
+    "remove it"
 )
 
 

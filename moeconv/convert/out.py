@@ -5,13 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moeconv.convert.beside import KNOWN, LOSS_PLOT, VERDICT
+from moeconv.convert.beside import KNOWN, LOSS_PLOT, VERDICT, is_leftover
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
 from moeconv.untrusted.files import is_address, read_inside, without_access
 
 # What lies beside a model without being the user's own.
 _OURS = {MANIFEST_NAME, LOSS_PLOT, *VERDICT, ".gitattributes", ".cache"}
+# What every config.json of transformers has.
+_NAMED_BY = ("architectures", "model_type")
 
 
 def resolve_out(out: Path) -> Path:
@@ -55,18 +57,26 @@ def holds_something(out: Path) -> bool:
 def is_replaceable(out: Path) -> bool:
     """Whether a folder looks like a model, or like one to be: a card or a license, nothing else.
 
-    A training run is no model, though it has a moeconv.json.
+    A training run is no model, though it has a moeconv.json; nor is a project with a config.json.
+    A model has no folders.
     """
-    if all(path.name in KNOWN for path in out.iterdir()):
+    found = [path for path in out.iterdir() if not is_leftover(path)]
+    if any(_is_folder(path) for path in found if path.name != ".cache"):
+        return False
+    if all(path.name in KNOWN for path in found):
         return True
     try:
-        content = _manifest(out)
+        manifest, config = _manifest(out), _object(out, "config.json")
     except OSError:
         return False  # what a link hides may be a run's
-    if isinstance(content, dict) and content.get("format") == "moeconv-run":
-        return False
-    named = any((out / name).is_file() for name in (MANIFEST_NAME, "config.json"))
-    return named or any(out.glob("*.safetensors"))
+    if isinstance(manifest, dict) and "format" in manifest:
+        return bool(manifest["format"] == "moeconv")
+    named = isinstance(config, dict) and not config.keys().isdisjoint(_NAMED_BY)
+    return named and any(path.suffix == ".safetensors" for path in found)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def strangers(out: Path) -> list[str]:
@@ -81,8 +91,12 @@ def strangers(out: Path) -> list[str]:
 
 
 def _manifest(out: Path) -> Any:
-    """What moeconv.json holds; None where there is none, or it is no JSON."""
+    return _object(out, MANIFEST_NAME)
+
+
+def _object(out: Path, name: str) -> Any:
+    """What a file holds; None where there is none, or it is no JSON."""
     try:
-        return json.loads(read_inside(out, MANIFEST_NAME))
+        return json.loads(read_inside(out, name))
     except (FileNotFoundError, ValueError, RecursionError):
         return None

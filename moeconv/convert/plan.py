@@ -120,7 +120,7 @@ class Plan:
     @property
     def disk_bytes(self) -> int:
         """Free space needed: the files, scratch, and room for configs and tokenizer."""
-        return self.write_bytes + self.scratch_bytes + 32 * MIB
+        return self.write_bytes + self.scratch_bytes + 96 * MIB
 
     def unit_cost(self, unit: Unit) -> int:
         """Peak bytes of one unit: decoded, and compressed (never larger) while it is decoded."""

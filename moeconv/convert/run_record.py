@@ -48,6 +48,7 @@ SETTINGS = (
 # Points kept of a curve.
 CURVE_POINTS = 200
 _LONGEST_LINE = 64 * 1024
+_METRICS_LIMIT = 64 * 2**20  # some 300,000 steps
 
 
 class Measured(BaseModel):
@@ -145,7 +146,7 @@ def _metrics(step: Step) -> tuple[list[_Point], list[str]]:
     raw = None
     for folder in step.beside:
         try:
-            raw = read_beside(folder, METRICS_NAME)
+            raw = read_beside(folder, METRICS_NAME, limit=_METRICS_LIMIT)
         except NotACheckpointError as error:
             return [], [f"{error}; the manifest tells no losses"]
         if raw is not None:

@@ -17,7 +17,7 @@ from moeconv.arch.told import ToldConfig, load_config_file, tell
 from moeconv.arch.yaml_file import short
 from moeconv.convert.unchanged import Unchanged
 from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
-from moeconv.hf.tokenizer import TOKENIZER_FILES, TokenizerFiles, tokenizer_of
+from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
@@ -36,6 +36,7 @@ UNUSED = {
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 # Of its items, beside the arrays.
 _OWN = ("_METADATA", "manifest.ocdbt")
+_SIDECAR_LIMIT = 4 * 2**20  # a resolved config has some 60 KB
 
 
 @dataclass(frozen=True)
@@ -195,22 +196,23 @@ def run_tokenizer(
         TokenizerError: It lies outside, cannot be read, or cannot be used.
     """
     assert sidecar.tokenizer is not None
-    files = {}
+    source = str(run / sidecar.tokenizer)
     try:
-        for name in TOKENIZER_FILES:
-            if (raw := read_beside(run, f"{sidecar.tokenizer}/{name}")) is not None:
-                files[name] = raw
+        files = read_files(
+            lambda name, limit: read_beside(run, f"{sidecar.tokenizer}/{name}", limit=limit), source
+        )
     except NotACheckpointError as error:
         raise TokenizerError(
             f"{error} ({run / SIDECAR_NAME} names it); give the tokenizer with --tokenizer"
         ) from None
-    source = str(run / sidecar.tokenizer)
     if not files:
         raise TokenizerError(
             f"{source}: no such file or directory with a tokenizer, but {run / SIDECAR_NAME} names "
             "it; give the tokenizer with --tokenizer"
         )
-    return tokenizer_of(files, source, "directory", model_max_length=model_max_length)
+    found = tokenizer_of(files, source, "directory", model_max_length=model_max_length)
+    more = left_out(run.local / sidecar.tokenizer) if run.local else []
+    return replace(found, notes=(*found.notes, *more))
 
 
 def _first_fault(error: ValueError) -> str:
@@ -242,7 +244,7 @@ def find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | Non
 def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
     for folder in step.beside:
         try:
-            raw = read_beside(folder, SIDECAR_NAME)
+            raw = read_beside(folder, SIDECAR_NAME, limit=_SIDECAR_LIMIT)
         except NotACheckpointError as error:
             raise _DamagedError(str(error)) from None
         if raw is None:

@@ -5,7 +5,8 @@ Beside OUT lie, while it is being made, `.<OUT>.moeconv-partial` (the folder bei
 once, for a moment `.<OUT>.moeconv-old` (the model being replaced).
 
 Others may write to the folder that OUT lies in. So it is held open, everything in it is named
-relative to it, and what has one of these names without being a folder or file is refused.
+relative to it, and what has one of these names without being ours is refused: a folder must belong
+to us and be closed to others, and it is emptied only where it holds our journal or a model.
 """
 
 import contextlib
@@ -24,8 +25,10 @@ from moeconv.errors import OutputError
 
 _RENAME_EXCHANGE = 2
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
+_PROBE = "moeconv-mode"
 _REPLACED = "was replaced by somebody else during the conversion; convert again"
 
 
@@ -54,7 +57,8 @@ class Staging:
         self._overwrite = overwrite
         self._lock = Lock(out.parent / f".{out.name}.moeconv-lock")
         self._made: list[Path] = []
-        self._beside = self._inside = -1  # the folder that OUT lies in, and `folder`
+        # The folder that OUT lies in, `folder`, and what OUT was before a swap.
+        self._beside = self._inside = self._replaced = -1
         try:
             self._made = [p for p in out.parents if not p.exists()]
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +68,19 @@ class Staging:
             self._check_out()
             found = self._is_there(self.folder)
             if not found:
-                os.mkdir(self.folder.name, dir_fd=self._beside)
+                os.mkdir(self.folder.name, 0o700, dir_fd=self._beside)
             self._inside = os.open(self.folder.name, _FOLDER, dir_fd=self._beside)
+            status = os.fstat(self._inside)
+            if status.st_uid != os.geteuid() or status.st_mode & _OTHERS_WRITE:
+                raise OutputError(f"{self.folder} {IN_THE_WAY}")
             had = JOURNAL in _names(self._inside)
+            # Without a journal the folder may hold an old model that was swapped out of OUT.
+            if not had and not is_replaceable(self.folder):
+                raise OutputError(f"{self.folder} {IN_THE_WAY}")
+            os.fchmod(self._inside, 0o700)
             self.resuming = resume and had
-            if found and not self.resuming:
-                # Without a journal the folder may hold an old model that was swapped out of OUT.
-                for name in _names(self._inside):
-                    _remove(name, self._inside)
+            if not self.resuming:
+                _empty(self._inside)
         except BlockingIOError:
             self._close()
             raise OutputError(
@@ -105,8 +114,8 @@ class Staging:
             return
         if not is_replaceable(self.out):
             raise OutputError(
-                f"OUT {self.out} is not empty and holds no model, so not even --overwrite replaces "
-                "it; choose another directory"
+                f"OUT {self.out} is not empty and holds no model, or a folder beside one, so not "
+                "even --overwrite replaces it; choose another directory"
             )
         if not self._overwrite:
             raise OutputError(
@@ -126,7 +135,7 @@ class Staging:
             OutputError: Something else has its name.
         """
         try:
-            mode = os.stat(folder.name, dir_fd=self._beside, follow_symlinks=False).st_mode
+            mode = _lstat(folder.name, self._beside).st_mode
         except FileNotFoundError:
             return False
         if not stat.S_ISDIR(mode):
@@ -176,25 +185,47 @@ class Staging:
                 f"OUT {self.out} was filled by somebody else during the conversion; the new model "
                 f"waits in {self.folder}: go on with --resume once OUT is empty"
             )
-        with os.scandir(self._inside) as entries:
-            for entry in entries:
-                if entry.name not in names:
-                    _remove(entry.name, self._inside)
-                elif not entry.is_file(follow_symlinks=False):
-                    raise OutputError(f"{self.folder / entry.name} {_REPLACED}")
+        mode = _mode_of_a_new_folder(self._inside)
+        for name in _journal_last(self._inside):
+            if name not in names:
+                _remove(name, self._inside)
+            elif not stat.S_ISREG(_lstat(name, self._inside).st_mode):
+                raise OutputError(f"{self.folder / name} {_REPLACED}")
         os.fsync(self._inside)
-        if not self._is_there(self.folder) or not os.path.samestat(
-            os.stat(self.folder.name, dir_fd=self._beside), os.fstat(self._inside)
-        ):
+        if not self._holds_ours():
             raise OutputError(f"{self.folder} {_REPLACED}")
+        # What others may write to would not be taken for ours after a crash.
+        os.fchmod(self._inside, mode & ~_OTHERS_WRITE)
         if not occupied:
             self._rename(self.folder, self.out)
-        elif not _exchange(self._beside, self.folder.name, self.out.name):
+        elif not self._swap():
             self._rename(self.out, self._old)
             self._rename(self.folder, self.out)
         self.published = True
+        os.fchmod(self._inside, mode)
+        if self._replaced != -1:  # what has the name of `folder` now
+            self._inside, self._replaced = self._replaced, self._inside
         os.fsync(self._beside)
         self.discard()
+
+    def _swap(self) -> bool:
+        """Swaps `folder` and OUT; False where kernel or file system cannot."""
+        old = os.open(self.out.name, _FOLDER, dir_fd=self._beside)
+        with contextlib.suppress(PermissionError):  # somebody else's
+            os.fchmod(old, stat.S_IMODE(os.fstat(old).st_mode) & ~_OTHERS_WRITE)
+        if _exchange(self._beside, self.folder.name, self.out.name):
+            self._replaced = old
+            return True
+        os.close(old)
+        return False
+
+    def _holds_ours(self) -> bool:
+        """Whether the folder that was opened still has its name."""
+        try:
+            here = _lstat(self.folder.name, self._beside)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(here, os.fstat(self._inside))
 
     def keep(self) -> None:
         """Leaves everything for `--resume`."""
@@ -210,7 +241,10 @@ class Staging:
             return
         try:
             self._recover()
-            shutil.rmtree(self.folder.name, ignore_errors=True, dir_fd=self._beside)
+            if self._holds_ours():
+                with contextlib.suppress(OSError):
+                    _empty(self._inside)
+                    os.rmdir(self.folder.name, dir_fd=self._beside)
         except Exception:
             self._release()
             raise
@@ -220,10 +254,18 @@ class Staging:
         """Undoes, or ends, a replacement that stopped between its two renames."""
         if not self._is_there(self._old):
             return
-        if self._is_there(self.out):
-            shutil.rmtree(self._old.name, dir_fd=self._beside)
-        else:
-            self._rename(self._old, self.out)
+        old = os.open(self._old.name, _FOLDER, dir_fd=self._beside)
+        try:
+            half = JOURNAL in _names(old)  # of an `_empty` that was killed
+            if not half and not is_replaceable(self._old):
+                raise OutputError(f"{self._old} {IN_THE_WAY}")
+            if half or self._is_there(self.out):
+                _empty(old)
+                os.rmdir(self._old.name, dir_fd=self._beside)
+            else:
+                self._rename(self._old, self.out)
+        finally:
+            os.close(old)
 
     def _rename(self, one: Path, other: Path) -> None:
         os.rename(one.name, other.name, src_dir_fd=self._beside, dst_dir_fd=self._beside)
@@ -236,10 +278,10 @@ class Staging:
                 path.rmdir()
 
     def _close(self) -> None:
-        for fd in (self._inside, self._beside):
+        for fd in (self._inside, self._replaced, self._beside):
             if fd != -1:
                 os.close(fd)
-        self._inside = self._beside = -1
+        self._inside = self._replaced = self._beside = -1
 
 
 def _exchange(beside: int, one: str, other: str) -> bool:
@@ -257,6 +299,32 @@ def _exchange(beside: int, one: str, other: str) -> bool:
 def _names(folder: int) -> list[str]:
     with os.scandir(folder) as entries:
         return [entry.name for entry in entries]
+
+
+def _lstat(name: str, folder: int) -> os.stat_result:
+    return os.stat(name, dir_fd=folder, follow_symlinks=False)
+
+
+def _journal_last(folder: int) -> list[str]:
+    """What lies in a folder; a process that is killed on the way leaves the journal."""
+    return sorted(_names(folder), key=lambda name: name == JOURNAL)
+
+
+def _empty(folder: int) -> None:
+    """Removes what is in a folder; half done, it has a journal and is known for ours."""
+    if _names(folder):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(JOURNAL, _NEW, 0o600, dir_fd=folder))
+    for name in _journal_last(folder):
+        _remove(name, folder)
+
+
+def _mode_of_a_new_folder(inside: int) -> int:
+    """What umask, set-group-ID bit and default ACL make of it: it is tried, and left there."""
+    if _PROBE in _names(inside):
+        _remove(_PROBE, inside)
+    os.mkdir(_PROBE, dir_fd=inside)
+    return stat.S_IMODE(_lstat(_PROBE, inside).st_mode)
 
 
 def _remove(name: str, folder: int) -> None:

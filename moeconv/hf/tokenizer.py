@@ -3,8 +3,8 @@
 import contextlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import (
+    inside,
     is_address,
     open_regular,
     read_inside,
@@ -46,8 +47,9 @@ _NAMED = (
 )
 _ADDITIONAL = "additional_special_tokens"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
-# The largest that people publish have 40 MB.
-_LIMIT = 256 * 2**20
+# Of all files together; the largest that people publish have 40 MB.
+_LIMIT = 64 * 2**20
+_TEMPLATES = "additional_chat_templates"
 # JSON that is written as it was read, and not looked at otherwise.
 _COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "vocab.json")
 _FILE_SUFFIXES = (".json", ".model", ".tiktoken", ".txt", ".bpe")
@@ -97,8 +99,9 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
     try:
         path = Path(spec).expanduser()
         if path.is_dir():
-            files = _directory(path)
-            return tokenizer_of(files, spec, "directory", model_max_length=model_max_length)
+            files = _directory(path, spec)
+            found = tokenizer_of(files, spec, "directory", model_max_length=model_max_length)
+            return replace(found, notes=(*found.notes, *left_out(path)))
         if path.exists():
             return _from_file(path, spec, model_max_length)
     except (OSError, RuntimeError, ValueError) as error:  # ~name of no user, a NUL
@@ -118,10 +121,23 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
             "tiktoken ranks, or the id (namespace/name) of a repository on the Hub"
         )
     try:
-        files = _directory(_download(spec))
+        files = _directory(_download(spec), spec)
     except OSError as error:
         raise TokenizerError(f"{spec}: cannot be read ({error.strerror}); fetch it again") from None
     return tokenizer_of(files, spec, "hub", model_max_length=model_max_length)
+
+
+def left_out(folder: Path) -> list[str]:
+    """A note where a tokenizer's folder has further chat templates, which are not copied."""
+    with contextlib.suppress(OSError):
+        names = sorted(path.name for path in inside(folder, _TEMPLATES).glob("*.jinja"))
+        if names:
+            more = ", …" if names[5:] else ""
+            return [
+                f"{folder}: not copied: {printable(', '.join(names[:5]))}{more} of {_TEMPLATES}; "
+                "copy them into the converted model where they are needed"
+            ]
+    return []
 
 
 def check_fits(tokenizer: TokenizerFiles, vocab_size: int) -> list[str]:
@@ -186,13 +202,37 @@ def _from_file(path: Path, source: str, model_max_length: int | None) -> Tokeniz
     )
 
 
-def _directory(folder: Path) -> dict[str, bytes]:
-    """The tokenizer's files that lie in a folder; no link there may lead out of it."""
-    files = {}
+def read_files(read: Callable[[str, int], bytes | None], source: str) -> dict[str, bytes]:
+    """Those of `TOKENIZER_FILES` that are there.
+
+    Args:
+        read: Gets a name and the most bytes; gives the content, None where there is none.
+        source: Where they lie, for people.
+
+    Raises:
+        TokenizerError: They are too large together.
+    """
+    files: dict[str, bytes] = {}
     for name in TOKENIZER_FILES:
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-            files[name] = read_inside(folder, name, limit=_LIMIT)
+        if (raw := read(name, _LIMIT)) is not None:
+            files[name] = raw
+        if sum(map(len, files.values())) > _LIMIT:
+            raise TokenizerError(
+                f"{source}: its files up to {name} have more than {_LIMIT // 2**20} MiB, so they "
+                "are no tokenizer's; give the tokenizer that the model was trained with"
+            )
     return files
+
+
+def _directory(folder: Path, source: str) -> dict[str, bytes]:
+    """The tokenizer's files that lie in a folder; no link there may lead out of it."""
+
+    def read(name: str, limit: int) -> bytes | None:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+            return read_inside(folder, name, limit=limit)
+        return None
+
+    return read_files(read, source)
 
 
 def tokenizer_of(

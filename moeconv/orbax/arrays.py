@@ -15,7 +15,8 @@ import tensorstore as ts
 from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
 from moeconv.mapping.axes import Array
 from moeconv.mapping.ops import DTYPES
-from moeconv.orbax.metadata import KeyPath, Tree
+from moeconv.orbax.inventory import ARRAY_LIMIT, inventory
+from moeconv.orbax.metadata import KeyPath, Tree, is_of_training
 from moeconv.orbax.store import Folder, context, reason
 
 # Far more than runs write (a chunk is what one device held), and still counted in a second.
@@ -99,7 +100,9 @@ class Arrays:
 
         Raises:
             NotACheckpointError: One is not there.
-            TensorError: One has an axis without entries, or there are too many chunks.
+            TensorError: One has an axis without entries, is stored and not named by `_METADATA`, or
+                would be read as something else than zeros where a chunk is missing; or there are
+                too many chunks.
             UnsupportedError: One is stored in a dtype or compression that is not supported.
             StorageError: A remote store failed.
         """
@@ -108,7 +111,10 @@ class Arrays:
         self.may_lack = allow_missing and not tree.zeros_stored
         self._context = context(cache_pool={"total_bytes_limit": 0})
         self.info: dict[str, ArrayInfo] = {}
+        if tree.use_ocdbt and items.local is not None:
+            self._check_metadata()
         opened = [(path, self._open(path, self._context)) for path in tree.parameters]
+        self._demand_named()
         chunks = 0
         for path, future in opened:
             info = self._describe(path, self._result(path, future))
@@ -119,6 +125,51 @@ class Arrays:
                 f"{items} has {chunks} chunks, of which no run writes more than {MOST_CHUNKS}; its "
                 "metadata are damaged"
             )
+
+    def _demand_named(self) -> None:
+        """Refuses arrays of the model that are stored, and that `_METADATA` does not name."""
+        named = {".".join(leaf) for leaf in self.tree.leaves}
+        lost = {n for n in self._stored() - named if not is_of_training(tuple(n.split(".")))}
+        if lost:
+            raise TensorError(
+                f"{self.items} stores arrays that its _METADATA does not name, so converting it "
+                f"might drop a part of the model: {', '.join(sorted(lost)[:20])}"
+            )
+
+    def _stored(self) -> set[str]:
+        """Names of all stored arrays; none where a remote store would have to list its files."""
+        if self.tree.use_ocdbt:
+            spec = {"driver": "ocdbt", "base": self.items.kvstore()}
+            try:
+                store = ts.KvStore.open(spec, context=self._context).result()
+                keys = [key.decode(errors="replace") for key in store.list().result()]
+            except _REFUSED as error:
+                self.check_store(error, str(self.items))
+                raise NotACheckpointError(
+                    f"{self.items} cannot be listed, so the save is damaged: {reason(error)}"
+                ) from None
+        elif self.items.local is not None:
+            keys = list(inventory(self.items.local))
+        else:
+            return set()
+        return {key.rpartition("/")[0] for key in keys if key.endswith(("/zarr.json", "/.zarray"))}
+
+    def _check_metadata(self) -> None:
+        """Looks at the size of what tensorstore parses; where they are files `inventory` does."""
+        base = {"driver": "ocdbt", "base": self.items.kvstore()}
+        file = "zarr.json" if self.tree.use_zarr3 else ".zarray"
+        try:
+            store = ts.KvStore.open(base, context=self._context).result()
+        except _REFUSED:
+            return  # opening the arrays says why
+        for path in self.tree.parameters:
+            name = ".".join(("params", "params", *path))
+            future = store.read(f"{name}/{file}")
+            if future.exception() is None and len(future.result().value) > ARRAY_LIMIT:
+                raise TensorError(
+                    f"{self.items}: parameter {'.'.join(path)}: its {file} is larger than "
+                    f"{ARRAY_LIMIT // 2**10} KiB; use another step of the run"
+                )
 
     def _spec(self, path: KeyPath) -> dict[str, Any]:
         name = ".".join(("params", "params", *path))
@@ -183,6 +234,12 @@ class Arrays:
         shape = tuple(int(n) for n in store.shape)
         if 0 in shape:
             raise TensorError(f"parameter {name} has shape {list(shape)}, so it holds nothing")
+        # Where a chunk is missing, which may be allowed, this is read instead.
+        if store.fill_value is not None and np.any(store.fill_value != 0):
+            raise TensorError(
+                f"parameter {name} has the fill value {store.fill_value}, which no MaxText run "
+                "writes; its metadata are damaged"
+            )
         layout = store.chunk_layout  # its shapes are None for a scalar
         chunk = tuple(int(n) for n in layout.read_chunk.shape or ())
         written = tuple(int(n) for n in layout.write_chunk.shape or ())

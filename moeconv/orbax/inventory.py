@@ -11,8 +11,13 @@ from moeconv.orbax.store import Folder
 from moeconv.untrusted.files import UnsafeFileError, inside
 
 # tensorstore reads these whole before it looks at them, and ends the process where it cannot.
-_READ_WHOLE = ("manifest.ocdbt", "zarr.json", ".zarray")
-_WHOLE_LIMIT = 128 * 2**20  # Orbax keeps OCDBT's nodes, the largest of them, below 100 MB
+_KIB = 2**10
+# An array's metadata have 2 KiB; parsed, lists of nothing take sixty times as much as written.
+ARRAY_LIMIT = 64 * _KIB
+_LIMITS = {
+    "manifest.ocdbt": 128 * 2**10 * _KIB,  # Orbax keeps OCDBT's nodes, the largest, below 100 MB
+    **dict.fromkeys(("zarr.json", ".zarray", ".zattrs"), ARRAY_LIMIT),
+}
 
 # Size, times of the last change of content and of the entry (which nobody sets back), and inode.
 Stamp = tuple[int, int, int, int]
@@ -68,9 +73,10 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
                 if linked:
                     status = inside(folder, name).stat()
                 if stat.S_ISREG(status.st_mode):
-                    if entry.name in _READ_WHOLE and status.st_size > _WHOLE_LIMIT:
-                        limit = f"is larger than {_WHOLE_LIMIT // 2**20} MiB"
-                        raise UnsafeFileError(Path(entry.path), limit)
+                    if status.st_size > (limit := _LIMITS.get(entry.name, status.st_size)):
+                        raise UnsafeFileError(
+                            Path(entry.path), f"is larger than {limit // _KIB} KiB"
+                        )
                     yield name, _stamp(status)
                 elif not stat.S_ISDIR(status.st_mode):
                     raise UnsafeFileError(Path(entry.path), "is a FIFO, device or socket")

@@ -8,6 +8,7 @@ A step is complete once its commit marker is there; on a local disk Orbax rename
 into place, so its name alone tells (orbax-checkpoint `path/atomicity.py`).
 """
 
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from moeconv.errors import NotACheckpointError
 from moeconv.orbax.inventory import inventory
 from moeconv.orbax.store import DeniedError, Folder
 from moeconv.untrusted import strict_json
-from moeconv.untrusted.files import READ_LIMIT
 
 # MaxText names a step by its number alone (`create_orbax_checkpoint_manager` gives no
 # `step_prefix`); Orbax may pad it with zeros (orbax-checkpoint `path/step.py`).
@@ -66,11 +66,19 @@ def locate(spec: str) -> Step:
     if folder.has("_METADATA"):
         return _step(folder)
     if (folder / "items").has("_METADATA"):
+        if folder.local is not None and "checkpoints" in folder.children():
+            raise _ambiguous(folder / "items", folder / "checkpoints")
         return _step(folder / "items")
     names = list(folder.children())
     if "checkpoints" in names:
+        for name in _steps(names):
+            if (folder / name / "items").has("_METADATA"):
+                raise _ambiguous(folder / name, folder / "checkpoints")
         folder = folder / "checkpoints"
         names = list(folder.children())
+    for one, other in itertools.pairwise(_steps(names)):
+        if int(one) == int(other):
+            raise _ambiguous(folder / one, folder / other)
     skipped = []
     for name in _steps(names):
         items = folder / name / "items"
@@ -97,15 +105,22 @@ def locate(spec: str) -> Step:
     )
 
 
-def read_beside(folder: Folder, name: str) -> bytes | None:
+def _ambiguous(one: Folder, other: Folder) -> NotACheckpointError:
+    return NotACheckpointError(
+        f"both {one} and {other} may be what is meant; give the one to convert itself"
+    )
+
+
+def read_beside(folder: Folder, name: str, *, limit: int) -> bytes | None:
     """A file beside a step; None where there is none, or a remote store does not let it be read.
 
     Raises:
-        NotACheckpointError: It is on this machine, and cannot be read.
+        NotACheckpointError: It is on this machine, and cannot be read; or it has more than
+            `limit` bytes.
         StorageError: The store does not answer.
     """
     try:
-        raw = folder.read(name, limit=READ_LIMIT)  # metrics of a long run
+        raw = folder.read(name, limit=limit)
     except DeniedError:  # above a public step, say; S3 answers so where nothing may be listed
         return None
     if raw is None and folder.local is not None and (folder.local / name).is_dir():
@@ -158,8 +173,11 @@ def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
     raw = step.read("_CHECKPOINT_METADATA")
     custom = _json(step, raw).get("custom_metadata") if raw is not None else None
     custom = custom if isinstance(custom, dict) else {}
-    beside = [step, step.parent]
-    if step.parent.name == "checkpoints":
-        beside.append(step.parent.parent)
-    number = int(step.name) if _STEP.match(step.name) else None
+    beside, number = [step], None
+    # Above any other folder there may lie a sidecar of something else.
+    if _STEP.match(step.name):
+        number = int(step.name)
+        beside.append(step.parent)
+        if step.parent.name == "checkpoints":
+            beside.append(step.parent.parent)
     return Step(items, number, custom, tuple(beside), skipped, dated=raw is not None)

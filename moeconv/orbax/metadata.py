@@ -18,8 +18,6 @@ _MOST_LEAVES = 100_000
 _KEY = re.compile(r"(?!\.{1,2}\Z)[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,200}\Z")
 # Containers without a leaf (orbax-checkpoint `metadata/empty_values.py`).
 _EMPTY = ("None", "Dict", "List", "Tuple", "NamedTuple")
-# Top-level entries of a train state that the model's function does not depend on.
-_TRAINING = ("opt_state", "step")
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,7 @@ def read_tree(items: Folder) -> Tree:
 def _refuse_strangers(items: Folder, leaves: list[KeyPath]) -> None:
     """Leaves that may belong to the model are never passed over."""
     strangers = [
-        ".".join(leaf)
-        for leaf in leaves
-        if not (_is_parameter(leaf) or leaf[0] in _TRAINING or _is_random_state(leaf))
+        ".".join(leaf) for leaf in leaves if not (_is_parameter(leaf) or is_of_training(leaf))
     ]
     if not strangers:
         return
@@ -143,9 +139,14 @@ def _is_parameter(leaf: KeyPath) -> bool:
     return leaf[:2] == ("params", "params") and len(leaf) > 2
 
 
-def _is_random_state(leaf: KeyPath) -> bool:
-    """Whether it is the key or the counter of a stream (flax `nnx/rnglib.py`, `RngStream`)."""
-    return leaf[0] == "nnx_aux" and "rngs" in leaf and leaf[-1] in ("key", "count")
+def is_of_training(leaf: KeyPath) -> bool:
+    """True if it is of a train state, and the model's function does not depend on it.
+
+    Random state is the key or the counter of a stream (flax `nnx/rnglib.py`, `RngStream`).
+    """
+    if leaf[0] == "nnx_aux":
+        return "rngs" in leaf[-3:-1] and leaf[-1] in ("key", "count")
+    return leaf[0] == "opt_state" or leaf == ("step",)
 
 
 def _key(key: Any) -> str:

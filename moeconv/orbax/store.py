@@ -177,14 +177,18 @@ class Folder:
         """Content of a file, None when there is none.
 
         Raises:
-            NotACheckpointError: It is on this machine and cannot be read, lies outside of the root,
-                is no regular file, or is larger than `limit`.
+            NotACheckpointError: It is larger than `limit`; or it is on this machine and cannot be
+                read, lies outside of the root or is no regular file.
             StorageError: The store does not answer, or not with it (`DeniedError`).
         """
         if ".." in PurePosixPath(name).parts or name.startswith("/"):
             raise NotACheckpointError(f"cannot read {self / name}: its name leads out of {self}")
         if self.local is None:
             result = self._ask(name, lambda store: store.read(name.encode()))
+            if len(result.value) > limit:
+                raise NotACheckpointError(
+                    f"cannot read {self / name}: is larger than {limit // 2**20} MiB"
+                )
             return bytes(result.value) if result.state == "value" else None
         try:
             return read_inside(*self._below(name), limit=limit)

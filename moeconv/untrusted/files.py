@@ -70,8 +70,8 @@ def open_inside(folder: Path, name: str, *, links: bool = True) -> BinaryIO:
     """Opens a file by its name in a folder that others may have filled.
 
     Links are followed as long as they stay in the folder (in a snapshot of the Hub's cache: in
-    its repository's folder). The path is resolved once and then walked without following links, so
-    that a link made meanwhile is refused too.
+    the snapshot, or lead to its repository's blobs). The path is resolved once and
+    then walked without following links, so that a link made meanwhile is refused too.
 
     Args:
         folder: The folder that the user named, or one found in it by `inside`.
@@ -175,8 +175,8 @@ def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path
     base = Path(os.path.realpath(folder))
     if not links and real != base / name:
         raise UnsafeFileError(path, "is a link; put the file itself there")
-    boundary = _boundary(base)
-    if not real.is_relative_to(boundary):
+    boundary = next((b for b in _boundaries(base) if real.is_relative_to(b)), None)
+    if boundary is None:
         raise UnsafeFileError(
             path, f"is a link that leads out of {folder}; put there what it leads to, or name that"
         )
@@ -185,12 +185,12 @@ def _resolve(folder: Path, name: str, *, links: bool = True) -> tuple[Path, Path
     return boundary, real
 
 
-def _boundary(folder: Path) -> Path:
-    """The folder itself, or for a snapshot of the Hub's cache the folder of its repository."""
+def _boundaries(folder: Path) -> tuple[Path, ...]:
+    """The folder itself; in the Hub's cache the whole snapshot, and its repository's blobs."""
     for above in (folder, *folder.parents):
         if above.parent.name == "snapshots" and above.parent.parent.name.startswith(_HUB_REPO):
-            return above.parent.parent
-    return folder
+            return above, above.parent.parent / "blobs"
+    return (folder,)
 
 
 def _checked(fd: int, path: Path) -> BinaryIO:

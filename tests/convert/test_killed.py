@@ -123,7 +123,7 @@ def test_killed_at_any_call(crashes, tiny, tmp_path, tail, count):
 )  # fmt: skip
 def test_killed_while_overwriting(crashes, tiny, tmp_path, swap, tail):
     """The old model stays whole until the new one is."""
-    old = {"model.safetensors": b"old", "config.json": b"{}", "notes.txt": b"mine"}
+    old = {"model.safetensors": b"old", "config.json": b'{"model_type": "x"}', "notes.txt": b"mine"}
 
     def place(out: Path) -> Path:
         out.mkdir()

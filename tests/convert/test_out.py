@@ -17,6 +17,7 @@ from engine_lab import MOMENTS, beside, contents, to
 
 from moeconv.convert.engine import Engine
 from moeconv.convert.lock import Lock
+from moeconv.convert.out import is_replaceable
 from moeconv.errors import OutputError
 
 
@@ -95,11 +96,16 @@ def test_a_non_empty_out_is_refused(tiny, tmp_path):
     ran = moeconv("convert", tiny.run, out, "--config", tiny.run / "config.yml")
     assert ran.code == OutputError.exit_code
     assert f"OUT {out} is not empty and holds no model" in ran.error
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"model_type": "x"}')
+    (out / "model.safetensors").write_text("")
     ran = moeconv("convert", tiny.run, out, "--config", tiny.run / "config.yml")
     assert ran.code == OutputError.exit_code
     assert f"OUT {out} is not empty; pass --overwrite" in ran.error
-    assert contents(out) == {"mine.txt": b"mine", "config.json": b"{}"}
+    assert contents(out) == {
+        "mine.txt": b"mine",
+        "config.json": b'{"model_type": "x"}',
+        "model.safetensors": b"",
+    }
     assert beside(out) == []
 
 
@@ -130,6 +136,34 @@ def test_what_is_no_model_is_never_replaced(tiny, tmp_path, sidecar):
     assert f"OUT {out} is not empty and holds no model" in ran.error
     assert contents(out) == before
     assert beside(out) == []
+
+
+_NAMED = '{"architectures": ["X"]}'
+
+
+@pytest.mark.parametrize(
+    ("files", "replaceable"),
+    [
+        ({"config.json": "{}", "a.safetensors": ""}, False),
+        ({"config.json": "[]", "a.safetensors": ""}, False),
+        ({"config.json": _NAMED}, False),
+        ({"a.safetensors": ""}, False),
+        ({"moeconv.json": "{}"}, False),
+        ({"config.json": _NAMED, "a.safetensors": ""}, True),
+        ({"moeconv.json": '{"format": "moeconv"}'}, True),
+        ({"README.md": "", ".cache/x": ""}, True),
+    ],
+)
+@pytest.mark.parametrize("folder", [None, ".git", "README.md", ".moeconv-verify-x", ".cache"])
+def test_what_a_model_is(tmp_path, files, replaceable, folder):
+    """A whole project went, for its config.json."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    if folder is not None and not (tmp_path / folder).exists():
+        (tmp_path / folder).mkdir()
+    theirs = (tmp_path / ".git").exists() or (tmp_path / "README.md").is_dir()
+    assert is_replaceable(tmp_path) == (replaceable and not theirs)
 
 
 @pytest.mark.parametrize("quiet", [(), ("--quiet",)])
@@ -275,7 +309,8 @@ def test_a_home_that_nobody_has(tiny, tmp_path):
 def test_an_out_that_is_a_symbolic_link(tiny, tmp_path):
     """The link stays, what it points to is replaced."""
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / "config.json").write_text("old")
+    (tmp_path / "elsewhere" / "config.json").write_text('{"model_type": "x"}')
+    (tmp_path / "elsewhere" / "model.safetensors").write_text("old")
     (tmp_path / "out").symlink_to("elsewhere")
     (tmp_path / "nowhere").symlink_to("new")
     to(tiny, tmp_path / "out", overwrite=True)

@@ -39,7 +39,8 @@ def _convert(tiny: synthetic.Synthetic, out: Path, *flags: str) -> Ran:
 
 def _model(out: Path) -> None:
     out.mkdir()
-    (out / "config.json").write_text("{}")
+    (out / "config.json").write_text('{"model_type": "x"}')
+    (out / "model.safetensors").write_text("old")
 
 
 @planted.every()
@@ -54,7 +55,8 @@ def test_what_has_our_names_and_is_not_ours_is_refused(tiny, out, outside, what,
     assert ran.code == OutputError.exit_code
     assert f"{_beside(out, what)} is in the way" in ran.error
     assert outside.untouched()
-    assert [p.name for p in out.glob("*")] == (["config.json"] if flag == "--overwrite" else [])
+    model = ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in out.glob("*")) == (model if flag == "--overwrite" else [])
     left = {path.name for path in out.parent.iterdir()} - {"zz-hop", out.name}
     assert left == {_beside(out, what).name}
 
@@ -63,6 +65,7 @@ def test_what_has_our_names_and_is_not_ours_is_refused(tiny, out, outside, what,
 def test_what_lies_in_our_folder_is_removed_itself(tiny, out, outside, plant):
     """A process of ours may have been killed there; of links only the links go."""
     _beside(out, "partial").mkdir()
+    (_beside(out, "partial") / "journal.jsonl").write_text("")
     for name in ("model.safetensors", "config.json", "moeconv.json", "sub"):
         outside.plant(plant, _beside(out, "partial") / name)
         (_beside(out, "partial") / "zz-hop").unlink(missing_ok=True)
@@ -94,8 +97,6 @@ def test_a_small_file_is_always_a_new_one(out, outside, name, plant):
 @planted.every()
 def test_an_old_model_that_is_replaced_takes_nothing_with_it(tiny, out, outside, plant):
     _model(out)
-    (out / "sub").mkdir()
-    outside.plant(plant, out / "sub" / "link")
     outside.plant(plant, out / "extra")
     assert _convert(tiny, out, "--overwrite").code == 0
     assert outside.untouched()
@@ -172,3 +173,71 @@ def test_whether_a_folder_is_a_model_is_found_out_without_waiting(out, outside, 
         assert not places.is_replaceable(out)
         assert "moeconv.json" not in places.strangers(out)
     assert outside.untouched()
+
+
+def _photos(at: Path) -> Path:
+    (at / "photos").mkdir(parents=True)
+    (at / "photos" / "a.jpg").write_text("mine")
+    return at
+
+
+def _empty(at: Path) -> Path:
+    at.mkdir()
+    return at
+
+
+def _journal(at: Path) -> Path:
+    _photos(at)
+    (at / "journal.jsonl").write_text("")
+    return at
+
+
+def _owned(at: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root gives a folder away")
+    os.chown(at, 12345, -1)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("what", "make", "change"),
+    [
+        ("partial", _photos, lambda at: None),
+        ("partial", _empty, _owned),
+        ("partial", _empty, lambda at: at.chmod(0o777)),
+        ("partial", _journal, _owned),
+        ("partial", _journal, lambda at: at.chmod(0o775)),
+        ("old", _photos, lambda at: None),
+    ],
+)
+def test_a_real_folder_that_is_not_ours(out, what, make, change, resume):
+    """It was emptied without a word, and OUT then belonged to whoever had made it."""
+    at = make(_beside(out, what))
+    out.mkdir()
+    change(at)
+    before, held = os.stat(at), sorted(path.name for path in at.rglob("*"))
+    with pytest.raises(OutputError, match=f"{at.name} is in the way"):
+        Staging(out, overwrite=True, resume=resume)
+    assert sorted(path.name for path in at.rglob("*")) == held
+    assert (os.stat(at).st_mode, os.stat(at).st_uid) == (before.st_mode, before.st_uid)
+    assert not _beside(out, "lock").exists()
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+@pytest.mark.parametrize("swaps", [None, True, False], ids=["new", "swap", "two renames"])
+def test_out_has_the_mode_of_a_new_folder(out, monkeypatch, umask, swaps):
+    if swaps is not None:
+        _model(out)
+        out.chmod(0o775)
+    if swaps is False:
+        monkeypatch.setattr(staging, "_exchange", lambda *names: False)
+    before = os.umask(umask)
+    try:
+        made = Staging(out, overwrite=True, resume=False)
+        made.write({"config.json": b"new"})
+        assert _beside(out, "partial").stat().st_mode & 0o777 == 0o700
+        made.publish(["config.json"])
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert [path.name for path in out.parent.iterdir()] == [out.name]

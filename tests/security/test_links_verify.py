@@ -1,5 +1,6 @@
 """What verify reads lies in OUT, and what it writes goes there: no link leads elsewhere."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -168,19 +169,67 @@ def test_the_folder_of_a_verify_at_work_stays(out):
     assert not held.exists()
 
 
+def _while_written(monkeypatch, act):
+    """Calls `act` once the folder of a report is made, before the first file."""
+    write = written._write
+
+    def acting(name, content, folder):
+        with contextlib.suppress(StopIteration):
+            next(once)()
+        write(name, content, folder)
+
+    once = iter([act])
+    monkeypatch.setattr(written, "_write", acting)
+
+
 def test_a_verify_holds_its_folder_while_it_writes(out, monkeypatch):
     seen = []
 
-    def look(report, folder):
-        written._clear(out)
+    def look():
+        (folder,) = out.glob(".moeconv-verify-*")
         os.utime(folder, (time.time() - 60,) * 2)
-        written._clear(out)
+        into = os.open(out, os.O_RDONLY)
+        written._clear(into)
+        os.close(into)
         seen.append(folder.is_dir())
-        return []
 
-    monkeypatch.setattr(written, "draw_plots", look)
+    _while_written(monkeypatch, look)
     write_report(make_report(Subject.open(out), []), out)
     assert seen == [True]
+    assert not any(path.name.startswith(".moeconv") for path in out.iterdir())
+
+
+@pytest.mark.parametrize("which", ["its own folder", "the shared one"])
+def test_a_folder_that_becomes_a_link_while_a_report_is_written(tmp_path, out, monkeypatch, which):
+    """Whoever may write there could have files of the user's overwritten, and moved away."""
+    shared, victim = tmp_path / "shared", tmp_path / "victim"
+    victim.mkdir()
+    for name in ("verify.json", "verify.md"):
+        (victim / name).write_text("precious")
+
+    def swap():
+        (fresh,) = shared.glob(".moeconv-verify-*")
+        target = fresh if which == "its own folder" else shared
+        target.rename(tmp_path / "moved")
+        target.symlink_to(victim)
+
+    _while_written(monkeypatch, swap)
+    write_report(make_report(Subject.open(out), []), shared)
+    assert {path.name: path.read_text() for path in victim.iterdir()} == {
+        "verify.json": "precious",
+        "verify.md": "precious",
+    }
+    into = shared if which == "its own folder" else tmp_path / "moved"
+    assert (into / "verify.json").is_file()
+
+
+def test_a_folder_with_a_leftover_s_name_and_other_files_stays(out):
+    left = _leftover(out)
+    (left / "photos").mkdir()
+    os.utime(left, (time.time() - 60,) * 2)
+    write_report(make_report(Subject.open(out), []), out)
+    assert (left / "photos").is_dir()
+    assert (left / "verify.md").read_text() == "half"
 
 
 @pytest.mark.parametrize("plant", [planted.folder, planted.fifo, planted.absolute])

@@ -75,6 +75,22 @@ def test_links_of_the_hubs_cache_stay_in_their_repository(tmp_path: Path):
         files.read_inside(snapshot, "link")
 
 
+@pytest.mark.parametrize("at", ["private.pem", "refs/main", "snapshots/4567/x", "blobs-not/x"])
+def test_a_snapshot_leads_only_to_itself_and_to_blobs(tmp_path: Path, at: str):
+    repo = tmp_path / "models--me--model"
+    below = repo / "snapshots" / "0123" / "below"
+    below.mkdir(parents=True)
+    (repo / at).parent.mkdir(parents=True, exist_ok=True)
+    (repo / at).write_text("key")
+    (below.parent / "config.json").write_text("{}")
+    (below / "link").symlink_to(repo / at)
+    (below / "fine").symlink_to("../config.json")
+    assert files.read_inside(below, "fine") == b"{}"
+    for folder, name in ((below, "link"), (below.parent, "below/link")):
+        with pytest.raises(UnsafeFileError, match="leads out"):
+            files.read_inside(folder, name)
+
+
 def test_special_files_are_refused_at_once(folder: Path):
     os.mkfifo(folder / "fifo")
     server = socket.socket(socket.AF_UNIX)

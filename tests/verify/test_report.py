@@ -84,7 +84,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-@pytest.mark.parametrize("late", ["to_markdown", "to_json", "_sync"])
+@pytest.mark.parametrize("late", ["to_markdown", "to_json", "_write"])
 def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch, error, late):
     write_report(report(parity(1e-6)), tmp_path)
     before = content(tmp_path)
