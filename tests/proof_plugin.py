@@ -2,7 +2,8 @@
 
     @pytest.mark.proof("consumers", inputs=["requirements/consumers/*.txt"])
 
---proofs=sample     leaves out proofs whose record is current, but for the day's sample
+--proofs=sample     leaves out proofs whose record is current, but for the day's sample; what is not
+                    current is run again, and its record renewed
 --proofs=stale      renews those whose record is not current
 --proofs=all, or names with commas between them, renews these
 """
@@ -96,8 +97,15 @@ class _Proofs:
 
     @property
     def renews(self) -> bool:
-        """True if records are written."""
+        """True if the session is there to write records."""
         return self.which not in ("", "sample")
+
+    def _renewed(self, claims: dict[str, Claim], tree: Tree) -> dict[str, str]:
+        """Digests of the proofs that are to be renewed."""
+        names = {name for name in claims if self._runs(name)}
+        if not self.renews:
+            names -= {r.name for r in self.records.values() if r.is_current(tree)}
+        return {name: claims[name].digest(tree) for name in names}
 
     @property
     def named(self) -> set[str]:
@@ -117,9 +125,8 @@ class _Proofs:
             items[:] = [item for item in items if item not in set(gone)]
         # The longest first, so that two workers end together.
         items.sort(key=lambda item: -self._seconds(item))
-        if self.renews:
-            tree = Tree(self.config.rootpath)
-            self.digests = {n: claim.digest(tree) for n, claim in found.items() if self._runs(n)}
+        if self.which:
+            self.digests = self._renewed(found, Tree(self.config.rootpath))
 
     @functools.cached_property
     def records(self) -> dict[str, Record]:
@@ -162,7 +169,8 @@ class _Proofs:
         nothing = session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED
         if self.which == "stale" and nothing:
             session.exitstatus = pytest.ExitCode.OK
-        if self.renews and not self._renew() and session.exitstatus == pytest.ExitCode.OK:
+        proven = self._renew()
+        if self.renews and not proven and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def _renew(self) -> bool:

@@ -40,7 +40,7 @@ def test_no_space_is_seen_before_starting(big, disk):
     folder = disk(50 * MIB)
     ran = moeconv("convert", big.run, folder / "out", "--config", big.run / "config.yml")
     assert ran.code == OutputError.exit_code
-    assert "the conversion needs 94.4 MB" in ran.error
+    assert "the conversion needs 162 MB" in ran.error
     assert "52.4 MB are free; free some space" in ran.error
     assert os.listdir(folder) == []
 
