@@ -78,7 +78,7 @@ def test_files_without_an_entry(checkpoint):
         k: v for k, v in content["tree_metadata"].items() if "wi_0" not in k
     }
     path.write_text(json.dumps(content))
-    words = ("missing MoeBlock_0.wi_0",)
+    words = ("its _METADATA does not name", "MoeBlock_0.wi_0")
     refused(convert(checkpoint), TensorError, *words, out=out_of(checkpoint))
 
 
