@@ -205,7 +205,6 @@ def test_leaves_no_trace(maxtext_lab, tmp_path):
     script = f"""
         import numpy, os
         from moeconv.verify.maxtext import MaxTextModel
-from moeconv.verify.maxtext_config import build_config
         config = {dict(checkpoint.config)!r}
         model = MaxTextModel.load({str(checkpoint.items)!r}, config)
         assert model.logits(numpy.zeros((1, 4), int)).std() > 0.1
