@@ -28,13 +28,13 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 def rule_row(rule: Rule) -> list[str]:
     """One rule as a table row."""
-    source = f"`{rule.source}`" if rule.source else f"— (all {rule.fill:g})"
-    ops = [f"`{rule.place}`"]
+    source = ", ".join(f"`{name}`" for name in rule.sources) or f"— (all {rule.fill:g})"
+    ops = [f"`{place}`" for place in dict.fromkeys(rule.places)]
     if rule.rotary:
         ops.append("rotary order of `h`")
     if rule.scale:
         ops.append(f"× {rule.scale.text}")
-    if rule.source and "{E}" in rule.target and "E" not in PARAMETERS[rule.source].axes:
+    if rule.sources and "{E}" in rule.target and "E" not in PARAMETERS[rule.sources[0]].axes:
         ops.append("copied to every expert")
     if rule.layers is None:
         where = "once"

@@ -39,9 +39,9 @@ from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
 from moeconv.mapping.families import FAMILIES, default_family
-from moeconv.mapping.ops import DTYPES
 from moeconv.mapping.rules import Options
 from moeconv.orbax.inventory import stamps
+from moeconv.tensor.dtypes import DTYPES
 
 GB = 10**9
 GIB = 2**30
@@ -254,7 +254,11 @@ def _carry_out(
         identity += ", missing chunks read as zeros"
     try:
         journal = Journal(
-            staging.folder, identity, units=plan.units, parked=plan.parked, resume=options.resume
+            staging.folder,
+            identity,
+            units=plan.units,
+            assemblies=[each.name for each in plan.assemblies],
+            resume=options.resume,
         )
     except ValueError:
         raise OutputError(

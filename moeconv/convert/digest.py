@@ -4,10 +4,11 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from moeconv.convert.work import BLOCK_BYTES, Range, Unit
+from moeconv.convert.work import BLOCK_BYTES, Unit
 from moeconv.hf.safetensors import payload
-from moeconv.mapping.axes import Array
 from moeconv.orbax.arrays import Reader
+from moeconv.tensor.axes import Array
+from moeconv.tensor.form import Range
 
 Part = tuple[slice, ...]
 Position = tuple[int, ...]

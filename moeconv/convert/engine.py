@@ -12,7 +12,7 @@ import math
 import queue
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,26 +22,27 @@ import numpy as np
 
 from moeconv.convert.digest import Position, array_digest, chunk_digests
 from moeconv.convert.files import OutputFiles, Scratch
+from moeconv.convert.finite import check_finite, check_overflow, nonfinite_message
 from moeconv.convert.journal import Done, Journal
 from moeconv.convert.memory import Budget
 from moeconv.convert.plan import Plan
-from moeconv.convert.scatter import arrange, check_finite, check_overflow, nonfinite_message
 from moeconv.convert.threads import Thread
 from moeconv.convert.work import (
-    Range,
+    Assembly,
     Route,
+    Slot,
     Unit,
-    is_contiguous,
-    piece_bytes,
-    piece_shape,
+    blocks,
     pieces,
     source_box,
+    stretches,
 )
 from moeconv.hf.safetensors import payload
-from moeconv.mapping.axes import Array
 from moeconv.mapping.edges import Edge
-from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.arrays import Arrays, Reader
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.form import Form, Range, Ranges
 
 Progress = Callable[[int, int], None]
 
@@ -73,14 +74,25 @@ class Result:
         ]
 
 
+@dataclass(frozen=True)
+class _Lot:
+    """Where a piece lies in the scratch file, and where it belongs."""
+
+    offset: int
+    form: Form
+    ranges: dict[str, Range]
+
+
 @dataclass
 class _Parking:
-    """Where the pieces of one array lie in its scratch file.
+    """Where the pieces of an assembly lie in its scratch file.
 
-    `lots` maps a unit's number and a route's position to the offset of its piece.
+    `lots` maps a unit's number and a route's position to its piece; `slots` is each stretch of a
+    tensor with the route that its copies are known by, and its pieces.
     """
 
-    lots: dict[tuple[int, int], tuple[int, dict[str, Range]]] = field(default_factory=dict)
+    lots: dict[tuple[int, int], _Lot] = field(default_factory=dict)
+    slots: dict[Slot, tuple[Route, list[_Lot]]] = field(default_factory=dict)
     size: int = 0
     scratch: Scratch | None = None
 
@@ -115,7 +127,8 @@ class Engine:
         self._stop = threading.Event()
         self._chunks: dict[str, dict[Position, str]] = {}
         self._missing: dict[str, list[Position]] = {}
-        self._parking = self._lay_out_parking()
+        self._assembly = {name: each.name for each in plan.assemblies for name in each.arrays}
+        self._parking = {each.name: self._lay_out(each) for each in plan.assemblies}
         self._waiting: dict[str, set[int]] = {}
         self._left: dict[str, int] = {n: e.nbytes for n, e in plan.edges.items()}
         self._todo: list[Unit] = []
@@ -157,18 +170,19 @@ class Engine:
                 f"warning: what the unfinished conversion wrote was changed since, in {len(lost)} "
                 "places; they are written again"
             )
-        # Pieces that were parked are gone, so that an array with any is kept whole or not at all.
-        again = {u.array.name for u in self._plan.units if u.number not in kept}
+        # Pieces that were parked are gone, so that an assembly is kept whole or not at all.
+        again = {self._assembly.get(u.array.name) for u in self._plan.units if u.number not in kept}
         again |= self._parking.keys() - settled
         for unit in self._plan.units:
             name = unit.array.name
-            if name in again and name in self._parking:
-                self._waiting.setdefault(name, set()).add(unit.number)
+            assembly = self._assembly.get(name)
+            if assembly is not None and assembly in again:
+                self._waiting.setdefault(assembly, set()).add(unit.number)
             elif unit.number in kept:
                 self._note(unit, self._journal.done[unit.number])
                 for number, ranges in pieces(unit, self._plan.routes[name]):
                     route = self._plan.routes[name][number]
-                    self._written(route, piece_bytes(route, ranges))
+                    self._written(route, route.form.piece_bytes(ranges))
                 self._progress(unit.nbytes, 0)
                 continue
             self._todo.append(unit)
@@ -180,7 +194,7 @@ class Engine:
         if done is None:
             return False
         parts = [
-            (route.edges, ranges[route.lead][0] * route.row_bytes, piece_bytes(route, ranges))
+            (route.edges, route.form.offset(ranges), route.form.piece_bytes(ranges))
             for number, ranges in pieces(unit, self._plan.routes[unit.array.name])
             if self._lot(unit, number) is None
             for route in [self._plan.routes[unit.array.name][number]]
@@ -188,9 +202,12 @@ class Engine:
         return self._holds(parts, done.written)
 
     def _is_settled(self, name: str) -> bool:
-        """The same for the parked pieces of an array."""
+        """The same for the parked pieces of an assembly."""
         written = self._journal.settled.get(name)
-        parts = [(route.edges, 0, route.edges[0].nbytes) for route, _ in self._parked(name)]
+        parts = [
+            (route.edges, route.form.base * route.form.dtype.itemsize, _slot_bytes(route.form))
+            for route, _ in self._parking[name].slots.values()
+        ]
         return written is not None and self._holds(parts, written)
 
     def _holds(self, parts: Sequence[tuple[Sequence[Edge], int, int]], written: int) -> bool:
@@ -303,47 +320,42 @@ class Engine:
         return not self._stop.is_set()
 
     def _do_piece(
-        self,
-        unit: Unit,
-        number: int,
-        route: Route,
-        ranges: Mapping[str, Range],
-        reader: Reader,
-        written: int,
+        self, unit: Unit, number: int, route: Route, ranges: Ranges, reader: Reader, written: int
     ) -> int:
         """Puts a piece to its place; `written`, with what went to the tensors added."""
-        parking = self._parking.get(unit.array.name)
-        lot = self._lot(unit, number)
-        start, stop = ranges[route.lead]
-        for first in range(start, stop, route.rows_per_block):
+        lot, form, parked = self._lot(unit, number), route.form, 0
+        for part in blocks(route, ranges):
             if self._stop.is_set():
                 break
-            part = {**ranges, route.lead: (first, min(first + route.rows_per_block, stop))}
-            block = reader.read(source_box(unit, route, part))
-            values = arrange(block, route, part)
-            if route.cast or route.scale:
+            block = reader.read(source_box(unit, form, part))
+            values = form.run(block, part)
+            if form.value.changes:
                 check_overflow(block, unit.array, values, route, copied=self._allow_nonfinite)
-            if lot is not None and parking is not None and parking.scratch is not None:
-                offset = lot[0] + (first - start) * (values.nbytes // values.shape[0])
-                parking.scratch.write(offset, payload(values))
+            if lot is not None:
+                scratch = self._parking[self._assembly[unit.array.name]].scratch
+                assert scratch is not None
+                scratch.write(lot.offset + parked, payload(values))
+                parked += values.nbytes
             else:
-                written = self._write(route, first, values, written)
+                written = self._write(route, form.offset(part), values, written)
             del block, values  # before the next are made
         return written
 
-    def _lot(self, unit: Unit, number: int) -> tuple[int, dict[str, Range]] | None:
-        parking = self._parking.get(unit.array.name)
-        return parking.lots.get((unit.number, number)) if parking else None
+    def _lot(self, unit: Unit, number: int) -> _Lot | None:
+        assembly = self._assembly.get(unit.array.name)
+        return self._parking[assembly].lots.get((unit.number, number)) if assembly else None
 
-    def _write(self, route: Route, row: int, values: Array, written: int) -> int:
-        """Writes whole rows of the target, to every copy; CRC-32 of them after what came before.
+    def _write(self, route: Route, offset: int, values: Array, written: int) -> int:
+        """Writes values that follow each other in the target, to every copy.
 
-        It tells damage, not a forger: who can write to the folder can write a journal too.
+        Returns:
+            CRC-32 of them after what came before. It tells damage, not a forger: who can write to
+            the folder can write a journal too.
         """
         data = payload(values)
         for edge in route.edges:
             place = self._plan.places[edge.target]
-            self._output.write(place.file, place.offset + row * route.row_bytes, data)
+            self._output.write(place.file, place.offset + offset, data)
             self._progress(0, len(data))
         self._written(route, len(data))
         return zlib.crc32(data, written)
@@ -357,11 +369,11 @@ class Engine:
                 self._output.completed(self._plan.places[edge.target].file, edge.target)
 
     def _finish(self, unit: Unit, done: Done) -> None:
-        name = unit.array.name
         self._to_sync.put(lambda: self._journal.unit(unit.number, done))
+        name = self._assembly.get(unit.array.name)
         with self._lock:
-            waiting = self._waiting.get(name)
-            if waiting is None:
+            waiting = self._waiting.get(name) if name is not None else None
+            if name is None or waiting is None:
                 return
             waiting.discard(unit.number)
             if waiting:
@@ -370,84 +382,53 @@ class Engine:
         if not self._stop.is_set():  # it may have stopped half way
             self._to_sync.put(lambda: self._journal.settle(name, written))
 
-    # --- parked arrays --------------------------------------------------------------------------
+    # --- parked pieces --------------------------------------------------------------------------
 
-    def _lay_out_parking(self) -> dict[str, _Parking]:
-        """Gives every piece of a parked array its lot; pieces follow each other without gaps."""
-        parking: dict[str, _Parking] = {}
+    def _lay_out(self, assembly: Assembly) -> _Parking:
+        """Gives every piece of an assembly its lot; pieces follow each other without gaps."""
+        parking = _Parking()
         for unit in self._plan.units:
-            name = unit.array.name
-            if name not in self._plan.parked:
+            if unit.array.name not in assembly.arrays:
                 continue
-            lots = parking.setdefault(name, _Parking())
-            for number, ranges in pieces(unit, self._plan.routes[name]):
-                route = self._plan.routes[name][number]
-                if not is_contiguous(route, ranges):
-                    lots.lots[unit.number, number] = (lots.size, dict(ranges))
-                    lots.size += piece_bytes(route, ranges)
+            routes = self._plan.routes[unit.array.name]
+            for number, ranges in pieces(unit, routes):
+                route = routes[number]
+                if route.slot in assembly.slots:
+                    lot = _Lot(parking.size, route.form, ranges)
+                    parking.lots[unit.number, number] = lot
+                    parking.slots.setdefault(route.slot, (route, []))[1].append(lot)
+                    parking.size += route.form.piece_bytes(ranges)
         return parking
 
-    def _parked(self, name: str) -> Iterator[tuple[Route, list[tuple[int, dict[str, Range]]]]]:
-        """The routes of an array whose pieces are parked, with their lots."""
-        for number, route in enumerate(self._plan.routes[name]):
-            lots = [lot for (_, n), lot in self._parking[name].lots.items() if n == number]
-            if lots:
-                yield route, lots
-
     def _settle(self, name: str) -> int:
-        """Puts the parked pieces of an array together, tensor by tensor, block by block.
+        """Puts the parked pieces of an assembly together, tensor by tensor, block by block.
 
         Returns:
             CRC-32 of what was written.
         """
         parking, written = self._parking[name], 0
-        for route, lots in self._parked(name):
-            rows = route.target_shape[0]
-            dtype = DTYPES[route.edges[0].dtype]
-            for first in range(0, rows, route.rows_per_block):
+        assert parking.scratch is not None
+        for route, lots in parking.slots.values():
+            form = route.form
+            offset = form.base * form.dtype.itemsize
+            for first, shape in stretches(form):
                 if self._stop.is_set():
                     return written
-                last = min(first + route.rows_per_block, rows)
-                out = np.zeros((last - first, *route.target_shape[1:]), dtype)
-                for offset, ranges in lots:
-                    self._collect(parking, route, out, first, offset, ranges)
-                written = self._write(route, first, out, written)
-        if parking.scratch is not None:
-            parking.scratch.close()
-            parking.scratch = None
+                out = np.zeros(shape, form.dtype)
+                for lot in lots:
+                    _collect(parking.scratch, lot, out, first)
+                written = self._write(route, offset, out, written)
+                offset += out.nbytes
+        parking.scratch.close()
+        parking.scratch = None
         return written
-
-    @staticmethod
-    def _collect(
-        parking: _Parking,
-        route: Route,
-        out: Array,
-        first: int,
-        offset: int,
-        ranges: Mapping[str, Range],
-    ) -> None:
-        """Copies the rows of one parked piece that a block holds."""
-        assert parking.scratch is not None
-        shape = piece_shape(route, ranges)
-        start = ranges[route.lead][0]
-        low, high = max(first, start), min(first + out.shape[0], start + shape[0])
-        if low >= high:
-            return
-        row = math.prod(shape[1:]) * out.itemsize
-        data = parking.scratch.read(offset + (low - start) * row, (high - low) * row)
-        piece = np.frombuffer(data, out.dtype).reshape(high - low, *shape[1:])
-        inner = [
-            slice(ranges[a][0], ranges[a][0] + n)
-            for a, n in zip(route.target_axes[1:], shape[1:], strict=True)
-        ]
-        out[(slice(low - first, high - first), *inner)] = piece
 
     # --- the rest -------------------------------------------------------------------------------
 
     def _fill_constants(self) -> None:
         for edge in self._plan.constants:
             place = self._plan.places[edge.target]
-            values = edge.apply(np.empty((), DTYPES[edge.dtype]))
+            values = np.full(edge.shape, edge.fill, DTYPES[edge.dtype])
             self._output.write(place.file, place.offset, payload(values))
             self._output.completed(place.file, edge.target)
             self._progress(0, edge.nbytes)
@@ -465,3 +446,22 @@ class Engine:
     def _array_digest(self, name: str) -> str:
         info = self._arrays.info[name]
         return array_digest(info.dtype, info.shape, info.chunk, self._chunks[name])
+
+
+def _slot_bytes(form: Form) -> int:
+    return math.prod(form.target_shape) * form.dtype.itemsize
+
+
+def _collect(scratch: Scratch, lot: _Lot, out: Array, first: int) -> None:
+    """Copies the rows of one parked piece that a block from row `first` on holds."""
+    axes, shape = lot.form.target_axes, lot.form.piece_shape(lot.ranges)
+    start = lot.ranges[axes[0]][0]
+    low, high = max(first, start), min(first + out.shape[0], start + shape[0])
+    if low >= high:
+        return
+    row = math.prod(shape[1:]) * out.itemsize
+    data = scratch.read(lot.offset + (low - start) * row, (high - low) * row)
+    piece = np.frombuffer(data, out.dtype).reshape(high - low, *shape[1:])
+    begin = [lot.ranges[axis][0] for axis in axes[1:]]
+    inner = [slice(b, b + n) for b, n in zip(begin, shape[1:], strict=True)]
+    out[(slice(low - first, high - first), *inner)] = piece

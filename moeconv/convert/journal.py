@@ -1,9 +1,9 @@
 """The journal of a conversion under way: what is safely on disk, so that `--resume` can go on.
 
 One JSON line each, appended after the data it speaks of was synced: first the plan's digest, then
-finished units, and arrays whose parked pieces were put together. Each line has a checksum of its
-own and one of the bytes that it speaks of: a journal is believed as far as it is whole, and the
-files as far as they are what it says.
+finished units, and assemblies of parked pieces that were put together. Each line has a checksum
+of its own and one of the bytes that it speaks of: a journal is believed as far as it is whole, and
+the files as far as they are what it says.
 """
 
 import contextlib
@@ -62,7 +62,7 @@ class Journal:
 
     Attributes:
         done: Finished units, by number.
-        settled: Arrays whose parked pieces are in their places, with the CRC-32 of their bytes.
+        settled: Assemblies whose pieces are in their places, with the CRC-32 of their bytes.
         resumed: An earlier process's journal is taken over.
         notes: Sentences for people.
     """
@@ -73,7 +73,7 @@ class Journal:
         plan_digest: str,
         *,
         units: Sequence[Unit] = (),
-        parked: Collection[str] = (),
+        assemblies: Collection[str] = (),
         resume: bool,
     ) -> None:
         """Opens it; with `resume` takes over what an earlier process wrote for the same plan.
@@ -82,7 +82,7 @@ class Journal:
             folder: The staging directory.
             plan_digest: Of the plan.
             units: The plan's.
-            parked: Its parked arrays.
+            assemblies: The names of its assemblies.
             resume: Whether to take anything over.
 
         Raises:
@@ -93,7 +93,7 @@ class Journal:
         self.settled: dict[str, int] = {}
         self.resumed = False
         self.notes: list[str] = []
-        self._units, self._parked = units, parked
+        self._units, self._assemblies = units, assemblies
         whole = 0
         if resume:
             with contextlib.suppress(FileNotFoundError):
@@ -129,7 +129,7 @@ class Journal:
                 raise _AnotherPlanError
             self.resumed = True
         elif "settled" in entry:
-            if entry["settled"] not in self._parked:
+            if entry["settled"] not in self._assemblies:
                 raise ValueError
             self.settled[entry["settled"]] = int(entry["written"])
         else:
@@ -143,7 +143,7 @@ class Journal:
         self._append({"unit": number, **done.to_json()})
 
     def settle(self, array: str, written: int) -> None:
-        """Records an array whose parked pieces are in their places, synced."""
+        """Records an assembly whose pieces are in their places, synced."""
         self._append({"settled": array, "written": written})
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ from moeconv.arch.parameters import LayerKind
 from moeconv.convert.plan import Plan
 from moeconv.convert.run_record import RunRecord
 from moeconv.hf.config import to_json
-from moeconv.mapping.ops import Scale
 from moeconv.untrusted.text import printable
 
 MANIFEST_NAME = "moeconv.json"
@@ -132,15 +131,15 @@ def folds(plan: Plan) -> list[FoldRecord]:
     """The factors a plan moves into weights, once for each rule."""
     records = {}
     for edge in plan.edges.values():
-        scale = next((op for op in edge.ops if isinstance(op, Scale)), None)
-        if scale is not None and edge.rule.scale is not None:
-            records[edge.rule.target] = FoldRecord(
-                target=edge.rule.target,
-                factor=scale.why,
-                value=scale.factor,
-                exact=scale.bound(edge.dtype) == 0.0,
-                reason=edge.rule.scale.reason,
-            )
+        for value in edge.values:
+            if (fold := value.fold) is not None:
+                records[edge.rule.target] = FoldRecord(
+                    target=edge.rule.target,
+                    factor=fold.why,
+                    value=fold.factor,
+                    exact=value.bound() == 0.0,
+                    reason=fold.reason,
+                )
     return list(records.values())
 
 
@@ -148,6 +147,7 @@ def rules(plan: Plan) -> list[str]:
     """The rules the plan used, one line each."""
     used = {id(edge.rule): edge for edge in plan.edges.values()}
     return [
-        f"{edge.rule.source or edge.ops[0].describe()} -> {edge.rule.target}: {edge.describe()}"
+        f"{' + '.join(edge.rule.sources) or edge.describe()} -> {edge.rule.target}: "
+        f"{edge.describe()}"
         for edge in used.values()
     ]

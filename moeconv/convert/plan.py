@@ -20,10 +20,10 @@ from moeconv.convert.work import (
     BLOCK_BYTES,
     MIB,
     UNIT_BYTES,
+    Assembly,
     Route,
     Unit,
-    is_contiguous,
-    pieces,
+    assemblies,
     routes_of,
     unit_boxes,
 )
@@ -71,7 +71,7 @@ class Plan:
         places: File and offset of every output tensor.
         routes: Work by source array.
         units: Work in the order it is begun, largest first.
-        parked: Arrays whose pieces go through a scratch file, with its bytes.
+        assemblies: Arrays whose pieces go through a scratch file, and the tensors that these make.
         source: Identity of what is read: URL, step and digests of the checkpoint's metadata.
         warnings: Sentences for people.
         dropped: Parameters left out on purpose, with the reason.
@@ -87,7 +87,7 @@ class Plan:
     places: Mapping[str, Place]
     routes: Mapping[str, tuple[Route, ...]]
     units: tuple[Unit, ...]
-    parked: Mapping[str, int]
+    assemblies: tuple[Assembly, ...]
     source: Mapping[str, Any]
     warnings: tuple[str, ...]
     dropped: Mapping[str, str]
@@ -95,7 +95,7 @@ class Plan:
     @cached_property
     def constants(self) -> tuple[Edge, ...]:
         """Tensors without a source."""
-        return tuple(e for e in self.edges.values() if e.source is None)
+        return tuple(e for e in self.edges.values() if not e.parts)
 
     @property
     def read_bytes(self) -> int:
@@ -115,7 +115,7 @@ class Plan:
     @property
     def scratch_bytes(self) -> int:
         """Bytes of scratch files that may exist at the same time."""
-        return sum(sorted(self.parked.values())[-2:])
+        return sum(sorted(each.size for each in self.assemblies)[-2:])
 
     @property
     def disk_bytes(self) -> int:
@@ -166,7 +166,7 @@ class Plan:
             "untie": self.options.untie,
             "files": [[f.name, f.layout.header.decode("latin-1")] for f in self.files],
             "tensors": [
-                [e.target, e.source.name if e.source else None, [op.describe() for op in e.ops]]
+                [e.target, [part.source.name for part in e.parts], e.steps()]
                 for e in self.edges.values()
             ],
             "units": [[u.array.name, u.box] for u in self.units],
@@ -199,7 +199,10 @@ def build_plan(
     by_name = {e.target: e for e in edges}
     made = sorted(
         by_name,
-        key=lambda n: (rank[s.name] if (s := by_name[n].source) else -1, _model_order(by_name[n])),
+        key=lambda n: (
+            max((rank[part.source.name] for part in by_name[n].parts), default=-1),
+            _model_order(by_name[n]),
+        ),
     )
     files, places = _files(by_name, made, max_shard_bytes)
     return Plan(
@@ -213,7 +216,7 @@ def build_plan(
         places=places,
         routes=routes,
         units=units,
-        parked=_parked(routes, units),
+        assemblies=assemblies(routes, units),
         source=source,
         warnings=tuple(warnings),
         dropped=dropped or {},
@@ -226,20 +229,9 @@ def _units(
     limit = max(UNIT_BYTES, *(info[name].chunk_bytes for name in routes))
     boxes = []
     for name, group in routes.items():
-        boxes += [(info[name], box) for box in unit_boxes(info[name], group[0].axes, group, limit)]
+        boxes += [(info[name], box) for box in unit_boxes(info[name], group, limit)]
     boxes.sort(key=lambda b: (-Unit(b[0], b[1], 0).nbytes, b[0].name, b[1]))
     return tuple(Unit(array, box, n) for n, (array, box) in enumerate(boxes))
-
-
-def _parked(routes: Mapping[str, tuple[Route, ...]], units: Sequence[Unit]) -> dict[str, int]:
-    parked = {}
-    for unit in units:
-        group = routes[unit.array.name]
-        if unit.array.name not in parked and any(
-            not is_contiguous(group[number], ranges) for number, ranges in pieces(unit, group)
-        ):
-            parked[unit.array.name] = sum(route.edges[0].nbytes for route in group)
-    return parked
 
 
 def _model_order(edge: Edge) -> tuple[Any, ...]:

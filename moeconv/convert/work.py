@@ -4,101 +4,64 @@ A unit is a box of one source array that is read and decoded once. It is one chu
 the chunks are small or cut an axis that a rule splits. Each entry of the unit's stacked axes (a
 layer, an expert) takes a route into one target tensor, or into several copies of it.
 
-A route's piece is contiguous in the target when the unit holds all of every target axis but the
-first. Otherwise (a checkpoint sharded along the inner axis of the transposed tensor) pieces are
-parked in a scratch file, and each tensor is settled from them once all have arrived.
+A route's piece is contiguous in the target when it holds all of every axis behind the outermost.
+Otherwise (a checkpoint sharded along the inner axis of the transposed tensor, or several arrays
+that take turns in one tensor) pieces are parked in a scratch file, and each tensor is settled from
+them once all have arrived.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-from moeconv.mapping.axes import flatten
-from moeconv.mapping.edges import Edge
-from moeconv.mapping.ops import DTYPES, Cast, Pad, Rearrange, Replicate, Scale
+from moeconv.mapping.edges import Edge, Part
 from moeconv.orbax.arrays import ArrayInfo, Box
+from moeconv.tensor.form import Form, Range, Ranges
 
 MIB = 2**20
 BLOCK_BYTES = 8 * MIB  # of a target tensor, transposed and written at a time
 UNIT_BYTES = 64 * MIB  # chunks are read together up to this, or up to the largest single chunk
 
-Range = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class Route:
-    """How one entry of a source array's stacked axes becomes a tensor.
+    """How one entry of a source array's stacked axes becomes a tensor, or a part of one.
 
     Attributes:
         edges: The tensors it is written to: one, or the copies of a replicated one.
-        axes: The source's axes.
-        index: Entries taken of stacked axes.
+        part: Which part of them.
     """
 
     edges: tuple[Edge, ...]
-    axes: tuple[str, ...]
-    index: Mapping[str, int]
-
-    @cached_property
-    def place(self) -> Rearrange:
-        """The rearrangement."""
-        return next(op for op in self.edges[0].ops if isinstance(op, Rearrange))
-
-    @cached_property
-    def scale(self) -> Scale | None:
-        """The factor, if any."""
-        return next((op for op in self.edges[0].ops if isinstance(op, Scale)), None)
-
-    @cached_property
-    def cast(self) -> Cast | None:
-        """The conversion of dtype, if any."""
-        return next((op for op in self.edges[0].ops if isinstance(op, Cast)), None)
-
-    @cached_property
-    def free(self) -> tuple[str, ...]:
-        """Source axes that remain, in source order."""
-        return tuple(a for a in self.axes if a not in self.index)
-
-    @cached_property
-    def target_axes(self) -> tuple[str, ...]:
-        """Axes of the target in memory order, unfused."""
-        return flatten(self.place.by.right)
-
-    @cached_property
-    def target_shape(self) -> tuple[int, ...]:
-        """Sizes of `target_axes`, padding included."""
-        pad = next((op for op in self.edges[0].ops if isinstance(op, Pad)), None)
-        sizes = dict(self.edges[0].sizes)
-        if pad is not None:
-            sizes["F"] = pad.target
-        return tuple(sizes[a] for a in self.target_axes)
+    part: Part
 
     @property
-    def lead(self) -> str:
-        """The outermost target axis, along which blocks are cut."""
-        return self.target_axes[0]
+    def form(self) -> Form:
+        """What becomes of the entry."""
+        return self.part.form
 
-    @cached_property
-    def split(self) -> dict[str, tuple[str, ...]]:
-        """Source axes that the rearrangement takes apart, e.g. `{"h": ("rotary", "pair")}`."""
-        return {
-            axis: group
-            for axis, group in zip(self.free, self.place.by.left, strict=True)
-            if len(group) > 1
-        }
-
-    @cached_property
-    def row_bytes(self) -> int:
-        """Bytes of the target for one step along `lead`."""
-        itemsize = DTYPES[self.edges[0].dtype].itemsize
-        return math.prod(self.target_shape[1:]) * itemsize
+    @property
+    def slot(self) -> "Slot":
+        """The stretch of the tensor that it shares with parts that lie between its own values."""
+        return Slot(self.edges[0].target, self.form.base)
 
     @property
     def rows_per_block(self) -> int:
-        """Steps along `lead` that fit a block, in float64 where it is scaled."""
-        width = 8 * math.prod(self.target_shape[1:]) if self.scale else self.row_bytes
-        return max(1, BLOCK_BYTES // max(1, width))
+        """Steps along the form's `lead` that fit a block, in float64 where values are computed."""
+        return max(1, BLOCK_BYTES // max(1, self.form.row_scratch))
+
+
+@dataclass(frozen=True, order=True)
+class Slot:
+    """A stretch of a tensor that is put together at once.
+
+    Attributes:
+        target: The tensor, of copies the first.
+        base: Values of it before.
+    """
+
+    target: str
+    base: int
 
 
 @dataclass(frozen=True)
@@ -158,47 +121,38 @@ def _product(ranges: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
 
 
 def routes_of(edges: Sequence[Edge]) -> dict[str, tuple[Route, ...]]:
-    """Groups edges by source array and entry; filled tensors have no route."""
-    grouped: dict[str, dict[tuple[tuple[str, int], ...], list[Edge]]] = {}
+    """Groups the parts of edges by source array and entry; filled tensors have no route.
+
+    Tensors of equal parts hold equal bytes, and share a route: the copies of a replicated tensor,
+    and an untied head that is the embedding.
+    """
+    routes: dict[str, list[tuple[Part, list[Edge]]]] = {}
+    groups: dict[tuple[object, ...], list[list[Edge]]] = {}
     for edge in edges:
-        if edge.source is not None:
-            key = tuple(sorted(edge.index.items()))
-            # A second use of an array (an untied head) is a route of its own: it may differ.
-            uses = grouped.setdefault(edge.source.name, {})
-            kin = uses.get(key)
-            if kin is not None and not _copies(kin[0], edge):
-                key = (*key, (edge.target, 0))
-            uses.setdefault(key, []).append(edge)
+        for number, part in enumerate(edge.parts):
+            key = (part.source.name, number, *sorted(part.form.take.items()))
+            alike = groups.setdefault(key, [])
+            group = next((group for group in alike if group[0].parts == edge.parts), None)
+            if group is None:
+                alike.append(group := [])
+                routes.setdefault(part.source.name, []).append((part, group))
+            group.append(edge)
     return {
-        name: tuple(
-            Route(tuple(group), source.axes, group[0].index)
-            for group in uses.values()
-            if (source := group[0].source) is not None
-        )
-        for name, uses in grouped.items()
+        name: tuple(Route(tuple(group), part) for part, group in of_array)
+        for name, of_array in routes.items()
     }
 
 
-def _copies(one: Edge, other: Edge) -> bool:
-    """Whether two edges write the same bytes."""
-
-    def values(edge: Edge) -> tuple[object, ...]:
-        return (*(op for op in edge.ops if not isinstance(op, Replicate)), edge.dtype, edge.shape)
-
-    return values(one) == values(other)
-
-
-def unit_boxes(
-    info: ArrayInfo, axes: Sequence[str], routes: Sequence[Route], limit: int
-) -> list[tuple[Range, ...]]:
+def unit_boxes(info: ArrayInfo, routes: Sequence[Route], limit: int) -> list[tuple[Range, ...]]:
     """Cuts an array into units of whole chunks.
 
     Chunks are joined along axes that a route takes apart (always), then, while a unit stays within
     `limit` bytes, along the target's inner axes (so that pieces become contiguous) and the rest.
     """
+    axes = routes[0].form.axes
     step = [min(c, n) for c, n in zip(info.chunk, info.shape, strict=True)]
-    must = {a for r in routes for a in r.split}
-    inner = [a for r in routes for a in r.target_axes[1:]]
+    must = {a for r in routes for a in r.form.split}
+    inner = [a for r in routes for a in r.form.target_axes if a != r.form.lead]
     order = [
         *(i for i, a in enumerate(axes) if a in must),
         *(i for i, a in enumerate(axes) if a in inner and a not in must),
@@ -219,50 +173,90 @@ def unit_boxes(
 
 def pieces(unit: Unit, routes: Sequence[Route]) -> Iterator[tuple[int, dict[str, Range]]]:
     """Routes that a unit feeds (by position), with the ranges of the target's axes it holds."""
-    held = dict(zip(routes[0].axes, unit.box, strict=True))
+    held = dict(zip(routes[0].form.axes, unit.box, strict=True))
     for number, route in enumerate(routes):
-        if all(held[a][0] <= i < held[a][1] for a, i in route.index.items()):
-            yield number, target_ranges(route, held)
+        if route.form.holds(held):
+            ranges = route.form.ranges(held)
+            if all(start < stop for start, stop in ranges.values()):
+                yield number, ranges
 
 
-def target_ranges(route: Route, held: Mapping[str, Range]) -> dict[str, Range]:
-    """Ranges on the target's unfused axes; a split axis is always held whole."""
-    sizes = route.edges[0].sizes
-    inner = {sub for group in route.split.values() for sub in group}
-    return {a: (0, sizes[a]) if a in inner else held[a] for a in route.target_axes}
+def blocks(route: Route, ranges: Ranges) -> Iterator[dict[str, Range]]:
+    """Cuts a piece along its outermost axis into blocks that stay in the cache."""
+    lead = route.form.lead
+    if not lead:
+        yield dict(ranges)
+        return
+    start, stop = ranges[lead]
+    for first in range(start, stop, route.rows_per_block):
+        yield {**ranges, lead: (first, min(first + route.rows_per_block, stop))}
 
 
-def is_contiguous(route: Route, ranges: Mapping[str, Range]) -> bool:
-    """Whether a piece lies in the target without gaps: whole on every axis but the first.
+def stretches(form: Form) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Cuts all that a form's tensor has from `base` on into blocks: first row, and shape."""
+    rows, *inner = form.target_shape
+    step = max(1, BLOCK_BYTES // max(1, math.prod(inner) * form.dtype.itemsize))
+    for first in range(0, rows, step):
+        yield first, (min(step, rows - first), *inner)
 
-    A padded axis counts as whole when its source part is: the zeros are written with it.
-    """
-    sizes = route.edges[0].sizes
-    return all(ranges[a] == (0, sizes[a]) for a in route.target_axes[1:])
 
-
-def source_box(unit: Unit, route: Route, ranges: Mapping[str, Range]) -> Box:
+def source_box(unit: Unit, form: Form, ranges: Ranges) -> Box:
     """The source's box for a block: fixed entries, and ranges on the other axes."""
-    held = dict(zip(route.axes, unit.box, strict=True))
     box: list[slice | int] = []
-    for axis in route.axes:
-        if axis in route.index:
-            box.append(route.index[axis])
+    for axis, held in zip(form.axes, unit.box, strict=True):
+        if axis in form.take:
+            box.append(form.take[axis])
         else:
-            start, stop = ranges.get(axis, held[axis])
-            box.append(slice(start, stop))
+            box.append(slice(*ranges.get(axis, held)))
     return tuple(box)
 
 
-def piece_shape(route: Route, ranges: Mapping[str, Range]) -> tuple[int, ...]:
-    """Shape of a piece as `arrange` makes it: padding comes with the last values of its axis."""
-    sizes = route.edges[0].sizes
-    return tuple(
-        (full if ranges[a][1] == sizes[a] else ranges[a][1]) - ranges[a][0]
-        for a, full in zip(route.target_axes, route.target_shape, strict=True)
-    )
+@dataclass
+class Assembly:
+    """Tensors that are put together from parked pieces, and the arrays that these come from.
+
+    Attributes:
+        arrays: Of their names the first names the assembly.
+        slots: The stretches of tensors.
+        size: Bytes of all pieces.
+    """
+
+    arrays: set[str]
+    slots: set[Slot]
+    size: int
+
+    @property
+    def name(self) -> str:
+        """In the journal, and of the scratch file."""
+        return min(self.arrays)
 
 
-def piece_bytes(route: Route, ranges: Mapping[str, Range]) -> int:
-    """Bytes of a piece as `arrange` makes it."""
-    return math.prod(piece_shape(route, ranges)) * DTYPES[route.edges[0].dtype].itemsize
+def assemblies(
+    routes: Mapping[str, Sequence[Route]], units: Sequence[Unit]
+) -> tuple[Assembly, ...]:
+    """Finds the tensors with a piece that is not contiguous; all of their pieces are parked.
+
+    Arrays that share such a tensor are one assembly, as it is complete only when both are read.
+    """
+    parked: set[Slot] = set()
+    for unit in units:
+        group = routes[unit.array.name]
+        parked |= {
+            group[number].slot
+            for number, ranges in pieces(unit, group)
+            if not group[number].form.is_contiguous(ranges)
+        }
+    found: list[Assembly] = []
+    for name, group in routes.items():
+        mine = [route for route in group if route.slot in parked]
+        if not mine:
+            continue
+        size = sum(route.form.piece_bytes(route.form.whole) for route in mine)
+        joined = Assembly({name}, {route.slot for route in mine}, size)
+        for other in [other for other in found if other.slots & joined.slots]:
+            found.remove(other)
+            joined.arrays |= other.arrays
+            joined.slots |= other.slots
+            joined.size += other.size
+        found.append(joined)
+    return tuple(found)

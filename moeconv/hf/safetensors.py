@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeconv.errors import TensorError
-from moeconv.mapping.axes import Array
-from moeconv.mapping.ops import DTYPES
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES
 from moeconv.untrusted.strict_json import loads
 
 # Of a shape that is multiplied out: the format itself sets no limit.

@@ -6,16 +6,32 @@ where a rule says so), every target tensor is produced exactly once.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout, StoredParameter, listing
 from moeconv.errors import TensorError, UnsupportedError
-from moeconv.mapping.axes import ROTARY_LAYOUTS, Array, Rearrangement, flatten
-from moeconv.mapping.ops import Cast, Fill, Op, Pad, Rearrange, Replicate, Scale, Slice
-from moeconv.mapping.rules import Family, Options, Rule
+from moeconv.mapping.rules import JOINED, Family, Options, Rule
+from moeconv.tensor.axes import ROTARY_LAYOUTS, Array, Rearrangement, flatten, parse_side
+from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.form import Form
+from moeconv.tensor.values import Affine, Cast, Fold, ValueOp
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array's share in a tensor.
+
+    Attributes:
+        source: The array.
+        form: What becomes of it.
+    """
+
+    source: StoredParameter
+    form: Form
 
 
 @dataclass(frozen=True)
@@ -25,49 +41,77 @@ class Edge:
     Attributes:
         target: Tensor name in the output.
         shape: Its shape.
-        dtype: Its dtype, a key of `ops.DTYPES`.
-        source: The array it comes from, None when filled.
-        ops: What is done, in order; the `Slice`s first.
-        sizes: Size of every axis name that the ops use.
+        dtype: Its dtype, a key of `DTYPES`.
+        parts: The arrays it comes from: none when it is filled with one value.
         rule: The rule it was expanded from.
         layer: Target layer, None for a tensor outside the layers.
+        fill: Value of a tensor without parts.
+        copy: Which of how many equal tensors this is, and the axis they stand for.
     """
 
     target: str
     shape: tuple[int, ...]
     dtype: str
-    source: StoredParameter | None
-    ops: tuple[Op, ...]
-    sizes: Mapping[str, int]
+    parts: tuple[Part, ...]
     rule: Rule
     layer: int | None
-
-    @cached_property
-    def index(self) -> dict[str, int]:
-        """Entries taken of stacked axes, e.g. `{"E": 3, "L": 0}`."""
-        return {op.axis: op.index for op in self.ops if isinstance(op, Slice)}
+    fill: float = 0.0
+    copy: tuple[int, int, str] | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the target tensor."""
-        return math.prod(self.shape) * {"float32": 4}.get(self.dtype, 2)
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def is_first_copy(self) -> bool:
+        """False for the second and any later one of several equal tensors."""
+        return self.copy is None or self.copy[0] == 0
+
+    @property
+    def values(self) -> tuple[ValueOp, ...]:
+        """What is done to the values of each part."""
+        return tuple(part.form.value for part in self.parts)
 
     def bound(self) -> float:
         """Largest relative error of one value, 0.0 when the edge is exact."""
-        return sum(op.bound(self.dtype) for op in self.ops)
+        return max((value.bound() for value in self.values), default=0.0)
 
-    def apply(self, array: Array) -> Array:
-        """Makes the target tensor from the whole source array, by the ops' own definitions.
+    def apply(self, read: Callable[[StoredParameter], Array]) -> Array:
+        """Makes the tensor from whole arrays: what the engine does block by block.
 
-        The engine does the same block by block; tests and `verify` hold it against this.
+        Args:
+            read: Gives an array.
         """
-        for op in self.ops:
-            array = op.apply(array, self.sizes)
-        return array
+        if not self.parts:
+            return np.full(self.shape, self.fill, DTYPES[self.dtype])
+        flat = np.zeros(math.prod(self.shape), DTYPES[self.dtype])
+        for part in self.parts:
+            form = part.form
+            index = tuple(form.take.get(axis, slice(None)) for axis in form.axes)
+            piece = form.run(np.ascontiguousarray(read(part.source)[index]), form.whole)
+            span = flat[form.base : form.base + math.prod(form.target_shape)]
+            start = [form.whole[axis][0] for axis in form.target_axes]
+            box = tuple(slice(s, s + n) for s, n in zip(start, piece.shape, strict=True))
+            span.reshape(form.target_shape)[box] = piece
+        return flat.reshape(self.shape)
+
+    def part_of(self, tensor: Array, part: Part) -> Array:
+        """A part of the tensor, with its axes apart, padding and other parts included: a view."""
+        form = part.form
+        flat = tensor.reshape(-1)[form.base : form.base + math.prod(form.target_shape)]
+        return flat.reshape(form.target_shape)
+
+    def steps(self) -> list[str]:
+        """What is done, in order."""
+        if not self.parts:
+            return [f"all {self.fill:g}"]
+        found = [step for part in self.parts for step in part.form.steps()]
+        return found + ([f"copy to each of {self.copy[1]} {self.copy[2]}"] if self.copy else [])
 
     def describe(self) -> str:
-        """The ops as a line for plans."""
-        return "; ".join(op.describe() for op in self.ops if not isinstance(op, Slice)) or "as is"
+        """The steps as a line for plans, without the entries that are taken."""
+        return "; ".join(step for step in self.steps() if not step.startswith("["))
 
 
 def expand(
@@ -140,10 +184,10 @@ class _Expander:
         for layer in layers:
             for expert in range(model.num_experts or 0) if "{E}" in rule.target else [None]:
                 target = rule.target.format(L=layer, E=expert)
-                if rule.source is None:
-                    yield self._filled(rule, target, layer)
+                if rule.sources:
+                    yield self._moved(rule, target, layer, expert)
                 else:
-                    yield self._moved(rule, rule.source, target, layer, expert)
+                    yield self._filled(rule, target, layer)
 
     def _find(self, source: str, layer: int | None) -> tuple[StoredParameter, int | None]:
         """The array that holds a parameter of a layer, and the entry of its layer axis."""
@@ -157,61 +201,79 @@ class _Expander:
         """A tensor without a source; its dtype is that of the layer's feed-forward norm."""
         model = self._model
         sizes = {"1": 1, "D": model.hidden_size, "E": model.num_experts or 0}
-        fill = Fill(rule.fill, flatten(Rearrangement.parse(rule.place).right))
+        place = Rearrangement.parse(rule.places[0])
+        shape = tuple(sizes[axis] for axis in flatten(place.right))
         beside, _ = self._find("post_self_attention_layer_norm.scale", layer)
         dtype = self._dtype or self._dtypes[beside.name]
-        return Edge(target, fill.shape((), sizes), dtype, None, (fill,), sizes, rule, layer)
+        return Edge(target, shape, dtype, (), rule, layer, fill=rule.fill)
 
-    def _moved(
-        self, rule: Rule, name: str, target: str, layer: int | None, expert: int | None
-    ) -> Edge:
-        """A tensor made from one entry of a source array."""
-        source, entry = self._find(name, layer)
+    def _moved(self, rule: Rule, target: str, layer: int | None, expert: int | None) -> Edge:
+        """A tensor made from one entry of each of a rule's source arrays."""
+        parts: list[Part] = []
+        for number, name in enumerate(rule.sources):
+            source, entry = self._find(name, layer)
+            parts.append(Part(source, self._form(rule, number, source, entry, expert)))
+        copy = None
+        if expert is not None and "E" not in parts[0].source.axes:
+            copy = (expert, self._model.num_experts or 1, "E")
+        shape = list(parts[0].form.shape)
+        if not parts[0].form.place:  # the parts follow each other
+            for number, part in enumerate(parts[1:], 1):
+                base = math.prod(shape)
+                parts[number] = replace(part, form=replace(part.form, base=base))
+                shape[0] += part.form.shape[0]
+        dtype = parts[0].form.value.target
+        return Edge(target, tuple(shape), dtype, tuple(parts), rule, layer, copy=copy)
+
+    def _form(
+        self,
+        rule: Rule,
+        number: int,
+        source: StoredParameter,
+        entry: int | None,
+        expert: int | None,
+    ) -> Form:
+        """What becomes of the entry of one of a rule's arrays."""
         sizes = dict(zip(source.axes, source.shape, strict=True))
         if "h" in sizes:
             sizes |= {"rotary": 2, "pair": sizes["h"] // 2}
-        ops: list[Op] = []
-        axes = list(source.axes)
-        for axis, index in (("L", entry), ("E", expert)):
-            if index is not None and axis in axes:
-                ops.append(Slice(axis, axes.index(axis), index))
-                axes.remove(axis)
-        place = self._place(rule)
-        ops.append(Rearrange(place))
-        ops += self._values(rule, self._dtypes[source.name])
-        if (width := self._width()) is not None and sizes.get("F", width) != width:
-            ops.append(Pad(place.right.index(("F",)), sizes["F"], width))
-        if expert is not None and "E" not in source.axes:
-            ops.append(Replicate("E", expert, self._model.num_experts or 1))
-        shape = tuple(sizes[axis] for axis in axes)
-        for op in ops:
-            if not isinstance(op, Slice):
-                shape = op.shape(shape, sizes)
-        dtype = self._dtype or self._dtypes[source.name]
-        return Edge(target, shape, dtype, source, tuple(ops), sizes, rule, layer)
+        entries = {"L": entry, "E": expert}
+        text = rule.places[number]
+        joined = JOINED in flatten(parse_side(text.partition("->")[2]))
+        return Form(
+            axes=source.axes,
+            sizes=sizes,
+            take={a: i for a, i in entries.items() if i is not None and a in source.axes},
+            value=self._value(rule, self._dtypes[source.name]),
+            rearrange=self._rearrangement(rule, f"{JOINED} {text}" if joined else text),
+            place={JOINED: (number, len(rule.sources))} if joined else {},
+            extent={"F": width} if (width := self._width(sizes)) else {},
+        )
 
-    def _values(self, rule: Rule, stored: str) -> list[Op]:
-        """The value op of a rule, if any: at most one, so that values are rounded at most once."""
+    def _value(self, rule: Rule, stored: str) -> ValueOp:
+        """The value op of a rule: one, so that values are rounded at most once."""
         dtype = self._dtype or stored
         factor = rule.scale.value(self._model) if rule.scale is not None else None
         if rule.scale is not None and factor is not None:
-            return [Scale(factor, rule.scale.text, stored, dtype)]
-        return [Cast(stored, dtype)] if dtype != stored else []
+            fold = Fold(factor, rule.scale.text, reason=rule.scale.reason)
+            return Affine(fold, stored, dtype)
+        return Cast(stored, dtype)
 
-    def _place(self, rule: Rule) -> Rearrangement:
-        """The rule's rearrangement, between rotary orders where source and target differ."""
-        place, source, target = rule.place, self._model.rotary, self._family.rotary
+    def _rearrangement(self, rule: Rule, place: str) -> Rearrangement:
+        """A rule's rearrangement, between rotary orders where source and target differ."""
+        source, target = self._model.rotary, self._family.rotary
         if rule.rotary and source != target:
             left, right = place.split("->")
             inner = ROTARY_LAYOUTS[target].strip("()")
             place = f"{left.replace('h', ROTARY_LAYOUTS[source])}->{right.replace('h', inner)}"
         return Rearrangement.parse(place)
 
-    def _width(self) -> int | None:
-        """The MLP width that every layer of the target has, None where they may differ."""
-        if not self._family.pads_width:
+    def _width(self, sizes: Mapping[str, int]) -> int | None:
+        """The MLP width of the target, where that of this array is another."""
+        if not self._family.pads_width or "F" not in sizes:
             return None
-        return max(self._model.intermediate_size or 0, self._model.moe_intermediate_size or 0)
+        width = max(self._model.intermediate_size or 0, self._model.moe_intermediate_size or 0)
+        return width if width != sizes["F"] else None
 
 
 def _check_totality(edges: list[Edge], layout: Layout) -> None:
@@ -220,10 +282,13 @@ def _check_totality(edges: list[Edge], layout: Layout) -> None:
         raise TensorError(f"the rules would write these tensors twice:{listing(twice)}")
     consumed: dict[tuple[str, int | None], list[int | None]] = {}
     for edge in edges:
-        copy = any(isinstance(op, Replicate) and op.index > 0 for op in edge.ops)
-        if edge.source is not None and not copy and not edge.rule.again:
-            key = edge.source.name, edge.index.get("L")
-            consumed.setdefault(key, []).append(edge.index.get("E"))
+        for part in edge.parts:
+            if edge.is_first_copy and not edge.rule.again:
+                key = part.source.name, part.form.take.get("L")
+                consumed.setdefault(key, []).append(part.form.take.get("E"))
+    holes = [edge.target for edge in edges if edge.parts and not _is_covered(edge)]
+    if holes:
+        raise TensorError(f"the rules do not write all of these tensors:{listing(holes)}")
     wrong = []
     for array in layout.arrays:
         depth = array.shape[array.axes.index("L")] if "L" in array.axes else None
@@ -236,3 +301,10 @@ def _check_totality(edges: list[Edge], layout: Layout) -> None:
         raise TensorError(
             f"the rules do not consume these parameters exactly once:{listing(wrong)}"
         )
+
+
+def _is_covered(edge: Edge) -> bool:
+    """True if the parts of a tensor, which lie apart by their places, make up all of it."""
+    places = {(part.form.base, *part.form.place.values()) for part in edge.parts}
+    written = sum(math.prod(p.form.piece_shape(p.form.whole)) for p in edge.parts)
+    return len(places) == len(edge.parts) and written == math.prod(edge.shape)

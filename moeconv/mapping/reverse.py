@@ -1,4 +1,4 @@
-"""The way back: a checkpoint's arrays from the converted tensors, by the inverses of the same ops.
+"""The way back: a checkpoint's arrays from the converted tensors, by undoing the same forms.
 
 Nobody writes the mapping a second time: `restore` walks the very edges that `expand` made. It is
 exact wherever the edges are; where a factor rounds, the way back is within one unit of the last
@@ -10,36 +10,29 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from moeconv.errors import TensorError
-from moeconv.mapping.axes import Array
-from moeconv.mapping.edges import Edge
-from moeconv.mapping.ops import DTYPES, Cast, Fill, Pad, Rearrange, Replicate, Scale, Slice
+from moeconv.mapping.edges import Edge, Part
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import bits
 
 
-def restore_slice(edge: Edge, tensor: Array) -> Array:
-    """Undoes one edge.
+def restore_part(edge: Edge, part: Part, tensor: Array) -> Array:
+    """Undoes one part of an edge.
 
     Args:
         edge: How the tensor was made.
+        part: One of its parts.
         tensor: The tensor, of shape `edge.shape`.
 
     Returns:
-        The entry of the source array that it came from: the source's axes less the sliced ones.
+        The entry of the source array that it came from: the source's axes less the taken ones.
 
     Raises:
         TensorError: Padding is not zero.
     """
-    for op in reversed(edge.ops):
-        match op:
-            case Scale() | Cast() | Rearrange() | Replicate():
-                tensor = op.inverse().apply(tensor, edge.sizes)
-            case Pad():
-                try:
-                    tensor = op.inverse().apply(tensor, edge.sizes)
-                except ValueError as error:
-                    raise TensorError(f"{edge.target}: {error}") from None
-            case Slice() | Fill():
-                break
-    return tensor
+    apart = edge.part_of(tensor, part)
+    if any(np.any(apart[box]) for box in part.form.padding()):
+        raise TensorError(f"{edge.target}: the padding of an MLP is not zero")
+    return part.form.undo(apart[part.form.box(part.form.whole)])
 
 
 def restore(edges: Iterable[Edge], read: Callable[[str], Array]) -> dict[str, Array]:
@@ -59,28 +52,18 @@ def restore(edges: Iterable[Edge], read: Callable[[str], Array]) -> dict[str, Ar
     seen: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
     for edge in edges:
         tensor = read(edge.target)
-        if edge.source is None:
-            if not np.array_equal(tensor, edge.apply(np.empty((), tensor.dtype))):
-                raise TensorError(f"{edge.target} should be {edge.describe()}")
-            continue
-        part = restore_slice(edge, tensor)
-        name = edge.source.name
-        if name not in arrays:
-            arrays[name] = np.empty(edge.source.shape, part.dtype)
-        place = tuple(
-            edge.index[axis] if axis in edge.index else slice(None) for axis in edge.source.axes
-        )
-        key = (name, tuple(sorted(edge.index.items())))
-        if key in seen:
-            if not _same_bits(arrays[name][place], part):
-                raise TensorError(f"{edge.target} should be a copy of {seen[key]}, but differs")
-            continue
-        seen[key] = edge.target
-        arrays[name][place] = part
+        if not edge.parts and not np.array_equal(tensor, np.full_like(tensor, edge.fill)):
+            raise TensorError(f"{edge.target} should be {edge.describe()}")
+        for part in edge.parts:
+            values, name, take = restore_part(edge, part, tensor), part.source.name, part.form.take
+            if name not in arrays:
+                arrays[name] = np.empty(part.source.shape, values.dtype)
+            place = tuple(take.get(axis, slice(None)) for axis in part.source.axes)
+            key = (name, tuple(sorted(take.items())))
+            if key in seen:
+                if not np.array_equal(bits(arrays[name][place]), bits(values)):
+                    raise TensorError(f"{edge.target} should be a copy of {seen[key]}, but differs")
+                continue
+            seen[key] = edge.target
+            arrays[name][place] = values
     return arrays
-
-
-def _same_bits(one: Array, other: Array) -> bool:
-    bits = f"u{DTYPES[str(one.dtype)].itemsize}"
-    left = np.ascontiguousarray(one).view(bits)
-    return bool(np.array_equal(left, np.ascontiguousarray(other).view(bits)))

@@ -81,11 +81,14 @@ class Rule:
     """Ties one source parameter to one target tensor pattern.
 
     Attributes:
-        source: Logical MaxText name (a key of `arch.parameters.PARAMETERS`); None for a tensor that
-            MaxText has no parameter for, which is then filled with `fill`.
+        source: Logical MaxText name (a key of `arch.parameters.PARAMETERS`), or several that one
+            tensor joins; None for a tensor that MaxText has no parameter for, which is then filled
+            with `fill`.
         target: Hugging Face name; `{L}` is the layer, `{E}` the expert. An `{E}` that the source's
             axes lack replicates the tensor to every expert.
-        place: The rearrangement of one slice, e.g. `D H h -> (H h) D`.
+        place: The rearrangement of one slice, e.g. `D H h -> (H h) D`. Several sources lie along
+            the axis `g` of the right side (`D F -> D (F g)`, gate and up in turn), or, without one,
+            behind each other along the outermost axis, each by its own place if they differ.
         scale: Factor, if the values must change.
         rotary: True where `h` is rotated by RoPE, so that the order of its entries follows the
             rotary layouts of source and target.
@@ -95,9 +98,9 @@ class Rule:
         fill: Value of a tensor without a source.
     """
 
-    source: str | None
+    source: str | tuple[str, ...] | None
     target: str
-    place: str
+    place: str | tuple[str, ...]
     scale: Factor | None = None
     rotary: bool = False
     layers: frozenset[LayerKind] | None = None
@@ -106,9 +109,26 @@ class Rule:
     fill: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.source is not None and self.source not in PARAMETERS:
-            raise ValueError(f"rule for {self.target}: MaxText has no parameter {self.source}")
+        if unknown := [name for name in self.sources if name not in PARAMETERS]:
+            raise ValueError(f"rule for {self.target}: MaxText has no parameter {unknown[0]}")
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The parameters that the tensor is made of."""
+        if self.source is None:
+            return ()
+        return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The rearrangement of each source."""
+        if isinstance(self.place, str):
+            return (self.place,) * max(1, len(self.sources))
+        return self.place
+
+
+# The axis along which a tensor has the sources of its rule.
+JOINED = "g"
 
 EVERY_LAYER = frozenset(LayerKind)
 DENSE_LAYERS = frozenset({LayerKind.DENSE})

@@ -13,11 +13,11 @@ import numpy as np
 import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
-from moeconv.mapping.axes import Array
-from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.inventory import ARRAY_LIMIT, inventory
 from moeconv.orbax.metadata import KeyPath, Tree, is_of_training
 from moeconv.orbax.store import Folder, context, reason
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES
 
 # Far more than runs write (a chunk is what one device held), and still counted in a second.
 MOST_CHUNKS = 2**20

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 from moeconv.verify.hf_model import HfModel
 from moeconv.verify.outcome import Check, failed, passed
 

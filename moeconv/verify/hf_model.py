@@ -16,8 +16,9 @@ import numpy as np
 
 from moeconv.errors import ConfigError, MissingPackageError, MoeconvError, TensorError, UsageError
 from moeconv.hf.safetensors import TensorSpec, read_header
-from moeconv.mapping.axes import Array
-from moeconv.mapping.ops import SIGNIFICAND_BITS
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import SIGNIFICAND_BITS
+from moeconv.tensor.values import Cast
 from moeconv.verify.maxtext_head import Head
 from moeconv.verify.rounding import Rounding
 from moeconv.verify.sides import Trace
@@ -282,7 +283,9 @@ def rounding_between(one: Path, other: Path) -> Rounding | None:
         for folder in (one, other)
     ]
     narrow = min(bits)
-    return None if bits[0] == bits[1] or narrow[1] == "float32" else Rounding(narrow[1], 1.0)
+    if bits[0] == bits[1] or narrow[1] == "float32":
+        return None
+    return Rounding(Cast("float32", narrow[1]))
 
 
 def _specs(folder: Path) -> list[TensorSpec]:

@@ -18,8 +18,7 @@ from typing import IO
 import numpy as np
 
 from moeconv.errors import MoeconvError, OutputError
-from moeconv.mapping.axes import Array
-from moeconv.mapping.ops import Scale
+from moeconv.tensor.axes import Array
 from moeconv.verify.described import check_description
 from moeconv.verify.grading import HIDDEN, ROUTER
 from moeconv.verify.hf_model import HfLayers, rounding_between
@@ -170,7 +169,7 @@ def _sides(
         if weights or options.dtype != "float32":
             other = MaxTextLayers(config.keys, moved(read, layout, weights), dtype=options.dtype)
         norm = subject.edges["model.norm.weight"]
-        factor = next((op.factor for op in norm.ops if isinstance(op, Scale)), 1.0)
+        factor = next((value.fold.factor for value in norm.values if value.fold), 1.0)
         name = f"MaxText {reference.version}"
         yield _Sides(name, config.origin, config.independent, reference, other, factor)
 

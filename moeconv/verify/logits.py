@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.errors import MoeconvError, TensorError, UnsupportedError
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 from moeconv.verify.described import check_description
 from moeconv.verify.grading import LOGITS
 from moeconv.verify.greedy import greedy_check

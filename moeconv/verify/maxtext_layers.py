@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from moeconv.errors import MissingPackageError, TensorError, UnsupportedError
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 from moeconv.verify.maxtext import abstract_model, dotted, zeros
 from moeconv.verify.maxtext_config import build_config, quiet
 from moeconv.verify.maxtext_head import Head, unrounded_head

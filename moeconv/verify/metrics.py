@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from moeconv.errors import TensorError, UsageError
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 
 _TOP = 5
 # Logits taken together: 2 MB in float64, so that a dozen such arrays stay in the cache, and the

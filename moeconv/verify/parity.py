@@ -5,7 +5,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 from moeconv.verify.grading import KL, LOGITS
 from moeconv.verify.metrics import Positions
 from moeconv.verify.outcome import Check, Level, Status, worse

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 from moeconv.verify.grading import ROUTER
 from moeconv.verify.metrics import demand_finite
 from moeconv.verify.outcome import Status, worse

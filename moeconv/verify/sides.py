@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 from moeconv.verify.maxtext_head import Head
 
 

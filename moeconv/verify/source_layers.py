@@ -18,9 +18,9 @@ import numpy as np
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.convert.sizes import format_size
 from moeconv.errors import OutputError, TensorError
-from moeconv.mapping.axes import Array
-from moeconv.mapping.ops import DTYPES
 from moeconv.orbax.arrays import ArrayInfo, Arrays
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES
 
 Progress = Callable[[int], None]
 

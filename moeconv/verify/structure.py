@@ -15,8 +15,8 @@ import numpy as np
 from moeconv.convert.beside import KNOWN, is_leftover
 from moeconv.convert.manifest import MANIFEST_NAME
 from moeconv.errors import MemoryLimitError, MoeconvError, OutputError
-from moeconv.mapping.axes import Array
-from moeconv.mapping.ops import DTYPES
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES
 from moeconv.untrusted.files import open_inside
 from moeconv.verify.outcome import CandidateError, Check, Status, failed, passed, skipped
 from moeconv.verify.readers import check_readers

@@ -13,8 +13,8 @@ import numpy as np
 
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.errors import MoeconvError, UsageError
-from moeconv.mapping.axes import Array
 from moeconv.orbax.locate import Step
+from moeconv.tensor.axes import Array
 from moeconv.untrusted.files import read_inside, read_regular
 from moeconv.verify.outcome import CandidateError
 from moeconv.verify.subject import read_object

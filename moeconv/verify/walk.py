@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeconv.arch.layout import Layout
-from moeconv.mapping.axes import Array
+from moeconv.tensor.axes import Array
 from moeconv.verify.maxtext import MaxTextModel
 from moeconv.verify.maxtext_layers import ReadParameter
 from moeconv.verify.rounding import Rounding

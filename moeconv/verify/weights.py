@@ -22,19 +22,20 @@ from moeconv.convert.sizes import format_size
 from moeconv.convert.work import (
     MIB,
     UNIT_BYTES,
-    Range,
     Route,
     Unit,
+    blocks,
     pieces,
     routes_of,
     source_box,
     unit_boxes,
 )
 from moeconv.errors import MemoryLimitError
-from moeconv.mapping.axes import Array
 from moeconv.mapping.edges import Edge
-from moeconv.mapping.ops import DTYPES, SIGNIFICAND_BITS, Cast, Scale
 from moeconv.orbax.arrays import Reader
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES, bits
+from moeconv.tensor.form import Form, Ranges
 from moeconv.verify.outcome import Check, Status, failed, passed
 from moeconv.verify.subject import Stored, Subject
 
@@ -131,7 +132,7 @@ def _compare_all(
     units = [
         Unit(info[name], box, 0)
         for name, group in routes.items()
-        for box in unit_boxes(info[name], group[0].axes, group, limit)
+        for box in unit_boxes(info[name], group, limit)
     ]
     units.sort(key=lambda unit: (-unit.decoded_bytes, unit.array.name, unit.box))
     largest = units[0]
@@ -173,100 +174,45 @@ def _compare_piece(
     findings: _Findings,
     unit: Unit,
     route: Route,
-    ranges: Mapping[str, Range],
+    ranges: Ranges,
     reader: Reader,
 ) -> None:
-    start, stop = ranges[route.lead]
-    for first in range(start, stop, route.rows_per_block):
-        part = {**ranges, route.lead: (first, min(first + route.rows_per_block, stop))}
-        source = reader.read(source_box(unit, route, part))
+    form = route.form
+    for part in blocks(route, ranges):
+        source = reader.read(source_box(unit, form, part))
         for edge in route.edges:
-            place = tuple(slice(*part[a]) for a in route.target_axes)
-            data = _open(subject.tensors[edge.target], route.target_shape)
-            _compare_block(findings, edge, route, source, np.array(data[place]), place)
+            piece = np.array(_open(subject.tensors[edge.target], form)[form.box(part)])
+            wrong = form.wrong(source, piece)
+            with findings.lock:
+                findings.values += piece.size
+            if wrong.any():
+                findings.note(edge, wrong, [part[axis][0] for axis in form.target_axes])
 
 
-def _compare_block(
-    findings: _Findings,
-    edge: Edge,
-    route: Route,
-    source: Array,
-    block: Array,
-    place: Sequence[slice],
-) -> None:
-    """Takes a block of the tensor back to the source's axes and compares it there."""
-    back = np.argsort(route.place.by.permutation)
-    restored = block.transpose(back)
-    expected = source.reshape(restored.shape)
-    value_op = route.scale or route.cast
-    with findings.lock:
-        findings.values += block.size
-    if value_op is None or (isinstance(value_op, Cast) and value_op.bound(edge.dtype) == 0.0):
-        # Widened values are compared wide: narrowing them would round a wrong low bit away.
-        wide = expected if value_op is None else value_op.apply(expected, {})
-        wrong = _bits(restored) != _bits(wide)
-    else:
-        factor = value_op.factor if isinstance(value_op, Scale) else 1.0
-        exact = expected.astype(np.float64) * factor
-        # Half a unit in the last place, and the rounding of this very product in float64.
-        half, slack = 0.5 * _ulp(exact, edge.dtype), np.abs(exact) * 2.0**-51
-        got = restored.astype(np.float64)
-        apart = np.abs(got - exact)
-        odd = (_bits(restored) & 1).astype(bool).reshape(restored.shape)
-        # A value half way between two numbers goes to the even one.
-        wrong = ~(apart <= half + slack) | (odd & (apart >= half) & (slack < half))
-        wrong |= np.signbit(got) != np.signbit(exact)  # -0.0 is 0.0, but for its bits
-    if wrong.any():
-        moved = wrong.transpose(route.place.by.permutation)
-        findings.note(edge, moved, [s.start for s in place])
-
-
-# Smallest exponent of a normal number.
-_EMIN = {"float32": -126, "bfloat16": -126, "float16": -14}
-
-
-def _ulp(values: Array, dtype: str) -> Array:
-    """The distance between neighbouring numbers of a dtype around each value."""
-    exponent = np.maximum(np.frexp(np.abs(values))[1] - 1, _EMIN[dtype])
-    spacing: Array = np.ldexp(1.0, exponent - (SIGNIFICAND_BITS[dtype] - 1))
-    return spacing
-
-
-def _bits(array: Array) -> Array:
-    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
-
-
-def _open(stored: Stored, shape: Sequence[int]) -> Array:
-    """The tensor in its file, unread, with its axes apart."""
+def _open(stored: Stored, form: Form) -> Array:
+    """The stretch of a tensor that a form places values in, unread, with its axes apart."""
     return np.memmap(
         stored.file,
-        dtype=DTYPES[stored.spec.dtype],
+        dtype=form.dtype,
         mode="r",
-        offset=stored.offset,
-        shape=tuple(shape),
+        offset=stored.offset + form.base * form.dtype.itemsize,
+        shape=form.target_shape,
     )
 
 
 def _check_filled(subject: Subject, findings: _Findings) -> None:
     """Tensors without a source, and the padding of those with one."""
-    routes = routes_of(list(subject.edges.values()))
     for edge in subject.edges.values():
-        if edge.source is None:
-            data = _open(subject.tensors[edge.target], edge.shape)
-            expected = edge.apply(np.empty((), DTYPES[edge.dtype]))
-            findings.note(edge, _bits(data) != _bits(expected), [0] * data.ndim)
-    for route in (route for group in routes.values() for route in group):
-        sizes = route.edges[0].sizes
-        for position, (axis, full) in enumerate(
-            zip(route.target_axes, route.target_shape, strict=True)
-        ):
-            if full == sizes[axis]:
-                continue
-            behind = (slice(None),) * position + (slice(sizes[axis], None),)
-            for edge in route.edges:
-                data = _open(subject.tensors[edge.target], route.target_shape)[behind]
-                start = [sizes[axis] if i == position else 0 for i in range(data.ndim)]
-                findings.note(edge, _bits(data) != 0, start)
+        stored = subject.tensors[edge.target]
+        if not edge.parts:
+            dtype = DTYPES[edge.dtype]
+            filled: Array = np.memmap(stored.file, dtype, "r", stored.offset, edge.shape)
+            expected = np.full(edge.shape, edge.fill, dtype)
+            findings.note(edge, bits(filled) != bits(expected), [0] * filled.ndim)
+        for part in edge.parts:
+            for box in part.form.padding():
+                data = _open(stored, part.form)[box]
+                findings.note(edge, bits(data) != 0, [index.start or 0 for index in box])
 
 
 def _first_layer(edges: Mapping[str, Edge], names: Sequence[str]) -> int | None:

@@ -13,9 +13,10 @@ from cli_runner import moeconv
 from engine_lab import MIB, contents, options, tensors, to
 from safetensors import safe_open
 
-from moeconv.convert import digest, scatter, work
+from moeconv.convert import digest, work
 from moeconv.convert.api import convert, plan_conversion
 from moeconv.errors import MemoryLimitError
+from moeconv.tensor import form
 
 
 def test_jobs_and_memory_do_not_show(big, expected, tmp_path):
@@ -41,7 +42,7 @@ def test_sharded_arrays_give_the_same_tensors(tmp_path, small_units, target):
             )
             convert(prepared, tmp_path / f"out{n}-{jobs}")
             results.append(tensors(tmp_path / f"out{n}-{jobs}"))
-        parked.append(len(prepared.plan.parked))
+        parked.append(len(prepared.plan.assemblies))
     assert all(result == results[0] for result in results)
     assert parked[0] == 0
     assert max(parked) >= 3
@@ -59,7 +60,7 @@ def test_every_chunk_is_read_once(tmp_path, monkeypatch, kind, storage):
     checkpoint = synthetic.write(tmp_path / "run", sizes=sizes, split=split, **storage)
     checkpoint.config_file()
     prepared = plan_conversion(str(checkpoint.run), options(checkpoint))
-    assert bool(prepared.plan.parked) == (kind == "parked")
+    assert bool(prepared.plan.assemblies) == (kind == "parked")
     files = [p for p in checkpoint.items.rglob("*") if p.is_file() and p.stat().st_size > 10_000]
     stored = sum(p.stat().st_size for p in files)
     before = fetched()
@@ -106,7 +107,7 @@ def test_peak_memory_stays_within_the_limit(tmp_path, split):
     config = checkpoint.config_file()
     plan = plan_conversion(str(checkpoint.run), options(checkpoint)).plan
     assert max(u.nbytes for u in plan.units) == 2**26
-    assert bool(plan.parked) == ("D" in split)
+    assert bool(plan.assemblies) == ("D" in split)
     limit = -(-plan.memory_floor // MIB)
     assert limit < 300
     args = ["convert", checkpoint.run, tmp_path / "out", "--config", config, "--jobs", 2]
@@ -134,6 +135,6 @@ def test_memory_below_the_floor(big, tmp_path):
 
 def test_strips_of_any_width_transpose_alike(tiny, tmp_path, monkeypatch):
     to(tiny, tmp_path / "out")
-    monkeypatch.setattr(scatter, "_STRIP", 5)
+    monkeypatch.setattr(form, "_STRIP", 5)
     to(tiny, tmp_path / "strips")
     assert contents(tmp_path / "strips") == contents(tmp_path / "out")

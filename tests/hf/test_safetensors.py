@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from moeconv.hf.safetensors import TensorSpec, lay_out, payload
-from moeconv.mapping.ops import DTYPES
+from moeconv.tensor.dtypes import DTYPES
 
 
 @st.composite

@@ -11,7 +11,7 @@ from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.parameters import PARAMETERS, LayerKind
 from moeconv.arch.resolve import resolve
 from moeconv.arch.told import ToldConfig, from_flags, from_mapping
-from moeconv.mapping.ops import DTYPES
+from moeconv.tensor.dtypes import DTYPES
 
 KeyPath = tuple[str, ...]
 

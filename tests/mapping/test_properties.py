@@ -1,5 +1,6 @@
 """What must hold for every model, not just for those somebody thought of."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import ml_dtypes
@@ -11,11 +12,18 @@ from models import Sample, samples
 
 from moeconv.arch.layout import detect_layout
 from moeconv.errors import MoeconvError, TensorError
-from moeconv.mapping.edges import cannot_hold, expand
+from moeconv.mapping.edges import Part, cannot_hold, expand
 from moeconv.mapping.families import FAMILIES
-from moeconv.mapping.ops import DTYPES, Scale, round_once
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import Options
+from moeconv.tensor.dtypes import DTYPES, round_once
+from moeconv.tensor.values import Cast
+
+
+def without_value(part: Part) -> Part:
+    """The same place, with the values as they are."""
+    value = Cast(part.form.value.source, part.form.value.source)
+    return replace(part, form=replace(part.form, value=value))
 
 
 def bits(array: np.ndarray) -> np.ndarray:
@@ -27,11 +35,7 @@ def convertible(sample: Sample):
 
 
 def apply_all(edges, sample: Sample) -> dict[str, np.ndarray]:
-    stored = {".".join(path): array for path, array in sample.arrays.items()}
-    return {
-        e.target: e.apply(stored[e.source.name] if e.source else np.empty((), DTYPES[e.dtype]))
-        for e in edges
-    }
+    return {edge.target: edge.apply(lambda source: sample.arrays[source.path]) for edge in edges}
 
 
 @settings(max_examples=150, deadline=None)
@@ -44,7 +48,7 @@ def test_there_and_back_is_the_same_bits(sample, untie):
         edges = expand(family, sample.model, sample.layout, sample.dtypes, options=options)
         tensors = apply_all(edges, sample)
         back = restore(edges, tensors.__getitem__)
-        rounded = {e.source.name: e.bound() for e in edges if e.source and e.bound()}
+        rounded = {p.source.name: e.bound() for e in edges for p in e.parts if e.bound()}
         assert set(back) == {".".join(path) for path in sample.arrays}
         for path, array in sample.arrays.items():
             name = ".".join(path)
@@ -60,10 +64,7 @@ def test_there_and_back_is_the_same_bits(sample, untie):
 def test_shapes_are_predicted(sample):
     for family in convertible(sample):
         for edge in expand(family, sample.model, sample.layout, sample.dtypes):
-            source = (
-                sample.arrays[edge.source.path] if edge.source else np.empty((), DTYPES[edge.dtype])
-            )
-            made = edge.apply(source)
+            made = edge.apply(lambda source: sample.arrays[source.path])
             assert made.shape == edge.shape
             assert made.nbytes == edge.nbytes
             assert made.flags.c_contiguous
@@ -76,15 +77,11 @@ def test_errors_stay_within_the_declared_bound(sample, dtype):
         plain = expand(family, sample.model, sample.layout, sample.dtypes)
         cast = expand(family, sample.model, sample.layout, sample.dtypes, dtype=dtype)
         for one, other in zip(plain, cast, strict=True):
-            source = sample.arrays[one.source.path] if one.source else np.empty((), DTYPES[dtype])
-            factor = next((op.factor for op in one.ops if isinstance(op, Scale)), 1.0)
-            wide = source.astype(np.float64)
-            exact = wide
-            for op in one.ops:
-                if not isinstance(op, Scale):
-                    exact = op.apply(exact, one.sizes)
+            factor = next((value.fold.factor for value in one.values if value.fold), 1.0)
+            placed = replace(one, parts=tuple(map(without_value, one.parts)))
+            exact = placed.apply(lambda source: sample.arrays[source.path]).astype(np.float64)
             exact = exact * factor
-            got = other.apply(source)
+            got = other.apply(lambda source: sample.arrays[source.path])
             assert got.dtype == DTYPES[dtype]
             # Below the smallest normal number rounding is absolute.
             tiny = {"float16": 2.0**-24, "bfloat16": 1e-38, "float32": 1e-38}[dtype]
@@ -172,5 +169,5 @@ def test_scanned_and_unscanned_are_one_model(sample):
         other = expand(family, sample.model, layout, dtypes)
         made = apply_all(one, sample)
         for edge in other:
-            values = apart[edge.source.path] if edge.source else np.empty((), DTYPES[edge.dtype])
-            assert np.array_equal(bits(edge.apply(values)), bits(made[edge.target]))
+            again = edge.apply(lambda source: apart[source.path])
+            assert np.array_equal(bits(again), bits(made[edge.target]))

@@ -1,0 +1,68 @@
+"""The dtypes of tensors, their bits, and rounding to them once."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from moeconv.tensor.axes import Array
+
+# Names of dtypes as safetensors, torch and our plans print them.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+
+# Bits of the significand, the implicit one included: unit roundoff is 2**-bits.
+SIGNIFICAND_BITS = {"float32": 24, "bfloat16": 8, "float16": 11}
+
+# Smallest exponent of a normal number.
+SMALLEST_EXPONENT = {"float32": -126, "bfloat16": -126, "float16": -14}
+
+_EXPONENT_MASK = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+_COUNTED = 1 << 18  # values looked at together, so that they stay in the cache
+
+
+def bits(array: Array) -> Array:
+    """The bit patterns, as unsigned integers of the same shape."""
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+def ulp(values: Array, dtype: str) -> Array:
+    """The distance between neighbouring numbers of a dtype around each float64 value."""
+    exponent = np.maximum(np.frexp(np.abs(values))[1] - 1, SMALLEST_EXPONENT[dtype])
+    spacing: Array = np.ldexp(1.0, exponent - (SIGNIFICAND_BITS[dtype] - 1))
+    return spacing
+
+
+def count_nonfinite(array: Array, dtype: str) -> Iterator[int]:
+    """Numbers of NaN and Inf, part by part, by the bits of the exponent: fast for every dtype."""
+    flat = array.reshape(-1).view(f"u{DTYPES[dtype].itemsize}")
+    mask = flat.dtype.type(_EXPONENT_MASK[dtype])
+    for start in range(0, flat.size, _COUNTED):
+        yield int(np.count_nonzero((flat[start : start + _COUNTED] & mask) == mask))
+
+
+def round_once(values: Array, dtype: str) -> Array:
+    """float64 to another dtype, to the nearest value, ties to even; an overflow becomes Inf.
+
+    ml_dtypes converts float64 to bfloat16 by way of float32, so that a value a little above the
+    middle of two falls onto it, and then to the wrong side. Rounding to odd in between (Boldo and
+    Melquiond 2008, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding
+    to odd") keeps what is needed: an inexact float32 never ends on an even last bit.
+    """
+    # An overflow becomes Inf, which the engine refuses; the error of one is Inf or NaN.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if dtype != "bfloat16":
+            return values.astype(DTYPES[dtype])
+        near = values.astype(np.float32)
+        error = near.astype(np.float64)
+        error -= values
+        inexact = (error != 0) & (error == error)
+        beyond = inexact & ((error > 0) != np.signbit(near))
+        pattern = near.view(np.uint32)
+        pattern -= beyond  # towards zero
+        pattern |= inexact
+        return near.astype(DTYPES[dtype])

@@ -1,0 +1,239 @@
+"""What is done to the values of a tensor, each op with its way back and its own verdict.
+
+A value op is the only part of a mapping that may round. It rounds once, and knows how far that
+moves a value, how to go back, and whether a value that somebody else wrote is the right one. A new
+op is one class here; nothing outside asks which op it has.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import (
+    DTYPES,
+    SIGNIFICAND_BITS,
+    SMALLEST_EXPONENT,
+    bits,
+    round_once,
+    ulp,
+)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A factor and an offset that a mapping moves into weights: `x · factor + offset`.
+
+    Attributes:
+        why: Both in words, such as `sqrt(head_dim)`.
+        reason: Why the mapping has them, with the source of that fact.
+    """
+
+    factor: float
+    why: str
+    offset: float = 0.0
+    reason: str = ""
+
+
+class ValueOp(Protocol):
+    """An elementwise map from arrays of dtype `source` to arrays of dtype `target`."""
+
+    @property
+    def source(self) -> str:
+        """Dtype of what goes in."""
+
+    @property
+    def target(self) -> str:
+        """Dtype of what comes out."""
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of one value while it is computed."""
+
+    @property
+    def changes(self) -> bool:
+        """False if the values are those of the source, bit for bit."""
+
+    @property
+    def fold(self) -> Fold | None:
+        """What is moved into the weights; None where nothing is."""
+
+    def describe(self) -> str:
+        """One phrase; empty where nothing changes."""
+
+    def run(self, values: Array) -> Array:
+        """The target's values; a number that overflows becomes Inf."""
+
+    def undo(self, values: Array) -> Array:
+        """The source's values, rounded once to the source's dtype."""
+
+    def bound(self) -> float:
+        """Largest relative error of `run` for one normal number; 0.0 when it is exact."""
+
+    def undo_bound(self, largest: float) -> float:
+        """Largest absolute error of `undo(run(x))` for normal numbers up to `largest`."""
+
+    def wrong(self, source: Array, target: Array) -> Array:
+        """Where `target` is not `run(source)`, value by value: a mask."""
+
+    def perturb(self, values: Array, noise: Array) -> Array:
+        """float32 source values, moved as far as rounding the target may move them.
+
+        Args:
+            values: The source's.
+            noise: Of the same shape, uniform between -0.5 and 0.5 units in the last place.
+        """
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Converts to another dtype, rounding to the nearest where it narrows; ties go to even."""
+
+    source: str
+    target: str
+    fold: Fold | None = field(default=None, init=False)
+
+    @property
+    def changes(self) -> bool:
+        """False if the dtypes are the same."""
+        return self.source != self.target
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of one value while it is computed."""
+        return DTYPES[self.target].itemsize
+
+    def describe(self) -> str:
+        """One phrase; empty where nothing changes."""
+        return f"{self.source} -> {self.target}" if self.changes else ""
+
+    def run(self, values: Array) -> Array:
+        """The same numbers, rounded once."""
+        return _cast(values, self.target) if self.changes else values
+
+    def undo(self, values: Array) -> Array:
+        """The cast back."""
+        return _cast(values, self.source) if self.changes else values
+
+    def bound(self) -> float:
+        """Half a unit in the last place where it narrows."""
+        widens = self.target in ("float32", self.source)
+        return 0.0 if widens else 2.0 ** -SIGNIFICAND_BITS[self.target]
+
+    def undo_bound(self, largest: float) -> float:
+        """What was rounded on the way there stays so."""
+        return self.bound() * largest
+
+    def wrong(self, source: Array, target: Array) -> Array:
+        """Widened values are compared wide: narrowing them would round a wrong low bit away."""
+        if self.bound() == 0.0:
+            return np.asarray(bits(target) != bits(self.run(source)))
+        return _not_rounded(source.astype(np.float64), 0.0, target, self.target)
+
+    def perturb(self, values: Array, noise: Array) -> Array:
+        """Moved by `noise` units in the last place of the target; zeros stay."""
+        return np.asarray(values + noise * _spacing(values, self.target))
+
+
+@dataclass(frozen=True)
+class Affine:
+    """`x · factor + offset` in float64, rounded once, to the target's dtype.
+
+    Without an offset it is exact when the factor is a power of two and the target no narrower than
+    the source (but for overflow, which the engine refuses, and underflow to subnormals); otherwise
+    each value is within half a unit in the last place of the target.
+    """
+
+    fold: Fold
+    source: str
+    target: str
+
+    @property
+    def changes(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of one value while it is computed: a float64."""
+        return 8
+
+    def describe(self) -> str:
+        """The words, and the dtypes where they differ."""
+        cast = "" if self.source == self.target else f", {self.source} -> {self.target}"
+        done = f"× {self.fold.why}" if self.fold.offset == 0.0 else self.fold.why
+        return f"{done}{cast}"
+
+    def _exact(self, values: Array) -> Array:
+        exact = values.astype(np.float64) * self.fold.factor
+        return exact + self.fold.offset if self.fold.offset else exact
+
+    def run(self, values: Array) -> Array:
+        """Computed in float64, rounded once."""
+        return round_once(self._exact(values), self.target)
+
+    def undo(self, values: Array) -> Array:
+        """By subtraction and division in float64, rounded once."""
+        wide = values.astype(np.float64)
+        if self.fold.offset:
+            wide -= self.fold.offset
+        return round_once(wide / self.fold.factor, self.source)
+
+    def bound(self) -> float:
+        """Half a unit in the last place of the target, where it rounds at all."""
+        factor, offset = self.fold.factor, self.fold.offset
+        power_of_two = factor > 0 and math.frexp(factor)[0] == 0.5
+        if power_of_two and offset == 0.0 and self.target in ("float32", self.source):
+            return 0.0
+        return 2.0 ** -SIGNIFICAND_BITS[self.target]
+
+    def undo_bound(self, largest: float) -> float:
+        """The rounding there, divided by the factor, and the rounding back.
+
+        It is absolute: next to `-offset / factor` no relative error holds.
+        """
+        factor = abs(self.fold.factor)
+        there = self.bound() * (factor * largest + abs(self.fold.offset)) / factor
+        back = 2.0 ** -SIGNIFICAND_BITS[self.source] * (largest + there)
+        return there + back if there else 0.0
+
+    def wrong(self, source: Array, target: Array) -> Array:
+        """Where a value is not the exact one rounded once."""
+        wide = source.astype(np.float64)
+        # The rounding of this very product, and sum, in float64.
+        slack = (np.abs(wide * self.fold.factor) + abs(self.fold.offset)) * 2.0**-51
+        return _not_rounded(self._exact(source), slack, target, self.target)
+
+    def perturb(self, values: Array, noise: Array) -> Array:
+        """Moved by `noise` units in the last place of the target, and taken back."""
+        factor, offset = np.float32(self.fold.factor), np.float32(self.fold.offset)
+        mapped = values * factor + offset
+        moved = mapped + noise * _spacing(mapped, self.target)
+        return np.asarray((moved - offset) / factor)
+
+
+def _cast(values: Array, dtype: str) -> Array:
+    with np.errstate(over="ignore"):  # an overflow becomes Inf, which the engine refuses
+        return values.astype(DTYPES[dtype])
+
+
+def _not_rounded(exact: Array, slack: Array | float, target: Array, dtype: str) -> Array:
+    """Where a value is not `exact` (float64, itself off by up to `slack`) to the nearest, once."""
+    half = 0.5 * ulp(exact, dtype)
+    got = target.astype(np.float64)
+    apart = np.abs(got - exact)
+    odd = (bits(target) & 1).astype(bool).reshape(target.shape)
+    # A value half way between two numbers goes to the even one.
+    wrong = ~(apart <= half + slack) | (odd & (apart >= half) & (slack < half))
+    return np.asarray(wrong | (np.signbit(got) != np.signbit(exact)))  # -0.0 is not 0.0
+
+
+def _spacing(values: Array, dtype: str) -> Array:
+    """Units in the last place of a dtype around float32 values, by their exponent bits alone."""
+    power = (values.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
+    smallest = np.float32(2.0 ** SMALLEST_EXPONENT[dtype])
+    spacing = np.maximum(power, smallest) * np.float32(2.0 ** (1 - SIGNIFICAND_BITS[dtype]))
+    spacing[values == 0] = 0  # a zero is rounded to itself
+    return np.asarray(spacing)
