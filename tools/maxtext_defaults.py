@@ -6,7 +6,8 @@ Run it when a new MaxText is supported, once with each version on the path:
 
 Each CONFIGS_DIR is the `configs/` folder of one MaxText release, oldest first (default: the
 installed one alone). The keys are those that decide a conversion; releases must agree on every
-default they share, but for base sizes, which shapes tell anyway, and fields without effect.
+default they share, but for base sizes, which shapes tell anyway, and fields without effect. A key
+that nobody has classified ends it before anything is written (tools/maxtext_keys.py).
 """
 
 import importlib.util
@@ -17,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import maxtext_keys as classified
 import yaml
 from moeconv_train.recipe import maxtext_keys
 
@@ -25,7 +27,6 @@ from moeconv.arch.features import FEATURES, Verdict
 from moeconv.arch.fields import TOLD_KEYS
 
 TARGET = Path(__file__).parents[1] / "moeconv" / "arch" / "data" / "maxtext_defaults.json"
-KEYS = TARGET.with_name("maxtext_keys.json")
 
 
 class _Loader(yaml.SafeLoader):
@@ -81,9 +82,11 @@ def main() -> None:
     folders = [Path(folder) for _, folder in pairs] or [installed()]
     versions = [v for v, _ in pairs] or [version("maxtext")]
     text = json.dumps(extract(folders, versions), indent=1) + "\n"
+    before = json.loads(TARGET.read_text())["maxtext_versions"][-1]
+    keys = classified.renewed(classified.read(), maxtext_keys(), before)
     TARGET.write_text(text)
-    KEYS.write_text(json.dumps(sorted(maxtext_keys()), indent=0) + "\n")
-    print(f"wrote {TARGET} and {KEYS}")
+    classified.PATH.write_text(classified.text(keys))
+    print(f"wrote {TARGET} and {classified.PATH}")
 
 
 if __name__ == "__main__":

