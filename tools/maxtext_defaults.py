@@ -6,7 +6,7 @@ Run it when a new MaxText is supported, once with each version on the path:
 
 Each CONFIGS_DIR is the `configs/` folder of one MaxText release, oldest first (default: the
 installed one alone). The keys are those that decide a conversion; releases must agree on every
-default they share, but for base sizes, which shapes tell anyway, and fields without effect. A key
+default they share, but for base sizes, which shapes tell anyway, and neutral values. A key
 that nobody has classified ends it before anything is written (tools/maxtext_keys.py).
 """
 
@@ -22,11 +22,15 @@ import maxtext_keys as classified
 import yaml
 from moeconv_train.recipe import maxtext_keys
 
-from moeconv.arch.blocks import BLOCKS
-from moeconv.arch.features import FEATURES, Verdict
 from moeconv.arch.fields import TOLD_KEYS
+from moeconv.arch.keys import function_keys
+from moeconv.families import blocks
 
 TARGET = Path(__file__).parents[1] / "moeconv" / "arch" / "data" / "maxtext_defaults.json"
+
+
+# Defaults that changed; another value shows in the parameters of the blocks that honour it.
+SHOWN = {"shared_experts"}
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,9 +60,8 @@ def installed() -> Path:
 
 def extract(folders: list[Path], versions: list[str]) -> dict[str, Any]:
     """The extract; later folders add keys and must not change any."""
-    keys = sorted({*TOLD_KEYS, *(f.key for f in FEATURES)})
-    refusable = {f.key for f in FEATURES if f.verdict is Verdict.REFUSE}
-    harmless = {f.key for f in FEATURES} - refusable
+    functions = function_keys()
+    keys = sorted({*TOLD_KEYS, *functions})
     base: dict[str, Any] = {}
     models: dict[str, dict[str, Any]] = {}
     for folder in folders:
@@ -66,12 +69,15 @@ def extract(folders: list[Path], versions: list[str]) -> dict[str, Any]:
         for key in keys:
             if key in content:
                 differs = key in base and base[key] != content[key]
-                if differs and not key.startswith("base_") and key not in harmless:
+                plain = key in functions and all(
+                    map(functions[key].is_neutral, (base.get(key), content[key]))
+                )
+                if differs and not key.startswith("base_") and not plain and key not in SHOWN:
                     raise SystemExit(f"{key}: {base[key]} became {content[key]} in {folder}")
                 base[key] = content[key]
         for path in sorted((folder / "models").glob("*.yml")):
             model = load(path)
-            if model.get("decoder_block", "llama2") in BLOCKS:
+            if model.get("decoder_block", "llama2") in blocks():
                 models[path.stem] = {k: model[k] for k in keys if k in model}
     return {"maxtext_versions": versions, "base": dict(sorted(base.items())), "models": models}
 

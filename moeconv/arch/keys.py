@@ -100,6 +100,8 @@ def verdicts(
         value = told[name]
         if key.is_neutral(value) or _among(value, block.honours.get(name, ())):
             continue
+        if name == "model_name" and str(value).startswith("llama3.1"):
+            continue  # it chooses the RoPE, which the description has (`resolve`)
         if name == "final_logits_soft_cap" and not tied:
             continue  # layers/nnx_decoders.py `apply_output_head` caps only tied logits
         sentence = f"{name}={short(value)} "

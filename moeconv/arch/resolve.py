@@ -126,6 +126,18 @@ def resolve(
     plain = {key: entry.value for key, entry in told.items()}
     tied = known["tie_word_embeddings"]
     refusals, warnings, untold = verdicts(block, plain, tied=tied) if block else ([], [], [])
+    # One that base.yml does not have is its own default wherever there is a config.
+    untold = [key for key in untold if key in maxtext_defaults()["base"]]
+    if told.ignored:
+        warnings.append(
+            f"--set: {short(', '.join(told.ignored), 500)}: decide nothing of a conversion, and "
+            "are ignored"
+        )
+    if told.accepted:
+        warnings.append(
+            f"--accept-key: whether {', '.join(told.accepted)} changes the model is not known to "
+            "moeconv; it is taken not to"
+        )
     return Resolution(known, sources, tuple(missing + untold), tuple(refusals), tuple(warnings))
 
 

@@ -9,7 +9,8 @@ then those of configs/base.yml.
 import difflib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -17,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.keys import keys
+from moeconv.arch.keys import keys, unknown_keys
 from moeconv.arch.yaml_file import SIZE_LIMIT, read_yaml, short
 from moeconv.errors import ConfigError
 from moeconv.untrusted.files import is_file, read_inside, read_regular
 
 _ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
+
+_PAIR = re.compile(r"[A-Za-z_][\w.]*\s*=", re.ASCII)
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -69,12 +72,23 @@ class Told:
 
 
 class ToldConfig(Mapping[str, Told]):
-    """Everything told, by MaxText key; later layers win."""
+    """Everything told, by MaxText key; later layers win.
 
-    def __init__(self, *layers: Mapping[str, Told]) -> None:
+    Attributes:
+        ignored: What flags said that decides nothing.
+        accepted: Settings of the config that nobody knows, which the user says decide nothing.
+    """
+
+    def __init__(
+        self,
+        *layers: Mapping[str, Told],
+        ignored: Sequence[str] = (),
+        accepted: Sequence[str] = (),
+    ) -> None:
         self._values: dict[str, Told] = {}
         for layer in layers:
             self._values.update(layer)
+        self.ignored, self.accepted = tuple(ignored), tuple(accepted)
 
     def __getitem__(self, key: str) -> Told:
         return self._values[key]
@@ -98,26 +112,31 @@ def maxtext_defaults() -> dict[str, Any]:
     return data
 
 
-def from_flags(pairs: Sequence[str]) -> dict[str, Told]:
-    """Reads `--set key=value` pairs; values are YAML scalars, as on MaxText's command line.
+def from_flags(sets: Sequence[str]) -> ToldConfig:
+    """Reads `--set key=value`; values are YAML scalars, as on MaxText's command line.
 
-    A `model_name` tells what its file says, as on MaxText's command line.
+    One may be a whole command line of MaxText. Settings that decide nothing of a conversion are
+    left out and listed. A `model_name` makes it a config: what is not given has MaxText's defaults,
+    and before them what the model's file says.
 
     Raises:
-        ConfigError: A pair without `=`, an unreadable value, a key that changes nothing here, or a
+        ConfigError: A pair without `=`, an unreadable value, a setting that MaxText has not, or a
             model that MaxText does not ship.
     """
     told: dict[str, Told] = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
+    ignored: list[str] = []
+    for pair in (pair for text in sets for pair in _pairs(text, ignored)):
+        key, _, text = pair.partition("=")
         key = key.strip()
-        if not separator or not key:
-            raise ConfigError(f"--set {pair!r} is not of the form key=value")
         if key not in known_keys():
-            raise ConfigError(
-                f"--set {key}: no field of that name decides a conversion; see `moeconv inspect` "
-                "for those that do"
-            )
+            if key not in keys():
+                check_spelling({key: text}, "--set")
+                raise ConfigError(
+                    f"--set {short(key)}: MaxText has no such setting; see `moeconv inspect` for "
+                    "those that decide a conversion"
+                )
+            ignored.append(key)
+            continue
         try:
             value = _plain(read_yaml(text))
         except ValueError as error:
@@ -126,12 +145,41 @@ def from_flags(pairs: Sequence[str]) -> dict[str, Told]:
             ) from None
         told[key] = Told(value, Provenance(Origin.FLAG, f"--set {short(pair)}"))
     if "model_name" in told:
-        told = {**_model(told["model_name"].value, "--set"), **told}
-    return told
+        told = {**_defaults(), **_model(told["model_name"].value, "--set"), **told}
+    return ToldConfig(told, ignored=ignored)
+
+
+def _pairs(text: str, ignored: list[str]) -> list[str]:
+    """The `key=value` pairs of one `--set`: itself, or the words of MaxText's command line.
+
+    Raises:
+        ConfigError: It is neither, or a command line that names a config file of its own.
+    """
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote that is a value's
+        words = []
+    first = next((n for n, word in enumerate(words) if _PAIR.match(word)), len(words))
+    if (len(words) - first > 1 and all(_PAIR.match(word) for word in words[first:])) or first > 0:
+        for word in words[:first]:
+            if word.endswith((".yml", ".yaml")) and Path(word).name != "base.yml":
+                raise ConfigError(
+                    f"--set: the command line builds on {short(word)}; give that file with "
+                    "--config, and the rest with --set"
+                )
+        if words[first:]:
+            ignored.extend(words[:first])
+            return words[first:]
+    if not _PAIR.match(text.strip()):
+        raise ConfigError(f"--set {short(repr(text))} is not of the form key=value")
+    return [text]
 
 
 def tell(
-    content: Mapping[str, Any] | None, provenance: Provenance, sets: Sequence[str]
+    content: Mapping[str, Any] | None,
+    provenance: Provenance,
+    sets: Sequence[str],
+    accept: Collection[str] = (),
 ) -> ToldConfig:
     """All that was told: a config as MaxText would resolve it, and flags over it.
 
@@ -139,16 +187,24 @@ def tell(
         content: A YAML's or a sidecar's config; None where there is none.
         provenance: Where it stands.
         sets: `key=value` flags. A `model_name` among them replaces the config's own.
+        accept: Settings of the config that no known MaxText has, and that decide nothing.
 
     Raises:
         ConfigError: As `from_flags` and `from_mapping`.
     """
     flags = from_flags(sets)
     if content is None:
-        return ToldConfig(flags)
+        return flags
     if "model_name" in flags:
         content = {**content, "model_name": flags["model_name"].value}
-    return ToldConfig(from_mapping(content, provenance), flags)
+    explicit = {key: told for key, told in flags.items() if told.explicit}
+    accepted = sorted(set(accept) & content.keys() - keys().keys())
+    return ToldConfig(
+        from_mapping(content, provenance, accept),
+        explicit,
+        ignored=flags.ignored,
+        accepted=accepted,
+    )
 
 
 @cache
@@ -238,7 +294,9 @@ def _load(path: Path, seen: set[Path], folder: Path | None = None) -> dict[str, 
     return _load(above, seen, path.parent) | content
 
 
-def from_mapping(content: Mapping[str, Any], provenance: Provenance) -> dict[str, Told]:
+def from_mapping(
+    content: Mapping[str, Any], provenance: Provenance, accept: Collection[str] = ()
+) -> dict[str, Told]:
     """Puts a config over MaxText's defaults, and the model file it names over both.
 
     In a YAML file `model_name` wins over the file's own keys, as in MaxText (configs/pyconfig.py
@@ -246,23 +304,34 @@ def from_mapping(content: Mapping[str, Any], provenance: Provenance) -> dict[str
     known by its derived keys, already holds the outcome.
 
     Raises:
-        ConfigError: A key is misspelt, or it names a model that MaxText does not ship.
+        ConfigError: A key is misspelt, or of no MaxText that is known and not in `accept`, or it
+            names a model that MaxText does not ship.
     """
     check_spelling(content, provenance.detail)
-    defaults = maxtext_defaults()
-    versions = defaults["maxtext_versions"]
-    base = {
-        key: Told(value, Provenance(Origin.DEFAULT, f"base.yml, {versions[0]} to {versions[-1]}"))
-        for key, value in defaults["base"].items()
-    }
+    if strange := unknown_keys({str(key) for key in content} - set(TOKEN_IDS), accept):
+        listed = ", ".join(short(key) for key in strange[:20])
+        raise ConfigError(
+            f"{provenance.detail}: moeconv does not know {listed}"
+            f"{f' and {len(strange) - 20} more' if len(strange) > 20 else ''}, of a newer MaxText "
+            "or a fork, and cannot tell whether that changes the model; for each that does not, "
+            "pass --accept-key KEY"
+        )
     said = {
         str(key): Told(_plain(value), provenance)
         for key, value in content.items()
         if key in known_keys()
     }
     if any(key in content for key in SCALED_KEYS):
-        return base | said
-    return base | said | _model(content.get("model_name"), provenance.detail)
+        return _defaults() | said
+    return _defaults() | said | _model(content.get("model_name"), provenance.detail)
+
+
+def _defaults() -> dict[str, Told]:
+    """MaxText's own."""
+    defaults = maxtext_defaults()
+    versions = defaults["maxtext_versions"]
+    where = Provenance(Origin.DEFAULT, f"base.yml, {versions[0]} to {versions[-1]}")
+    return {key: Told(value, where) for key, value in defaults["base"].items()}
 
 
 def _model(name: Any, where: str) -> dict[str, Told]:

@@ -7,7 +7,17 @@ from typing import Any
 
 import click
 
-from moeconv.cli.options import CKPT, CONFIG, JSON, QUIET, SET, LocalPath, output_of, tell_of_store
+from moeconv.cli.options import (
+    ACCEPT,
+    CKPT,
+    CONFIG,
+    JSON,
+    QUIET,
+    SET,
+    LocalPath,
+    output_of,
+    tell_of_store,
+)
 from moeconv.cli.output import Output
 from moeconv.cli.streams import say
 from moeconv.cli.tables import fold
@@ -18,6 +28,7 @@ from moeconv.cli.tables import fold
 @click.argument("out", metavar="OUT", type=LocalPath())
 @CONFIG
 @SET
+@ACCEPT
 @click.option(
     "--target",
     default="auto",

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from moeconv.cli.options import CKPT, CONFIG, JSON, SET, output_of, tell_of_store
+from moeconv.cli.options import ACCEPT, CKPT, CONFIG, JSON, SET, output_of, tell_of_store
 from moeconv.cli.output import Output
 from moeconv.cli.tables import fold
 
@@ -15,8 +15,15 @@ from moeconv.cli.tables import fold
 @CKPT
 @CONFIG
 @SET
+@ACCEPT
 @JSON
-def command(ckpt: str, config: Path | None, sets: tuple[str, ...], json_mode: bool) -> None:
+def command(
+    ckpt: str,
+    config: Path | None,
+    sets: tuple[str, ...],
+    accept: tuple[str, ...],
+    json_mode: bool,
+) -> None:
     """Show a MaxText checkpoint as moeconv understands it.
 
     CKPT is a run directory, its checkpoints/, a step, a step's items/, or a gs://, s3:// or http://
@@ -26,7 +33,7 @@ def command(ckpt: str, config: Path | None, sets: tuple[str, ...], json_mode: bo
 
     output = output_of(json_mode)
     tell_of_store(output, ckpt)
-    checkpoint = open_checkpoint(ckpt, config=config, sets=sets)
+    checkpoint = open_checkpoint(ckpt, config=config, sets=sets, accept=accept)
     report = _report(checkpoint)
     output.data(report)
     if not json_mode:

@@ -79,7 +79,16 @@ SET = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="One field, by its MaxText name (or bos_token_id, eos_token_id, pad_token_id); wins over "
-    "--config. May be given several times.",
+    "--config. May be given several times, or be a whole command line of MaxText.",
+)
+
+ACCEPT = click.option(
+    "--accept-key",
+    "accept",
+    multiple=True,
+    metavar="KEY",
+    help="A setting in the run's config that moeconv does not know, of a newer MaxText or a fork, "
+    "and that does not change the model. verify can then warn at best. May be given several times.",
 )
 
 JSON = click.option("--json", "json_mode", is_flag=True, help="Data on stdout, as JSON.")

@@ -54,6 +54,7 @@ class ConvertOptions:
     Attributes:
         config: MaxText YAML.
         sets: `key=value` pairs.
+        accept: Settings of the config that no known MaxText has, and that decide nothing.
         target: A family's name, or `auto`.
         dtype: Output dtype, or `keep`.
         max_shard_bytes: Largest safetensors file.
@@ -70,6 +71,7 @@ class ConvertOptions:
 
     config: Path | None = None
     sets: Sequence[str] = ()
+    accept: Sequence[str] = ()
     target: str = "auto"
     dtype: str = "keep"
     max_shard_bytes: int = 5 * GB
@@ -111,6 +113,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         ckpt,
         config=options.config,
         sets=options.sets,
+        accept=options.accept,
         allow_missing_chunks=options.allow_missing_chunks,
     )
     model = checkpoint.resolution.model()
@@ -334,7 +337,7 @@ def _write_small_files(prepared: Prepared, staging: Staging, result: Result) -> 
     if prepared.tokenizer is not None:
         files |= prepared.tokenizer.files
     files["config.json"] = to_json(model_config(plan.family, plan.model, dtype, plan.options))
-    files["generation_config.json"] = to_json(generation_config(plan.model))
+    files["generation_config.json"] = to_json(generation_config(plan.family, plan.model))
     if (index := index_json(plan)) is not None:
         files["model.safetensors.index.json"] = to_json(index)
     staging.write(files)
@@ -399,6 +402,7 @@ def make_manifest(
         files=dict(sorted(records.items())),
         run=prepared.run,
         missing_chunks={n: [list(p) for p in places] for n, places in result.missing.items()},
+        accepted_keys=list(checkpoint.told.accepted),
     )
 
 

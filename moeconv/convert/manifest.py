@@ -69,7 +69,8 @@ class Manifest(_Frozen):
     `dtype` is what config.json names; with `dtype_kept` the tensors have the checkpoint's own, and
     it is the one that most of their bytes have. `run` is null where a run left nothing that tells
     of it. `missing_chunks` has the places, in each array's grid, of the chunks that the checkpoint
-    does not store and that were read as zeros; it is written only where there are any.
+    does not store and that were read as zeros, `accepted_keys` the settings that `--accept-key`
+    let pass; both are written only where there are any.
     """
 
     format: Literal["moeconv"] = "moeconv"
@@ -91,10 +92,12 @@ class Manifest(_Frozen):
     files: dict[str, FileRecord]
     run: RunRecord | None = None
     missing_chunks: dict[str, list[list[int]]] = {}
+    accepted_keys: list[str] = []
 
     def to_json(self) -> bytes:
         """Content of the file; what no text may hold (of a path, say) stands as escapes."""
-        left_out = None if self.missing_chunks else {"missing_chunks"}
+        rare = ("missing_chunks", "accepted_keys")
+        left_out = {name for name in rare if not getattr(self, name)}
         return to_json(_plain(self.model_dump(mode="json", exclude=left_out)))
 
     def description(self) -> ModelDescription:

@@ -124,6 +124,7 @@ def open_checkpoint(
     *,
     config: Path | None = None,
     sets: Sequence[str] = (),
+    accept: Sequence[str] = (),
     allow_missing_chunks: bool = False,
 ) -> Checkpoint:
     """Opens CKPT and resolves what is known of its model.
@@ -132,6 +133,7 @@ def open_checkpoint(
         spec: A run, its `checkpoints/`, a step, a step's `items/`, or a URL of one.
         config: MaxText YAML; replaces the run's sidecar.
         sets: `key=value` flags; win over both.
+        accept: Settings of the config that no known MaxText has, and that decide nothing.
         allow_missing_chunks: Chunks that are not stored count as zeros, where zeros need not be.
 
     Raises:
@@ -158,7 +160,7 @@ def open_checkpoint(
         if config is None:
             raise error.needed() from None
         unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
-    told = tell(*run_config(config, sidecar), sets)
+    told = tell(*run_config(config, sidecar), sets, accept)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     layout = _layout(used, told)

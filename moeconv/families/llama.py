@@ -6,7 +6,6 @@ from moeconv.families._shared import (
     ATTENTION,
     ATTENTION_PARAMETERS,
     CONFIG,
-    DROPS_TOKENS,
     IDLE,
     MLP,
     MLP_PARAMETERS,

@@ -1,12 +1,11 @@
 """Qwen3-MoE: Qwen3's attention, and experts in every layer.
 
-MaxText renormalises the weights of the chosen experts whatever `norm_topk_prob` says, as its softmax
-is over their logits alone (layers/moe.py `get_topk`); so the target always says true. Without
-`use_qk_norm` the block is a Mixtral whose query is scaled explicitly.
+MaxText's weights of the chosen experts sum to 1 whatever `norm_topk_prob` says, as its softmax is
+over their logits alone (layers/moe.py `get_topk`); so the target always says true.
 """
 
 from moeconv.arch.blocks import Block, Taps
-from moeconv.arch.parameters import MOE, LayerKind, Layers
+from moeconv.arch.parameters import LayerKind, Layers
 from moeconv.families._shared import (
     ATTENTION,
     ATTENTION_PARAMETERS,
@@ -23,14 +22,15 @@ from moeconv.families._shared import (
 from moeconv.families.qwen3 import QK_NORM, QK_NORM_RULES
 from moeconv.mapping.rules import Target, constant, from_field
 
-_MOE = moe_parameters("moe_block")
-
 BLOCK = Block(
     name="qwen3_moe",
     note="every layer is a Mixture of Experts, with a norm of queries and keys",
     layers={
-        LayerKind("qk_norm moe"): (*ATTENTION_PARAMETERS, *QK_NORM, *_MOE),
-        MOE: (*ATTENTION_PARAMETERS, *_MOE),
+        LayerKind("qk_norm moe"): (
+            *ATTENTION_PARAMETERS,
+            *QK_NORM,
+            *moe_parameters("moe_block"),
+        ),
     },
     targets=("qwen3_moe",),
     query_scale_in_kernel=False,

@@ -10,6 +10,7 @@ from moeconv.arch.description import ModelDescription
 from moeconv.mapping.rules import Options, Target
 from moeconv.untrusted import strict_json
 
+
 def model_config(
     family: Target, model: ModelDescription, dtype: str, options: Options
 ) -> dict[str, Any]:

@@ -103,7 +103,13 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
     config: ReferenceConfig | None = None
     described: list[Check] = []
     if options.against is None:
-        config = reference_config(subject.model, subject.layout, subject.step, options.config)
+        config = reference_config(
+            subject.model,
+            subject.layout,
+            subject.step,
+            options.config,
+            subject.manifest.accepted_keys,
+        )
         try:
             described = check_description("layers", subject, config)
         except MoeconvError as error:

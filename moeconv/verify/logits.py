@@ -78,7 +78,13 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
     if options.against is not None:
         reference = _hf_reference(subject, rows, options, options.against, note)
     else:
-        config = reference_config(subject.model, subject.layout, subject.step, options.config)
+        config = reference_config(
+            subject.model,
+            subject.layout,
+            subject.step,
+            options.config,
+            subject.manifest.accepted_keys,
+        )
         try:
             described = check_description("logits", subject, config)
         except MoeconvError as error:

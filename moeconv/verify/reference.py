@@ -4,7 +4,7 @@ It is resolved by the very function that convert resolves by (`arch.told.tell`, 
 MaxText is given the outcome: a YAML has one meaning.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -91,7 +91,11 @@ class ReferenceConfig:
 
 
 def reference_config(
-    model: ModelDescription, layout: Layout, step: Step, config: Path | None
+    model: ModelDescription,
+    layout: Layout,
+    step: Step,
+    config: Path | None,
+    accepted: Sequence[str] = (),
 ) -> ReferenceConfig:
     """The config of the run.
 
@@ -100,6 +104,7 @@ def reference_config(
         layout: How the checkpoint stores it.
         step: The checkpoint.
         config: A MaxText YAML given by the user, instead of the run's sidecar.
+        accepted: Settings of it that the conversion was told to let pass.
 
     Raises:
         ConfigError: The user's file or the run's sidecar cannot be read.
@@ -112,7 +117,8 @@ def reference_config(
         origin = f"the run's sidecar in {sidecar[1]}"
     else:
         origin = "the description in the output's manifest"
-    return ReferenceConfig(model, layout, step, content, tell(content, provenance, ()), origin)
+    told = tell(content, provenance, (), accepted)
+    return ReferenceConfig(model, layout, step, content, told, origin)
 
 
 def reference_check(level: Level, name: str, *, side: str, origin: str, independent: bool) -> Check:

@@ -223,9 +223,17 @@ def _config(subject: Subject) -> Check:
             f"config.json differs from the described model in: {', '.join(shown)}{more}",
             metrics={k: [expected.get(k), actual.get(k)] for k in shown if k in actual},
         )
-    return passed(
-        "structure", "config", f"{len(expected)} keys of config.json are the described model's"
-    )
+    summary = f"{len(expected)} keys of config.json are the described model's"
+    if accepted := subject.manifest.accepted_keys:
+        return Check(
+            level="structure",
+            name="config",
+            status=Status.WARN,
+            summary=f"{summary}; but the run's config has settings that moeconv does not know, "
+            f"which the conversion was told to accept: {', '.join(accepted)}",
+            metrics={"accepted_keys": accepted},
+        )
+    return passed("structure", "config", summary)
 
 
 def demand_loadable(subject: Subject) -> None:

@@ -9,6 +9,7 @@ import synthetic
 import yaml
 from cli_runner import moeconv
 
+from moeconv.arch.keys import keys
 from moeconv.arch.told import CHANGED, known_keys, maxtext_defaults
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.convert.source import open_checkpoint
@@ -110,11 +111,11 @@ def test_what_the_extract_of_a_models_file_lacks_decides_nothing():
     spec = importlib.util.find_spec("maxtext")
     assert spec is not None and spec.submodule_search_locations
     folder = Path(next(iter(spec.submodule_search_locations))) / "configs" / "models"
-    beside = {"enable_dropout", "logical_axis_rules", "load_balance_loss_weight", "tokenizer_type",
-              "megablox", "sparse_matmul"}  # fmt: skip
-    for name in maxtext_defaults()["models"]:
+    for name, packaged in maxtext_defaults()["models"].items():
         content = yaml.safe_load((folder / f"{name}.yml").read_text())
-        assert content.keys() <= known_keys() | beside, name
+        kinds = {key: keys()[key].kind for key in content}
+        deciding = {key for key in content if kinds[key] in ("function", "size")}
+        assert deciding - packaged.keys() <= {k for k in deciding if kinds[k] == "size"}, name
 
 
 @pytest.mark.maxtext
@@ -149,8 +150,9 @@ def test_a_flag_names_the_model(made):
         "value": 1_000_000.0,
         "source": "MaxText model: configs/models/mixtral-8x7b.yml",
     }
-    # What its file leaves to base.yml nobody has told.
-    assert "rope_type" in found["missing"] and "decoder_block" not in found["missing"]
+    # As on MaxText's command line, base.yml says what that file does not.
+    assert found["missing"] == []
+    assert found["fields"]["rope_type"]["source"].startswith("MaxText default: base.yml")
 
 
 @pytest.mark.parametrize("sets", [["rope_max_timescale=5"], []])

@@ -1,14 +1,18 @@
 """The description: who tells what, what contradicts what, what is still missing."""
 
+import json
+
 import pytest
 
 from moeconv.arch import layout as layouts
 from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.keys import function_keys
 from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import DENSE, MOE
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED
-from moeconv.arch.told import ToldConfig, from_flags, from_mapping
+from moeconv.arch.told import ToldConfig, from_flags, from_mapping, maxtext_defaults
+from moeconv.convert import source
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
 from moeconv.families import blocks
 
@@ -85,8 +89,6 @@ def test_a_scan_axis_that_contradicts_the_shapes():
         ({"logits_via_embedding": False}, "tie_word_embeddings is true"),
         ({"scan_layers": False}, "scan_layers is true"),
         ({"num_experts_per_tok": 5}, "more than the 4 experts"),
-        ({"decoder_block": "mixtral"}, "has no dense layers"),
-        ({"decoder_block": "llama2"}, "has no moe layers"),
         ({"rope_max_timescale": -1}, "rope_max_timescale=-1.*number > 0"),
         ({"normalization_layer_epsilon": "tiny"}, "number > 0"),
         ({"num_experts_per_tok": 1.5}, "whole number"),
@@ -160,13 +162,14 @@ def test_flags_alone_can_tell_everything():
         "max_target_length": 64,
     }  # fmt: skip
     pairs = [f"{k}={v}" for k, v in flags.items()]
-    first = resolve(detect_layout(shapes()), ToldConfig(from_flags(pairs)))
-    rest = {"mlp_activations": "[silu, linear]", "engram_layers": "[]", "attention_type": "global",
-            "rope_linear_scaling_factor": 1, "rope_min_timescale": 1, "mhc_expansion_rate": 1,
-            "routed_score_func": "''", "weight_sparsity_n": "null"}  # fmt: skip
-    pairs += [f"{k}={rest.get(k, 'false')}" for k in first.missing]
-    model = resolve(detect_layout(shapes()), ToldConfig(from_flags(pairs))).model()
-    assert model.rope_theta == 10000
+    first = resolve(detect_layout(shapes()), from_flags(pairs))
+    with pytest.raises(ConfigError, match=rf"whether {len(first.missing)} other settings"):
+        first.model()
+    assert set(first.missing) <= function_keys().keys()
+    defaults = maxtext_defaults()["base"]
+    each = [f"{key}={json.dumps(defaults[key])}" for key in first.missing]
+    for more in (["model_name=default"], each):
+        assert resolve(detect_layout(shapes()), from_flags(pairs + more)).model().rope_theta == 1e4
 
 
 @pytest.mark.parametrize(
@@ -207,9 +210,21 @@ def test_a_soft_cap_on_untied_logits_is_not_applied_by_maxtext_either():
     resolve(detect_layout(shapes(tied=False)), told(final_logits_soft_cap=30.0)).model()
 
 
-def test_unknown_blocks_are_named():
-    with pytest.raises(UnsupportedError, match=r"gemma2.*mixtral, envy, llama2"):
-        resolve(detect_layout(shapes()), told(decoder_block="gemma2"))
+@pytest.mark.parametrize(
+    ("block", "error", "words"),
+    [
+        (
+            "gemma2",
+            UnsupportedError,
+            r"gemma2 .*run.yml\) is not supported; .* converts envy, ",
+        ),
+        ("mixtral", ConfigError, r"decoder_block=mixtral .*other parameters than .* one of envy"),
+        ("llama2", ConfigError, r"decoder_block=llama2 .*other parameters than .* one of envy"),
+    ],
+)
+def test_another_decoder_block_is_refused_by_name(block, error, words):
+    with pytest.raises(error, match=words):
+        source._layout(shapes(), told(decoder_block=block))
 
 
 def test_checkpoint_metadata_that_contradicts_the_structure():

@@ -8,8 +8,8 @@ import yaml
 from moeconv_train import recipe
 
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.features import FEATURES, Verdict
 from moeconv.arch.fields import TOLD_KEYS
+from moeconv.arch.keys import function_keys, keys
 from moeconv.arch.told import (
     ToldConfig,
     from_config_file,
@@ -18,7 +18,7 @@ from moeconv.arch.told import (
     known_keys,
     load_config_file,
     maxtext_defaults,
-    maxtext_keys,
+    tell,
 )
 from moeconv.errors import ConfigError
 
@@ -34,7 +34,7 @@ def maxtext_configs() -> Path:
 def test_packaged_defaults_are_those_of_the_installed_maxtext():
     base = yaml.safe_load((maxtext_configs() / "base.yml").read_text())
     packaged = maxtext_defaults()["base"]
-    keys = {*TOLD_KEYS, *(f.key for f in FEATURES)} & set(base)
+    keys = {*TOLD_KEYS, *function_keys()} & set(base)
     assert keys <= set(packaged)
     for key in keys:
         value = None if base[key] == "None" else base[key]
@@ -57,9 +57,9 @@ def test_packaged_models_are_those_of_the_installed_maxtext():
 def test_every_default_is_a_plain_model():
     """MaxText's own defaults must not refuse a model, or none could be converted."""
     base = maxtext_defaults()["base"]
-    for feature in FEATURES:
-        if feature.key in base:
-            assert feature.is_neutral(base[feature.key]), feature.key
+    for name, key in function_keys().items():
+        if name in base:
+            assert key.is_neutral(base[name]), name
 
 
 def test_keys_left_out_have_maxtexts_defaults(tmp_path):
@@ -116,7 +116,7 @@ def test_a_circle_of_base_configs_ends(tmp_path):
 
 
 def test_packaged_keys_are_those_of_the_installed_maxtext():
-    assert maxtext_keys() >= recipe.maxtext_keys()
+    assert keys().keys() >= recipe.maxtext_keys()
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,13 @@ def test_a_misspelt_key_is_refused(tmp_path, key, meant):
     below.write_text("base_config: typo.yml\n")
     with pytest.raises(ConfigError, match=words):
         from_config_file(below)
-    with pytest.raises(ConfigError, match="no field of that name"):
+    with pytest.raises(ConfigError, match=rf"--set.*{meant}" if "-" not in key else "key=value"):
         from_flags([f"{key}=2"])
 
 
 @pytest.mark.parametrize(
     "key",
-    ["enable_nnx", "pagedattn_num_pages", "index_n_heads", "micro_batch_size", "run.epochs", 3,
-     "wi_tile_fwd_buffer_count"],
+    ["enable_nnx", "pagedattn_num_pages", "index_n_heads", "wi_tile_fwd_buffer_count"],
 )  # fmt: skip
 def test_keys_of_other_releases_are_let_pass(key):
     assert set(from_mapping({key: 2}, HERE)) <= known_keys()
@@ -179,7 +178,7 @@ def test_flags_win():
     [
         ("rope_max_timescale", "key=value"),
         ("=3", "key=value"),
-        ("learning_rate=3", "no field of that name"),
+        ("lerning_rate_of_mine=3", "no such setting"),
         ("rope_type=[", "not a YAML value"),
     ],
 )
@@ -188,7 +187,46 @@ def test_bad_flags(pair, words):
         from_flags([pair])
 
 
-def test_refusals_name_what_the_value_does():
-    for feature in FEATURES:
-        assert feature.says
-        assert feature.verdict in (Verdict.REFUSE, Verdict.WARN)
+LINE = (
+    "python3 -m maxtext.trainers.pre_train.train maxtext/configs/base.yml run_name=mine "
+    "model_name=mixtral-8x7b rope_max_timescale=5e5 'mlp_activations=[silu, linear]' steps=10"
+)
+
+
+def test_a_command_line_of_maxtext_tells_what_it_told_maxtext():
+    told = from_flags([LINE])
+    assert told.value("decoder_block") == "mixtral"
+    assert told.value("rope_max_timescale") == 500_000
+    assert told.value("mlp_activations") == ["silu", "linear"]
+    assert told.value("normalization_layer_epsilon") == 1e-5
+    assert told["head_dim"].provenance.origin is Origin.MODEL
+    assert {"run_name", "steps", "python3"} <= set(told.ignored)
+    assert not {"model_name", "rope_max_timescale"} & set(told.ignored)
+
+
+def test_one_value_with_spaces_is_no_command_line():
+    assert from_flags(["mlp_activations=[silu, linear]"]).value("mlp_activations") == [
+        "silu",
+        "linear",
+    ]
+
+
+def test_a_command_line_on_a_config_of_its_own_is_not_read_in_part():
+    with pytest.raises(ConfigError, match=r"builds on mine\.yml; give that file with --config"):
+        from_flags(["python3 train.py mine.yml steps=3 rope_max_timescale=1e4"])
+
+
+def test_a_model_name_makes_the_rest_maxtexts_defaults():
+    told = from_flags(["model_name=default", "decoder_block=mixtral"])
+    assert told.value("rope_max_timescale") == 10_000
+    assert told["decoder_block"].explicit
+    assert "head_dim" not in from_flags(["decoder_block=mixtral"])
+
+
+@pytest.mark.parametrize("key", ["quantum_attention", "mesh_of_2031"])
+def test_a_setting_that_nobody_knows_is_refused_until_it_is_accepted(key):
+    with pytest.raises(ConfigError, match=f"here: moeconv does not know {key}, .*--accept-key"):
+        tell({key: 1, "decoder_block": "mixtral"}, HERE, ())
+    told = tell({key: 1, "decoder_block": "mixtral"}, HERE, (), accept=[key, "steps"])
+    assert told.accepted == (key,)
+    assert key not in told
