@@ -1,6 +1,7 @@
 """Whole models as checkpoints of any size and with any damage, in milliseconds, without MaxText."""
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,33 +11,16 @@ import numpy as np
 import orbax_writer
 import yaml
 
+from moeconv.arch.layout import Layout, build_layout
+from moeconv.arch.parameters import LayerKind
+from moeconv.families import blocks
+
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
 # Axes: L layers, V vocabulary, D width, F dense and M expert MLP width, E experts, H and K heads.
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4
 }  # fmt: skip
-
-_GLOBAL = {
-    "token_embedder.embedding": "VD",
-    "decoder.decoder_norm.scale": "D",
-    "decoder.logits_dense.kernel": "DV",
-}
-_EVERY = {
-    "pre_self_attention_layer_norm.scale": "D",
-    "self_attention.query.kernel": "DHh",
-    "self_attention.key.kernel": "DKh",
-    "self_attention.value.kernel": "DKh",
-    "self_attention.out.kernel": "HhD",
-    "post_self_attention_layer_norm.scale": "D",
-}
-_DENSE = {"mlp.wi_0.kernel": "DF", "mlp.wi_1.kernel": "DF", "mlp.wo.kernel": "FD"}
-_MOE = {
-    "MoeBlock_0.gate.kernel": "DE",
-    "MoeBlock_0.wi_0": "EDM",
-    "MoeBlock_0.wi_1": "EDM",
-    "MoeBlock_0.wo": "EMD",
-}
 
 # What shapes cannot tell, as in a user's YAML.
 TOLD: Mapping[str, object] = {
@@ -77,20 +61,30 @@ class Synthetic:
         return path
 
 
+def layout_of(
+    block: str,
+    *,
+    layers: int,
+    tied: bool = True,
+    scanned: bool = True,
+    axis: int = 1,
+    sizes: Mapping[str, int] = SIZES,
+    kinds: Sequence[LayerKind] | None = None,
+) -> Layout:
+    """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`."""
+    page = blocks()[block]
+    kinds = list(page.layers) if kinds is None else list(kinds)
+    depth = layers // len(kinds)
+    ways = [way for way in page.stackings if way.scanned == scanned]
+    way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
+    shape = [(len(kinds), depth) if scanned else (depth * len(kinds), 1)]
+    return build_layout(page, way, kinds * depth, sizes, blocks=shape, scan_axis=axis, tied=tied)
+
+
 def parameter_axes(block: str, *, layers: int, tied: bool, scanned: bool) -> dict[str, str]:
     """Name and axes of every array of a model."""
-    cycle = {"envy": 2}.get(block, 1)
-    kinds = {"mixtral": [_MOE], "envy": [_DENSE, _MOE], "llama2": [_DENSE]}[block]
-    found = {n: a for n, a in _GLOBAL.items() if not (tied and n == "decoder.logits_dense.kernel")}
-    for slot in range(cycle if scanned else layers):
-        for name, axes in {**_EVERY, **kinds[slot % cycle]}.items():
-            if not scanned:
-                found[f"decoder.layers_{slot}.{name}"] = axes
-            elif cycle == 1:
-                found[f"decoder.layers.{name}"] = f"{axes[0]}L{axes[1:]}"
-            else:
-                found[f"decoder.layers.layers_{slot}.{name}"] = f"{axes[0]}L{axes[1:]}"
-    return found
+    layout = layout_of(block, layers=layers, tied=tied, scanned=scanned)
+    return {array.name: "".join(array.axes) for array in layout.arrays}
 
 
 def write(
@@ -124,10 +118,11 @@ def write(
     """
     sizes = {**SIZES, **(sizes or {})}
     axes = parameter_axes(block, layers=sizes["L"], tied=tied, scanned=scanned)
-    sizes["L"] //= {"envy": 2}.get(block, 1)
-    rng = np.random.default_rng(seed)
+    sizes["L"] //= len(blocks()[block].layers)
     arrays = {}
     for name, letters in axes.items():
+        # Of its own, so that no other array changes these values.
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         values = rng.standard_normal([sizes[a] for a in letters], dtype=np.float32)
         values *= 0.1
         arrays[name] = (values + (1 if name.endswith("scale") else 0)).astype(DTYPES[dtype])

@@ -6,13 +6,13 @@ CI regenerates both and fails if they differ from what is committed.
 from pathlib import Path
 
 import click
+from moeconv.arch.features import FEATURES, Verdict
 
 from moeconv.arch.blocks import BLOCKS
-from moeconv.arch.features import FEATURES, Verdict
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.parameters import PARAMETERS
 from moeconv.cli.main import COMMANDS, cli
-from moeconv.mapping.families import FAMILIES
+from moeconv.families import targets
 from moeconv.mapping.rules import ALWAYS, LOGIT_SCALE, QUERY_SCALE, Family, Rule
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -128,7 +128,7 @@ def mapping_page() -> str:
                 f"**{LOGIT_SCALE.text}** — {LOGIT_SCALE.reason}.",
                 "A factor is computed in float64 and rounded once. It is exact where it is a power "
                 "of two (head_dim 4, 16, 64, 256; the same for the hidden size).",
-                *(family_section(f) for f in FAMILIES.values()),
+                *(family_section(f) for f in targets().values()),
                 "## What shapes cannot tell",
                 "These come from the run's config, its `moeconv.json`, or `--set`; they are never "
                 "guessed.",

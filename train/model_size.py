@@ -10,15 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.arch.blocks import BLOCKS
-from moeconv.arch.parameters import (
-    EMBEDDING,
-    FINAL_NORM,
-    OUTPUT_HEAD,
-    PARAMETERS,
-    LayerKind,
-    axis_name,
-)
+from moeconv.arch.parameters import AXES, DENSE, MOE, LayerKind
+from moeconv.families import blocks
 
 # Weights and both of Adam's moments in float32.
 STATE_BYTES = 12
@@ -65,54 +58,48 @@ class ModelSize:
 
 def model_size(config: Mapping[str, Any]) -> ModelSize | None:
     """The size of a MaxText config's model; None for a decoder block that moeconv does not know."""
-    block = str(config["decoder_block"])
-    if block not in BLOCKS or config.get("use_qk_norm") or config.get("use_post_ffw_norm"):
+    block = blocks().get(str(config["decoder_block"]))
+    if block is None or config.get("use_qk_norm") or config.get("use_post_ffw_norm"):
         return None
     if int(config.get("global_parameter_scale") or 1) != 1:
         return None
-    expert_width = f"base_{BLOCKS[block].moe_width_key}"
     layers, heads = int(config["base_num_decoder_layers"]), int(config["base_num_query_heads"])
     experts, chosen = int(config["num_experts"] or 1), int(config["num_experts_per_tok"] or 1)
-    sizes = {
-        "V": int(config["vocab_size"]),
-        "D": int(config["base_emb_dim"]),
-        "H": heads,
-        "K": int(config["base_num_kv_heads"]),
-        "h": int(config["head_dim"]),
-        "F": int(config["base_mlp_dim"]),
-        "F_moe": int(config[expert_width]),
-        "E": experts,
+    lengths = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["base_emb_dim"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": config["base_num_kv_heads"],
+        "head_dim": config["head_dim"],
+        "intermediate_size": config["base_mlp_dim"],
+        "moe_intermediate_size": config[f"base_{block.expert_width}"],
+        "num_experts": experts,
     }
-    tied = bool(config["logits_via_embedding"])
+    sizes = {axis: int(lengths[name]) for axis, name in AXES.items()}
+    embedding, norm, head = (math.prod(sizes[a] for a in p.axes) for p in block.outer)
     # The table is looked up, which multiplies nothing, and is the head if that is tied.
-    total = size_of(EMBEDDING, sizes) + size_of(FINAL_NORM, sizes)
-    head = size_of(OUTPUT_HEAD, sizes)
-    total, active = total + (0 if tied else head), size_of(FINAL_NORM, sizes) + head
+    total = embedding + norm + (0 if config["logits_via_embedding"] else head)
+    active = norm + head
     for kind in kinds(config, layers):
-        for parameter in PARAMETERS.values():
-            if parameter.layers is None or kind not in parameter.layers:
-                continue
-            count = size_of(parameter, sizes)
+        if kind not in block.layers:
+            return None
+        for parameter in block.layers[kind]:
+            count = math.prod(sizes[axis] for axis in parameter.axes)
             total += count
-            active += count * chosen // experts if "E" in parameter.axes[:1] else count
+            active += count * chosen // experts if parameter.axes[0] == "E" else count
     row = int(config["max_target_length"])
     attention = 2 * 2 * layers * heads * sizes["h"] * row / 2
     return ModelSize(total, active, 6.0 * active + 3 * attention)
 
 
-def size_of(parameter: Any, sizes: Mapping[str, int]) -> int:
-    """Entries of one layer's parameter."""
-    return math.prod(sizes[axis_name(parameter, axis)] for axis in parameter.axes)
-
-
 def kinds(config: Mapping[str, Any], layers: int) -> list[LayerKind]:
-    """What each layer is: experts in every one (mixtral), in every n-th (envy), or in none."""
+    """What each layer is: experts in every one, in every n-th (envy), or in none."""
     if int(config["num_experts"] or 1) <= 1:
-        return [LayerKind.DENSE] * layers
+        return [DENSE] * layers
     step = int(config.get("interleave_moe_layer_step") or 1)
     if str(config["decoder_block"]) != "envy":
         step = 1
-    return [LayerKind.MOE if (i + 1) % step == 0 else LayerKind.DENSE for i in range(layers)]
+    return [MOE if (i + 1) % step == 0 else DENSE for i in range(layers)]
 
 
 def peak(device_kind: str, dtype: str) -> float | None:

@@ -1,34 +1,76 @@
-"""The decoder blocks of MaxText that moeconv converts, and what only the block can tell."""
+"""What a MaxText decoder block is, for conversion: the MaxText half of a family's page."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, OUTPUT_HEAD, LayerKind, Parameter
+from moeconv.arch.stacks import SCANNED, UNSCANNED, Stacking
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The submodules of one of MaxText's layers whose outputs verify compares.
+
+    Attributes:
+        attention: Dotted attribute of a layer.
+        mlp: The same of the feed-forward half, by its kind.
+        router: The same of what gives router logits, below the feed-forward half.
+    """
+
+    attention: str = "self_attention"
+    mlp: Mapping[str, str] = field(default_factory=lambda: {"dense": "mlp"})
+    router: str = "gate"
 
 
 @dataclass(frozen=True)
 class Block:
-    """Semantics that neither shapes nor config fields hold: they are in the block's code.
+    """A decoder block: its parameters, and what neither shapes nor config fields say of it.
+
+    Every setting of MaxText that can change what a model computes is either a field of the model's
+    description, honoured here with values that can be converted, not used by the block's code (as
+    was observed, or is said here), or has to be neutral (`keys`). So a block whose settings nobody
+    looked through converts nothing but the plain decoder.
 
     Attributes:
         name: Value of MaxText's `decoder_block`.
+        note: One line for `moeconv inspect` and docs/mapping.md.
+        layers: The parameters of each kind of layer that it has.
+        targets: Names of the targets that hold it; `auto` takes the first that holds the model.
+        outer: The parameters outside the layers; the output head is absent in tied models.
+        stackings: The ways in which MaxText keeps its layers.
         query_scale_in_kernel: True when 1/sqrt(head_dim) is folded into the query kernel, so that
             the exported projection must be multiplied by sqrt(head_dim). False when the block
             passes `query_pre_attn_scalar` and scales the query explicitly
             (layers/attentions.py `init_query_w`).
-        moe_width_key: Config key that sets the experts' width: models/mixtral.py uses `mlp_dim`,
-            models/envy.py `moe_mlp_dim`.
-        note: One line for `moeconv inspect`.
+        expert_width: Config key that sets the experts' width.
+        honours: Settings that may have other values than neutral ones, and these values.
+        idle: Settings that the block's code reads, and that have no effect in it.
+        warns: Settings whose other values are converted with a warning, and what it says.
+        config: MaxText settings that follow from the model and the number of layers in a repeated
+            block, for building it.
+        taps: For verify.
     """
 
     name: str
-    query_scale_in_kernel: bool
-    moe_width_key: str
     note: str
+    layers: Mapping[LayerKind, tuple[Parameter, ...]]
+    targets: tuple[str, ...]
+    outer: tuple[Parameter, ...] = (EMBEDDING, FINAL_NORM, OUTPUT_HEAD)
+    stackings: tuple[Stacking, ...] = (UNSCANNED, SCANNED)
+    query_scale_in_kernel: bool = True
+    expert_width: str = "moe_mlp_dim"
+    honours: Mapping[str, Collection[Any]] = field(default_factory=dict)
+    idle: frozenset[str] = frozenset()
+    warns: Mapping[str, str] = field(default_factory=dict)
+    config: Callable[[ModelDescription, int], dict[str, Any]] = lambda model, cycle: {}
+    taps: Taps = Taps()
 
+    def parameters(self) -> dict[str, Parameter]:
+        """Every parameter by its name."""
+        return {p.name: p for group in (self.outer, *self.layers.values()) for p in group}
 
-BLOCKS: dict[str, Block] = {
-    b.name: b
-    for b in (
-        Block("mixtral", True, "mlp_dim", "every layer is a Mixture of Experts"),
-        Block("envy", False, "moe_mlp_dim", "dense and Mixture-of-Experts layers interleaved"),
-        Block("llama2", True, "mlp_dim", "every layer is dense"),
-    )
-}
+    def kinds_of(self, name: str) -> tuple[LayerKind, ...]:
+        """The kinds of layer that have a parameter; none for one outside the layers."""
+        return tuple(kind for kind, group in self.layers.items() if name in {p.name for p in group})

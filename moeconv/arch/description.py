@@ -7,8 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from moeconv.arch.blocks import BLOCKS
-from moeconv.arch.parameters import LayerKind
+from moeconv.arch.parameters import AXES, LayerKind
 
 # What a value may be, for whoever reads a description from a file.
 Count = Annotated[int, Field(gt=0)]
@@ -77,11 +76,6 @@ class ModelDescription:
         return len(self.layer_kinds)
 
     @property
-    def query_scale_in_kernel(self) -> bool:
-        """See `blocks.Block.query_scale_in_kernel`."""
-        return BLOCKS[self.decoder_block].query_scale_in_kernel
-
-    @property
     def rotary(self) -> str:
         """How MaxText orders the rotated halves of a head (layers/embeddings.py).
 
@@ -93,12 +87,16 @@ class ModelDescription:
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Numbers of the Mixture-of-Experts layers, from 0."""
-        return tuple(n for n, k in enumerate(self.layer_kinds) if k is LayerKind.MOE)
+        return tuple(n for n, kind in enumerate(self.layer_kinds) if kind.mlp == "moe")
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
         """Numbers of the dense layers, from 0."""
-        return tuple(n for n, k in enumerate(self.layer_kinds) if k is LayerKind.DENSE)
+        return tuple(n for n, kind in enumerate(self.layer_kinds) if kind.mlp == "dense")
+
+    def sizes(self) -> dict[str, int]:
+        """Length of every axis of its parameters, 0 for one that it has not."""
+        return {axis: getattr(self, name) or 0 for axis, name in AXES.items()}
 
     def values(self) -> dict[str, Any]:
         """Every field but `sources`, as JSON-able values."""

@@ -4,8 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.arch.parameters import LayerKind
-
 Known = Mapping[str, Any]
 
 
@@ -61,7 +59,7 @@ def _rope_type(value: Any) -> str:
 
 
 def _has_moe(known: Known) -> bool:
-    return LayerKind.MOE in known["layer_kinds"]
+    return any(kind.mlp == "moe" for kind in known["layer_kinds"])
 
 
 FIELDS: tuple[ToldField, ...] = (

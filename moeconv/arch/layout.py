@@ -1,50 +1,20 @@
-"""How a checkpoint stores its layers: the three layouts MaxText writes, detected from structure.
+"""Which arrays of a checkpoint hold which layers, found from their names and shapes alone."""
 
-    unscanned  decoder.layers_{n}.NAME         one array a layer (scan_layers=false)
-    scanned    decoder.layers.NAME             all layers in one array (scan_layers=true)
-    cycled     decoder.layers.layers_{j}.NAME  every C-th layer in one array: index i holds layer
-                                               C*i + j (scanned envy; C is
-                                               inhomogeneous_layer_cycle_interval)
-
-In the stacked layouts the layer axis stands at `param_scan_axis` (MaxText's default 1) of every
-parameter (layers/nnx_decoders.py `_create_scanned_layers`, `_init_scanned_generic`,
-`_init_sequential_generic`; models/envy.py `EnvyScannableBlock`).
-"""
-
-import re
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from itertools import islice
 
-from moeconv.arch.parameters import (
-    EMBEDDING,
-    FINAL_NORM,
-    PARAMETERS,
-    LayerKind,
-    Parameter,
-    axis_name,
-)
+from moeconv.arch.blocks import Block
+from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, LayerKind, Parameter
+from moeconv.arch.stacks import KeyPath, Place, Segment, Stacking, layers_of, stacked_axes
 from moeconv.errors import ConfigError, TensorError
 
-KeyPath = tuple[str, ...]
-
-# One way to write each number, so that no two names mean the same layer.
-_NUMBERED = re.compile(r"layers_(0|[1-9][0-9]{0,8})\Z")
 # Ten times the deepest models, and five times the most experts in all their layers: what a file
 # says is bounded before it is counted through.
 MOST_LAYERS = 2**11
 MOST_EXPERTS = 2**17
 _LISTED = 20  # names in a message
-
-
-class Stacking(StrEnum):
-    """The layout's name."""
-
-    UNSCANNED = "unscanned"
-    SCANNED = "scanned"
-    CYCLED = "cycled"
 
 
 @dataclass(frozen=True)
@@ -71,19 +41,27 @@ class StoredParameter:
         """Dotted key path."""
         return ".".join(self.path)
 
+    def entry(self, layer: int | None) -> dict[str, int]:
+        """The entry of each stacked axis at which a layer lies."""
+        if layer is None or "L" not in self.axes:
+            return {}
+        return {"L": self.layers.index(layer)}
+
 
 @dataclass(frozen=True)
 class Layout:
     """What the structure of a checkpoint says about its layers.
 
     Attributes:
-        stacking: Which of the three layouts.
+        block: The decoder block that has these parameters.
+        stacking: The way in which it keeps its layers.
         scan_axis: Position of the layer axis, None when unscanned.
-        cycle: Layers in one scanned block (1 but for `CYCLED`).
+        cycle: Layers of the block that is repeated along it; 1 when unscanned.
         kinds: The kind of every layer, first to last.
         arrays: Every array, in key-path order.
     """
 
+    block: Block
     stacking: Stacking
     scan_axis: int | None
     cycle: int
@@ -91,113 +69,116 @@ class Layout:
     arrays: tuple[StoredParameter, ...]
 
     @cached_property
-    def places(self) -> Mapping[tuple[str, int | None], tuple[StoredParameter, int | None]]:
-        """The array that holds a parameter of a layer (None: of the model), and its entry there.
-
-        The entry is that of the array's `L` axis, None where it has none.
-        """
-        found: dict[tuple[str, int | None], tuple[StoredParameter, int | None]] = {}
-        for array in self.arrays:
-            for entry, layer in enumerate(array.layers):
-                found[array.parameter.name, layer] = (array, entry if "L" in array.axes else None)
-            if not array.layers:
-                found[array.parameter.name, None] = (array, None)
-        return found
+    def places(self) -> Mapping[tuple[str, int | None], StoredParameter]:
+        """The array that holds a parameter of a layer (None: of the model)."""
+        return {
+            (array.parameter.name, layer): array
+            for array in self.arrays
+            for layer in array.layers or (None,)
+        }
 
     def describe(self) -> str:
         """One line for people."""
-        if self.stacking is Stacking.UNSCANNED:
+        if self.scan_axis is None:
             return "unscanned (one array a layer)"
         text = f"scanned (layers stacked on axis {self.scan_axis})"
-        if self.stacking is Stacking.CYCLED:
+        if self.cycle > 1 or self.stacking.name == "cycled":
             text += f", interleaved in blocks of {self.cycle}"
         return text
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a key path says its parameter lives: block position j of a stack, or layer n."""
+def build_layout(
+    block: Block,
+    stacking: Stacking,
+    kinds: Sequence[LayerKind],
+    sizes: Mapping[str, int],
+    *,
+    blocks: Sequence[tuple[int, int]],
+    scan_axis: int = 1,
+    tied: bool = False,
+) -> Layout:
+    """The layout that MaxText gives a model: the inverse of `detect_layout`.
 
-    logical: str
-    layer: int | None = None
-    slot: int | None = None
-
-    @property
-    def stacked(self) -> bool:
-        return self.slot is not None
-
-
-def _place(path: KeyPath) -> _Place:
-    if path[0] == "decoder" and len(path) > 2:
-        if match := _NUMBERED.match(path[1]):
-            return _Place(".".join(path[2:]), layer=int(match[1]))
-        if path[1] == "layers":
-            if (match := _NUMBERED.match(path[2])) and len(path) > 3:
-                return _Place(".".join(path[3:]), slot=int(match[1]))
-            return _Place(".".join(path[2:]), slot=0)
-    return _Place(".".join(path))
+    Args:
+        block: The decoder block.
+        stacking: One of its ways to keep layers.
+        kinds: Of every layer.
+        sizes: Length of every axis but `L`.
+        blocks: For each segment of the stacking, the layers in its block, and how often the block
+            is repeated.
+        scan_axis: `param_scan_axis`.
+        tied: Without an output head of its own.
+    """
+    head = block.outer[-1].name
+    arrays = [
+        _stored(tuple(p.name.split(".")), tuple(sizes[a] for a in p.axes), p, p.axes, ())
+        for p in block.outer
+        if not (tied and p.name == head)
+    ]
+    first, cycle = 0, 1
+    for segment, (size, depth) in zip(stacking.segments, blocks, strict=True):
+        modules = [
+            (module, number)
+            for module in segment.modules
+            for number in range(size // len(segment.modules) if module.numbered else 1)
+        ]
+        cycle = size if segment.stacked else cycle
+        for (module, number), layers in zip(modules, layers_of(size, depth, first), strict=True):
+            for parameter in block.layers[kinds[layers[0]]]:
+                axes = stacked_axes(parameter.axes, scan_axis) if segment.stacked else ()
+                axes = axes or parameter.axes
+                shape = tuple({**sizes, "L": depth}[axis] for axis in axes)
+                path = module.path(number, parameter.name)
+                arrays.append(_stored(path, shape, parameter, axes, layers))
+        first += size * depth
+    axis = scan_axis if stacking.scanned else None
+    return Layout(block, stacking, axis, cycle, tuple(kinds), _ordered(arrays))
 
 
 def detect_layout(
-    shapes: Mapping[KeyPath, tuple[int, ...]], *, scan_axis: int | None = None
+    shapes: Mapping[KeyPath, tuple[int, ...]],
+    blocks: Sequence[Block],
+    *,
+    scan_axis: int | None = None,
 ) -> Layout:
     """Finds out how the arrays of a checkpoint are laid out.
 
     Args:
         shapes: Shape of every array below `params.params`, by key path.
+        blocks: The decoder block; where nobody told it, all that it may be. The first that has
+            exactly these parameters is taken.
         scan_axis: `param_scan_axis` when the run's config tells it; only needed when hidden size
             and stacked layers are equal in number, so that shapes cannot tell.
 
     Raises:
-        TensorError: An array that no supported block has (all are listed), a missing layer, a
+        TensorError: An array that the block does not have (all are listed), a missing layer, a
             missing parameter, or a number of axes that does not fit.
         ConfigError: The scan axis is ambiguous, or the one told contradicts the shapes.
     """
-    places = {path: _place(path) for path in sorted(shapes)}
-    _refuse_unknown(places)
-    for needed in (EMBEDDING, FINAL_NORM):
-        if needed.name not in {place.logical for place in places.values()}:
-            raise TensorError(f"the checkpoint lacks {needed.name}")
-    stacked = [p for p, place in places.items() if place.stacked]
-    numbered = [p for p, place in places.items() if place.layer is not None]
-    if not stacked and not numbered:
-        raise TensorError("the checkpoint holds no decoder layers below params.params.decoder")
-    if stacked and numbered:
-        raise TensorError(
-            "the checkpoint mixes scanned and unscanned layers "
-            f"({'.'.join(stacked[0])} and {'.'.join(numbered[0])}); no MaxText run writes that"
+    nearest: tuple[int, TensorError] | None = None
+    for block in blocks:
+        try:
+            return _Detection(block, shapes).layout(scan_axis)
+        except TensorError as error:
+            strange = len(_unknown(block, shapes))
+            if nearest is None or strange < nearest[0]:
+                nearest = strange, error
+    assert nearest is not None
+    raise nearest[1]
+
+
+def _unknown(block: Block, shapes: Mapping[KeyPath, tuple[int, ...]]) -> list[str]:
+    """The arrays that are no parameter of the block, wherever it keeps its layers."""
+    outer = {p.name for p in block.outer}
+    inner = {p.name for group in block.layers.values() for p in group}
+    return [
+        ".".join(path)
+        for path in sorted(shapes)
+        if ".".join(path) not in outer
+        and not any(
+            (place := stacking.place(path)) and place.name in inner for stacking in block.stackings
         )
-    if numbered:
-        layout = _unscanned(shapes, places)
-    else:
-        layout = _scanned(shapes, places, scan_axis)
-    _refuse_too_many_experts(layout)
-    return layout
-
-
-def _refuse_too_many_experts(layout: Layout) -> None:
-    """Each expert of each layer becomes tensors, so their number is bounded too."""
-    stored = [array for array in layout.arrays if "E" in array.axes]
-    experts = max((array.shape[array.axes.index("E")] for array in stored), default=0)
-    if experts * len(layout.kinds) > MOST_EXPERTS:
-        raise TensorError(
-            f"the shapes of the checkpoint have {experts} experts in each of {len(layout.kinds)} "
-            f"layers; no model has more than {MOST_EXPERTS} in all"
-        )
-
-
-def _refuse_unknown(places: Mapping[KeyPath, _Place]) -> None:
-    unknown = []
-    for path, place in places.items():
-        parameter = PARAMETERS.get(place.logical)
-        layered = place.layer is not None or place.stacked
-        if parameter is None or (parameter.layers is None) == layered:
-            unknown.append(".".join(path))
-    if unknown:
-        raise TensorError(
-            "the checkpoint holds parameters that no supported decoder block has, so converting "
-            f"it would drop them:{listing(unknown)}"
-        )
+    ]
 
 
 def listing(names: Iterable[str], count: int | None = None) -> str:
@@ -213,48 +194,236 @@ def listing(names: Iterable[str], count: int | None = None) -> str:
     return "".join(f"\n  {name}" for name in [*first, *more])
 
 
-def _kind(logical: set[str], where: str) -> LayerKind:
-    moe = any(PARAMETERS[n].layers == frozenset({LayerKind.MOE}) for n in logical)
-    kind = LayerKind.MOE if moe else LayerKind.DENSE
-    expected = {n for n, p in PARAMETERS.items() if p.layers is not None and kind in p.layers}
-    wrong = [f"missing {n}" for n in sorted(expected - logical)]
-    wrong += [f"unexpected {n}" for n in sorted(logical - expected)]
-    if wrong:
-        raise TensorError(f"{where} is not a whole {kind} layer:{listing(wrong)}")
-    return kind
-
-
 def _stored(
-    path: KeyPath, shape: tuple[int, ...], axes: tuple[str, ...], layers: tuple[int, ...]
+    path: KeyPath,
+    shape: tuple[int, ...],
+    parameter: Parameter,
+    axes: tuple[str, ...],
+    layers: tuple[int, ...],
 ) -> StoredParameter:
     if len(shape) != len(axes):
         raise TensorError(
             f"{'.'.join(path)} has shape {list(shape)}, but {len(axes)} axes [{' '.join(axes)}] "
             "were expected; it is not a parameter of a supported decoder block"
         )
-    return StoredParameter(path, PARAMETERS[_place(path).logical], axes, shape, layers)
+    return StoredParameter(path, parameter, axes, shape, layers)
 
 
-def _global(
-    shapes: Mapping[KeyPath, tuple[int, ...]], places: Mapping[KeyPath, _Place]
-) -> list[StoredParameter]:
-    return [
-        _stored(path, shapes[path], PARAMETERS[place.logical].axes, ())
-        for path, place in places.items()
-        if place.layer is None and not place.stacked
-    ]
+def _ordered(arrays: Iterable[StoredParameter]) -> tuple[StoredParameter, ...]:
+    return tuple(sorted(arrays, key=lambda array: array.path))
 
 
-def _by(places: Mapping[KeyPath, _Place], attribute: str) -> dict[int, set[str]]:
-    groups: dict[int, set[str]] = {}
-    for place in places.values():
-        number = getattr(place, attribute)
-        if number is not None:
-            groups.setdefault(number, set()).add(place.logical)
-    return groups
+class _Detection:
+    """The layout of one checkpoint, as one block would have it."""
+
+    def __init__(self, block: Block, shapes: Mapping[KeyPath, tuple[int, ...]]) -> None:
+        self._block, self._shapes = block, shapes
+        self._parameters = block.parameters()
+        self._outer = {tuple(p.name.split(".")): p for p in block.outer}
+
+    def layout(self, scan_axis: int | None) -> Layout:
+        """See `detect_layout`."""
+        if unknown := _unknown(self._block, self._shapes):
+            raise TensorError(
+                "the checkpoint holds parameters that no supported decoder block has, so "
+                f"converting it would drop them:{listing(unknown)}"
+            )
+        for needed in (EMBEDDING, FINAL_NORM):
+            if tuple(needed.name.split(".")) not in self._shapes:
+                raise TensorError(f"the checkpoint lacks {needed.name}")
+        self._stacking = self._find_stacking()
+        self._places = self._placed(self._stacking)
+        slots = [self._slots(number) for number, _ in enumerate(self._stacking.segments)]
+        axis, depths = self._scan_axis(scan_axis)
+        kinds, arrays, first = [], self._outer_arrays(), 0
+        for segment, modules, depth in zip(self._stacking.segments, slots, depths, strict=True):
+            if first + len(modules) * depth > MOST_LAYERS:
+                raise TensorError(
+                    f"the shapes of the checkpoint have {first + len(modules) * depth} layers; no "
+                    f"model has more than {MOST_LAYERS}"
+                )
+            kinds += [kind for _, kind in modules] * depth
+            layers = layers_of(len(modules), depth, first)
+            for (places, kind), held in zip(modules, layers, strict=True):
+                arrays += self._arrays(segment, places, kind, axis, held)
+            first += len(modules) * depth
+        self._refuse_too_many_experts(arrays, len(kinds))
+        scanned = self._stacking.scanned
+        cycle = max(len(m) for s, m in zip(self._stacking.segments, slots, strict=True)
+                    if s.stacked) if scanned else 1  # fmt: skip
+        return Layout(
+            self._block,
+            self._stacking,
+            axis if scanned else None,
+            cycle,
+            tuple(kinds),
+            _ordered(arrays),
+        )
+
+    def _inner(self) -> Iterator[KeyPath]:
+        return (path for path in sorted(self._shapes) if path not in self._outer)
+
+    def _find_stacking(self) -> Stacking:
+        """The way in which all layers are kept."""
+        ways: dict[str, tuple[Stacking, KeyPath]] = {}
+        possible = list(self._block.stackings)
+        for path in self._inner():
+            fits = [s for s in possible if self._place(s, path) is not None]
+            own = [s for s in self._block.stackings if self._place(s, path) is not None]
+            ways.setdefault("scanned" if own[0].scanned else "unscanned", (own[0], path))
+            if not fits:
+                shown = [".".join(path) for _, path in ways.values()]
+                shown = shown if len(shown) > 1 else [*shown, ".".join(path)]
+                raise TensorError(
+                    "the checkpoint mixes scanned and unscanned layers "
+                    f"({' and '.join(reversed(shown))}); no MaxText run writes that"
+                )
+            possible = fits
+        if not ways:
+            raise TensorError("the checkpoint holds no decoder layers below params.params.decoder")
+        return possible[0]
+
+    def _place(self, stacking: Stacking, path: KeyPath) -> Place | None:
+        place = stacking.place(path)
+        known = place is not None and bool(self._block.kinds_of(place.name))
+        return place if known else None
+
+    def _placed(self, stacking: Stacking) -> dict[KeyPath, Place]:
+        found = {path: self._place(stacking, path) for path in self._inner()}
+        return {path: place for path, place in found.items() if place is not None}
+
+    def _outer_arrays(self) -> list[StoredParameter]:
+        return [
+            _stored(path, self._shapes[path], parameter, parameter.axes, ())
+            for path, parameter in self._outer.items()
+            if path in self._shapes
+        ]
+
+    def _slots(self, number: int) -> list[tuple[dict[KeyPath, Place], LayerKind]]:
+        """The modules of a segment's block in order: their parameters, and their kind."""
+        segment = self._stacking.segments[number]
+        found = []
+        for position, module in enumerate(segment.modules):
+            groups: dict[int, dict[KeyPath, Place]] = {}
+            for path, place in self._places.items():
+                if (place.segment, place.module) == (number, position):
+                    groups.setdefault(place.number, {})[path] = place
+            if not groups:
+                if segment is self._stacking.segments[0]:
+                    raise TensorError(f"the checkpoint lacks {module.name(0)}")
+                continue  # no remainder
+            last = module.pattern.split(".")[-1].format("")
+            lacks = (
+                "the checkpoint lacks layers of its scanned block:"
+                if segment.stacked
+                else "the checkpoint lacks layers:"
+            )
+            prefix = f"{'layers.' if segment.stacked else ''}{last}"
+            _refuse_gaps(groups, lacks, prefix)
+            found += [
+                (groups[n], self._kind({p.name for p in groups[n].values()}, module.name(n)))
+                for n in sorted(groups)
+            ]
+        return found
+
+    def _kind(self, names: set[str], where: str) -> LayerKind:
+        """The kind of layer with these parameters; the nearest, where there is none, says why."""
+        apart = {
+            kind: (sorted(own - names), sorted(names - own))
+            for kind, group in self._block.layers.items()
+            for own in [{p.name for p in group}]
+        }
+        # A layer with any expert is meant to be one with experts.
+        kind = min(apart, key=lambda kind: (len(apart[kind][1]), len(apart[kind][0])))
+        missing, unexpected = apart[kind]
+        if missing or unexpected:
+            wrong = [*(f"missing {n}" for n in missing), *(f"unexpected {n}" for n in unexpected)]
+            raise TensorError(f"{where} is not a whole {kind} layer:{listing(wrong)}")
+        return kind
+
+    def _arrays(
+        self,
+        segment: Segment,
+        places: Mapping[KeyPath, Place],
+        kind: LayerKind,
+        axis: int,
+        layers: tuple[int, ...],
+    ) -> Iterator[StoredParameter]:
+        for path, place in places.items():
+            parameter = self._parameter(place.name, kind)
+            axes = stacked_axes(parameter.axes, axis) if segment.stacked else parameter.axes
+            yield _stored(path, self._shapes[path], parameter, axes, layers)
+
+    def _parameter(self, name: str, kind: LayerKind) -> Parameter:
+        return next(p for p in self._block.layers[kind] if p.name == name)
+
+    def _scan_axis(self, told: int | None) -> tuple[int, list[int]]:
+        """The layer axis and the depth of every segment: the one way that fits every shape."""
+        final = tuple(FINAL_NORM.name.split("."))
+        if len(self._shapes[final]) != 1:
+            raise TensorError(
+                f"{FINAL_NORM.name} has shape {list(self._shapes[final])}, not one axis"
+            )
+        if not self._stacking.scanned:
+            return 0, [1] * len(self._stacking.segments)
+        fits: dict[int, list[int]] = {}
+        problem = ""
+        for axis in (1, 0, 2, 3):
+            depths, misfit = self._depths(axis, self._shapes[final][0])
+            if misfit is None:
+                fits[axis] = depths
+            problem = problem or (misfit or "")
+        if not fits:
+            raise TensorError(
+                f"the shapes of the stacked layers fit no scan axis; the first that does not fit "
+                f"param_scan_axis=1 is {problem}"
+            )
+        axis = next(iter(fits)) if told is None else told
+        if axis not in fits:
+            raise ConfigError(
+                f"param_scan_axis is {told} in the config, but the shapes of the checkpoint have "
+                f"the layer axis at {' or '.join(map(str, fits))}; give the config of this run"
+            )
+        if told is None and len(fits) > 1:
+            raise ConfigError(
+                f"the shapes fit a layer axis at {' and '.join(map(str, fits))} alike; give it "
+                "with --set param_scan_axis=1 (MaxText's default), in --config, or in the run's "
+                "moeconv.json"
+            )
+        return axis, fits[axis]
+
+    def _depths(self, axis: int, width: int) -> tuple[list[int], str | None]:
+        """How often each segment is repeated if layers lie on an axis, and what does not fit."""
+        sizes = {"D": width}
+        depths = [1] * len(self._stacking.segments)
+        for path, place in self._places.items():
+            if not self._stacking.segments[place.segment].stacked:
+                continue
+            shape = self._shapes[path]
+            kind = self._block.kinds_of(place.name)[0]
+            axes = stacked_axes(self._parameter(place.name, kind).axes, axis)
+            names = [f"L{place.segment}" if a == "L" else a for a in axes]
+            fits = len(axes) == len(shape) and all(
+                sizes.setdefault(name, n) == n for name, n in zip(names, shape, strict=True)
+            )
+            if not fits:
+                return depths, f"{'.'.join(path)} {list(shape)}"
+            depths[place.segment] = sizes[f"L{place.segment}"]
+        return depths, None
+
+    @staticmethod
+    def _refuse_too_many_experts(arrays: Sequence[StoredParameter], layers: int) -> None:
+        """Each expert of each layer becomes tensors, so their number is bounded too."""
+        stored = [array for array in arrays if "E" in array.axes]
+        experts = max((array.shape[array.axes.index("E")] for array in stored), default=0)
+        if experts * layers > MOST_EXPERTS:
+            raise TensorError(
+                f"the shapes of the checkpoint have {experts} experts in each of {layers} "
+                f"layers; no model has more than {MOST_EXPERTS} in all"
+            )
 
 
-def _refuse_gaps(groups: Mapping[int, set[str]], lacks: str, prefix: str) -> None:
+def _refuse_gaps(groups: Mapping[int, object], lacks: str, prefix: str) -> None:
     """Refuses numbers that are not 0, 1, 2, … without one left out, or too many."""
     wanted = max(groups) + 1
     if wanted > len(groups):
@@ -264,104 +433,3 @@ def _refuse_gaps(groups: Mapping[int, set[str]], lacks: str, prefix: str) -> Non
         raise TensorError(
             f"the checkpoint has {len(groups)} layers; no model has more than {MOST_LAYERS}"
         )
-
-
-def _unscanned(
-    shapes: Mapping[KeyPath, tuple[int, ...]], places: Mapping[KeyPath, _Place]
-) -> Layout:
-    groups = _by(places, "layer")
-    _refuse_gaps(groups, "the checkpoint lacks layers:", "layers_")
-    kinds = tuple(_kind(groups[n], f"decoder.layers_{n}") for n in sorted(groups))
-    arrays = _global(shapes, places)
-    arrays += [
-        _stored(path, shapes[path], PARAMETERS[place.logical].axes, (place.layer,))
-        for path, place in places.items()
-        if place.layer is not None
-    ]
-    ordered = tuple(sorted(arrays, key=lambda a: a.path))
-    return Layout(Stacking.UNSCANNED, None, 1, kinds, ordered)
-
-
-def _scanned(
-    shapes: Mapping[KeyPath, tuple[int, ...]],
-    places: Mapping[KeyPath, _Place],
-    told_axis: int | None,
-) -> Layout:
-    slots = _by(places, "slot")
-    _refuse_gaps(slots, "the checkpoint lacks layers of its scanned block:", "layers.layers_")
-    cycle = len(slots)
-    cycled = any(_NUMBERED.match(path[2]) for path, p in places.items() if p.stacked)
-    kinds = [
-        _kind(slots[j], f"decoder.layers.layers_{j}" if cycled else "decoder.layers")
-        for j in range(cycle)
-    ]
-    axis, depth = _scan_axis(shapes, places, told_axis)
-    if cycle * depth > MOST_LAYERS:
-        raise TensorError(
-            f"the shapes of the checkpoint have {cycle * depth} layers; no model has more than "
-            f"{MOST_LAYERS}"
-        )
-    arrays = _global(shapes, places)
-    for path, place in places.items():
-        if place.slot is None:
-            continue
-        axes = _stacked_axes(PARAMETERS[place.logical], axis)
-        layers = tuple(cycle * i + place.slot for i in range(depth))
-        arrays.append(_stored(path, shapes[path], axes, layers))
-    ordered = tuple(sorted(arrays, key=lambda a: a.path))
-    stacking = Stacking.CYCLED if cycled else Stacking.SCANNED
-    return Layout(stacking, axis, cycle, tuple(kinds) * depth, ordered)
-
-
-def _stacked_axes(parameter: Parameter, scan_axis: int) -> tuple[str, ...]:
-    """Axes of a stacked parameter: those with too few axes for `scan_axis` are stacked first.
-
-    Source: MaxText layers/nnx_scan.py, which moves the layer axis only where the rank allows it.
-    """
-    plain = parameter.axes
-    at = scan_axis if len(plain) + 1 > scan_axis else 0
-    return (*plain[:at], "L", *plain[at:])
-
-
-def _scan_axis(
-    shapes: Mapping[KeyPath, tuple[int, ...]],
-    places: Mapping[KeyPath, _Place],
-    told: int | None,
-) -> tuple[int, int]:
-    """The layer axis and the number of stacked layers: the one way that fits every shape."""
-    final = next(p for p, pl in places.items() if pl.logical == FINAL_NORM.name)
-    if len(shapes[final]) != 1:
-        raise TensorError(f"{FINAL_NORM.name} has shape {list(shapes[final])}, not one axis")
-    stacked = [(p, pl.logical) for p, pl in places.items() if pl.stacked]
-    fits: dict[int, int] = {}
-    problem = ""
-    for axis in (1, 0, 2, 3):
-        sizes = {"D": shapes[final][0]}
-        for path, logical in stacked:
-            axes = _stacked_axes(PARAMETERS[logical], axis)
-            wrong = len(axes) != len(shapes[path]) or any(
-                sizes.setdefault(axis_name(PARAMETERS[logical], a), n) != n
-                for a, n in zip(axes, shapes[path], strict=True)
-            )
-            if wrong:
-                problem = problem or f"{'.'.join(path)} {list(shapes[path])}"
-                break
-        else:
-            fits[axis] = sizes["L"]
-    if not fits:
-        raise TensorError(
-            f"the shapes of the stacked layers fit no scan axis; the first that does not fit "
-            f"param_scan_axis=1 is {problem}"
-        )
-    axis = next(iter(fits)) if told is None else told
-    if axis not in fits:
-        raise ConfigError(
-            f"param_scan_axis is {told} in the config, but the shapes of the checkpoint have the "
-            f"layer axis at {' or '.join(map(str, fits))}; give the config of this run"
-        )
-    if told is None and len(fits) > 1:
-        raise ConfigError(
-            f"the shapes fit a layer axis at {' and '.join(map(str, fits))} alike; give it with "
-            "--set param_scan_axis=1 (MaxText's default), in --config, or in the run's moeconv.json"
-        )
-    return axis, fits[axis]

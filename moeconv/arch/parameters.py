@@ -1,25 +1,70 @@
-"""The parameters of MaxText's decoders, one logical name each, with the names of their axes.
+"""Logical parameters of a decoder, the names of their axes, and the kinds of its layers.
 
 A logical name leaves out the layer: `self_attention.query.kernel` stands for that parameter of
-every layer, however the checkpoint stacks it (see `layout`). Axis names, used everywhere:
+every layer, however the checkpoint stacks it (see `stacks`). Axis names, used everywhere:
 
-    L layer    E expert    D hidden size (model width)    F MLP width    V vocabulary
-    H query heads    K key/value heads    h head_dim
-
-Sources (MaxText 0.2.5): models/llama2.py, models/mixtral.py, models/envy.py (attribute names),
-layers/attentions.py `init_query_w`, `init_kv_w`, `init_out_w`, layers/linears.py `MlpBlock`,
-layers/moe.py `RoutedMoE`, layers/embeddings.py `Embed`, layers/nnx_decoders.py `apply_output_head`.
+    L layer    E expert    D hidden size (model width)    V vocabulary
+    F MLP width    M MLP width of an expert    H query heads    K key/value heads    h head_dim
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
+from typing import Any
+
+from pydantic import GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+# The field of a model's description that an axis is as long as.
+AXES: Mapping[str, str] = {
+    "D": "hidden_size",
+    "H": "num_attention_heads",
+    "K": "num_key_value_heads",
+    "h": "head_dim",
+    "V": "vocab_size",
+    "F": "intermediate_size",
+    "M": "moe_intermediate_size",
+    "E": "num_experts",
+}
 
 
-class LayerKind(StrEnum):
-    """What the feed-forward half of a decoder layer is."""
+class LayerKind(str):
+    """What a layer is: `dense` or `moe`, behind the kind of attention if that is not full."""
 
-    DENSE = "dense"
-    MOE = "moe"
+    __slots__ = ()
+
+    @property
+    def mlp(self) -> str:
+        """The feed-forward half."""
+        return self.rsplit(" ", 1)[-1]
+
+    @property
+    def attention(self) -> str:
+        """The attention half."""
+        return self.rsplit(" ", 1)[0] if " " in self else "full"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
+
+DENSE, MOE = LayerKind("dense"), LayerKind("moe")
+
+
+@dataclass(frozen=True)
+class Layers:
+    """A choice of layers by their kind; None takes any."""
+
+    mlp: str | None = None
+    attention: str | None = None
+
+    def __contains__(self, kind: LayerKind) -> bool:
+        """True if layers of this kind are chosen."""
+        return self.mlp in (None, kind.mlp) and self.attention in (None, kind.attention)
+
+    def describe(self) -> str:
+        """For docs/mapping.md."""
+        words = [word for word in (self.attention, self.mlp) if word]
+        return f"{' '.join(words)} layers" if words else "every layer"
 
 
 @dataclass(frozen=True)
@@ -28,57 +73,19 @@ class Parameter:
 
     Attributes:
         name: Dotted MaxText name, without the layer part.
-        axes: Its axes in one layer (or in the model, for a global one), e.g. `("D", "H", "h")`.
-        layers: None for a parameter the model has once; otherwise the kinds of layer that have it.
+        axes: Its axes in one layer (or in the model), e.g. `("D", "H", "h")`.
     """
 
     name: str
     axes: tuple[str, ...]
-    layers: frozenset[LayerKind] | None = None
+
+    @classmethod
+    def of(cls, name: str, axes: str) -> "Parameter":
+        """With the axes as `D H h`."""
+        return cls(name, tuple(axes.split()))
 
 
-_ALL = frozenset(LayerKind)
-_DENSE = frozenset({LayerKind.DENSE})
-_MOE = frozenset({LayerKind.MOE})
-
-
-def _parameter(name: str, axes: str, layers: frozenset[LayerKind] | None = None) -> Parameter:
-    return Parameter(name, tuple(axes.split()), layers)
-
-
-EMBEDDING = _parameter("token_embedder.embedding", "V D")
-FINAL_NORM = _parameter("decoder.decoder_norm.scale", "D")
-OUTPUT_HEAD = _parameter("decoder.logits_dense.kernel", "D V")
-
-PARAMETERS: dict[str, Parameter] = {
-    p.name: p
-    for p in (
-        EMBEDDING,
-        FINAL_NORM,
-        OUTPUT_HEAD,
-        _parameter("pre_self_attention_layer_norm.scale", "D", _ALL),
-        _parameter("self_attention.query.kernel", "D H h", _ALL),
-        _parameter("self_attention.key.kernel", "D K h", _ALL),
-        _parameter("self_attention.value.kernel", "D K h", _ALL),
-        _parameter("self_attention.out.kernel", "H h D", _ALL),
-        _parameter("post_self_attention_layer_norm.scale", "D", _ALL),
-        _parameter("mlp.wi_0.kernel", "D F", _DENSE),
-        _parameter("mlp.wi_1.kernel", "D F", _DENSE),
-        _parameter("mlp.wo.kernel", "F D", _DENSE),
-        _parameter("MoeBlock_0.gate.kernel", "D E", _MOE),
-        _parameter("MoeBlock_0.wi_0", "E D F", _MOE),
-        _parameter("MoeBlock_0.wi_1", "E D F", _MOE),
-        _parameter("MoeBlock_0.wo", "E F D", _MOE),
-    )
-}
-
-
-def axis_name(parameter: Parameter, axis: str) -> str:
-    """The model-wide name of an axis: the MLP width of experts may differ from the dense one.
-
-    Returns:
-        `"F_moe"` for `F` of an expert parameter, otherwise `axis` itself.
-    """
-    if axis == "F" and parameter.layers == _MOE:
-        return "F_moe"
-    return axis
+# MaxText layers/embeddings.py `Embed`, layers/nnx_decoders.py `apply_output_head`.
+EMBEDDING = Parameter.of("token_embedder.embedding", "V D")
+FINAL_NORM = Parameter.of("decoder.decoder_norm.scale", "D")
+OUTPUT_HEAD = Parameter.of("decoder.logits_dense.kernel", "D V")

@@ -4,26 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeconv.arch.blocks import BLOCKS
+from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.features import verdicts
 from moeconv.arch.fields import FIELDS, SHAPE_KEYS
-from moeconv.arch.layout import Layout, Stacking, StoredParameter
-from moeconv.arch.parameters import OUTPUT_HEAD, LayerKind, axis_name
+from moeconv.arch.keys import verdicts
+from moeconv.arch.layout import Layout, StoredParameter
+from moeconv.arch.parameters import AXES
+from moeconv.arch.stacks import CYCLED
 from moeconv.arch.told import CHANGED, TOKEN_IDS, ToldConfig, maxtext_defaults
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
-
-_AXIS_FIELDS = {
-    "D": "hidden_size",
-    "H": "num_attention_heads",
-    "K": "num_key_value_heads",
-    "h": "head_dim",
-    "V": "vocab_size",
-    "F": "intermediate_size",
-    "F_moe": "moe_intermediate_size",
-    "E": "num_experts",
-}
 
 
 @dataclass(frozen=True)
@@ -73,9 +63,12 @@ def missing_message(missing: Sequence[str]) -> str:
         for key in missing
         if key in own
     ]
-    rest = [f"{key}={base[key]!r}" for key in missing if key not in own]
+    rest = [key for key in missing if key not in own]
     if rest:
-        lines.append(f"\nand whether the model is a plain one, with {', '.join(rest)}")
+        lines.append(
+            f"\nand whether {len(rest)} other settings that can change the model have MaxText's "
+            "defaults (--set model_name=default says that all that are not given have)"
+        )
     return (
         "the checkpoint's shapes cannot tell these fields, and nobody told them:"
         + "".join(lines)
@@ -100,11 +93,10 @@ def resolve(
     Raises:
         TensorError: Shapes contradict each other.
         ConfigError: What was told contradicts the shapes, or has no sensible value.
-        UnsupportedError: The decoder block is not one moeconv converts.
     """
     known, sources = _from_shapes(layout)
     missing: list[str] = []
-    block = _block(told, known, sources, missing)
+    block = _block(layout, told, known, sources, missing)
     _check_against_shapes(layout, told, known, sources, block, scan_layers)
     for spec in FIELDS:
         if not spec.needed(known):
@@ -141,22 +133,21 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
     sizes: dict[str, tuple[int, StoredParameter]] = {}
     for array in layout.arrays:
         for axis, size in zip(array.axes, array.shape, strict=True):
-            name = axis_name(array.parameter, axis)
             if axis == "L":
                 continue
-            seen = sizes.setdefault(name, (size, array))
+            seen = sizes.setdefault(axis, (size, array))
             if seen[0] != size:
                 raise TensorError(
                     f"axis {axis} is {seen[0]} in {seen[1].name} {list(seen[1].shape)} but {size} "
                     f"in {array.name} {list(array.shape)}; they cannot be of one model"
                 )
     names = {array.parameter.name for array in layout.arrays}
-    known: dict[str, Any] = dict.fromkeys(_AXIS_FIELDS.values())
+    known: dict[str, Any] = dict.fromkeys(AXES.values())
     sources: dict[str, Provenance] = {}
     for axis, (size, array) in sizes.items():
-        known[_AXIS_FIELDS[axis]] = size
+        known[AXES[axis]] = size
         detail = f"{array.name} {list(array.shape)}"
-        sources[_AXIS_FIELDS[axis]] = Provenance(Origin.SHAPE, detail)
+        sources[AXES[axis]] = Provenance(Origin.SHAPE, detail)
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise TensorError(
             f"{known['num_attention_heads']} query heads are no multiple of "
@@ -164,38 +155,28 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
         )
     known["layer_kinds"] = layout.kinds
     sources["layer_kinds"] = Provenance(Origin.SHAPE, layout.describe())
-    known["tie_word_embeddings"] = OUTPUT_HEAD.name not in names
+    head = layout.block.outer[-1].name
+    known["tie_word_embeddings"] = head not in names
     there = "absent" if known["tie_word_embeddings"] else "present"
-    sources["tie_word_embeddings"] = Provenance(Origin.SHAPE, f"{OUTPUT_HEAD.name} is {there}")
+    sources["tie_word_embeddings"] = Provenance(Origin.SHAPE, f"{head} is {there}")
     return known, sources
 
 
 def _block(
+    layout: Layout,
     told: ToldConfig,
     known: dict[str, Any],
     sources: dict[str, Provenance],
     missing: list[str],
-) -> str | None:
+) -> Block | None:
+    """The decoder block, None where nobody told it; the layout then is of one that it may be."""
     entry = told.get("decoder_block")
     if entry is None:
         missing.append("decoder_block")
         return None
-    block = str(entry.value).lower()
-    if block not in BLOCKS:
-        raise UnsupportedError(
-            f"decoder_block={short(entry.value)} ({entry.provenance}) is not supported; moeconv "
-            f"converts {', '.join(BLOCKS)}"
-        )
-    kinds = set(known["layer_kinds"])
-    foreign = {"mixtral": LayerKind.DENSE, "llama2": LayerKind.MOE}.get(block)
-    if foreign in kinds:
-        raise ConfigError(
-            f"decoder_block={block} ({entry.provenance}) has no {foreign} layers, but the "
-            "checkpoint has; give the config of this run"
-        )
-    known["decoder_block"] = block
+    known["decoder_block"] = layout.block.name
     sources["decoder_block"] = entry.provenance
-    return block
+    return layout.block
 
 
 def _check_against_shapes(
@@ -203,13 +184,13 @@ def _check_against_shapes(
     told: ToldConfig,
     known: dict[str, Any],
     sources: dict[str, Provenance],
-    block: str | None,
+    block: Block | None,
     scan_layers: bool | None,
 ) -> None:
     facts = {
         **known,
         "num_hidden_layers": len(layout.kinds),
-        "scan_layers": layout.stacking is not Stacking.UNSCANNED,
+        "scan_layers": layout.stacking.scanned,
     }
     if scan_layers is not None and scan_layers != facts["scan_layers"]:
         raise TensorError(
@@ -217,7 +198,7 @@ def _check_against_shapes(
             f"are {layout.describe()}"
         )
     keys = dict(SHAPE_KEYS)
-    if block and BLOCKS[block].moe_width_key == "mlp_dim" and known["num_experts"]:
+    if block and block.expert_width == "mlp_dim" and known["num_experts"]:
         keys["moe_intermediate_size"] = keys["intermediate_size"]
     for name, aliases in keys.items():
         fact = facts[name]
@@ -249,10 +230,10 @@ def _built_layers(layout: Layout, layers: Any, told: ToldConfig) -> Any:
     Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`.
     """
     cycle = _count(told, "inhomogeneous_layer_cycle_interval")
-    if layout.stacking is Stacking.UNSCANNED or not _is_whole(layers):
+    if not layout.stacking.scanned or not _is_whole(layers):
         return layers
     blocks = int(layers // cycle)
-    return blocks * cycle if layout.stacking is Stacking.CYCLED else blocks
+    return blocks * cycle if layout.stacking is CYCLED else blocks
 
 
 def _scaled(key: str, value: Any, told: ToldConfig) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.keys import keys
 from moeconv.arch.yaml_file import SIZE_LIMIT, read_yaml, short
 from moeconv.errors import ConfigError
 from moeconv.untrusted.files import is_file, read_inside, read_regular
@@ -153,14 +154,8 @@ def tell(
 @cache
 def known_keys() -> frozenset[str]:
     """Config keys that decide a conversion."""
-    return frozenset({*maxtext_defaults()["base"], *SCALED_KEYS, *TOKEN_IDS})
-
-
-@cache
-def maxtext_keys() -> frozenset[str]:
-    """Every setting of the newest supported MaxText, written by tools/maxtext_defaults.py."""
-    path = resources.files("moeconv.arch") / "data" / "maxtext_keys.json"
-    return frozenset(json.loads(path.read_text()))
+    deciding = {name for name, key in keys().items() if key.kind in ("function", "size", "derived")}
+    return frozenset({*deciding, *maxtext_defaults()["base"], *SCALED_KEYS, *TOKEN_IDS})
 
 
 def check_spelling(content: Mapping[Any, Any], where: str) -> None:
@@ -170,7 +165,7 @@ def check_spelling(content: Mapping[Any, Any], where: str) -> None:
         ConfigError: Names the key, and the one that is meant; or nearly all keys are foreign.
     """
     names = known_keys()
-    foreign = [key for key in map(str, content) if key not in names and key not in maxtext_keys()]
+    foreign = [key for key in map(str, content) if key not in names and key not in keys()]
     if len(foreign) > _FOREIGN_LIMIT:
         raise ConfigError(
             f"{where}: holds {len(foreign)} keys that no MaxText has ({short(foreign[0])}, …), so "

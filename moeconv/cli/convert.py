@@ -22,8 +22,8 @@ from moeconv.cli.tables import fold
     "--target",
     default="auto",
     show_default=True,
-    metavar="auto|mixtral|ernie4_5_moe|llama",
-    help="Architecture of the output.",
+    metavar="NAME",
+    help="Architecture of the output, as docs/mapping.md names it; auto: the decoder block's own.",
 )
 @click.option(
     "--dtype",

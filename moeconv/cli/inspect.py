@@ -47,7 +47,7 @@ def _report(checkpoint: Any) -> dict[str, Any]:
         "source": _source(resolution, "layer_kinds"),
     }
     fields["moe_layers"] = {
-        "value": [n for n, kind in enumerate(layers) if kind == "moe"],
+        "value": [n for n, kind in enumerate(layers) if kind.mlp == "moe"],
         "source": _source(resolution, "layer_kinds"),
     }
     parameters = [

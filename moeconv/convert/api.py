@@ -35,10 +35,10 @@ from moeconv.errors import (
     TensorError,
     UsageError,
 )
+from moeconv.families import target_for, targets
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
-from moeconv.mapping.families import FAMILIES, default_family
 from moeconv.mapping.rules import Options
 from moeconv.orbax.inventory import stamps
 from moeconv.tensor.dtypes import DTYPES
@@ -103,8 +103,8 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     """
     if options.jobs < 1:
         raise UsageError("--jobs takes a whole number from 1")
-    if options.target != "auto" and options.target not in FAMILIES:
-        raise UsageError(f"--target {options.target} is none of auto, {', '.join(FAMILIES)}")
+    if options.target != "auto" and options.target not in targets():
+        raise UsageError(f"--target {options.target} is none of auto, {', '.join(targets())}")
     if options.dtype != "keep" and options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(
@@ -141,7 +141,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     choices = Options(untie=options.untie)
     if options.untie and not model.tie_word_embeddings:
         warnings.append("--untie changes nothing: the model's output head is its own parameter")
-    family = default_family(model) if options.target == "auto" else FAMILIES[options.target]
+    family = target_for(model, options.target)
     dtype = None if options.dtype == "keep" else options.dtype
     dtypes = {name: info.dtype for name, info in checkpoint.arrays.info.items()}
     edges = expand(family, model, checkpoint.layout, dtypes, dtype=dtype, options=choices)

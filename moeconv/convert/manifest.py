@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from moeconv.arch.blocks import BLOCKS
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import LayerKind
 from moeconv.convert.plan import Plan
 from moeconv.convert.run_record import RunRecord
+from moeconv.families import blocks
 from moeconv.hf.config import to_json
 from moeconv.untrusted.text import printable
 
@@ -107,12 +106,14 @@ class Manifest(_Frozen):
         values = {name: record.value for name, record in self.model.items()}
         model = _DESCRIPTION.validate_json(json.dumps(values), strict=True)
         kinds = set(model.layer_kinds)
-        wanted = [model.decoder_block in BLOCKS, kinds, not values.keys() - model.values().keys()]
+        block = blocks().get(model.decoder_block)
+        wanted: list[Any] = [kinds, block and not kinds - set(block.layers)]
+        wanted.append(not values.keys() - model.values().keys())
         # Sizes and ids are multiplied, and go into 64 bits.
         wanted += [abs(value) < _LARGEST for value in values.values() if isinstance(value, int)]
-        if LayerKind.DENSE in kinds:
+        if model.dense_layers:
             wanted.append(model.intermediate_size)
-        if LayerKind.MOE in kinds:
+        if model.moe_layers:
             wanted += [model.moe_intermediate_size, model.num_experts, model.num_experts_per_tok]
         if not all(wanted):
             raise ValueError("it describes no model")

@@ -30,7 +30,7 @@ from moeconv.convert.work import (
 from moeconv.errors import MemoryLimitError
 from moeconv.hf.safetensors import FileLayout, TensorSpec, lay_out
 from moeconv.mapping.edges import Edge
-from moeconv.mapping.rules import Family, Options
+from moeconv.mapping.rules import Options, Target
 from moeconv.orbax.arrays import ArrayInfo, Arrays
 
 # Source block, transposed block, one temporary of a value op: what a worker holds beside its unit.
@@ -79,7 +79,7 @@ class Plan:
 
     model: ModelDescription
     layout: Layout
-    family: Family
+    family: Target
     options: Options
     dtype: str | None
     edges: Mapping[str, Edge]
@@ -178,7 +178,7 @@ def build_plan(
     *,
     model: ModelDescription,
     layout: Layout,
-    family: Family,
+    family: Target,
     options: Options,
     dtype: str | None,
     edges: Sequence[Edge],

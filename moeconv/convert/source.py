@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,14 +10,23 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moeconv.arch.blocks import Block
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.arch.stacks import KeyPath
 from moeconv.arch.told import ToldConfig, load_config_file, tell
 from moeconv.arch.yaml_file import short
 from moeconv.convert.unchanged import Unchanged
-from moeconv.errors import ConfigError, NotACheckpointError, TokenizerError
+from moeconv.errors import (
+    ConfigError,
+    NotACheckpointError,
+    TensorError,
+    TokenizerError,
+    UnsupportedError,
+)
+from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
@@ -151,7 +161,7 @@ def open_checkpoint(
     told = tell(*run_config(config, sidecar), sets)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
-    layout = detect_layout(used, scan_axis=_scan_axis(told))
+    layout = _layout(used, told)
     resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
@@ -173,6 +183,42 @@ def run_config(
         where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
         return sidecar[0].config, where
     return None, Provenance(Origin.FLAG, "")
+
+
+def _layout(shapes: Mapping[KeyPath, tuple[int, ...]], told: ToldConfig) -> Layout:
+    """How layers are stored, by the decoder block that was told, or any that fits.
+
+    Raises:
+        UnsupportedError: The decoder block is not one moeconv converts.
+        ConfigError: It is, but the checkpoint is of another.
+    """
+    axis, entry = _scan_axis(told), told.get("decoder_block")
+    if entry is None:
+        return detect_layout(shapes, list(blocks().values()), scan_axis=axis)
+    block = blocks().get(str(entry.value).lower())
+    if block is None:
+        raise UnsupportedError(
+            f"decoder_block={short(entry.value)} ({entry.provenance}) is not supported; moeconv "
+            f"converts {', '.join(blocks())}"
+        )
+    try:
+        return detect_layout(shapes, [block], scan_axis=axis)
+    except TensorError:
+        others = [other for other in blocks().values() if other is not block]
+        if (fits := _fitting(shapes, others)) is None:
+            raise
+        raise ConfigError(
+            f"decoder_block={block.name} ({entry.provenance}) has other parameters than the "
+            f"checkpoint, which may be one of {fits.name}; give the config of this run"
+        ) from None
+
+
+def _fitting(shapes: Mapping[KeyPath, tuple[int, ...]], possible: Sequence[Block]) -> Block | None:
+    """The first block that has exactly these parameters."""
+    for block in possible:
+        with suppress(TensorError, ConfigError):
+            return detect_layout(shapes, [block]).block
+    return None
 
 
 def _scan_axis(told: ToldConfig) -> int | None:

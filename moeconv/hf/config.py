@@ -7,15 +7,11 @@ load a default one silently; so both spellings of RoPE and of the dtype are writ
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
-from moeconv.mapping.rules import Family, Options
+from moeconv.mapping.rules import Options, Target
 from moeconv.untrusted import strict_json
 
-# The oldest release that reads every key we write; what loads the file compares it with its own.
-TRANSFORMERS_VERSION = "4.46.0"
-
-
 def model_config(
-    family: Family, model: ModelDescription, dtype: str, options: Options
+    family: Target, model: ModelDescription, dtype: str, options: Options
 ) -> dict[str, Any]:
     """The family's config table for one model, plus what every config has."""
     config = {
@@ -27,11 +23,12 @@ def model_config(
         **config,
         "torch_dtype": dtype,
         "dtype": dtype,
-        "transformers_version": TRANSFORMERS_VERSION,
+        # What loads the file compares it with its own.
+        "transformers_version": family.since,
     }
 
 
-def generation_config(model: ModelDescription) -> dict[str, Any]:
+def generation_config(family: Target, model: ModelDescription) -> dict[str, Any]:
     """Token ids for `generate`; greedy unless the caller asks for sampling."""
     ids = {
         "bos_token_id": model.bos_token_id,
@@ -43,7 +40,7 @@ def generation_config(model: ModelDescription) -> dict[str, Any]:
         "_from_model_config": False,
         **known,
         "do_sample": False,
-        "transformers_version": TRANSFORMERS_VERSION,
+        "transformers_version": family.since,
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moeconv.arch.counts import count
 from moeconv.convert.beside import LOSS_PLOT
 from moeconv.convert.run_record import RunRecord
+from moeconv.families import blocks, targets
 from moeconv.hub.gate import Judgement
 from moeconv.hub.local import Output
 from moeconv.hub.public import own_paths, shorten, tail
@@ -96,7 +97,7 @@ def card_body(given: CardInput) -> str:
 
 def _intro(given: CardInput) -> list[str]:
     model = given.output.model
-    counts = count(model)
+    counts = count(model, blocks()[model.decoder_block])
     kind = "Mixture-of-Experts language model" if model.moe_layers else "language model"
     used = f", of which a token uses {_millions(counts.active)}" if model.moe_layers else ""
     parts = [
@@ -115,7 +116,7 @@ def _intro(given: CardInput) -> list[str]:
 
 def _architecture(given: CardInput) -> list[str]:
     output, model = given.output, given.output.model
-    counts = count(model)
+    counts = count(model, blocks()[model.decoder_block])
     heads = f"{model.num_attention_heads} query, {model.num_key_value_heads} key/value"
     rows = [
         ("architecture", code(output.manifest.architecture)),
@@ -147,13 +148,7 @@ def _architecture(given: CardInput) -> list[str]:
         ("dtype of the files", plain(output.manifest.dtype)),
     ]
     parts = [table(("", ""), rows)]
-    if output.manifest.target == "mixtral" and model.dense_layers:
-        parts.append(
-            f"In the files, the MLP of each dense layer stands {model.num_experts} times, as equal "
-            "experts behind a router of zeros: the same function, in an architecture that "
-            "everything loads."
-        )
-    return parts
+    return [*parts, *targets()[output.manifest.target].card(model)]
 
 
 def _layers(output: Output) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from moeconv.errors import OutputError
+from moeconv.families import targets
 from moeconv.hub.gate import Judgement
 from moeconv.hub.local import Output
 from moeconv.untrusted.text import printable
@@ -31,7 +32,7 @@ class _Loader(yaml.SafeLoader):
 
 UNVERIFIED_TAG = "unverified"
 # Tags that push itself gives and takes away.
-_OWN_TAGS = ("maxtext", "moe", "mixtral", "ernie4_5_moe", "llama", "moeconv", UNVERIFIED_TAG)
+_OWN_TAGS = ("maxtext", "moe", "moeconv", UNVERIFIED_TAG)  # and the name of the target
 _MARK = re.compile(r"\n<!-- moeconv card ([0-9a-f]{64}) -->\n?\Z")
 
 
@@ -141,7 +142,7 @@ def join(readme: str, ours: Mapping[str, Any], *, where: str, insist: Iterable[s
 def renew(readme: str, ours: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Our metadata, with keys and tags that somebody added to our card on the Hub."""
     theirs = read_metadata(readme, where)
-    added = [tag for tag in _list(theirs.get("tags")) if tag not in _OWN_TAGS]
+    added = [tag for tag in _list(theirs.get("tags")) if tag not in (*_OWN_TAGS, *targets())]
     theirs.pop("model-index", None)
     return {**theirs, **ours, "tags": [*ours["tags"], *added]}
 

@@ -14,7 +14,7 @@ import numpy as np
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout, StoredParameter, listing
 from moeconv.errors import TensorError, UnsupportedError
-from moeconv.mapping.rules import JOINED, Family, Options, Rule
+from moeconv.mapping.rules import JOINED, Options, Rule, Target
 from moeconv.tensor.axes import ROTARY_LAYOUTS, Array, Rearrangement, flatten, parse_side
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.tensor.form import Form
@@ -115,7 +115,7 @@ class Edge:
 
 
 def expand(
-    family: Family,
+    family: Target,
     model: ModelDescription,
     layout: Layout,
     dtypes: Mapping[str, str],
@@ -150,9 +150,9 @@ def expand(
     return tuple(edges)
 
 
-def cannot_hold(family: Family, model: ModelDescription) -> str | None:
+def cannot_hold(family: Target, model: ModelDescription) -> str | None:
     """Why a family cannot hold a model; None when it can."""
-    foreign = sorted(set(model.layer_kinds) - family.kinds)
+    foreign = sorted(kind for kind in set(model.layer_kinds) if kind not in family.kinds)
     if foreign:
         return f"{family.architecture} has no {' or '.join(foreign)} layers"
     return family.requires(model)
@@ -163,7 +163,7 @@ class _Expander:
 
     def __init__(
         self,
-        family: Family,
+        family: Target,
         model: ModelDescription,
         layout: Layout,
         dtypes: Mapping[str, str],
@@ -189,8 +189,8 @@ class _Expander:
                 else:
                     yield self._filled(rule, target, layer)
 
-    def _find(self, source: str, layer: int | None) -> tuple[StoredParameter, int | None]:
-        """The array that holds a parameter of a layer, and the entry of its layer axis."""
+    def _find(self, source: str, layer: int | None) -> StoredParameter:
+        """The array that holds a parameter of a layer."""
         try:
             return self._held[source, layer]
         except KeyError:
@@ -203,7 +203,7 @@ class _Expander:
         sizes = {"1": 1, "D": model.hidden_size, "E": model.num_experts or 0}
         place = Rearrangement.parse(rule.places[0])
         shape = tuple(sizes[axis] for axis in flatten(place.right))
-        beside, _ = self._find("post_self_attention_layer_norm.scale", layer)
+        beside = self._find("post_self_attention_layer_norm.scale", layer)
         dtype = self._dtype or self._dtypes[beside.name]
         return Edge(target, shape, dtype, (), rule, layer, fill=rule.fill)
 
@@ -211,8 +211,10 @@ class _Expander:
         """A tensor made from one entry of each of a rule's source arrays."""
         parts: list[Part] = []
         for number, name in enumerate(rule.sources):
-            source, entry = self._find(name, layer)
-            parts.append(Part(source, self._form(rule, number, source, entry, expert)))
+            source = self._find(name, layer)
+            parts.append(
+                Part(source, self._form(rule, number, source, source.entry(layer), expert))
+            )
         copy = None
         if expert is not None and "E" not in parts[0].source.axes:
             copy = (expert, self._model.num_experts or 1, "E")
@@ -230,24 +232,24 @@ class _Expander:
         rule: Rule,
         number: int,
         source: StoredParameter,
-        entry: int | None,
+        entry: Mapping[str, int],
         expert: int | None,
     ) -> Form:
         """What becomes of the entry of one of a rule's arrays."""
         sizes = dict(zip(source.axes, source.shape, strict=True))
         if "h" in sizes:
             sizes |= {"rotary": 2, "pair": sizes["h"] // 2}
-        entries = {"L": entry, "E": expert}
+        experts = {"E": expert} if expert is not None and "E" in source.axes else {}
         text = rule.places[number]
         joined = JOINED in flatten(parse_side(text.partition("->")[2]))
         return Form(
             axes=source.axes,
             sizes=sizes,
-            take={a: i for a, i in entries.items() if i is not None and a in source.axes},
+            take={**entry, **experts},
             value=self._value(rule, self._dtypes[source.name]),
             rearrange=self._rearrangement(rule, f"{JOINED} {text}" if joined else text),
             place={JOINED: (number, len(rule.sources))} if joined else {},
-            extent={"F": width} if (width := self._width(sizes)) else {},
+            extent=self._padded(sizes),
         )
 
     def _value(self, rule: Rule, stored: str) -> ValueOp:
@@ -264,16 +266,17 @@ class _Expander:
         source, target = self._model.rotary, self._family.rotary
         if rule.rotary and source != target:
             left, right = place.split("->")
-            inner = ROTARY_LAYOUTS[target].strip("()")
-            place = f"{left.replace('h', ROTARY_LAYOUTS[source])}->{right.replace('h', inner)}"
+            halves = ROTARY_LAYOUTS[target]
+            halves = halves.strip("()") if "(" in right else halves  # within a group of its own
+            place = f"{left.replace('h', ROTARY_LAYOUTS[source])}->{right.replace('h', halves)}"
         return Rearrangement.parse(place)
 
-    def _width(self, sizes: Mapping[str, int]) -> int | None:
+    def _padded(self, sizes: Mapping[str, int]) -> dict[str, int]:
         """The MLP width of the target, where that of this array is another."""
-        if not self._family.pads_width or "F" not in sizes:
-            return None
+        if not self._family.pads_width:
+            return {}
         width = max(self._model.intermediate_size or 0, self._model.moe_intermediate_size or 0)
-        return width if width != sizes["F"] else None
+        return {axis: width for axis in ("F", "M") if sizes.get(axis, width) != width}
 
 
 def _check_totality(edges: list[Edge], layout: Layout) -> None:

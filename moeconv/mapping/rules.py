@@ -1,17 +1,15 @@
-"""The rule table's vocabulary: a rule, a factor, a family.
+"""The Hugging Face half of a family's page: rules, config table, probes.
 
-A family is one readable page in `families/`: its config table and its rule table. Everything else
-is derived from them: the plan, the conversion, the way back, the structure check, the per-layer
-comparison and docs/mapping.md.
+Everything else is derived from them: the plan, the conversion, the way back, the structure check,
+the per-layer comparison and docs/mapping.md.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import PARAMETERS, LayerKind
+from moeconv.arch.parameters import Layers
 
 Rotary = Literal["half", "interleaved"]
 
@@ -42,27 +40,6 @@ class Factor:
     value: Callable[[ModelDescription], float | None]
 
 
-QUERY_SCALE = Factor(
-    "sqrt(head_dim)",
-    "the mixtral and llama2 blocks fold 1/sqrt(head_dim) into the query kernel "
-    "(MaxText layers/attentions.py `init_query_w`), Hugging Face divides the scores instead; "
-    "the envy block passes `query_pre_attn_scalar` and needs no factor",
-    lambda m: math.sqrt(m.head_dim) if m.query_scale_in_kernel else None,
-)
-
-LOGIT_SCALE = Factor(
-    "1/sqrt(hidden_size)",
-    "with tied logits and `normalize_embedding_logits` MaxText divides the logits by "
-    "sqrt(hidden_size) (layers/nnx_decoders.py `apply_output_head`), Hugging Face does not; the "
-    "final norm feeds only the output head, so the factor moves into its weight",
-    lambda m: (
-        1.0 / math.sqrt(m.hidden_size)
-        if m.tie_word_embeddings and m.normalize_embedding_logits
-        else None
-    ),
-)
-
-
 @dataclass(frozen=True)
 class When:
     """A condition on the model and the user's options under which a rule applies."""
@@ -81,8 +58,8 @@ class Rule:
     """Ties one source parameter to one target tensor pattern.
 
     Attributes:
-        source: Logical MaxText name (a key of `arch.parameters.PARAMETERS`), or several that one
-            tensor joins; None for a tensor that MaxText has no parameter for, which is then filled
+        source: Logical MaxText name (of a `Parameter` of the block), or several that one tensor
+            joins; None for a tensor that MaxText has no parameter for, which is then filled
             with `fill`.
         target: Hugging Face name; `{L}` is the layer, `{E}` the expert. An `{E}` that the source's
             axes lack replicates the tensor to every expert.
@@ -103,14 +80,10 @@ class Rule:
     place: str | tuple[str, ...]
     scale: Factor | None = None
     rotary: bool = False
-    layers: frozenset[LayerKind] | None = None
+    layers: Layers | None = None
     when: When = ALWAYS
     again: bool = False
     fill: float = 0.0
-
-    def __post_init__(self) -> None:
-        if unknown := [name for name in self.sources if name not in PARAMETERS]:
-            raise ValueError(f"rule for {self.target}: MaxText has no parameter {unknown[0]}")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -130,9 +103,9 @@ class Rule:
 # The axis along which a tensor has the sources of its rule.
 JOINED = "g"
 
-EVERY_LAYER = frozenset(LayerKind)
-DENSE_LAYERS = frozenset({LayerKind.DENSE})
-MOE_LAYERS = frozenset({LayerKind.MOE})
+EVERY_LAYER = Layers()
+DENSE_LAYERS = Layers(mlp="dense")
+MOE_LAYERS = Layers(mlp="moe")
 
 
 @dataclass(frozen=True)
@@ -164,8 +137,26 @@ def constant(key: str, value: Any, text: str | None = None) -> ConfigKey:
 
 
 @dataclass(frozen=True)
-class Family:
-    """A target architecture: one page.
+class Probe:
+    """How verify finds the parts of transformers' model, and runs one layer of it alone.
+
+    Attributes:
+        attention: Attribute of a layer.
+        mlp: Attributes of a layer of which the first that it has is its feed-forward half.
+        router: Attribute of a feed-forward half with experts, which gives its logits first.
+        alone: Changes a config of one layer so that this layer is of the kind that layer `n` of
+            the whole model is: `(config, n, is_moe)`.
+    """
+
+    attention: str = "self_attn"
+    mlp: tuple[str, ...] = ("mlp",)
+    router: str = "gate"
+    alone: Callable[[Any, int, bool], None] = lambda config, n, is_moe: None
+
+
+@dataclass(frozen=True)
+class Target:
+    """An architecture of transformers.
 
     Attributes:
         name: Value of `--target`.
@@ -176,17 +167,24 @@ class Family:
         requires: Whether it can hold this model; the reason if not.
         rules: The rule table.
         config: The config table.
+        since: The oldest transformers that loads what is written; of those that do not have the
+            architecture none is named.
         pads_width: Dense and expert MLPs share one width, the narrower is padded with zeros.
         caveats: Sentences for people about this model on this target.
+        card: More sentences for the model card.
+        probe: For verify.
     """
 
     name: str
     architecture: str
     summary: str
-    rotary: Rotary
-    kinds: frozenset[LayerKind]
+    kinds: Layers
     rules: tuple[Rule, ...]
     config: tuple[ConfigKey, ...]
+    rotary: Rotary = "half"
     requires: Callable[[ModelDescription], str | None] = lambda m: None
+    since: str = "4.46.0"
     pads_width: bool = False
     caveats: Callable[[ModelDescription, Options], list[str]] = lambda m, o: []
+    card: Callable[[ModelDescription], list[str]] = lambda m: []
+    probe: Probe = field(default_factory=Probe)

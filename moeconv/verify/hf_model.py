@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 from moeconv.errors import ConfigError, MissingPackageError, MoeconvError, TensorError, UsageError
+from moeconv.families import targets
 from moeconv.hf.safetensors import TensorSpec, read_header
+from moeconv.mapping.rules import Probe
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import SIGNIFICAND_BITS
 from moeconv.tensor.values import Cast
@@ -80,8 +82,9 @@ class HfModel:
         kept: dict[int, Any] = {}
         with contextlib.ExitStack() as stack, torch.inference_mode():
             stack.enter_context(told_of(self._folder, self._blame, "run"))
+            probe = probe_of(self._model.config)
             for number, layer in enumerate(self._model.model.layers):
-                if (gate := _router(layer)) is not None:
+                if (gate := _router(layer, probe)) is not None:
                     stack.enter_context(_tap(gate, kept, number))
             ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._model.device)
             logits = self._model(input_ids=ids, use_cache=False).logits
@@ -143,6 +146,7 @@ class HfLayers:
 
             self._config = load_config(self._folder)
             self._meta = build_empty(self._config)
+            self._probe = probe_of(self._config)
             self._files = _tensor_files(self._folder)
         self._dtype = getattr(torch, dtype)
         self._rounding = rounding
@@ -179,10 +183,11 @@ class HfLayers:
             stack.enter_context(told_of(self._folder, self._blame, "run"))
             model = self._single(number)
             layer = model.model.layers[0]
-            stack.enter_context(_tap(layer.self_attn, kept, "attention"))
-            stack.enter_context(_tap(_feed_forward(layer), kept, "experts"))
+            attention = getattr(layer, self._probe.attention)
+            stack.enter_context(_tap(attention, kept, "attention"))
+            stack.enter_context(_tap(_feed_forward(layer, self._probe), kept, "experts"))
             stack.enter_context(_tap(layer, kept, "output"))
-            if (gate := _router(layer)) is not None:
+            if (gate := _router(layer, self._probe)) is not None:
                 stack.enter_context(_tap(gate, kept, "router"))
             inputs = torch.from_numpy(np.array(hidden)).to(self._dtype)
             model.model(inputs_embeds=inputs, use_cache=False)
@@ -213,12 +218,9 @@ class HfLayers:
         config = copy.deepcopy(self._config)
         config.num_hidden_layers, config.vocab_size = 1, 1
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-        wanted = type(_feed_forward(self._meta.model.layers[number]))
-        if config.model_type == "ernie4_5_moe":
-            # The kind of a layer depends on its number there (Ernie4_5_MoeDecoderLayer.__init__).
-            moe = _router(self._meta.model.layers[number]) is not None
-            config.moe_layer_interval = 1
-            config.moe_layer_start_index = config.moe_layer_end_index = 0 if moe else 1
+        whole = self._meta.model.layers[number]
+        wanted = type(_feed_forward(whole, self._probe))
+        self._probe.alone(config, number, _router(whole, self._probe) is not None)
         prefix = f"model.layers.{number}."
         tensors = self._tensors(
             {
@@ -233,7 +235,7 @@ class HfLayers:
         if not config.tie_word_embeddings:
             tensors["lm_head.weight"] = torch.zeros(1, width)
         model = self._build(config, tensors)
-        built = type(_feed_forward(model.model.layers[0]))
+        built = type(_feed_forward(model.model.layers[0], self._probe))
         if built is not wanted:
             raise TensorError(
                 f"{self._folder / 'config.json'}: layer {number} alone is a {built.__name__}, "
@@ -331,14 +333,20 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def _feed_forward(layer: Any) -> Any:
-    """The MLP or MoE block: `mlp`, or `block_sparse_moe` in Mixtral before transformers 5."""
-    return layer.mlp if hasattr(layer, "mlp") else layer.block_sparse_moe
+def probe_of(config: Any) -> Probe:
+    """Where the parts of a model are, by its architecture; as in most models if none is known."""
+    named = set(config.architectures or ())
+    return next((each.probe for each in targets().values() if each.architecture in named), Probe())
 
 
-def _router(layer: Any) -> Any:
+def _feed_forward(layer: Any, probe: Probe) -> Any:
+    """The MLP or MoE block."""
+    return getattr(layer, next(name for name in probe.mlp if hasattr(layer, name)))
+
+
+def _router(layer: Any, probe: Probe) -> Any:
     """The router of a MoE layer, which gives its logits first or alone; None in a dense one."""
-    return getattr(_feed_forward(layer), "gate", None)
+    return getattr(_feed_forward(layer, probe), probe.router, None)
 
 
 @contextlib.contextmanager

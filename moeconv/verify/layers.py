@@ -17,6 +17,7 @@ from typing import IO
 
 import numpy as np
 
+from moeconv.arch.parameters import FINAL_NORM
 from moeconv.errors import MoeconvError, OutputError
 from moeconv.tensor.axes import Array
 from moeconv.verify.described import check_description
@@ -164,11 +165,12 @@ def _sides(
             note(f"laying out the layers of {subject.step.items}")
             read.lay_out()
         note(f"MaxText and transformers: building, by {config.origin}")
-        reference = MaxTextLayers(config.keys, read)
+        reference = MaxTextLayers(config.keys, read, layout)
         other = None
         if weights or options.dtype != "float32":
-            other = MaxTextLayers(config.keys, moved(read, layout, weights), dtype=options.dtype)
-        norm = subject.edges["model.norm.weight"]
+            weighed = moved(read, layout, weights)
+            other = MaxTextLayers(config.keys, weighed, layout, dtype=options.dtype)
+        (norm,) = (e for e in subject.edges.values() if FINAL_NORM.name in e.rule.sources)
         factor = next((value.fold.factor for value in norm.values if value.fold), 1.0)
         name = f"MaxText {reference.version}"
         yield _Sides(name, config.origin, config.independent, reference, other, factor)

@@ -185,7 +185,7 @@ def _maxtext_reference(
     for row in logits:
         demand_finite(row, "MaxText's own logits")
     read = parameters_of(model, layout)
-    layers = MaxTextLayers(config.keys, read)
+    layers = MaxTextLayers(config.keys, read, layout)
     walked = walk(layers, rows.tokens)
     _check_order(layers, walked, logits)
     note(f"MaxText: done in {time.monotonic() - begin:.0f} s")
@@ -193,7 +193,8 @@ def _maxtext_reference(
     weights = roundings(subject.edges.values())
     if weights or options.dtype != "float32":
         note("MaxText: the same with its weights moved as the output rounds them")
-        side = MaxTextLayers(config.keys, moved(read, layout, weights), dtype=options.dtype)
+        weighed = moved(read, layout, weights)
+        side = MaxTextLayers(config.keys, weighed, layout, dtype=options.dtype)
         other = walk(side, rows.tokens)
         flat = np.concatenate([one.reshape(-1, one.shape[-1]) for one in logits])
         rounded, rounded_routers = _against(side, other, flat, rows), dict(other.routers)

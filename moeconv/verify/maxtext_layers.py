@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from moeconv.arch.blocks import Taps
+from moeconv.arch.layout import Layout
+from moeconv.arch.parameters import LayerKind
 from moeconv.errors import MissingPackageError, TensorError, UnsupportedError
 from moeconv.tensor.axes import Array
 from moeconv.verify.maxtext import abstract_model, dotted, zeros
@@ -35,13 +38,19 @@ class MaxTextLayers:
     name = "MaxText"
 
     def __init__(
-        self, config: Mapping[str, object], read: ReadParameter, *, dtype: str = "float32"
+        self,
+        config: Mapping[str, object],
+        read: ReadParameter,
+        layout: Layout,
+        *,
+        dtype: str = "float32",
     ) -> None:
         """Builds the model's shapes.
 
         Args:
             config: As for `MaxTextModel.load`; whether it scans layers does not matter.
             read: Where parameters come from.
+            layout: Of the checkpoint: its block says which modules of a layer are compared.
             dtype: What activations are computed in.
         """
         if importlib.util.find_spec("maxtext") is None:
@@ -54,7 +63,9 @@ class MaxTextLayers:
             self.config = build_config({**config, "scan_layers": False}, dtype)
             self._mesh, graph, abstract = abstract_model(self.config)
             self._model = nnx.merge(graph, abstract)
-        self._read = read
+        self._read, self._taps, self._kinds = read, layout.block.taps, layout.kinds
+        unscanned = next(way for way in layout.block.stackings if not way.scanned)
+        self._names = unscanned.modules(layout.kinds)
         self._jitted: dict[str, Any] = {}
         self._traced: list[tuple[Any, Any]] = []
         self._globals: Any = None
@@ -123,12 +134,12 @@ class MaxTextLayers:
         import jax.numpy as jnp
         from flax import nnx
 
-        graph, abstract = nnx.split(getattr(self._model.decoder, f"layers_{number}"))
+        graph, abstract = nnx.split(getattr(self._model.decoder, self._names[number]))
         state = self._fill(abstract, lambda name: self._read(name, number))
         # Layers of one kind have equal graphs (which are not hashable): each kind compiles once.
         traced = next((f for seen, f in self._traced if seen == graph), None)
         if traced is None:
-            traced = jax.jit(_traced(graph))
+            traced = jax.jit(_traced(graph, self._taps, self._kinds[number]))
             self._traced.append((graph, traced))
         found = self._run(traced, state, jnp.asarray(hidden, self.config.dtype))
         jax.tree.map(lambda leaf: leaf.delete(), state)
@@ -142,7 +153,10 @@ class MaxTextLayers:
 
         graph, abstract = nnx.split(self._model)
         if self._globals is None:
-            parts = nnx.split_state(abstract, _in_layers, ...)
+            layers = set(self._names)
+            parts = nnx.split_state(
+                abstract, lambda path, _: path[0] == "decoder" and path[1] in layers, ...
+            )
             self._globals = self._fill(parts[1], lambda name: self._read(name, None)), parts[0]
         state, layers = self._globals
         if name not in self._jitted:
@@ -181,10 +195,6 @@ class MaxTextLayers:
         return nnx.merge_state(nnx.from_flat_state(filled), jax.tree.map(zeros, streams))
 
 
-def _in_layers(path: tuple[object, ...], _: object) -> bool:
-    return len(path) > 1 and path[0] == "decoder" and str(path[1]).startswith("layers_")
-
-
 def _positions(tokens: Any) -> Any:
     import jax.numpy as jnp
 
@@ -206,19 +216,21 @@ class _Tap:
         return getattr(self._part, name)
 
 
-def _traced(graph: Any) -> Callable[[Any, Any], dict[str, Any]]:
+def _traced(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any], dict[str, Any]]:
     """The function to jit: a layer with taps on attention, router and experts."""
     import jax.numpy as jnp
     from flax import nnx
 
+    mlp = taps.mlp[kind.mlp]
+    places = {"attention": taps.attention, "experts": mlp}
+    if kind.mlp == "moe":
+        places["router"] = f"{mlp}.{taps.router}"
+
     def run(state: Any, hidden: Any) -> dict[str, Any]:
         layer = nnx.merge(graph, state)
         kept: dict[str, Any] = {}
-        moe = getattr(layer, "MoeBlock_0", None)
-        places = [(layer, "self_attention", "attention")]
-        places += [(layer, "mlp" if moe is None else "MoeBlock_0", "experts")]
-        places += [] if moe is None else [(moe, "gate", "router")]
-        for owner, attribute, name in places:
+        owners = {name: _owner(layer, place) for name, place in places.items()}
+        for name, (owner, attribute) in owners.items():
             # Past flax, which would take the tap for state of the model.
             object.__setattr__(owner, attribute, _Tap(getattr(owner, attribute), name, kept))
         segments = jnp.ones(hidden.shape[:2], jnp.int32)
@@ -227,3 +239,11 @@ def _traced(graph: Any) -> Callable[[Any, Any], dict[str, Any]]:
         return kept
 
     return run
+
+
+def _owner(layer: Any, place: str) -> tuple[Any, str]:
+    """The module that has a submodule as an attribute, and the attribute."""
+    *above, attribute = place.split(".")
+    for name in above:
+        layer = getattr(layer, name)
+    return layer, attribute

@@ -12,8 +12,7 @@ from typing import Any
 
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
-from moeconv.arch.layout import Layout, Stacking
-from moeconv.arch.parameters import LayerKind
+from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.told import CHANGED, SCALED_KEYS, Told, ToldConfig, known_keys, tell
 from moeconv.convert.source import find_sidecar, run_config
@@ -156,22 +155,13 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
         "logits_via_embedding": model.tie_word_embeddings,
         "max_target_length": model.max_position_embeddings,
         "decoder_block": model.decoder_block,
-        "scan_layers": layout.stacking is not Stacking.UNSCANNED,
+        "scan_layers": layout.stacking.scanned,
     }
     if layout.scan_axis is not None:
         keys["param_scan_axis"] = layout.scan_axis
     if model.num_experts:
         keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
-    if model.decoder_block == "envy":
-        step = model.layer_kinds.index(LayerKind.MOE) + 1 if model.moe_layers else 0
-        keys |= {
-            "interleave_moe_layer_step": step,
-            "inhomogeneous_layer_cycle_interval": layout.cycle if layout.cycle > 1 else step,
-            # Shapes say so too: neither has parameters in any checkpoint that is converted.
-            "use_qk_norm": False,
-            "use_post_ffw_norm": False,
-        }
-    return keys
+    return {**keys, **layout.block.config(model, layout.cycle)}
 
 
 def _semantics(model: ModelDescription) -> dict[str, Any]:

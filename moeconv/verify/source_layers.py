@@ -96,24 +96,24 @@ class LayerReader:
             TensorError: The checkpoint has no such parameter.
         """
         try:
-            stored, entry = self._held[parameter, layer]
+            stored = self._held[parameter, layer]
         except KeyError:
             where = "" if layer is None else f" of layer {layer}"
             raise TensorError(f"the checkpoint lacks {parameter}{where}") from None
-        info = self._arrays.info[stored.name]
-        if entry is not None and self._spans_layers(stored, info):
+        info, entry = self._arrays.info[stored.name], stored.entry(layer)
+        if self._spans_layers(stored, info):
             self.lay_out()
-            value = self._from_scratch(stored, info, entry)
+            value = self._from_scratch(stored, info, entry["L"])
         else:
             box = tuple(
-                entry if axis == "L" and entry is not None else slice(0, n)
+                entry[axis] if axis in entry else slice(0, n)
                 for axis, n in zip(stored.axes, info.shape, strict=True)
             )
             value = self._arrays.reader(info.name).read(box)
         return np.ascontiguousarray(value, np.float32)
 
     def _stacked(self) -> list[str]:
-        found = {stored.name: stored for stored, _ in self._held.values()}
+        found = {stored.name: stored for stored in self._held.values()}
         return [n for n, s in found.items() if self._spans_layers(s, self._arrays.info[n])]
 
     @staticmethod
@@ -121,7 +121,7 @@ class LayerReader:
         return "L" in stored.axes and info.chunk[stored.axes.index("L")] > 1
 
     def _axis(self, name: str) -> int:
-        return next(s.axes.index("L") for s, _ in self._held.values() if s.name == name)
+        return next(s.axes.index("L") for s in self._held.values() if s.name == name)
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None

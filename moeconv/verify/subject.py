@@ -26,11 +26,11 @@ from moeconv.errors import (
     TensorError,
     UnsupportedError,
 )
+from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
 from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.edges import Edge, expand
-from moeconv.mapping.families import FAMILIES
-from moeconv.mapping.rules import Family, Options
+from moeconv.mapping.rules import Options, Target
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
@@ -135,9 +135,9 @@ class Subject:
         return [name for name in self.stamps if name != MANIFEST_NAME]
 
     @property
-    def family(self) -> Family:
+    def family(self) -> Target:
         """The target that was written."""
-        return FAMILIES[self.manifest.target]
+        return targets()[self.manifest.target]
 
     @property
     def options(self) -> Options:
@@ -183,13 +183,14 @@ class Subject:
     def layout(self) -> Layout:
         """How the source keeps them."""
         used = {i.path: i.shape for i in self.arrays.info.values() if i.path[0] not in UNUSED}
+        block = [blocks()[self.model.decoder_block]]
         try:
-            return detect_layout(used)
+            return detect_layout(used, block)
         except ConfigError:
             # The shapes leave the scan axis open; the manifest describes the one that was taken.
             for axis in range(max(map(len, used.values()))):
                 with suppress(ConfigError, TensorError):
-                    found = detect_layout(used, scan_axis=axis)
+                    found = detect_layout(used, block, scan_axis=axis)
                     if found.describe() == self.manifest.source.layout:
                         return found
             raise

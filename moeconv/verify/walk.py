@@ -45,9 +45,10 @@ def parameters_of(model: MaxTextModel, layout: Layout) -> ReadParameter:
     """Parameters of one layer out of a model that is whole in memory."""
 
     def read(parameter: str, layer: int | None) -> Array:
-        stored, entry = layout.places[parameter, layer]
-        value = model.parameter(stored.name)
-        return value if entry is None else np.take(value, entry, axis=stored.axes.index("L"))
+        stored = layout.places[parameter, layer]
+        entry = stored.entry(layer)
+        box = tuple(entry.get(axis, slice(None)) for axis in stored.axes)
+        return np.asarray(model.parameter(stored.name)[box])
 
     return read
 
@@ -56,7 +57,7 @@ def moved(read: ReadParameter, layout: Layout, weights: Mapping[str, Rounding]) 
     """The same parameters, moved as much as the output rounds them."""
 
     def read_moved(parameter: str, layer: int | None) -> Array:
-        name = layout.places[parameter, layer][0].name
+        name = layout.places[parameter, layer].name
         value = read(parameter, layer)
         return weights[name].move(value) if name in weights else value
 

@@ -2,35 +2,32 @@
 
 import pytest
 
+from moeconv.arch import layout as layouts
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.layout import Stacking, detect_layout
-from moeconv.arch.parameters import PARAMETERS, LayerKind
+from moeconv.arch.layout import build_layout
+from moeconv.arch.parameters import DENSE, MOE
 from moeconv.arch.resolve import resolve
+from moeconv.arch.stacks import CYCLED
 from moeconv.arch.told import ToldConfig, from_flags, from_mapping
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
+from moeconv.families import blocks
 
-SIZES = {"V": 32, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4}
-WIDTH = {LayerKind.MOE: 24, LayerKind.DENSE: 40}
+SIZES = {"V": 32, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4, "M": 24, "F": 40}
+ENVY = blocks()["envy"]
 
 
 def shapes(kinds="DM", depth=2, axis=1, tied=True, **sizes):
     """Shapes of a scanned envy checkpoint."""
-    sizes = SIZES | sizes
-    found = {}
-    for parameter in PARAMETERS.values():
-        name = tuple(parameter.name.split("."))
-        if parameter.layers is None:
-            if parameter.name != "decoder.logits_dense.kernel" or not tied:
-                found[name] = tuple(sizes[a] for a in parameter.axes)
-            continue
-        for slot, letter in enumerate(kinds):
-            kind = {"D": LayerKind.DENSE, "M": LayerKind.MOE}[letter]
-            if kind in parameter.layers:
-                shape = [sizes.get(a, WIDTH[kind]) for a in parameter.axes]
-                at = axis if len(shape) + 1 > axis else 0
-                shape.insert(at, depth)
-                found["decoder", "layers", f"layers_{slot}", *name] = tuple(shape)
-    return found
+    kinds = [{"D": DENSE, "M": MOE}[letter] for letter in kinds]
+    made = build_layout(
+        ENVY, CYCLED, kinds * depth, SIZES | sizes, blocks=[(len(kinds), depth)],
+        scan_axis=axis, tied=tied,
+    )  # fmt: skip
+    return {array.path: array.shape for array in made.arrays}
+
+
+def detect_layout(found, **options):
+    return layouts.detect_layout(found, [ENVY], **options)
 
 
 def told(*flags, **config):
@@ -54,7 +51,7 @@ def test_shapes_tell_the_sizes():
 def test_every_scan_axis(axis):
     layout = detect_layout(shapes(axis=axis))
     assert layout.scan_axis == axis
-    assert layout.stacking is Stacking.CYCLED
+    assert layout.stacking is CYCLED
     assert layout.kinds == ("dense", "moe") * 2
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from moeconv.convert import engine
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
-from moeconv.mapping.families import FAMILIES
+from moeconv.families import targets
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import EVERY_LAYER, MOE_LAYERS, Rule
 from moeconv.tensor.form import Form
@@ -37,9 +37,9 @@ _JOINED = {name for rule in RULES for name in rule.sources}
 @pytest.fixture(autouse=True)
 def joined(monkeypatch: pytest.MonkeyPatch, small_units: None) -> None:
     """A target that is Mixtral but for its fused tensors."""
-    mixtral = FAMILIES["mixtral"]
+    mixtral = targets()["mixtral"]
     rules = tuple(r for r in mixtral.rules if not _JOINED & set(r.sources)) + RULES
-    monkeypatch.setitem(FAMILIES, "joined", replace(mixtral, name="joined", rules=rules))
+    monkeypatch.setitem(targets(), "joined", replace(mixtral, name="joined", rules=rules))
 
 
 def written(out: Path) -> dict[str, np.ndarray]:
@@ -135,13 +135,13 @@ def test_a_conversion_that_broke_off_goes_on(tmp_path, monkeypatch, after) -> No
 
 def test_a_part_that_nothing_writes_is_refused(tmp_path, monkeypatch) -> None:
     checkpoint = synthetic.write(tmp_path / "run")
-    family = FAMILIES["joined"]
+    family = targets()["joined"]
     rules = [rule for rule in family.rules if rule is not RULES[0]]
     alone = replace(RULES[0], source=("MoeBlock_0.wi_0",))
-    monkeypatch.setitem(FAMILIES, "joined", replace(family, rules=(*rules, alone)))
+    monkeypatch.setitem(targets(), "joined", replace(family, rules=(*rules, alone)))
     with pytest.raises(TensorError, match=r"exactly once:\n.*MoeBlock_0.wi_1"):
         plan(checkpoint)
     monkeypatch.setattr(Form, "piece_shape", lambda form, ranges: (1,))
-    monkeypatch.setitem(FAMILIES, "joined", family)
+    monkeypatch.setitem(targets(), "joined", family)
     with pytest.raises(TensorError, match=r"do not write all of these tensors:\n  model"):
         plan(checkpoint)

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import LayerKind
+from moeconv.arch.parameters import DENSE, MOE
+from moeconv.families import target_for, targets
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.mapping.edges import cannot_hold
-from moeconv.mapping.families import FAMILIES, default_family
 from moeconv.mapping.rules import Options
 
-D, M = LayerKind.DENSE, LayerKind.MOE
+D, M = DENSE, MOE
 MODEL = ModelDescription(
     decoder_block="envy", hidden_size=768, num_attention_heads=12, num_key_value_heads=12,
     head_dim=64, vocab_size=128256, layer_kinds=(D, M) * 3, intermediate_size=3072,
@@ -24,17 +24,17 @@ MODEL = ModelDescription(
 
 def config(target="mixtral", untie=False, **changes):
     return model_config(
-        FAMILIES[target], replace(MODEL, **changes), "float32", Options(untie=untie)
+        targets()[target], replace(MODEL, **changes), "float32", Options(untie=untie)
     )
 
 
-@pytest.mark.parametrize("target", FAMILIES)
+@pytest.mark.parametrize("target", targets())
 def test_both_spellings_agree(target):
     written = config(target)
     assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 500000.0
     assert written["torch_dtype"] == written["dtype"] == "float32"
     assert written["head_dim"] == 64
-    assert written["architectures"] == [FAMILIES[target].architecture]
+    assert written["architectures"] == [targets()[target].architecture]
 
 
 def test_scaled_rope_is_written_for_both_generations():
@@ -80,16 +80,16 @@ def test_ernie_places_experts_explicitly():
     ],
 )
 def test_ernie_refuses_what_it_cannot_place(kinds, fits):
-    reason = cannot_hold(FAMILIES["ernie4_5_moe"], replace(MODEL, layer_kinds=kinds))
+    reason = cannot_hold(targets()["ernie4_5_moe"], replace(MODEL, layer_kinds=kinds))
     assert (reason is None) == fits
 
 
 def test_targets_follow_the_layers():
-    assert default_family(MODEL).name == "mixtral"
+    assert target_for(MODEL).name == "mixtral"
     dense = replace(MODEL, layer_kinds=(D,) * 4)
-    assert default_family(dense).name == "llama"
-    assert "llama" in str(cannot_hold(FAMILIES["mixtral"], dense))
-    assert "no moe layers" in str(cannot_hold(FAMILIES["llama"], MODEL))
+    assert target_for(dense).name == "llama"
+    assert "no Mixture-of-Experts layer" in str(cannot_hold(targets()["mixtral"], dense))
+    assert "no moe layers" in str(cannot_hold(targets()["llama"], MODEL))
 
 
 def test_token_ids_nobody_told_are_left_out_of_generation():

@@ -12,8 +12,8 @@ from models import Sample, samples
 
 from moeconv.arch.layout import detect_layout
 from moeconv.errors import MoeconvError, TensorError
+from moeconv.families import targets
 from moeconv.mapping.edges import Part, cannot_hold, expand
-from moeconv.mapping.families import FAMILIES
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import Options
 from moeconv.tensor.dtypes import DTYPES, round_once
@@ -31,7 +31,7 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def convertible(sample: Sample):
-    return [f for f in FAMILIES.values() if cannot_hold(f, sample.model) is None]
+    return [f for f in targets().values() if cannot_hold(f, sample.model) is None]
 
 
 def apply_all(edges, sample: Sample) -> dict[str, np.ndarray]:
@@ -129,7 +129,7 @@ def test_nothing_missing_goes_unnoticed(sample, data):
     shapes = {p: a.shape for p, a in sample.arrays.items() if p != gone}
     axis = sample.told["param_scan_axis"] if sample.stacking == "scanned" else None
     try:
-        layout = detect_layout(shapes, scan_axis=axis)
+        layout = detect_layout(shapes, [sample.layout.block], scan_axis=axis)
     except MoeconvError as error:
         assert gone[-1] in str(error) or gone[0] in str(error) or "layers" in str(error)
         return
@@ -143,7 +143,7 @@ def test_nothing_extra_goes_unnoticed(sample, data):
     extra = (*near[:-1], data.draw(st.sampled_from(["bias", "scale_2", "lora_a"])))
     shapes = {p: a.shape for p, a in sample.arrays.items()} | {extra: (3,)}
     with pytest.raises(TensorError, match=extra[-1]):
-        detect_layout(shapes, scan_axis=sample.told["param_scan_axis"])
+        detect_layout(shapes, [sample.layout.block], scan_axis=sample.told["param_scan_axis"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,7 +161,7 @@ def test_scanned_and_unscanned_are_one_model(sample):
         for entry, layer in enumerate(array.layers):
             path = ("decoder", f"layers_{layer}", *array.parameter.name.split("."))
             apart[path] = values.take(entry, axis=array.axes.index("L"))
-    layout = detect_layout({p: a.shape for p, a in apart.items()})
+    layout = detect_layout({p: a.shape for p, a in apart.items()}, [sample.layout.block])
     assert layout.kinds == sample.layout.kinds
     dtypes = {".".join(p): str(a.dtype) for p, a in apart.items()}
     for family in convertible(sample):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import orbax_writer
 import pytest
+import synthetic
 from file_server import Files
 
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
@@ -14,24 +15,15 @@ from moeconv.errors import NotACheckpointError, StorageError
 from moeconv.orbax.locate import locate
 
 CONFIG = "decoder_block: mixtral\nnum_experts_per_tok: 2\n"
-SIZES = {"V": 40, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4, "F": 24}
+SIZES = {"V": 40, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4, "M": 24}
 
 
 @pytest.fixture
 def served(tmp_path):
     """A checkpoint on disk, the handler class that serves it, and its address."""
-    from moeconv.arch.parameters import PARAMETERS, LayerKind
-
     rng = np.random.default_rng(0)
-    arrays = {}
-    for parameter in PARAMETERS.values():
-        if parameter.layers is not None and LayerKind.MOE not in parameter.layers:
-            continue
-        name = tuple(parameter.name.split("."))
-        shape = [SIZES[a] for a in parameter.axes]
-        if parameter.layers is not None:
-            name, shape = ("decoder", "layers", *name), [shape[0], 3, *shape[1:]]
-        arrays[name] = rng.standard_normal(shape).astype(np.float32)
+    made = synthetic.layout_of("mixtral", layers=3, tied=False, sizes=SIZES)
+    arrays = {a.path: rng.standard_normal(a.shape).astype(np.float32) for a in made.arrays}
     orbax_writer.write(tmp_path / "run" / "7", arrays)
     (tmp_path / "config.yml").write_text(CONFIG)
     handler = type("Served", (Files,), {"root": tmp_path})

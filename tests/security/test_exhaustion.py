@@ -21,6 +21,7 @@ from moeconv.errors import (
     TensorError,
     UnsupportedError,
 )
+from moeconv.families import blocks
 
 MIB = 2**20
 NAME = "token_embedder.embedding"
@@ -71,7 +72,7 @@ def test_a_layer_of_any_number(number):
         path = tuple(name.replace("layers_0", f"layers_{number}").split("."))
         found[path] = tuple(synthetic.SIZES[a] for a in letters)
     with pytest.raises(TensorError) as caught:
-        detect_layout(found)
+        detect_layout(found, [blocks()["mixtral"]])
     assert str(caught.value).count("\n") <= 21
 
 
@@ -80,11 +81,11 @@ def test_a_layer_of_any_number(number):
 )
 def test_more_layers_or_experts_than_models_have(sizes):
     with pytest.raises(TensorError, match="no model has more than"):
-        detect_layout(shapes(**sizes), scan_axis=1)
+        detect_layout(shapes(**sizes), [blocks()["mixtral"]], scan_axis=1)
 
 
 def test_as_many_experts_as_models_have():
-    assert len(detect_layout(shapes(L=61, E=384), scan_axis=1).kinds) == 61
+    assert len(detect_layout(shapes(L=61, E=384), [blocks()["mixtral"]], scan_axis=1).kinds) == 61
 
 
 @pytest.mark.parametrize("rows", [2**22, 2**32, 2**50])

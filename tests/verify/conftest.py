@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import orbax_writer
 import pytest
+import synthetic
 from helpers import run
 from maxtext_lab import ENVY, TIED
 from moeconv_train.sidecar import public_config
 from outputs_lab import SIZES, write_tokenizer
 
-from moeconv.arch.parameters import PARAMETERS
 from moeconv.arch.sidecar import SIDECAR_NAME
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 
@@ -21,21 +21,12 @@ def right(tmp_path_factory):
     """A right conversion of an interleaved model, with square matrices."""
     root = tmp_path_factory.mktemp("right")
     rng = np.random.default_rng(1)
-    sizes = SIZES | {"F": 16, "H": 2, "K": 2}
+    sizes = SIZES | {"F": 16, "M": 16, "H": 2, "K": 2}
     arrays = {}
-    for parameter in PARAMETERS.values():
-        name = tuple(parameter.name.split("."))
-        shape = [sizes[a] for a in parameter.axes]
-        if parameter.layers is None:
-            if parameter.name != "decoder.logits_dense.kernel":
-                arrays[name] = rng.standard_normal(shape).astype(np.float32)
-            continue
-        for slot, kind in enumerate(("dense", "moe")):
-            if kind in parameter.layers:
-                stacked = [shape[0], 3, *shape[1:]]
-                path = ("decoder", "layers", f"layers_{slot}", *name)
-                arrays[path] = rng.standard_normal(stacked).astype(np.float32)
-                arrays[path][0] = 0.0
+    for array in synthetic.layout_of("envy", layers=6, sizes=sizes).arrays:
+        arrays[array.path] = rng.standard_normal(array.shape).astype(np.float32)
+        if array.layers:
+            arrays[array.path][0] = 0.0
     step = orbax_writer.write(root / "run" / "checkpoints" / "9", arrays)
     (root / "config.yml").write_text("decoder_block: envy\nnum_experts_per_tok: 2\n")
     options = ConvertOptions(config=root / "config.yml")

@@ -5,34 +5,42 @@ selects by softmax plus a correction bias, here zero, and renormalises over the 
 MaxText does (transformers models/ernie4_5_moe/modeling_ernie4_5_moe.py `Ernie4_5_MoeTopKRouter`).
 """
 
+from typing import Any
+
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import LayerKind
-from moeconv.mapping.families.llama import MLP
-from moeconv.mapping.families.shared import ATTENTION, CONFIG, TRUNK, has_scaled_rope
+from moeconv.arch.parameters import Layers
+from moeconv.families._shared import (
+    ATTENTION,
+    CONFIG,
+    MLP,
+    TRUNK,
+    experts,
+    has_scaled_rope,
+)
 from moeconv.mapping.rules import (
     MOE_LAYERS,
     ConfigKey,
-    Family,
     Options,
+    Probe,
     Rule,
+    Target,
     constant,
     from_field,
 )
 
-# fmt: off
-EXPERTS = (
-    Rule("MoeBlock_0.gate.kernel", "model.layers.{L}.mlp.gate.weight",
-         "D E -> E D", layers=MOE_LAYERS),
-    Rule(None, "model.layers.{L}.mlp.moe_statics.e_score_correction_bias",
-         "1 E -> 1 E", layers=MOE_LAYERS, fill=0.0),
-    Rule("MoeBlock_0.wi_0", "model.layers.{L}.mlp.experts.{E}.gate_proj.weight",
-         "D F -> F D", layers=MOE_LAYERS),
-    Rule("MoeBlock_0.wi_1", "model.layers.{L}.mlp.experts.{E}.up_proj.weight",
-         "D F -> F D", layers=MOE_LAYERS),
-    Rule("MoeBlock_0.wo",   "model.layers.{L}.mlp.experts.{E}.down_proj.weight",
-         "F D -> D F", layers=MOE_LAYERS),
+CORRECTION = Rule(
+    None,
+    "model.layers.{L}.mlp.moe_statics.e_score_correction_bias",
+    "1 E -> 1 E",
+    layers=MOE_LAYERS,
+    fill=0.0,
 )
-# fmt: on
+
+
+def _alone(config: Any, n: int, is_moe: bool) -> None:
+    """The kind of a layer depends on its number (`Ernie4_5_MoeDecoderLayer.__init__`)."""
+    config.moe_layer_interval = 1
+    config.moe_layer_start_index = config.moe_layer_end_index = 0 if is_moe else 1
 
 
 def _interval(model: ModelDescription) -> int:
@@ -44,7 +52,7 @@ def _interval(model: ModelDescription) -> int:
 def _requires(model: ModelDescription) -> str | None:
     layers = model.moe_layers
     if not layers:
-        return "it has no Mixture-of-Experts layer; use --target llama"
+        return "it has no Mixture-of-Experts layer"
     step = _interval(model)
     if layers != tuple(n for n in range(layers[0], layers[-1] + 1) if (n + 1) % step == 0):
         return (
@@ -63,15 +71,20 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     ]
 
 
-ERNIE4_5_MOE = Family(
+_GATE, *_PROJECTIONS = experts(
+    "MoeBlock_0", "mlp", gate="gate_proj", up="up_proj", down="down_proj"
+)
+
+TARGET = Target(
     name="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
     summary="Writes interleaved dense layers once; transformers ≥ 4.57, vLLM and mlx-lm.",
     rotary="interleaved",
-    kinds=frozenset(LayerKind),
+    kinds=Layers(attention="full"),
     requires=_requires,
     caveats=_caveats,
-    rules=(*TRUNK, *ATTENTION, *MLP, *EXPERTS),
+    rules=(*TRUNK, *ATTENTION, *MLP, _GATE, CORRECTION, *_PROJECTIONS),
+    probe=Probe(alone=_alone),
     config=(
         constant("architectures", ["Ernie4_5_MoeForCausalLM"]),
         constant("model_type", "ernie4_5_moe"),

@@ -1,4 +1,4 @@
-"""Mixtral: the default target, because everything loads it.
+"""Mixtral: the default target of models with experts, because everything loads it.
 
 A model with dense layers among its Mixture-of-Experts ones fits too, exactly: a dense MLP is copied
 into every expert and the router of that layer is zero, so that the chosen experts get equal weights
@@ -7,34 +7,45 @@ into every expert and the router of that layer is zero, so that the chosen exper
 
 import math
 
+from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import LayerKind
-from moeconv.mapping.families.shared import ATTENTION, CONFIG, TRUNK, has_scaled_rope
+from moeconv.arch.parameters import MOE, Layers
+from moeconv.families._shared import (
+    ATTENTION,
+    ATTENTION_PARAMETERS,
+    CONFIG,
+    DROPS_TOKENS,
+    IDLE,
+    IDLE_MOE,
+    QUANTISES,
+    TRUNK,
+    experts,
+    has_scaled_rope,
+    moe_parameters,
+)
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
-    MOE_LAYERS,
     ConfigKey,
-    Family,
     Options,
+    Probe,
     Rule,
+    Target,
     constant,
     from_field,
 )
 
-# w1 is the gate, w3 the up and w2 the down projection (transformers 4.46
-# models/mixtral/modeling_mixtral.py `MixtralBlockSparseTop2MLP`).
-# fmt: off
-EXPERTS = (
-    Rule("MoeBlock_0.gate.kernel", "model.layers.{L}.block_sparse_moe.gate.weight",
-         "D E -> E D", layers=MOE_LAYERS),
-    Rule("MoeBlock_0.wi_0", "model.layers.{L}.block_sparse_moe.experts.{E}.w1.weight",
-         "D F -> F D", layers=MOE_LAYERS),
-    Rule("MoeBlock_0.wo",   "model.layers.{L}.block_sparse_moe.experts.{E}.w2.weight",
-         "F D -> D F", layers=MOE_LAYERS),
-    Rule("MoeBlock_0.wi_1", "model.layers.{L}.block_sparse_moe.experts.{E}.w3.weight",
-         "D F -> F D", layers=MOE_LAYERS),
+BLOCK = Block(
+    name="mixtral",
+    note="every layer is a Mixture of Experts",
+    layers={MOE: (*ATTENTION_PARAMETERS, *moe_parameters("MoeBlock_0"))},
+    targets=("mixtral", "ernie4_5_moe"),
+    expert_width="mlp_dim",  # models/mixtral.py
+    taps=Taps(mlp={"moe": "MoeBlock_0"}),
+    idle=IDLE | IDLE_MOE | {"use_qk_norm"},
+    warns={**DROPS_TOKENS, **QUANTISES},
 )
 
+# fmt: off
 DENSE_AS_EXPERTS = (
     Rule(None,              "model.layers.{L}.block_sparse_moe.gate.weight",
          "E D -> E D", layers=DENSE_LAYERS, fill=0.0),
@@ -50,7 +61,7 @@ DENSE_AS_EXPERTS = (
 
 def _requires(model: ModelDescription) -> str | None:
     if not model.moe_layers:
-        return "it has no Mixture-of-Experts layer; use --target llama"
+        return "it has no Mixture-of-Experts layer"
     return None
 
 
@@ -86,16 +97,34 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     return lines
 
 
-MIXTRAL = Family(
+def _card(model: ModelDescription) -> list[str]:
+    if not model.dense_layers:
+        return []
+    return [
+        f"In the files, the MLP of each dense layer stands {model.num_experts} times, as equal "
+        "experts behind a router of zeros: the same function, in an architecture that everything "
+        "loads."
+    ]
+
+
+TARGET = Target(
     name="mixtral",
     architecture="MixtralForCausalLM",
     summary="Loads in transformers 4.46 to 5, vLLM, mlx-lm, llama.cpp and mistral.rs.",
-    rotary="half",
-    kinds=frozenset(LayerKind),
+    kinds=Layers(attention="full"),
     requires=_requires,
     pads_width=True,
     caveats=_caveats,
-    rules=(*TRUNK, *ATTENTION, *EXPERTS, *DENSE_AS_EXPERTS),
+    card=_card,
+    # w1 is the gate, w3 the up and w2 the down projection (transformers 4.46
+    # models/mixtral/modeling_mixtral.py `MixtralBlockSparseTop2MLP`).
+    rules=(
+        *TRUNK,
+        *ATTENTION,
+        *experts("MoeBlock_0", "block_sparse_moe", gate="w1", up="w3", down="w2"),
+        *DENSE_AS_EXPERTS,
+    ),
+    probe=Probe(mlp=("mlp", "block_sparse_moe")),  # the second before transformers 5
     config=(
         constant("architectures", ["MixtralForCausalLM"]),
         constant("model_type", "mixtral"),

@@ -1,0 +1,170 @@
+"""How decoders keep their layers: one value that detects a layout, describes it and builds it.
+
+MaxText keeps a layer in a module of its own (`layers_3`), or those of several layers stacked in
+the arrays of one module. A `Stacking` is a list of segments, in the order of the layers; a segment
+is a block of modules, repeated along the stacked axis of their arrays where they have one:
+
+    unscanned   layers_{}             one array a layer (scan_layers=false)
+    scanned     layers                entry i is layer i (scan_layers=true)
+    cycled      layers.layers_{}      C modules: entry i of module j is layer C·i + j
+    prefixed    dense_layers, moe_layers         one segment after the other
+    remainder   layers.layers_{}, layers_remainder.layers_{}     what does not fill a block
+
+In the stacked layouts the layer axis stands at `param_scan_axis` (MaxText's default 1) of every
+parameter that has so many axes, and at 0 of the others (layers/nnx_decoders.py
+`_create_scanned_layers`, `_init_scanned_generic`, `_init_sequential_generic`; layers/nnx_scan.py).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from moeconv.arch.parameters import LayerKind
+
+KeyPath = tuple[str, ...]
+
+# One way to write each number, so that no two names mean the same layer.
+_NUMBER = "(0|[1-9][0-9]{0,8})"
+
+
+@dataclass(frozen=True)
+class Module:
+    """Modules below `decoder` that hold layers.
+
+    Attributes:
+        pattern: Their dotted name; `{}` is a number from 0 on.
+        stacked: True if their arrays have a layer axis.
+        suffix: Behind the first word of every name in them, where one module holds two layers
+            (`self_attention_local`).
+        kind: Of all its layers, where that is what tells segments apart.
+    """
+
+    pattern: str
+    stacked: bool = False
+    suffix: str = ""
+    kind: LayerKind | None = None
+
+    @property
+    def numbered(self) -> bool:
+        """True if there are several."""
+        return "{}" in self.pattern
+
+    @cached_property
+    def _expression(self) -> re.Pattern[str]:
+        return re.compile(re.escape(self.pattern).replace(r"\{\}", _NUMBER) + r"\.(?=.)")
+
+    def place(self, path: KeyPath) -> tuple[int, str] | None:
+        """The number of the module that a path leads into, and the name of the parameter there."""
+        if path[0] != "decoder":
+            return None
+        match = self._expression.match(inside := ".".join(path[1:]))
+        if match is None:
+            return None
+        name = inside[match.end() :]
+        first, dot, rest = name.partition(".")
+        if not first.endswith(self.suffix):
+            return None
+        name = first.removesuffix(self.suffix) + dot + rest
+        return (int(match[1]) if self.numbered else 0), name
+
+    def path(self, number: int, name: str) -> KeyPath:
+        """Where a parameter of a module lies; the inverse of `place`."""
+        first, dot, rest = name.partition(".")
+        inside = f"{self.pattern.format(number)}.{first}{self.suffix}{dot}{rest}"
+        return ("decoder", *inside.split("."))
+
+    def name(self, number: int) -> str:
+        """Of one of the modules, for people."""
+        return f"decoder.{self.pattern.format(number)}{self.suffix}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A block of layers, one from each module, and its repetitions along the stacked axis."""
+
+    modules: tuple[Module, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """True if the block is repeated."""
+        return self.modules[0].stacked
+
+
+@dataclass(frozen=True)
+class Stacking:
+    """A way to keep layers.
+
+    Attributes:
+        name: For people.
+        segments: In the order of the layers.
+    """
+
+    name: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def scanned(self) -> bool:
+        """MaxText's `scan_layers`."""
+        return any(segment.stacked for segment in self.segments)
+
+    def modules(self, kinds: Sequence[LayerKind]) -> tuple[str, ...]:
+        """The module of each layer below `decoder`, for a way that stacks none."""
+        names: list[str] = []
+        for segment in self.segments:
+            (module,) = segment.modules
+            first = len(names)
+            while len(names) < len(kinds) and module.kind in (None, kinds[len(names)]):
+                names.append(module.pattern.format(len(names) - first))
+        return tuple(names)
+
+    def place(self, path: KeyPath) -> "Place | None":
+        """Where a path's parameter belongs; None if this way keeps nothing there."""
+        for number, segment in enumerate(self.segments):
+            for position, module in enumerate(segment.modules):
+                if (found := module.place(path)) is not None:
+                    return Place(number, position, *found)
+        return None
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """A module of a stacking, and a parameter in it.
+
+    Attributes:
+        segment: Position of the segment.
+        module: Position of the module in it.
+        number: Of the module, where there are several.
+        name: The parameter's, as every layer has it.
+    """
+
+    segment: int
+    module: int
+    number: int
+    name: str
+
+
+UNSCANNED = Stacking("unscanned", (Segment((Module("layers_{}"),)),))
+SCANNED = Stacking("scanned", (Segment((Module("layers", stacked=True),)),))
+CYCLED = Stacking("cycled", (Segment((Module("layers.layers_{}", stacked=True),)),))
+
+
+def stacked_axes(axes: tuple[str, ...], scan_axis: int) -> tuple[str, ...]:
+    """Axes of a stacked parameter: those with too few axes for `scan_axis` are stacked first.
+
+    Source: MaxText layers/nnx_scan.py, which moves the layer axis only where the rank allows it.
+    """
+    at = scan_axis if len(axes) + 1 > scan_axis else 0
+    return (*axes[:at], "L", *axes[at:])
+
+
+def layers_of(slots: int, depth: int, first: int) -> Iterator[tuple[int, ...]]:
+    """The layers of each module of a segment, in the order of its stacked axis.
+
+    Args:
+        slots: Modules of the block.
+        depth: Repetitions.
+        first: Number of the segment's first layer.
+    """
+    for slot in range(slots):
+        yield tuple(first + slots * entry + slot for entry in range(depth))

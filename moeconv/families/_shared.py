@@ -1,0 +1,236 @@
+"""What pages share: parameters and rules of attention, norms, MLPs and experts; common config keys.
+
+Sources (MaxText 0.2.5): models/llama2.py, models/mixtral.py, models/envy.py (attribute names),
+layers/attentions.py `init_query_w`, `init_kv_w`, `init_out_w`, layers/linears.py `MlpBlock`,
+layers/moe.py `RoutedMoE`.
+"""
+
+import math
+from typing import Any
+
+from moeconv import families
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import Parameter
+from moeconv.mapping.rules import (
+    DENSE_LAYERS,
+    EVERY_LAYER,
+    MOE_LAYERS,
+    TIED_BUT_UNTIE,
+    UNTIED,
+    ConfigKey,
+    Factor,
+    Options,
+    Rule,
+    When,
+    constant,
+    from_field,
+)
+
+# --- MaxText's parameters -------------------------------------------------------------------------
+
+# fmt: off
+ATTENTION_PARAMETERS = (
+    Parameter.of("pre_self_attention_layer_norm.scale",  "D"),
+    Parameter.of("self_attention.query.kernel",          "D H h"),
+    Parameter.of("self_attention.key.kernel",            "D K h"),
+    Parameter.of("self_attention.value.kernel",          "D K h"),
+    Parameter.of("self_attention.out.kernel",            "H h D"),
+    Parameter.of("post_self_attention_layer_norm.scale", "D"),
+)
+MLP_PARAMETERS = (
+    Parameter.of("mlp.wi_0.kernel", "D F"),
+    Parameter.of("mlp.wi_1.kernel", "D F"),
+    Parameter.of("mlp.wo.kernel",   "F D"),
+)
+
+
+def moe_parameters(module: str) -> tuple[Parameter, ...]:
+    """Router and experts, in the module of that name."""
+    return (
+        Parameter.of(f"{module}.gate.kernel", "D E"),
+        Parameter.of(f"{module}.wi_0",        "E D M"),
+        Parameter.of(f"{module}.wi_1",        "E D M"),
+        Parameter.of(f"{module}.wo",          "E M D"),
+    )
+
+
+# --- MaxText's settings ---------------------------------------------------------------------------
+
+# Read by the code of every block here, and without effect while other settings are neutral:
+# layers/attention_op.py `_resolve_attention_type`, layers/attentions.py `Attention.__init__`.
+IDLE = frozenset({"chunk_attn_window_size", "causal_block_size"})
+# The same of experts: layers/moe.py `get_topk`, `deepseek_scale_weights`, `expert_group_mask`.
+IDLE_MOE = frozenset(
+    {
+        "norm_topk_prob",
+        "routed_scaling_factor",
+        "n_routing_groups",
+        "topk_routing_group",
+        "shared_experts",
+        "mlp_activations_limit",
+        "model_call_mode",
+    }
+)
+# Honoured, and what they do to a model in training is not carried over.
+DROPS_TOKENS = {
+    "capacity_factor": "drops tokens over an expert's capacity (with sparse_matmul=false), also in "
+    "MaxText's evaluation; Hugging Face models never drop one",
+    "ragged_buffer_factor": "drops tokens over an expert's buffer; Hugging Face models never drop "
+    "one",
+}
+QUANTISES = {
+    "quantization": "computes matmuls in low precision while training; the converted model "
+    "computes them in full precision",
+}
+
+# --- factors --------------------------------------------------------------------------------------
+# fmt: on
+
+QUERY_SCALE = Factor(
+    "sqrt(head_dim)",
+    "the decoder block folds 1/sqrt(head_dim) into the query kernel (MaxText layers/attentions.py "
+    "`init_query_w`), Hugging Face divides the scores instead",
+    lambda m: (
+        math.sqrt(m.head_dim) if families.blocks()[m.decoder_block].query_scale_in_kernel else None
+    ),
+)
+
+LOGIT_SCALE = Factor(
+    "1/sqrt(hidden_size)",
+    "with tied logits and `normalize_embedding_logits` MaxText divides the logits by "
+    "sqrt(hidden_size) (layers/nnx_decoders.py `apply_output_head`), Hugging Face does not; the "
+    "final norm feeds only the output head, so the factor moves into its weight",
+    lambda m: (
+        1.0 / math.sqrt(m.hidden_size)
+        if m.tie_word_embeddings and m.normalize_embedding_logits
+        else None
+    ),
+)
+
+# --- rules ----------------------------------------------------------------------------------------
+
+# fmt: off
+TRUNK = (
+    Rule("token_embedder.embedding",  "model.embed_tokens.weight", "V D -> V D"),
+    Rule("decoder.decoder_norm.scale", "model.norm.weight",        "D -> D", scale=LOGIT_SCALE),
+    Rule("decoder.logits_dense.kernel", "lm_head.weight",          "D V -> V D", when=UNTIED),
+    Rule("token_embedder.embedding",  "lm_head.weight",            "V D -> V D",
+         when=TIED_BUT_UNTIE, again=True),
+)
+
+ATTENTION = (
+    Rule("pre_self_attention_layer_norm.scale",  "model.layers.{L}.input_layernorm.weight",
+         "D -> D", layers=EVERY_LAYER),
+    Rule("self_attention.query.kernel", "model.layers.{L}.self_attn.q_proj.weight",
+         "D H h -> (H h) D", scale=QUERY_SCALE, rotary=True, layers=EVERY_LAYER),
+    Rule("self_attention.key.kernel",   "model.layers.{L}.self_attn.k_proj.weight",
+         "D K h -> (K h) D", rotary=True, layers=EVERY_LAYER),
+    Rule("self_attention.value.kernel", "model.layers.{L}.self_attn.v_proj.weight",
+         "D K h -> (K h) D", layers=EVERY_LAYER),
+    Rule("self_attention.out.kernel",   "model.layers.{L}.self_attn.o_proj.weight",
+         "H h D -> D (H h)", layers=EVERY_LAYER),
+    Rule("post_self_attention_layer_norm.scale", "model.layers.{L}.post_attention_layernorm.weight",
+         "D -> D", layers=EVERY_LAYER),
+)
+
+MLP = (
+    Rule("mlp.wi_0.kernel", "model.layers.{L}.mlp.gate_proj.weight",
+         "D F -> F D", layers=DENSE_LAYERS),
+    Rule("mlp.wi_1.kernel", "model.layers.{L}.mlp.up_proj.weight",
+         "D F -> F D", layers=DENSE_LAYERS),
+    Rule("mlp.wo.kernel",   "model.layers.{L}.mlp.down_proj.weight",
+         "F D -> D F", layers=DENSE_LAYERS),
+)
+
+
+def experts(module: str, block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Router and experts.
+
+    Args:
+        module: MaxText's, of `moe_parameters`.
+        block: The target's, below the layer.
+        gate: Names of its projections.
+        up: Likewise.
+        down: Likewise.
+    """
+    place = "model.layers.{L}." + block
+    return (
+        Rule(f"{module}.gate.kernel", f"{place}.gate.weight", "D E -> E D", layers=MOE_LAYERS),
+        Rule(f"{module}.wi_0", f"{place}.experts.{{E}}.{gate}.weight",
+             "D M -> M D", layers=MOE_LAYERS),
+        Rule(f"{module}.wi_1", f"{place}.experts.{{E}}.{up}.weight",
+             "D M -> M D", layers=MOE_LAYERS),
+        Rule(f"{module}.wo", f"{place}.experts.{{E}}.{down}.weight",
+             "M D -> D M", layers=MOE_LAYERS),
+    )
+# fmt: on
+
+
+# --- config.json ----------------------------------------------------------------------------------
+
+
+def rope_parameters(model: ModelDescription) -> dict[str, Any]:
+    """`rope_parameters` of transformers 5: the type, its numbers and theta in one place.
+
+    The scaling numbers of Llama 3.1 are constants in MaxText
+    (layers/embeddings.py `LLaMARotaryEmbedding._apply_scaling_factor`).
+    """
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_type == "llama3.1" and model.rope_use_scale:
+        rope = {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return {**rope, "rope_theta": model.rope_theta}
+
+
+def rope_scaling(model: ModelDescription) -> dict[str, Any] | None:
+    """`rope_scaling` of transformers 4, llama.cpp and mlx-lm: None when nothing is scaled."""
+    rope = rope_parameters(model)
+    del rope["rope_theta"]
+    return None if rope["rope_type"] == "default" else rope
+
+
+def has_scaled_rope(model: ModelDescription) -> bool:
+    """Whether the rotary frequencies are scaled as in Llama 3.1."""
+    return rope_scaling(model) is not None
+
+
+def tied(model: ModelDescription, options: Options) -> bool:
+    """`tie_word_embeddings` of the output."""
+    return model.tie_word_embeddings and not options.untie
+
+
+SCALED_ROPE = When("RoPE is scaled", lambda m, o: has_scaled_rope(m))
+
+CONFIG: tuple[ConfigKey, ...] = (
+    from_field("vocab_size"),
+    from_field("hidden_size"),
+    from_field("num_hidden_layers"),
+    from_field("num_attention_heads"),
+    from_field("num_key_value_heads"),
+    from_field("head_dim"),
+    constant("hidden_act", "silu"),
+    from_field("max_position_embeddings"),
+    from_field("rms_norm_eps"),
+    from_field("rope_theta"),
+    ConfigKey("rope_scaling", lambda m, o: rope_scaling(m), "RoPE type, for transformers 4"),
+    ConfigKey("rope_parameters", lambda m, o: rope_parameters(m), "RoPE type and theta, for 5"),
+    ConfigKey("tie_word_embeddings", tied, "`tie_word_embeddings`, false with `--untie`"),
+    from_field("bos_token_id"),
+    from_field("eos_token_id"),
+    from_field("pad_token_id"),
+    constant("attention_dropout", 0.0),
+    constant("initializer_range", 0.02),
+    constant("use_cache", True),
+)
+
+# No block here slides a window over its attention; Qwen's configs can say that they do.
+NO_WINDOW = (
+    constant("use_sliding_window", False),
+    constant("sliding_window", None),
+    from_field("max_window_layers", "num_hidden_layers"),
+)

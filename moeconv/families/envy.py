@@ -1,0 +1,49 @@
+"""Envy: MaxText's block of dense and Mixture-of-Experts layers in turn; no target is its own.
+
+It came with MaxText 0.2.4. Its own additions to Mixtral, QK norm and a norm behind the feed-forward
+half, must be off (models/envy.py).
+"""
+
+from typing import Any
+
+from moeconv.arch.blocks import Block, Taps
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import DENSE, MOE
+from moeconv.arch.stacks import CYCLED, SCANNED, UNSCANNED
+from moeconv.families._shared import (
+    ATTENTION_PARAMETERS,
+    DROPS_TOKENS,
+    IDLE,
+    IDLE_MOE,
+    MLP_PARAMETERS,
+    QUANTISES,
+    moe_parameters,
+)
+
+
+def _config(model: ModelDescription, cycle: int) -> dict[str, Any]:
+    """Where the experts are; the block's own additions are off, or the checkpoint had them."""
+    step = model.moe_layers[0] + 1 if model.moe_layers else 0
+    return {
+        "interleave_moe_layer_step": step,
+        "inhomogeneous_layer_cycle_interval": cycle if cycle > 1 else step,
+        "use_qk_norm": False,
+        "use_post_ffw_norm": False,
+    }
+
+
+BLOCK = Block(
+    name="envy",
+    note="dense and Mixture-of-Experts layers interleaved",
+    layers={
+        DENSE: (*ATTENTION_PARAMETERS, *MLP_PARAMETERS),
+        MOE: (*ATTENTION_PARAMETERS, *moe_parameters("MoeBlock_0")),
+    },
+    targets=("mixtral", "ernie4_5_moe", "llama"),
+    stackings=(UNSCANNED, CYCLED, SCANNED),
+    query_scale_in_kernel=False,  # it passes `query_pre_attn_scalar`
+    config=_config,
+    taps=Taps(mlp={"dense": "mlp", "moe": "MoeBlock_0"}),
+    idle=IDLE | IDLE_MOE,
+    warns={**DROPS_TOKENS, **QUANTISES},
+)
