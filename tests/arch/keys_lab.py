@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-KEYS_READ = Path(__file__).with_name("keys_read.json")
-CLASSES = Path(__file__).parents[2] / "moeconv" / "arch" / "data" / "maxtext_keys.json"
+_DATA = Path(__file__).parents[2] / "moeconv" / "arch" / "data"
+KEYS_READ = _DATA / "keys_read.json"
+CLASSES = _DATA / "maxtext_keys.json"
 
 # Small, and of one CPU device; no key here changes what a model computes but by its size.
 _BASE: Mapping[str, object] = {
@@ -62,6 +63,20 @@ _VARIANTS: tuple[Mapping[str, object], ...] = (
      "megablox": True},
 )  # fmt: skip
 
+# Not read in what is traced, but what they do is done around it, or under sharding rules that are
+# not observed (layers/moe.py `get_ragged_buffer_factor`).
+_AROUND = frozenset(
+    {
+        "checkpoint_is_quantized",
+        "enable_lora",
+        "eval_ragged_buffer_factor",
+        "learn_to_init_mode",
+        "lora",
+        "student_overrides",
+        "training_objective",
+    }
+)
+
 
 class Watched:
     """A MaxText config that notes which of its keys are read."""
@@ -84,9 +99,9 @@ class Watched:
 
 
 def function_keys_read(block: str) -> list[str]:
-    """The keys that MaxText reads for a decoder block, of those that decide a model's function."""
+    """The keys that decide a decoder block's function: those that MaxText reads, and `_AROUND`."""
     classes = json.loads(CLASSES.read_text())
-    read = set().union(*(_read(block, variant) for variant in _VARIANTS))
+    read = _AROUND.union(*(_read(block, variant) for variant in _VARIANTS))
     return sorted(key for key in read if classes[key]["class"] == "function")
 
 

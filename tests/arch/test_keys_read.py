@@ -10,10 +10,7 @@ import pytest
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.maxtext,
-    pytest.mark.proof(
-        "keys that blocks read",
-        inputs=["tests/arch/keys_read.json", "moeconv/arch/data/maxtext_keys.json"],
-    ),
+    pytest.mark.proof("keys that blocks read", inputs=["moeconv/arch/data/*keys*.json"]),
 ]
 
 TABLE = json.loads(keys_lab.KEYS_READ.read_text())
