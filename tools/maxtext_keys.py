@@ -11,7 +11,8 @@ A person classifies a key; this module keeps what was said and finds what was no
 
 What may be either is `function`. Such a key has `neutral`, the values under which it leaves a model
 a plain decoder (as a rule MaxText's default), and `what` another value does, continuing
-"KEY=VALUE …". `until` is the last release that had a key which the newest lacks.
+"KEY=VALUE …". It is `visible` if every other value shows in the parameter tree of the blocks that
+honour it. `until` is the last release that had a key which the newest lacks.
 """
 
 import json
@@ -41,10 +42,12 @@ def faults(entries: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What is wrong with the entries, a sentence each."""
     found = []
     for key, entry in entries.items():
-        wanted = {"class", "neutral", "what"} if entry.get("class") == "function" else {"class"}
+        function = entry.get("class") == "function"
+        wanted = {"class", "neutral", "what"} if function else {"class"}
+        free = {"until", "visible"} if function else {"until"}
         if entry.get("class") not in CLASSES:
             found.append(f"{key}: {entry.get('class')!r} is no class")
-        elif set(entry) - {"until"} != wanted:
+        elif set(entry) - free != wanted:
             found.append(f"{key}: has {', '.join(entry)}, not {', '.join(sorted(wanted))}")
         elif "neutral" in entry and not (isinstance(entry["neutral"], list) and entry["neutral"]):
             found.append(f"{key}: neutral is no list of values")

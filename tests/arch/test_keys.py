@@ -47,6 +47,7 @@ def test_a_default_asks_for_nothing_but_tied_logits_divided():
         ({"class": "function", "neutral": False, "what": "caps"}, "no list of values"),
         ({"class": "function", "neutral": [0], "what": ""}, "is not said"),
         ({"class": "io", "neutral": [""]}, "not class"),
+        ({"class": "io", "visible": True}, "not class"),
     ],
 )
 def test_a_fault_is_found(entry, fault):
