@@ -20,6 +20,8 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
 
+from moeconv.families import blocks
+
 # Every test model differs from this only where it says so.
 BASE: Mapping[str, object] = {
     "base_emb_dim": 48,
@@ -48,6 +50,18 @@ ENVY: Mapping[str, object] = {
     "base_mlp_dim": 80,
 }
 LLAMA2: Mapping[str, object] = {"decoder_block": "llama2", "num_experts": 1}
+MISTRAL: Mapping[str, object] = {"decoder_block": "mistral", "num_experts": 1}
+QWEN2: Mapping[str, object] = {
+    "decoder_block": "qwen2",
+    "num_experts": 1,
+    "attention_bias": True,
+}
+QWEN3: Mapping[str, object] = {"decoder_block": "qwen3", "num_experts": 1, "use_qk_norm": True}
+QWEN3_MOE: Mapping[str, object] = {
+    "decoder_block": "qwen3_moe",
+    "use_qk_norm": True,
+    "norm_topk_prob": True,
+}
 TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
 _MACHINE: Mapping[str, object] = {
@@ -251,8 +265,7 @@ class _Weights:
         self._scan_axis = config.param_scan_axis if config.scan_layers else None
         self._layers = config.num_decoder_layers
         width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
-        # These blocks fold 1/sqrt(head_dim) into the query kernel, the others scale explicitly.
-        folded = config.decoder_block.value in ("mixtral", "llama2", "mistral")
+        folded = blocks()[config.decoder_block.value].query_scale_in_kernel
         normalized = config.normalize_embedding_logits or not config.logits_via_embedding
         self._scale = {
             "query.kernel": 1.5 / np.sqrt(width) / (np.sqrt(head) if folded else 1.0),
@@ -260,9 +273,9 @@ class _Weights:
             "value.kernel": 1.0 / np.sqrt(width),
             "out.kernel": 1.0 / np.sqrt(heads * head),
             "gate.kernel": 2.0 / np.sqrt(width),
-            "MoeBlock_0.wi_0": 1.5 / np.sqrt(width),
-            "MoeBlock_0.wi_1": 1.5 / np.sqrt(width),
-            "MoeBlock_0.wo": 1.0 / np.sqrt(config.moe_mlp_dim),
+            ".wi_0": 1.5 / np.sqrt(width),
+            ".wi_1": 1.5 / np.sqrt(width),
+            ".wo": 1.0 / np.sqrt(config.moe_mlp_dim),
             "wi_0.kernel": 1.5 / np.sqrt(width),
             "wi_1.kernel": 1.5 / np.sqrt(width),
             "wo.kernel": 1.0 / np.sqrt(config.mlp_dim),

@@ -13,6 +13,7 @@ import yaml
 
 from moeconv.arch.layout import Layout, build_layout
 from moeconv.arch.parameters import LayerKind
+from moeconv.arch.stacks import CYCLED
 from moeconv.families import blocks
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -36,6 +37,10 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "inhomogeneous_layer_cycle_interval": 2,
     },
     "llama2": {"decoder_block": "llama2", "num_experts": 1},
+    "mistral": {"decoder_block": "mistral", "num_experts": 1},
+    "qwen2": {"decoder_block": "qwen2", "num_experts": 1, "attention_bias": True},
+    "qwen3": {"decoder_block": "qwen3", "num_experts": 1, "use_qk_norm": True},
+    "qwen3_moe": {"decoder_block": "qwen3_moe", "use_qk_norm": True},
 }
 
 
@@ -61,6 +66,12 @@ class Synthetic:
         return path
 
 
+def cycle_of(block: str) -> list[LayerKind]:
+    """The layers of a block that is repeated: one of each kind, or the first kind alone."""
+    page = blocks()[block]
+    return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
+
+
 def layout_of(
     block: str,
     *,
@@ -73,7 +84,7 @@ def layout_of(
 ) -> Layout:
     """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`."""
     page = blocks()[block]
-    kinds = list(page.layers) if kinds is None else list(kinds)
+    kinds = cycle_of(block) if kinds is None else list(kinds)
     depth = layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
@@ -118,7 +129,7 @@ def write(
     """
     sizes = {**SIZES, **(sizes or {})}
     axes = parameter_axes(block, layers=sizes["L"], tied=tied, scanned=scanned)
-    sizes["L"] //= len(blocks()[block].layers)
+    sizes["L"] //= len(cycle_of(block))
     arrays = {}
     for name, letters in axes.items():
         # Of its own, so that no other array changes these values.

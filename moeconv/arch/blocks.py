@@ -46,6 +46,8 @@ class Block:
             (layers/attentions.py `init_query_w`).
         expert_width: Config key that sets the experts' width.
         honours: Settings that may have other values than neutral ones, and these values.
+        shown: Settings that are true where the layers have this kind of attention, and false
+            elsewhere: their parameters tell.
         idle: Settings that the block's code reads, and that have no effect in it.
         warns: Settings whose other values are converted with a warning, and what it says.
         config: MaxText settings that follow from the model and the number of layers in a repeated
@@ -62,6 +64,7 @@ class Block:
     query_scale_in_kernel: bool = True
     expert_width: str = "moe_mlp_dim"
     honours: Mapping[str, Collection[Any]] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
     warns: Mapping[str, str] = field(default_factory=dict)
     config: Callable[[ModelDescription, int], dict[str, Any]] = lambda model, cycle: {}

@@ -93,6 +93,8 @@ def verdicts(
     read = keys_read().get(block.name, function_keys().keys())
     for name, key in function_keys().items():
         ignored = name in block.idle or name not in read
+        if name in block.shown:
+            continue
         if name not in told:
             if not (ignored or key.visible or name in block.warns):
                 untold.append(name)

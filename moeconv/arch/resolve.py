@@ -212,6 +212,8 @@ def _check_against_shapes(
     keys = dict(SHAPE_KEYS)
     if block and block.expert_width == "mlp_dim" and known["num_experts"]:
         keys["moe_intermediate_size"] = keys["intermediate_size"]
+    for key, attention in block.shown.items() if block else ():
+        facts[key], keys[key] = {kind.attention for kind in layout.kinds} == {attention}, (key,)
     for name, aliases in keys.items():
         fact = facts[name]
         for key in aliases if fact is not None else ():

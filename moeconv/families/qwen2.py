@@ -36,7 +36,7 @@ BLOCK = Block(
     targets=("qwen2", "llama"),
     query_scale_in_kernel=False,
     expert_width="mlp_dim",
-    honours={"attention_bias": (True,)},
+    shown={"attention_bias": "biased"},
     idle=IDLE | {"mrope_section"},
     warns=QUANTISES,
 )

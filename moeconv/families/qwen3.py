@@ -35,7 +35,7 @@ BLOCK = Block(
     targets=("qwen3", "llama"),
     query_scale_in_kernel=False,
     expert_width="mlp_dim",
-    honours={"use_qk_norm": (True,)},
+    shown={"use_qk_norm": "qk_norm"},
     idle=IDLE | {"mrope_section"},
     warns=QUANTISES,
 )

@@ -34,7 +34,7 @@ BLOCK = Block(
     },
     targets=("qwen3_moe",),
     query_scale_in_kernel=False,
-    honours={"use_qk_norm": (True,)},
+    shown={"use_qk_norm": "qk_norm"},
     idle=IDLE | IDLE_MOE | {"mrope_section"},
     warns={**DROPS_TOKENS, **QUANTISES},
     taps=Taps(mlp={"moe": "moe_block"}),

@@ -167,6 +167,8 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
         keys["param_scan_axis"] = layout.scan_axis
     if model.num_experts:
         keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
+    shown = layout.block.shown.items()
+    keys |= {key: model.layer_kinds[0].attention == attention for key, attention in shown}
     return {**keys, **layout.block.config(model, layout.cycle)}
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import synthetic
 
 from moeconv.arch import layout as layouts
 from moeconv.arch.description import Origin, Provenance
@@ -32,6 +33,9 @@ def shapes(kinds="DM", depth=2, axis=1, tied=True, **sizes):
 
 def detect_layout(found, **options):
     return layouts.detect_layout(found, [ENVY], **options)
+
+
+HERE = Provenance(Origin.CONFIG, "run.yml")
 
 
 def told(*flags, **config):
@@ -237,3 +241,21 @@ def test_token_ids_must_be_rows_of_the_embedding():
         resolve(detect_layout(shapes()), told("bos_token_id=128000"))
     model = resolve(detect_layout(shapes()), told("eos_token_id=3")).model()
     assert model.eos_token_id == 3
+
+
+@pytest.mark.parametrize(
+    ("block", "key"),
+    [("qwen2", "attention_bias"), ("qwen3", "use_qk_norm"), ("qwen3_moe", "use_qk_norm")],
+)
+def test_a_setting_that_shows_in_the_parameters_is_told_by_them(block, key):
+    layout = synthetic.layout_of(block, layers=2)
+    base = {"decoder_block": block, "num_experts_per_tok": 2}
+
+    def resolved(**config):
+        return resolve(layout, ToldConfig(from_mapping(base | config, HERE))).model()
+
+    assert resolved() == resolved(**{key: True})
+    with pytest.raises(
+        ConfigError, match=f"{key}=False .*contradicts the checkpoint.*{key} is true"
+    ):
+        resolved(**{key: False})

@@ -4,7 +4,16 @@ import json
 
 import pytest
 from helpers import assert_same_model, run
-from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
+from maxtext_lab import (
+    ENVY,
+    LLAMA2,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    TIED,
+)
 
 UNSCANNED = {"scan_layers": False}
 UNTIED = {"logits_via_embedding": False}
@@ -71,6 +80,17 @@ CASES = {
     "llama2": (LLAMA2,),
     "llama2-unscanned-axis0": (LLAMA2, UNSCANNED, {"param_scan_axis": 0}),
     "llama2-llama3.1-rope-tied": (LLAMA2, LLAMA31, TIED, {"head_dim": 32}),
+    "mistral": (MISTRAL,),
+    "mistral-unscanned-tied-llama3.1-rope": (MISTRAL, UNSCANNED, TIED, LLAMA31),
+    "qwen2": (QWEN2,),
+    "qwen2-unscanned-tied-llama3.1-rope": (QWEN2, UNSCANNED, TIED, LLAMA31),
+    "qwen3": (QWEN3,),
+    "qwen3-unscanned-tied-llama3.1-rope": (QWEN3, UNSCANNED, TIED, LLAMA31),
+    "qwen3_moe": (QWEN3_MOE,),
+    "qwen3_moe-unscanned-tied-llama3.1-rope": (QWEN3_MOE, UNSCANNED, TIED, LLAMA31),
+    # Without what makes it a Qwen, a block's models are Llamas whose query is scaled explicitly.
+    "qwen2-plain": (QWEN2, {"attention_bias": False}),
+    "qwen3-plain-axis0": (QWEN3, {"use_qk_norm": False, "param_scan_axis": 0}),
 }
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
@@ -87,7 +107,8 @@ STORED = {
     "llama2-state": ("llama2-llama3.1-rope-tied", {}, True),
 }
 
-ARCHITECTURES = {"mixtral": "mixtral", "envy": "mixtral", "llama2": "llama"}
+ARCHITECTURES = {"envy": "mixtral", "llama2": "llama", "qwen2-plain": "llama"}
+ARCHITECTURES |= {"qwen3-plain-axis0": "llama"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -95,7 +116,8 @@ def test_the_logits_are_maxtexts(maxtext_lab, tmp_path, name):
     checkpoint = maxtext_lab.checkpoint(*CASES[name])
     run(checkpoint, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["model_type"] == ARCHITECTURES[checkpoint.config["decoder_block"]]
+    block = checkpoint.config["decoder_block"]
+    assert config["model_type"] == ARCHITECTURES.get(name, ARCHITECTURES.get(block, block))
     assert_same_model(checkpoint, tmp_path / "out")
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import resolve
+from moeconv.arch.stacks import CYCLED
 from moeconv.arch.told import ToldConfig, from_flags, from_mapping
 from moeconv.families import blocks
 from moeconv.tensor.dtypes import DTYPES
@@ -38,7 +39,7 @@ def samples(
     page = blocks()[block]
     scanned = draw(st.booleans())
     axis = draw(st.sampled_from([0, 1, 2]))
-    cycled = len(page.layers) > 1
+    cycled = CYCLED in page.stackings
     cycle = draw(st.integers(1, 3)) if cycled else 1
     depth = draw(st.integers(1, 3))
     kinds = draw(st.lists(st.sampled_from(list(page.layers)), min_size=cycle, max_size=cycle))
