@@ -49,6 +49,7 @@ class Block:
         shown: Settings that are true where the layers have this kind of attention, and false
             elsewhere: their parameters tell.
         idle: Settings that the block's code reads, and that have no effect in it.
+        idle_values: The same for some values of a setting only.
         warns: Settings whose other values are converted with a warning, and what it says.
         config: MaxText settings that follow from the model and the number of layers in a repeated
             block, for building it.
@@ -66,6 +67,12 @@ class Block:
     honours: Mapping[str, Collection[Any]] = field(default_factory=dict)
     shown: Mapping[str, str] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
+    # layers/attention_op.py `_resolve_attention_type`: only `block_diffusion` reaches the layers.
+    idle_values: Mapping[str, Collection[Any]] = field(
+        default_factory=lambda: {
+            "attention_type": ("local_sliding", "chunk", "full", "compressed"),
+        }
+    )
     warns: Mapping[str, str] = field(default_factory=dict)
     config: Callable[[ModelDescription, int], dict[str, Any]] = lambda model, cycle: {}
     taps: Taps = Taps()

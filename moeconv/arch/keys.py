@@ -109,7 +109,7 @@ def verdicts(
         sentence = f"{name}={short(value)} "
         if name in block.warns:
             warnings.append(sentence + block.warns[name])
-        elif ignored:
+        elif ignored or _among(value, block.idle_values.get(name, ())):
             warnings.append(sentence + _IGNORED)
         else:
             refusals.append(sentence + key.what)

@@ -179,7 +179,8 @@ def _print_plan(output: Output, report: dict[str, Any]) -> None:
     for tensor in report["tensors"]:
         bound = tensor["error_bound"]
         exact = "yes" if bound == 0 else f"within {bound:.1g}"
-        rest = (str(tensor["shape"]), tensor["dtype"], tensor["source"] or "—", tensor["summary"])
+        sources = " + ".join(tensor["sources"]) or "—"
+        rest = (str(tensor["shape"]), tensor["dtype"], sources, tensor["summary"])
         rows.append((tensor["name"], (*rest, exact)))
     for name, line, _ in fold(rows):
         table.add_row(name, *line)

@@ -58,7 +58,9 @@ def moe_parameters(module: str) -> tuple[Parameter, ...]:
 
 # Read by the code of every block here, and without effect while other settings are neutral:
 # layers/attention_op.py `_resolve_attention_type`, layers/attentions.py `Attention.__init__`.
-IDLE = frozenset({"chunk_attn_window_size", "causal_block_size"})
+IDLE = frozenset(
+    {"chunk_attn_window_size", "causal_block_size", "mtp_reuse_input_embedding"}
+)
 # The same of experts: layers/moe.py `get_topk`, `deepseek_scale_weights`, `expert_group_mask`.
 IDLE_MOE = frozenset(
     {

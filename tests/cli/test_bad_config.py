@@ -29,9 +29,9 @@ def test_a_config_that_contradicts_the_shapes(checkpoint, key, value):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("decoder_block", "gemma2", ["gemma2", "mixtral, envy, llama2"]),
+        ("decoder_block", "gemma2", ["gemma2", "moeconv converts envy, llama2, mistral"]),
         ("decoder_block", "deepseek", ["deepseek"]),
-        ("decoder_block", ["mixtral"], ["mixtral, envy, llama2"]),
+        ("decoder_block", ["mixtral"], ["moeconv converts envy, llama2, mistral"]),
     ],
 )
 def test_an_unknown_decoder_block(checkpoint, key, value, words):
@@ -41,7 +41,7 @@ def test_an_unknown_decoder_block(checkpoint, key, value, words):
 
 def test_a_decoder_block_of_another_kind(checkpoint, made, tmp_path):
     ran = convert(checkpoint, told={"decoder_block": "llama2"})
-    refused(ran, ConfigError, "llama2", "no moe layers", out=out_of(checkpoint))
+    refused(ran, ConfigError, "decoder_block=llama2", "other parameters than the checkpoint", "one of envy", out=out_of(checkpoint))
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,7 @@ def test_a_config_that_is_not_there(checkpoint):
     [
         ("rope_max_timescale", ["not of the form key=value"]),
         ("=5", ["not of the form key=value"]),
-        ("rope_theta=1e4", ["--set rope_theta", "no field of that name"]),
-        ("learning_rate=1", ["no field of that name"]),
+        ("rope_theta=1e4", ["--set rope_theta", "no such setting"]),
         ("rope_max_timescale=[1", ["not a YAML value"]),
         ("rope_max_timescale=2020-99-99", ["not a YAML value"]),
         ("rope_max_timescale=a: b: c", ["not a YAML value"]),
@@ -161,7 +160,7 @@ def test_bad_set(checkpoint, pair, words):
     ("flag", "value", "words"),
     [
         ("--dtype", "int8", ["--dtype int8 is none of keep, float32, bfloat16, float16"]),
-        ("--target", "gpt2", ["--target gpt2 is none of auto, mixtral, ernie4_5_moe, llama"]),
+        ("--target", "gpt2", ["--target gpt2 is none of auto, ernie4_5_moe, llama"]),
         ("--jobs", "0", ["--jobs"]),
         ("--jobs", "-1", ["--jobs"]),
         ("--max-memory", "lots", ["'lots' is not a size"]),

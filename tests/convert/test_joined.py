@@ -12,7 +12,7 @@ from safetensors import safe_open
 from moeconv.convert import engine
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
-from moeconv.families import targets
+from moeconv.families import blocks, targets
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import EVERY_LAYER, MOE_LAYERS, Rule
 from moeconv.tensor.form import Form
@@ -23,7 +23,7 @@ from moeconv.verify.weights import check_weights
 GATE_UP = "model.layers.{L}.mlp.experts.gate_up_proj"
 QKV = "model.layers.{L}.self_attn.qkv_proj.weight"
 RULES = (
-    Rule(("MoeBlock_0.wi_0", "MoeBlock_0.wi_1"), GATE_UP, "E D F -> E D (F g)", layers=MOE_LAYERS),
+    Rule(("MoeBlock_0.wi_0", "MoeBlock_0.wi_1"), GATE_UP, "E D M -> E D (M g)", layers=MOE_LAYERS),
     Rule(
         ("self_attention.query.kernel", "self_attention.key.kernel", "self_attention.value.kernel"),
         QKV,
@@ -40,6 +40,8 @@ def joined(monkeypatch: pytest.MonkeyPatch, small_units: None) -> None:
     mixtral = targets()["mixtral"]
     rules = tuple(r for r in mixtral.rules if not _JOINED & set(r.sources)) + RULES
     monkeypatch.setitem(targets(), "joined", replace(mixtral, name="joined", rules=rules))
+    block = blocks()["mixtral"]
+    monkeypatch.setitem(blocks(), block.name, replace(block, targets=(*block.targets, "joined")))
 
 
 def written(out: Path) -> dict[str, np.ndarray]:

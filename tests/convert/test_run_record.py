@@ -81,7 +81,7 @@ def test_only_settings_that_a_card_tells_are_taken_over(tmp_path):
         opt_type="adamw",
         run_name="never",
         base_output_directory="/never",
-        dtype=None,
+        adam_b2=None,
         adam_b1=["not a number"],
     )
     found, _ = record(run, tmp_path / "out")

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from moeconv.arch.counts import count
 from moeconv.hf.safetensors import read_header
+from moeconv.families import blocks
 from moeconv.hub.local import Output
 from moeconv.hub.metadata import assemble, is_ours, join, renew
 from moeconv.hub.plot import draw_losses
@@ -76,7 +77,7 @@ def test_the_card_of_a_run_that_tells_of_itself(hub, out):
 
 def test_parameters_are_counted(out):
     output = Output.open(out)
-    counts = count(output.model)
+    counts = count(output.model, blocks()[output.model.decoder_block])
     config = json.loads((out / "config.json").read_text())
     tensors = {}
     for path in out.glob("*.safetensors"):

@@ -12,7 +12,7 @@ from models import Sample, samples
 
 from moeconv.arch.layout import detect_layout
 from moeconv.errors import MoeconvError, TensorError
-from moeconv.families import targets
+from moeconv.families import targets_of
 from moeconv.mapping.edges import Part, cannot_hold, expand
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import Options
@@ -31,7 +31,7 @@ def bits(array: np.ndarray) -> np.ndarray:
 
 
 def convertible(sample: Sample):
-    return [f for f in targets().values() if cannot_hold(f, sample.model) is None]
+    return [f for f in targets_of(sample.model) if cannot_hold(f, sample.model) is None]
 
 
 def apply_all(edges, sample: Sample) -> dict[str, np.ndarray]:
