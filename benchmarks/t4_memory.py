@@ -6,9 +6,11 @@ No GPU is needed, but the CUDA plugin of JAX; see docs/memory.md. XLA's own numb
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import _hlo
 from _measure import table
 
 # Settings over the recipe, and values that MaxText's YAML cannot say (aot.py).
@@ -66,28 +68,46 @@ def main() -> None:
         for name, *parts in CONFIGURATIONS
         if not parts[0] or {**recipe, **parts[0]} != recipe
     ]
-    try:
-        report = measure(
-            recipe,
-            T4X2,
-            variants=configurations,
-            until_fit=False,
-            patch=STOCK if args.stock else Patch(),
-            progress=lambda text: print(text, file=sys.stderr, flush=True),
-        )
-    except PluginMissingError as error:
-        sys.exit(f"{error}")
+    with tempfile.TemporaryDirectory() as texts:
+        try:
+            report = measure(
+                recipe,
+                T4X2,
+                variants=configurations,
+                until_fit=False,
+                patch=STOCK if args.stock else Patch(),
+                hlo=Path(texts),
+                progress=lambda text: print(text, file=sys.stderr, flush=True),
+            )
+        except PluginMissingError as error:
+            sys.exit(f"{error}")
+        counted = {
+            row.name: _hlo.count(Path(texts, f"{row.name}.hlo").read_text()) for row in report.rows
+        }
     print(
         f"{args.recipe.name}: {report.parameters:,} parameters, a train state of "
         f"{report.state_bytes / 2**30:.2f} GiB; {report.target}, "
         f"{'stock MaxText' if args.stock else 'with loss scaling and the FP16 head'}; GiB a device"
     )
-    print(table([MEMORY_HEADINGS, *(memory_cells(row) for row in report.rows)]))
+    cells = [
+        (
+            *memory_cells(row),
+            f"{sum(counted[row.name].flops.values()) / 1e12:.2f}",
+            f"{counted[row.name].traffic / 1e9:.0f}",
+        )
+        for row in report.rows
+    ]
+    print(table([(*MEMORY_HEADINGS, "TFLOP", "GB moved"), *cells]))
     for name, why in report.failed.items():
         print(f"{name} does not compile: {why}")
     print(f"{len(report.rows)} configurations in {time.perf_counter() - begun:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
+        numbers = {
+            name: {"flops": dict(counts.flops), "traffic": counts.traffic}
+            for name, counts in counted.items()
+        }
+        told = {**report.model_dump(mode="json"), "counted": numbers}
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

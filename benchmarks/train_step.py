@@ -12,10 +12,12 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _hlo
 from _measure import measure, table
 
 HERE = Path(__file__).resolve().parent
@@ -186,20 +188,21 @@ def for_t4s(keys: dict[str, Any]) -> list[dict[str, Any]]:
         memory.Variant(name, patch=memory.Patch(arguments=patch))
         for name, patch in VARIANTS.items()
     ]
-    report = memory.measure(keys, T4X2, variants=variants, until_fit=False)
-    if report.failed:
-        sys.exit(f"not every variant compiles: {report.failed}")
-    found = []
-    for row in report.rows:
-        by_type = row.matmul_flops_by_type
-        found.append(
-            {
-                **row.model_dump(),
-                "matmul_seconds": sum(count / T4[kind] for kind, count in by_type.items()),
-                "memory_seconds": row.traffic / T4["bytes"],
-            }
-        )
-    return found
+    with tempfile.TemporaryDirectory() as texts:
+        report = memory.measure(keys, T4X2, variants=variants, until_fit=False, hlo=Path(texts))
+        if report.failed:
+            sys.exit(f"not every variant compiles: {report.failed}")
+        counted = [_hlo.count(Path(texts, f"{row.name}.hlo").read_text()) for row in report.rows]
+    return [
+        {
+            **row.model_dump(),
+            "matmul_flops_by_type": dict(counts.flops),
+            "traffic": counts.traffic,
+            "matmul_seconds": sum(count / T4[kind] for kind, count in counts.flops.items()),
+            "memory_seconds": counts.traffic / T4["bytes"],
+        }
+        for row, counts in zip(report.rows, counted, strict=True)
+    ]
 
 
 def show_t4s(found: list[dict[str, Any]]) -> None:

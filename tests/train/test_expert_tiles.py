@@ -2,11 +2,11 @@
 
 from types import SimpleNamespace
 
+import _hlo as hlo
 import fp16_lab
 import numpy as np
 import pytest
 from moeconv_train import expert_tiles
-from moeconv_train.preflight import hlo
 
 from moeconv.errors import ConfigError, UnsupportedError
 

@@ -1,4 +1,4 @@
-"""How much memory, and how many FLOPs, the run's real train step needs on its target.
+"""How much memory the run's real train step needs on its target.
 
 XLA compiles it ahead of time, for two T4s without having one; the numbers are its buffer
 assignment's. Nothing is estimated: without the CUDA plugin there is an error, not a guess.
@@ -134,7 +134,7 @@ def measure(
         until_fit: Whether to stop at the first variant that fits.
         patch: The trainer's changes to MaxText where a variant has no others; by default
             `patches.trainer`.
-        hlo: Where to leave the optimised HLO text of the last variant.
+        hlo: A folder for the optimised HLO text of each variant, as `<its name>.hlo`.
         progress: Told before and after each compilation.
 
     Raises:

@@ -46,10 +46,6 @@ class MemoryRow(BaseModel):
     aliased: int
     total: int = Field(description="arguments + outputs + temporaries - aliased: XLA's own peak.")
     usable: int = Field(description="What the target leaves to JAX.")
-    matmul_flops: int = Field(description="Of one step on one device, in the optimised HLO.")
-    matmul_flops_by_type: dict[str, int]
-    uncounted: list[str] = Field(description="Custom calls whose FLOPs are not in that number.")
-    traffic: int = Field(description="Bytes that its kernels read and write, at most.")
     seconds: float = Field(description="Lowering and compiling.")
     xla_rematerialised: bool = Field(
         description="XLA itself recomputed values to save memory, which no setting asked for."
@@ -126,7 +122,7 @@ class PreflightReport(BaseModel):
 
 
 def memory_table(rows: Iterable[MemoryRow]) -> Any:
-    """GiB and TFLOP of each compiled step."""
+    """GiB of each compiled step."""
     from rich.table import Table
 
     table = Table(title="memory of the compiled train step, GiB per device", title_justify="left")
@@ -145,8 +141,6 @@ MEMORY_HEADINGS = (
     "total",
     "usable",
     "fits",
-    "matmul TFLOP",
-    "traffic GB",
 )
 
 
@@ -161,8 +155,6 @@ def memory_cells(row: MemoryRow) -> tuple[str, ...]:
         f"{row.total / 2**30:.2f}",
         f"{row.usable / 2**30:.2f}",
         f"{fits} (XLA remat)" if row.xla_rematerialised else fits,
-        f"{row.matmul_flops / 1e12:.2f}",
-        f"{row.traffic / 1e9:.0f}",
     )
 
 

@@ -159,11 +159,6 @@ def _first_array(shape: str) -> str:
     return f"{dtype}[{','.join(map(str, dims))}]"
 
 
-def xla_rematerialised(hlo: str) -> bool:
-    """Whether XLA computes values twice to save memory (hlo_rematerialization.cc names them so)."""
-    return re.search(r"%[\w.\-]+\.remat\d* = ", hlo) is not None
-
-
 def _matmul(instruction: _Instruction, around: dict[str, _Instruction]) -> Counts:
     """A `dot`, or one that XLA gave to cuBLAS."""
     target = _TARGET.search(instruction.text)
