@@ -52,6 +52,7 @@ def main() -> None:
     from moeconv_train.preflight.memory import STOCK, Patch, PluginMissingError, Variant, measure
     from moeconv_train.preflight.report import MEMORY_HEADINGS, memory_cells
     from moeconv_train.recipe import read_config
+    from moeconv_train.settings import read_settings, run_file_of
 
     parser = argparse.ArgumentParser(description=__doc__)
     recipes = Path(__file__).resolve().parents[1] / "train" / "configs"
@@ -62,6 +63,7 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe, begun = read_config(args.recipe), time.perf_counter()
+    settings = read_settings(run_file_of(args.recipe), {})
     # What the recipe says itself need not be compiled again.
     configurations = [
         Variant(name, *parts)
@@ -75,35 +77,36 @@ def main() -> None:
                 T4X2,
                 variants=configurations,
                 until_fit=False,
-                patch=STOCK if args.stock else Patch(),
+                patch=STOCK if args.stock else Patch(arguments=settings.patches),
                 hlo=Path(texts),
                 progress=lambda text: print(text, file=sys.stderr, flush=True),
             )
         except PluginMissingError as error:
             sys.exit(f"{error}")
-        counted = {
-            row.name: _hlo.count(Path(texts, f"{row.name}.hlo").read_text()) for row in report.rows
-        }
+        written = {row.name: Path(texts, f"{row.name}.hlo").read_text() for row in report.rows}
+    counted = {name: _hlo.count(text) for name, text in written.items()}
+    sent = {name: _hlo.sent(text) for name, text in written.items()}
     print(
         f"{args.recipe.name}: {report.parameters:,} parameters, a train state of "
         f"{report.state_bytes / 2**30:.2f} GiB; {report.target}, "
-        f"{'stock MaxText' if args.stock else 'with loss scaling and the FP16 head'}; GiB a device"
+        f"{'stock MaxText' if args.stock else 'with loss scaling and patches'}; GiB a device"
     )
     cells = [
         (
             *memory_cells(row),
             f"{sum(counted[row.name].flops.values()) / 1e12:.2f}",
             f"{counted[row.name].traffic / 1e9:.0f}",
+            sent[row.name],
         )
         for row in report.rows
     ]
-    print(table([(*MEMORY_HEADINGS, "TFLOP", "GB moved"), *cells]))
+    print(table([(*MEMORY_HEADINGS, "TFLOP", "GB moved", "MB all-reduced"), *cells]))
     for name, why in report.failed.items():
         print(f"{name} does not compile: {why}")
     print(f"{len(report.rows)} configurations in {time.perf_counter() - begun:.0f} s")
     if args.json:
         numbers = {
-            name: {"flops": dict(counts.flops), "traffic": counts.traffic}
+            name: {"flops": dict(counts.flops), "traffic": counts.traffic, "sent": sent[name]}
             for name, counts in counted.items()
         }
         told = {**report.model_dump(mode="json"), "counted": numbers}

@@ -124,9 +124,9 @@ def attend(y: Any, table: Any, dtype: Any) -> Any:
 def dot(left: Any, right: Any, dimensions: Any, dtype: Any) -> Any:
     """`lax.dot_general` of fp16 operands with sums in fp32, rounded to `dtype` at the end.
 
-    jax lets the type of sums be named for GPUs only. There the result is written in `dtype` at once:
-    half of the memory (3.9 GiB instead of 6.1 for the reference model's logits) and, as XLA sums
-    between devices right behind a matmul, half of what crosses.
+    jax lets the type of sums be named for GPUs only. There the result is written in `dtype` at
+    once: half of the memory (3.9 GiB instead of 6.1 for the reference model's logits) and, as XLA
+    sums between devices right behind a matmul, half of what crosses.
     """
     import jax
     import jax.numpy as jnp

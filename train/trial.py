@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv_train.plan import Plan
+from moeconv_train.run_dir import saved_step
 from moeconv_train.trial_file import FILE, Gradient, Side, Trial, chosen
 from moeconv_train.trial_worker import ANSWER, REQUEST
 
@@ -56,7 +57,7 @@ def begin(
     launch: Launch | None = None,
     steps: int = STEPS,
 ) -> Trial | None:
-    """Tries the run's patches and writes `trial.json`; None if it has none, or was tried before.
+    """Tries the run's patches and writes `trial.json`; None if it has none, or has begun before.
 
     Args:
         plan: With its data prepared.
@@ -64,14 +65,11 @@ def begin(
         note: Takes sentences for people.
         launch: Runs a request in its folder, with a log; by default in a process of its own.
         steps: Timed of each.
-
-    Raises:
-        TrainingError: A side cannot be run; nothing is chosen.
     """
     patched = {name: on for name, on in plan.run.patches.items() if on and name != "fp16_head"}
-    if not patched or chosen(plan.run_dir) is not None:
-        return None
     run = plan.run_dir
+    if not patched or chosen(run) is not None or saved_step(run) is not None:
+        return None
     run.mkdir(parents=True, exist_ok=True)
     note(f"trial: {', '.join(patched)} against MaxText's own step; its output is in {run / LOG}")
     off = dict.fromkeys(patched, False)
@@ -90,10 +88,22 @@ def begin(
                 "patches": patches,
                 "steps": 0 if name == TRUTH else steps,
             }
-            told[name] = (launch or _process)(request, folder, run / LOG)
+            try:
+                told[name] = (launch or _process)(request, folder, run / LOG)
+            except TrainingError as error:
+                if name != PATCHED:  # a run that trains is worth more than a verdict on how
+                    note(f"trial: {name} cannot be tried, nothing is chosen: {error}")
+                    return None
+                reason = f"MaxText's own step is kept: the patched one cannot be run ({error})"
+                trial = Trial(chosen=off, reason=reason, device=told[STOCK]["device"], sides={})
+                return _done(trial, run, note)
         names = told[TRUTH]["parameters"]
         gradients = {side: _gradients(Path(scratch), side, names) for side in (STOCK, PATCHED)}
-    trial = judge(patched, told, gradients)
+    return _done(judge(patched, told, gradients), run, note)
+
+
+def _done(trial: Trial, run: Path, note: Callable[[str], None]) -> Trial:
+    """Writes it and says so."""
     trial.write(run)
     note(f"trial: {trial.reason}; the numbers are in {run / FILE}")
     return trial
@@ -207,9 +217,6 @@ def _process(request: Mapping[str, Any], folder: Path, log: Path) -> dict[str, A
         command = [sys.executable, "-m", "moeconv_train.trial_worker", str(folder)]
         code = subprocess.run(command, stdout=output, stderr=output, check=False).returncode
     if code:
-        raise TrainingError(
-            f"the trial of the patches ended with {code} and chose nothing: {log} says why; "
-            "train without --trial"
-        )
+        raise TrainingError(f"its process ended with {code}; {log} says why")
     told: dict[str, Any] = json.loads((folder / ANSWER).read_text(encoding="utf-8"))
     return told

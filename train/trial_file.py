@@ -1,4 +1,4 @@
-"""`trial.json`: what a run's first session found about its patches (trial.py), and which it kept."""
+"""`trial.json`: what a run's first session found about its patches, and which it kept."""
 
 from pathlib import Path
 

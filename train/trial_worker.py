@@ -3,11 +3,13 @@
 python -m moeconv_train.trial_worker FOLDER     a request in FOLDER, the answer and a gradient too
 """
 
+import contextlib
+import itertools
 import json
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,17 @@ def measure(request: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     parameters, skipped = _gradient(request, folder)
     ends, losses, overflows = [], [], 0
-    for _, scalars, _ in _steps(request, "timed") if request["steps"] else ():
-        losses.append(float(scalars["learning/loss"]))  # waits for the step
-        ends.append(time.perf_counter())
-        overflows += int(scalars.get("learning/overflow", 0))
-        if len(ends) == request["steps"] + 1:  # the first warms up
-            break
+    with contextlib.closing(_steps(request, "timed")) as steps:
+        # The first warms up; none at all of the side that is not timed.
+        for _ in range(request["steps"] and request["steps"] + 1):
+            _, scalars, _ = next(steps)
+            losses.append(float(scalars["learning/loss"]))  # waits for the step
+            ends.append(time.perf_counter())
+            overflows += int(scalars.get("learning/overflow", 0))
     return {
         "parameters": parameters,
         "skipped": skipped,
-        "seconds": [end - begun for begun, end in zip(ends, ends[1:], strict=False)],
+        "seconds": [end - begun for begun, end in itertools.pairwise(ends)],
         "losses": losses,
         "overflows": overflows,
         "device": jax.devices()[0].device_kind,
@@ -56,11 +59,12 @@ def _gradient(request: Mapping[str, Any], folder: Path) -> tuple[list[str], int]
     import numpy as np
     from flax import nnx
 
-    for skipped, (state, scalars, config) in enumerate(_steps(request, "gradient")):
-        if not scalars.get("learning/overflow", 0):
-            break
-        if skipped == _HALVINGS:
-            raise MoeconvError("no loss scale is small enough for this gradient")
+    with contextlib.closing(_steps(request, "gradient")) as steps:
+        skipped, (state, scalars, config) = 0, next(steps)
+        while scalars.get("learning/overflow", 0):
+            skipped, (state, scalars, config) = skipped + 1, next(steps)
+            if skipped == _HALVINGS:
+                raise MoeconvError("no loss scale is small enough for this gradient")
     names: list[str] = []
     for path, variable in nnx.to_flat_state(state):
         if found := _MOMENT.fullmatch(".".join(map(str, path))):
@@ -72,7 +76,7 @@ def _gradient(request: Mapping[str, Any], folder: Path) -> tuple[list[str], int]
     return names, skipped
 
 
-def _steps(request: Mapping[str, Any], which: str) -> Iterator[tuple[Any, dict[str, Any], Any]]:
+def _steps(request: Mapping[str, Any], which: str) -> Generator[tuple[Any, dict[str, Any], Any]]:
     """The same batch over and over: the state after each step, its metrics, MaxText's config."""
     from moeconv_train import start, trainer
     from moeconv_train.environment import environment
