@@ -135,7 +135,7 @@ def judge(
     times = " s a step against ".join(
         f"{statistics.median(side.seconds):.3f}" for side in (ours, stock)
     )
-    right = False
+    kept = "MaxText's own step is"
     if far or not _near(ours.distance, stock.distance, WHOLE):
         reason = f"the patched gradient is too far from fp32's ({', '.join(far[:3]) or 'in all'})"
     elif (ours.skipped, ours.overflows) != (stock.skipped, stock.overflows):
@@ -143,10 +143,10 @@ def judge(
     elif statistics.median(ours.seconds) >= statistics.median(stock.seconds):
         reason = f"the patched one is not faster ({times} s)"
     else:
-        right, reason = True, f"{times} s, and the gradient is as near to fp32's"
+        kept, reason = "the patches are", f"{times} s, and the gradient is as near to fp32's"
     return Trial(
-        chosen=dict.fromkeys(patched, right),
-        reason=f"{'the patches are' if right else 'MaxText’s own step is'} kept: {reason}",
+        chosen=dict.fromkeys(patched, kept == "the patches are"),
+        reason=f"{kept} kept: {reason}",
         device=told[PATCHED]["device"],
         sides=sides,
     )
