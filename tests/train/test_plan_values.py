@@ -43,7 +43,7 @@ def test_the_settings_of_maxtext_are_those_of_its_types():
     keys = recipe.maxtext_keys()
     assert {"steps", "lora", "global_batch_size_to_load", "run_name", "ici_parallelism"} <= keys
     assert len(keys) > 900 and "stepz" not in keys
-    assert recipe._types()["attn_logits_soft_cap"] .startswith("None |")
+    assert recipe._types()["attn_logits_soft_cap"].startswith("None |")
 
 
 def test_a_finished_run_is_compared_before_it_is_called_finished(prepared, tmp_path, monkeypatch):
