@@ -117,7 +117,8 @@ def describe(plan: Plan) -> str:
         steps += f", {plan.epochs:.4g} epochs"
     parts.append(steps)
     parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
-    if chosen := [f"{name}={str(on).lower()}" for name, on in plan.run.patches.items()]:
+    patches = {name: on for name, on in plan.patches.items() if name != "loss_scale"}
+    if chosen := [f"{name}={str(on).lower()}" for name, on in patches.items()]:
         parts.append(f"with {', '.join(chosen)}")
     return "; ".join(parts)
 

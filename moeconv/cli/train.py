@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ import click
 
 from moeconv.cli.options import JSON, QUIET, output_of
 from moeconv.cli.streams import say
-from moeconv.errors import TimeLimitError
+from moeconv.errors import MissingPackageError, TimeLimitError
 
 if TYPE_CHECKING:
     from moeconv.cli.output import Output
@@ -62,6 +63,10 @@ def command(
     The run lies in runs/<run_name> (base_output_directory, run_name). The same command goes on
     where it was interrupted: to the bit on CPUs; on GPUs the last bits may differ.
     """
+    if importlib.util.find_spec("maxtext") is None:
+        raise MissingPackageError(
+            'training needs MaxText; in a checkout of moeconv: pip install ".[train]"'
+        )
     # Preparing data counts for the time limit: a session has no more than that.
     since = time.monotonic()
     start = importlib.import_module("moeconv_train.start")
