@@ -67,12 +67,8 @@ def main() -> None:
         counted = {
             row.name: _hlo.count(Path(texts, f"{row.name}.hlo").read_text()) for row in report.rows
         }
-    first = report.rows[0]
-    print(
-        f"{args.recipe.name}: {first.parameters:,} parameters, a train state of "
-        f"{first.state_bytes / 2**30:.2f} GiB; {report.target}, "
-        f"{'stock MaxText' if args.stock else f'with its patches {patches}'}; GiB a device"
-    )
+    how = "stock MaxText" if args.stock else f"with its patches {patches}"
+    print(f"{args.recipe.name} on {report.target}, {how}; GiB a device")
     cells = [
         (
             *memory_cells(row),

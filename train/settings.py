@@ -5,24 +5,21 @@ in its own file, which stock MaxText accepts.
 """
 
 import difflib
-import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from moeconv_train.data import PrepareOptions
 from moeconv_train.data.packing import Layout, TooLong
 from moeconv_train.loss_scaling import LossScaleSettings
-from moeconv_train.preflight import patches
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
-    field_validator,
 )
 
 from moeconv.errors import ConfigError, MoeconvError, UsageError
@@ -30,6 +27,9 @@ from moeconv.errors import ConfigError, MoeconvError, UsageError
 PREFIX = "run."
 # The corpus and the tokenizer that come with moeconv, for runs without a network.
 EMBEDDED = "embedded"
+
+# Arguments of preflight/patches.py.
+Patch = Literal["fp16_head", "expert_tiles", "attention_blocks"]
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
@@ -108,26 +108,11 @@ class RunFile(_Section):
     )
     data: DataSettings = DataSettings()
     loss_scale: LossScaleSettings = LossScaleSettings()
-    patches: dict[str, bool] = Field(
-        {}, description="How MaxText's step is computed; the names are preflight/patches.py's."
-    )
+    patches: dict[Patch, bool] = Field({}, description="How MaxText's step is computed.")
     wandb: WandbSettings = WandbSettings()
     hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
     language: str | None = None
     license: str | None = Field(None, description="Of the model, a Hub id.")
-
-    @field_validator("patches")
-    @classmethod
-    def _check_patches(cls, value: dict[str, bool]) -> dict[str, bool]:
-        for name in value:
-            if name not in patch_names():
-                raise ValueError(f"{name} is none{nearest(name, patch_names())}")
-        return value
-
-
-def patch_names() -> list[str]:
-    """The patches that can be turned on and off."""
-    return [name for name in inspect.signature(patches.trainer).parameters if name != "loss_scale"]
 
 
 def run_file_of(config: Path) -> Path:
@@ -186,7 +171,7 @@ def _validate(content: Mapping[str, Any], where: str, kind: type[MoeconvError]) 
         return RunFile.model_validate(filled)
     except ValidationError as error:
         first = error.errors()[0]
-        name, reason = ".".join(map(str, first["loc"])), first["msg"]
+        name, reason = ".".join(map(str, first["loc"])).removesuffix(".[key]"), first["msg"]
         if first["type"] == "extra_forbidden":
             section: Any = RunFile
             for part in first["loc"][:-1]:

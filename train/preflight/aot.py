@@ -117,7 +117,6 @@ def _config(base_yml: str, keys: Mapping[str, Any], scratch: str) -> Any:
 def _compiled(config: Any, devices: list[Any], evaluates: bool) -> tuple[dict[str, int], str]:
     """XLA's numbers of both optimised executables, and the HLO of the train step."""
     import jax
-    from flax import nnx
     from flax.core.spmd import logical_axis_rules
     from jax.sharding import AxisType, Mesh
     from maxtext.common.common_types import ShardMode
@@ -150,17 +149,7 @@ def _compiled(config: Any, devices: list[Any], evaluates: bool) -> tuple[dict[st
         # Its arguments are of the state, which is there already.
         evaluated = found.memory_analysis()
         evaluation = evaluated.temp_size_in_bytes + evaluated.output_size_in_bytes
-    leaves = [(path, v, v.get_value()) for path, v in nnx.to_flat_state(state)]
     sizes = {
-        "parameters": sum(
-            math.prod(leaf.shape)
-            for path, variable, leaf in leaves
-            if path[0] == "model" and isinstance(variable, nnx.Param)
-        ),
-        # Of a checkpoint; a key of random numbers has no size in bytes.
-        "state_bytes": sum(
-            math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 4) for *_, leaf in leaves
-        ),
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,

@@ -19,7 +19,7 @@ from moeconv_train.preflight.report import (
 from moeconv_train.preflight.target import Target
 from moeconv_train.preflight.traps import TRAPS, find
 
-from moeconv.errors import ConfigError, MissingPackageError, MoeconvError
+from moeconv.errors import MissingPackageError, MoeconvError
 
 if TYPE_CHECKING:
     from moeconv_train.plan import Plan
@@ -59,7 +59,6 @@ def preflight(
     on_gpu = plan.config["hardware"] != "cpu"
     if on_gpu:
         report.findings += check_gpus(plan.target, str(plan.config["dtype"]))
-    state_bytes = plan.size.state_bytes if plan.size else None
     if memory:
         if refused or not on_gpu:
             why = "put right first what is refused" if refused else "this run is on the CPU"
@@ -67,9 +66,7 @@ def preflight(
         else:
             finding, report.memory = _memory(plan, progress)
         report.findings.append(finding)
-        if report.memory:
-            state_bytes = report.memory.rows[0].state_bytes
-    report.findings.append(check_disk(plan, state_bytes))
+    report.findings.append(check_disk(plan))
     return report
 
 
@@ -78,20 +75,16 @@ def check_gpus(target: Target, dtype: str) -> list[Finding]:
     if target.config_file is not None:
         message = f"No NVIDIA GPU here (nvidia-smi finds none); checked for {target.name}."
         return [Finding(check="gpu", status="note", message=message)]
-    status: Status = "warn"
-    match target.compute_capability:
-        case None:
-            says = "nvidia-smi does not know what it can compute"
-        case (7, 5):
-            status, says = "ok", "FP16 tensor cores, no bfloat16"
-        case capability if capability < (7, 0):
-            says = "no tensor cores, so FP16 gains little; choose T4 x2"
-        case capability if capability < (8, 0):
-            says = "not the T4 that the recipe was made for; FP16 works"
-        case _ if dtype == "float16":
-            says = "has bfloat16, which needs no loss scaling; dtype=bfloat16 is possible"
-        case _:
-            status, says = "ok", "has bfloat16"
+    status: Status = "ok"
+    capability, says = target.compute_capability, "has bfloat16"
+    if capability is None:
+        status, says = "warn", "nvidia-smi does not know what it can compute"
+    elif capability < (7, 0):
+        status, says = "warn", "no tensor cores, so FP16 gains little; choose T4 x2"
+    elif not target.has_bf16:
+        says = "FP16 tensor cores, no bfloat16"
+    elif dtype == "float16":
+        status, says = "note", "has bfloat16, which needs no loss scaling: dtype=bfloat16"
     found = [Finding(check="gpu", status=status, message=f"{target.name}: {says}.")]
     if not compiled.plugin_installed():
         message = (
@@ -122,8 +115,7 @@ def _memory(plan: "Plan", progress: Callable[[str], None]) -> tuple[Finding, Mem
         message = f"Memory was not checked: {error}."
         return Finding(check="memory", status="warn", message=message), None
     except MoeconvError as error:
-        code = ConfigError.exit_code if isinstance(error, ConfigError) else error.exit_code
-        message = f"{error}."
+        message, code = f"{error}.", error.exit_code
         return Finding(check="memory", status="refused", message=message, exit_code=code), None
     return _verdict(report, len(rungs)), report
 

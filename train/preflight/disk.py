@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from moeconv_train.plan import Plan
 
 
-def check_disk(plan: "Plan", state_bytes: int | None) -> Finding:
+def check_disk(plan: "Plan") -> Finding:
     """Compares the free space with the checkpoints that are still to come.
 
     A checkpoint is deleted only after the next one is whole, so one more than are kept must fit.
-    Those that a resumed run has already need no new space. `state_bytes` are the state's own;
-    compression makes a checkpoint at most smaller.
+    Those that a resumed run has already need no new space; compression makes one at most smaller.
     """
     if not plan.config["enable_checkpointing"]:
         return Finding(check="disk", status="note", message="The run saves no checkpoints.")
-    if state_bytes is None:
-        return Finding(check="disk", status="skipped", message="The state's size is not known.")
-    keep = int(plan.config["max_num_checkpoints_to_keep"])
+    if plan.size is None:
+        message = f"The size of a decoder_block={plan.config['decoder_block']} is not known."
+        return Finding(check="disk", status="skipped", message=message)
+    state_bytes, keep = plan.size.state_bytes, int(plan.config["max_num_checkpoints_to_keep"])
     there = sum(step.name.isdigit() for step in plan.run_dir.glob("checkpoints/*"))
     needed = state_bytes * max(keep + 1 - there, 1)
     place = plan.run_dir

@@ -45,8 +45,6 @@ class MemoryRow(BaseModel):
 
     name: str
     overrides: dict[str, Any]
-    parameters: int
-    state_bytes: int = Field(description="Of the train state: what a checkpoint holds.")
     arguments: int = Field(description="Of the train step: the state and a batch.")
     outputs: int
     temporaries: int
