@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from moeconv_train.data import PrepareOptions
@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    field_validator,
 )
 
 from moeconv.errors import ConfigError, MoeconvError, UsageError
@@ -29,7 +30,7 @@ PREFIX = "run."
 EMBEDDED = "embedded"
 
 # Arguments of preflight/patches.py.
-Patch = Literal["fp16_head", "expert_tiles", "attention_blocks"]
+_PATCHES = {"fp16_head", "expert_tiles", "attention_blocks"}
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
@@ -108,11 +109,18 @@ class RunFile(_Section):
     )
     data: DataSettings = DataSettings()
     loss_scale: LossScaleSettings = LossScaleSettings()
-    patches: dict[Patch, bool] = Field({}, description="How MaxText's step is computed.")
+    patches: dict[str, bool] = Field({}, description="How MaxText's step is computed.")
     wandb: WandbSettings = WandbSettings()
     hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
     language: str | None = None
     license: str | None = Field(None, description="Of the model, a Hub id.")
+
+    @field_validator("patches")
+    @classmethod
+    def _check_patches(cls, value: dict[str, bool]) -> dict[str, bool]:
+        for name in value.keys() - _PATCHES:
+            raise ValueError(f"{name} is none{nearest(name, _PATCHES)}")
+        return value
 
 
 def run_file_of(config: Path) -> Path:
@@ -171,7 +179,7 @@ def _validate(content: Mapping[str, Any], where: str, kind: type[MoeconvError]) 
         return RunFile.model_validate(filled)
     except ValidationError as error:
         first = error.errors()[0]
-        name, reason = ".".join(map(str, first["loc"])).removesuffix(".[key]"), first["msg"]
+        name, reason = ".".join(map(str, first["loc"])), first["msg"]
         if first["type"] == "extra_forbidden":
             section: Any = RunFile
             for part in first["loc"][:-1]:

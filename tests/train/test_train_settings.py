@@ -59,7 +59,7 @@ def test_words_may_come_in_any_order():
         (["run.loss_scale.initial=3"], "initial must be a power of two, not 3"),
         (
             ["run.patches.fp16_heat=false"],
-            "run.patches.fp16_heat: Input should be 'fp16_head'",
+            "fp16_heat is none; did you mean fp16_head?",
         ),
         (["run.data.layout=loose"], "run.data.layout: Input should be 'packed'"),
     ],

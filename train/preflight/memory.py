@@ -49,7 +49,7 @@ def ladder(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Settings that need less memory and train the same model, the cheapest in time first.
 
     Not a smaller batch with gradients accumulated: those are kept in float32 between its parts,
-    4 bytes a parameter, which costs the recipes more than it saves (docs/memory.md).
+    4 bytes a parameter, which costs the recipe more than it saves (docs/memory.md).
     """
     given = resolve(config)
     policy = given["remat_policy"]
