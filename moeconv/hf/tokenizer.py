@@ -431,16 +431,12 @@ def _download(repo_id: str) -> Path:
             )
         return Path(found)
     except Exception as error:  # its transport's own errors have no stable name to catch
-        raise TokenizerError(f"{repo_id}: {hub_failure(repo_id, error)}") from error
+        raise TokenizerError(f"{repo_id}: {_failure(repo_id, error)}") from error
 
 
-def hub_failure(repo_id: str, error: Exception, kind: str = "model") -> str:
-    """Why a model or dataset cannot be read from the Hub, with the fix."""
+def _failure(repo_id: str, error: Exception) -> str:
     from huggingface_hub import errors
 
-    from moeconv.hf.hub_client import HttpError
-
-    page = "https://huggingface.co/" + "datasets/" * (kind == "dataset") + repo_id
     chain = [error, error.__cause__]
     answered = next((e for e in chain if isinstance(e, errors.HfHubHTTPError)), None)
     if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
@@ -450,8 +446,8 @@ def hub_failure(repo_id: str, error: Exception, kind: str = "model") -> str:
         )
     if isinstance(answered, errors.GatedRepoError):
         return (
-            f"this repository on the Hub is gated; accept its terms on {page}, then set HF_TOKEN "
-            "or run `hf auth login`"
+            f"this repository on the Hub is gated; accept its terms on "
+            f"https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`"
         )
     if isinstance(answered, errors.RepositoryNotFoundError):
         return (
@@ -468,10 +464,10 @@ def hub_failure(repo_id: str, error: Exception, kind: str = "model") -> str:
             f"the Hub answers with {answered.response.status_code}; try again later, or give a "
             "directory"
         )
-    if isinstance(error, (errors.LocalEntryNotFoundError, HttpError)):
+    if isinstance(error, errors.LocalEntryNotFoundError):
         return (
-            "no such directory, and the Hub cannot be reached; check the network (on Kaggle: "
-            "Settings, Internet), or give a directory"
+            "no such directory, and the Hub cannot be reached; check the network, or give a "
+            "directory"
         )
     reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
     return f"fetching it from the Hub failed ({reason}); try again, or give a directory"

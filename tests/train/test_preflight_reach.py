@@ -98,11 +98,11 @@ def findings(*words: str, online: bool = True, **settings: object) -> dict:
     [
         ("open/stories", None, "ok", "can be read"),
         ("open/stories", TOKEN, "ok", "can be read"),
-        ("gated/llama", None, "refused", "is gated; accept its terms on https://huggingface.co/"),
-        ("gated/llama", TOKEN, "refused", "is gated; accept its terms on https://huggingface.co/"),
-        ("private/mine", None, "refused", "no repository on the Hub that you may read"),
-        ("no/such", TOKEN, "refused", "no repository on the Hub that you may read"),
-        ("open/stories", "hf_wrong", "refused", "the Hub refuses your token (401)"),
+        ("gated/llama", None, "refused", "on the Hub is gated; accept its terms on http"),
+        ("gated/llama", TOKEN, "refused", "on the Hub is gated; accept its terms on http"),
+        ("private/mine", None, "refused", "on the Hub that you may read; check the id"),
+        ("no/such", TOKEN, "refused", "on the Hub that you may read; check the id"),
+        ("open/stories", "hf_wrong", "refused", "the Hub refuses your token (401); set HF_TOKEN"),
         ("broken/hub", None, "refused", "answers with 500; try again later"),
     ],
 )
@@ -116,7 +116,7 @@ def test_what_the_hub_answers(hub, monkeypatch, check, name, token, status, says
     assert "secret" not in finding.message and "hf_wrong" not in finding.message
     assert finding.exit_code == (HubError if status == "refused" else ConfigError).exit_code
     if "terms" in finding.message:
-        page = f"https://huggingface.co/{'datasets/' if check == 'dataset' else ''}{name}"
+        page = f"{hub}/{'datasets/' if check == 'dataset' else ''}{name}"
         assert page in finding.message
 
 

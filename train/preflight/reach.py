@@ -11,7 +11,7 @@ import urllib.request
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeconv_train.data.source import names_a_file
 from moeconv_train.preflight.report import Finding
@@ -57,16 +57,18 @@ def _source(check: str, name: str, online: bool) -> Finding:
     if not online:
         message = f"{name} was not asked for: no network checks."
         return Finding(check=check, status="skipped", message=message)
-    from moeconv.hf.tokenizer import hub_failure
+    from moeconv.hf.hub_trouble import hub_trouble
 
-    kind = "dataset" if check == "dataset" else "model"
-    if error := _asked(name, kind):
-        is_answer = isinstance(error, MoeconvError)
-        message = str(error) if is_answer else f"{name}: {hub_failure(name, error, kind)}"
-        return Finding(
-            check=check, status="refused", message=f"{message}.", exit_code=HubError.exit_code
-        )
-    return Finding(check=check, status="ok", message=f"{name} on the Hub can be read.")
+    kind: Literal["dataset", "model"] = "dataset" if check == "dataset" else "model"
+    error = _asked(name, kind)
+    if error is None:
+        return Finding(check=check, status="ok", message=f"{name} on the Hub can be read.")
+    why = str(error)
+    if not isinstance(error, MoeconvError):
+        why = hub_trouble(error, name, kind, "file or folder")
+        why = why.replace("check the network", "check the network (on Kaggle: Settings, Internet)")
+    code = HubError.exit_code
+    return Finding(check=check, status="refused", message=f"{name}: {why}.", exit_code=code)
 
 
 def _asked(name: str, kind: str, *, write: bool = False) -> Exception | None:

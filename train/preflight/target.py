@@ -13,7 +13,8 @@ from moeconv.errors import ConfigError
 
 # jaxlib/xla_client.py `generate_pjrt_gpu_plugin_options`: the second is deprecated, both together
 # an error, which jax's discovery of plugins swallows.
-_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+MEMORY_FRACTION, DEFAULT_FRACTION = "XLA_CLIENT_MEM_FRACTION", 0.88
+_FRACTIONS = (MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
 
 
@@ -98,7 +99,7 @@ def memory_fraction(patches: Mapping[str, Any]) -> float:
         except ValueError:
             raise ConfigError(f"{name}={text}: must be a number, such as 0.88") from None
     cheaper = patches.get("expert_tiles") and patches.get("attention_blocks")
-    return 0.80 if cheaper else 0.88
+    return 0.80 if cheaper else DEFAULT_FRACTION
 
 
 def gpu_environment(patches: Mapping[str, Any]) -> dict[str, str]:
@@ -111,7 +112,7 @@ def gpu_environment(patches: Mapping[str, Any]) -> dict[str, str]:
         ConfigError: See `memory_fraction`.
     """
     fraction, flags = memory_fraction(patches), os.environ.get("XLA_FLAGS", "")
-    found = {} if any(map(os.environ.get, _FRACTIONS)) else {_FRACTIONS[0]: str(fraction)}
+    found = {} if any(map(os.environ.get, _FRACTIONS)) else {MEMORY_FRACTION: str(fraction)}
     if _SCHEDULER not in flags:
         found["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=true".strip()
     return found
