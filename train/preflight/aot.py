@@ -83,7 +83,9 @@ def _answer(
     try:
         with tempfile.TemporaryDirectory() as scratch, change:
             config = _config(request["base_yml"], keys, scratch)
-            sizes, hlo = _compiled(config, devices, keys.get("eval_interval", -1) > 0)
+            # Autotuning would run kernels on the device.
+            options = {"xla_gpu_autotune_level": "0"} if request["target_config"] else {}
+            sizes, hlo = _compiled(config, devices, options, keys.get("eval_interval", -1) > 0)
     except Exception as error:
         refused = isinstance(error, _RefusedError)
         said = first_line(error.__cause__ if refused else error)
@@ -114,7 +116,9 @@ def _config(base_yml: str, keys: Mapping[str, Any], scratch: str) -> Any:
         raise _RefusedError from error
 
 
-def _compiled(config: Any, devices: list[Any], evaluates: bool) -> tuple[dict[str, int], str]:
+def _compiled(
+    config: Any, devices: list[Any], options: Mapping[str, str], evaluates: bool
+) -> tuple[dict[str, int], str]:
     """XLA's numbers of both optimised executables, and the HLO of the train step."""
     import jax
     from flax.core.spmd import logical_axis_rules
@@ -133,8 +137,6 @@ def _compiled(config: Any, devices: list[Any], evaluates: bool) -> tuple[dict[st
     train_step, eval_step = train_utils.jit_train_and_eval_step(
         config, graph, mesh, state, shardings, train.train_step, train.eval_step, evaluates, params
     )
-    # Autotuning would run kernels on the device.
-    options = {} if devices[0].client.platform == "cuda" else {"xla_gpu_autotune_level": "0"}
     with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
         compiled = train_step.lower(state, batch).compile(compiler_options=options)
     memory, evaluation = compiled.memory_analysis(), 0
