@@ -19,7 +19,7 @@ from moeconv_train.preflight.report import (
 from moeconv_train.preflight.target import Target
 from moeconv_train.preflight.traps import TRAPS, find
 
-from moeconv.errors import MissingPackageError, MoeconvError
+from moeconv.errors import MissingPackageError, MoeconvError, to_install
 
 if TYPE_CHECKING:
     from moeconv_train.plan import Plan
@@ -87,10 +87,8 @@ def check_gpus(target: Target, dtype: str) -> list[Finding]:
         status, says = "note", "has bfloat16, which needs no loss scaling: dtype=bfloat16"
     found = [Finding(check="gpu", status=status, message=f"{target.name}: {says}.")]
     if not compiled.plugin_installed():
-        message = (
-            "JAX's CUDA plugin is not installed, so it would compute on the CPU; in a checkout of "
-            'moeconv: pip install ".[train,cuda12]".'
-        )
+        why = "JAX's CUDA plugin is not installed, so it would compute on the CPU"
+        message = f"{why}; {to_install('train', 'cuda12')}."
         code = MissingPackageError.exit_code
         found.append(Finding(check="cuda", status="refused", message=message, exit_code=code))
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moeconv.errors import MissingPackageError
+from moeconv.errors import MissingPackageError, to_install
 
 
 @cache
@@ -27,9 +27,7 @@ def maxtext_configs() -> Path:
     for place in found.submodule_search_locations or () if found else ():
         if Path(place, "configs", "base.yml").is_file():
             return Path(place, "configs")
-    raise MissingPackageError(
-        'MaxText is not installed; in a checkout of moeconv: pip install ".[train]"'
-    )
+    raise MissingPackageError(f"MaxText is not installed; {to_install('train')}")
 
 
 @cache

@@ -21,7 +21,7 @@ from moeconv_train.preflight.config import maxtext_configs, maxtext_defaults, re
 from moeconv_train.preflight.report import MemoryReport, MemoryRow
 from moeconv_train.preflight.target import Target, gpu_environment, memory_fraction
 
-from moeconv.errors import ConfigError, MissingPackageError, MoeconvError
+from moeconv.errors import ConfigError, MissingPackageError, MoeconvError, to_install
 
 # A directory with the plugin's wheels unpacked (`pip install --target DIR --no-deps …`), for an
 # environment that should not have them: with a plugin and no driver, bare `import jax` may crash.
@@ -85,8 +85,8 @@ def plugin_environment() -> dict[str, str]:
         return {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if not plugin_installed():
         raise MissingPackageError(
-            "the CUDA plugin of JAX, which compiles for a GPU that is not there, is missing: in a "
-            'checkout of moeconv pip install ".[train,cuda12]"'
+            "the CUDA plugin of JAX, which compiles for a GPU that is not there, is missing; "
+            + to_install("train", "cuda12")
         )
     return {}
 
