@@ -68,7 +68,7 @@ def main() -> None:
             row.name: _hlo.count(Path(texts, f"{row.name}.hlo").read_text()) for row in report.rows
         }
     how = "stock MaxText" if args.stock else f"with its patches {patches}"
-    print(f"{args.recipe.name} on {report.target}, {how}; GiB a device")
+    print(f"{args.recipe.name} on {T4X2.name}, {how}; GiB a device")
     cells = [
         (
             *memory_cells(row),

@@ -270,7 +270,7 @@ def test_what_fits_is_named_and_nothing_that_a_resume_refuses(run, monkeypatch):
     def measure(config, target, variants, **_):
         asked.append([variant.name for variant in variants])
         rows = [row("as given", arguments=99, temporaries=9), row(rung, arguments=9, temporaries=9)]
-        return MemoryReport(target=target.name, rows=rows)
+        return MemoryReport(rows=rows)
 
     rung = "remat_policy=full"
     monkeypatch.setattr(compiled, "plugin_environment", lambda: {})
