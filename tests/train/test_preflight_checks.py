@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli_runner import moeconv
 from moeconv_train import environment, run_dir, start
+from moeconv_train.preflight import aot
 from moeconv_train.preflight import memory as compiled
 from moeconv_train.preflight.check import check_gpus, preflight
 from moeconv_train.preflight.config import maxtext_defaults, resolve
@@ -256,6 +257,24 @@ def row(name, **sizes):
     kept = {"overrides": {}, "outputs": 0, "aliased": 0}
     given = {"usable": 100, "evaluation": 0, "seconds": 1, "xla_rematerialised": False, **sizes}
     return MemoryRow(name=name, **kept, **given)
+
+
+@pytest.mark.parametrize(("until_fit", "answered"), [(True, ["a", "b", "c"]), (False, [*"abcd"])])
+def test_what_is_compiled_ends_with_the_first_that_fits(monkeypatch, until_fit, answered):
+    sizes = {"a": 90, "b": None, "c": 20, "d": 10}
+
+    def answer(request, variant, devices, usable):
+        size = sizes[variant["name"]]
+        found = {"error": "?"} if size is None else {"total": size, "usable": usable}
+        return {"name": variant["name"], **found}
+
+    monkeypatch.setattr(aot, "_devices", lambda config, count: ([], 0))
+    monkeypatch.setattr(aot, "_answer", answer)
+    variants = [{"name": name, "usable": 50} for name in sizes]
+    request = {"target_config": "", "devices": 2, "variants": variants, "until_fit": until_fit}
+    out = io.StringIO()
+    aot.serve(request, out)
+    assert [json.loads(line)["name"] for line in out.getvalue().splitlines()] == answered
 
 
 def test_the_larger_of_both_steps_counts():
