@@ -40,7 +40,7 @@ SMALL = {
 def without_torch():
     """As where it is trained; and a third of the time that MaxText takes to be imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(WITHOUT_TORCH))
+        patch.setenv("PYTHONPATH", str(WITHOUT_TORCH), prepend=os.pathsep)
         yield
 
 
