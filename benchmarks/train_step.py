@@ -182,14 +182,17 @@ def floor_of(result: Result, rates: dict[str, Any]) -> float:
 
 def for_t4s(keys: dict[str, Any]) -> list[dict[str, Any]]:
     """Each variant, compiled for two T4s: XLA's numbers, and T4's datasheet on them."""
-    from moeconv_train.preflight import T4X2, memory
+    from moeconv_train.preflight.memory import Variant, measure
+    from moeconv_train.preflight.target import T4X2
 
-    variants = [
-        memory.Variant(name, patch=memory.Patch(arguments=patch))
-        for name, patch in VARIANTS.items()
-    ]
+    variants = [Variant(name, {}, patches) for name, patches in VARIANTS.items()]
     with tempfile.TemporaryDirectory() as texts:
-        report = memory.measure(keys, T4X2, variants=variants, until_fit=False, hlo=Path(texts))
+        report = measure(
+            {**keys, "eval_interval": -1},  # the train step alone
+            T4X2,
+            variants,
+            hlo=Path(texts),
+        )
         if report.failed:
             sys.exit(f"not every variant compiles: {report.failed}")
         written = [Path(texts, f"{row.name}.hlo").read_text() for row in report.rows]

@@ -57,6 +57,11 @@ _FREE = (
 _ROUNDING = ("remat_policy", "num_vocab_tiling")
 
 
+def may_change(key: str) -> bool:
+    """Whether a run goes on with another value of a MaxText setting."""
+    return key in _ROUNDING or any(fnmatchcase(key, pattern) for pattern in _FREE)
+
+
 @contextlib.contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Makes the directory and holds it for this process.
