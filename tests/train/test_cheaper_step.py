@@ -9,14 +9,16 @@ from moeconv_train.loss_scaling import LossScaleSettings
 
 pytestmark = [pytest.mark.proof("cheaper step"), pytest.mark.maxtext]
 
-# 16 rows a step in each, as in test_loss_scaling_runs.py.
 WAYS = {
     "one device": {"remat_policy": "minimal_with_context"},
-    "scanned": {"scan_layers": True},
-    "accumulated": {"gradient_accumulation_steps": 2, "per_device_batch_size": 2},
-    "two devices": {"ici_data_parallelism": 2},
+    "two devices, scanned, accumulated": {
+        "ici_data_parallelism": 2,
+        "scan_layers": True,
+        "gradient_accumulation_steps": 2,
+        "per_device_batch_size": 2,
+    },
     "two devices, weights split": {"ici_data_parallelism": 1, "ici_fsdp_parallelism": 2},
-    "all MoE": {"decoder_block": "mixtral", "ici_data_parallelism": 2},
+    "two devices, all MoE": {"decoder_block": "mixtral", "ici_data_parallelism": 2},
 }
 
 

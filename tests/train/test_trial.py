@@ -105,19 +105,21 @@ def tried(tmp_path, launch, **keys):
 
 
 @pytest.mark.parametrize("failing", ["fp32", "patched"])
-def test_a_side_that_fails_does_not_end_the_run(tmp_path, failing):
+def test_a_side_that_cannot_be_run(tmp_path, failing):
     def launch(request, folder, log):
         if folder.name == failing:
             raise TrainingError("its process ended with 1")
         return told()
 
-    found, said = tried(tmp_path, launch)
+    file = tmp_path / "runs" / "x" / "trial.json"
     if failing == "patched":
-        assert found.chosen == NEITHER == trial_file.chosen(tmp_path / "runs" / "x")
+        found, said = tried(tmp_path, launch)
+        assert found.chosen == NEITHER == trial_file.chosen(file.parent)
         assert "the patched one cannot be run (its process ended with 1)" in said[-1]
     else:
-        assert found is None and not (tmp_path / "runs" / "x" / "trial.json").exists()
-        assert said[-1].startswith("trial: fp32 cannot be tried, nothing is chosen")
+        with pytest.raises(TrainingError, match="x: fp32 cannot be tried: its process ended"):
+            tried(tmp_path, launch)
+        assert not file.exists()
 
 
 @pytest.mark.maxtext
@@ -155,7 +157,8 @@ def test_maxtexts_steps_are_tried_and_a_wrong_patch_is_not_kept(tmp_path, monkey
     assert "per_device_batch_size=1" in requests["patched"]["gradient"]
     assert json.loads((tmp_path / "runs" / "x" / "trial.json").read_text())["chosen"] == BOTH
     # A run that was tried is not tried again.
-    assert tried(tmp_path, launch)[0] is None
+    again, said = tried(tmp_path, launch)
+    assert again is None and "nothing to try" in said[-1]
 
     stock = expert_tiles.moe
     monkeypatch.setattr(expert_tiles, "moe", lambda *a, **k: 1.05 * stock(*a, **k))
