@@ -1,10 +1,9 @@
-"""What JAX, MaxText and W&B read from the environment, set for one run."""
+"""What JAX and MaxText read from the environment, set for one run."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 
-from moeconv_train.logs import wandb
 from moeconv_train.plan import Plan
 from moeconv_train.preflight.target import gpu_environment
 
@@ -24,8 +23,6 @@ def environment(plan: Plan) -> Iterator[None]:
         # Left to itself JAX takes the CPU where CUDA fails. MaxText puts some arrays on the CPU.
         values["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cuda,cpu"
     values["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
-    if plan.config["enable_wandb"]:
-        values |= wandb.environment(plan.run_dir, plan.run.wandb)
     # MaxText itself changes some of these.
     touched = {*values, "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TFDS_DATA_DIR"}
     before = {key: os.environ.get(key) for key in touched}

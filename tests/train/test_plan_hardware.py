@@ -55,11 +55,11 @@ def test_a_gpu_run_is_told_to_jax_and_never_falls_back(tmp_path, monkeypatch):
 @pytest.mark.maxtext
 def test_a_gpu_run_does_not_train_on_the_cpu():
     """Neither where JAX is told so, as here, nor where it falls back."""
-    told = r"hardware=gpu: JAX computes on .*moeconv\[train,cuda12\]"
-    with pytest.raises(MissingPackageError, match=told):
-        trainer.check_gpu()
+    told = r'hardware=gpu: JAX computes on .*pip install "\.\[train,cuda12\]"'
+    with pytest.raises(MissingPackageError, match=told), trainer.on_gpu():
+        pass
     done = subprocess.run(
-        [sys.executable, "-c", "from moeconv_train.trainer import check_gpu; check_gpu()"],
+        [sys.executable, "-c", "from moeconv_train.trainer import on_gpu\nwith on_gpu(): pass"],
         env={**os.environ, "JAX_PLATFORMS": "cuda,cpu"},
         capture_output=True,
         text=True,
