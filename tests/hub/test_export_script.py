@@ -132,12 +132,17 @@ def test_an_environment_to_verify_in_is_made_where_none_is(finished):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/bash\nexit 1\n")
         path.chmod(0o755)
-    (finished / "bin" / "python3").write_text(
+    # pip brings uv, which installs.
+    (finished / "uv").write_text(
         f'#!/bin/bash\necho "$*" >> {finished}/installed\n'
-        f'case "$*" in *"uv pip"*) mkdir -p {made}/bin\n'
-        f'  cp "{finished}/python" {made}/bin/python ;; esac\n'
+        f'[ "$1" != pip ] || {{ mkdir -p {made}/bin; cp "{finished}/python" {made}/bin/python; }}\n'
     )
-    (finished / "bin" / "python3").chmod(0o755)
+    (finished / "bin" / "python3").write_text(
+        '#!/bin/bash\nwhile [ "$1" != --target ]; do shift; done\n'
+        f'mkdir -p "$2/bin"; cp "{finished}/uv" "$2/bin/uv"\n'
+    )
+    for name in ("uv", "bin/python3"):
+        (finished / name).chmod(0o755)
     env = {
         "PYTHON": "",
         "VENV": str(finished / "venv"),
