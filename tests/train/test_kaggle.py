@@ -19,7 +19,9 @@ def kaggle(tmp_path):
     program = tmp_path / "venv" / "bin" / "moeconv"
     (tmp_path / "working").mkdir()
 
-    def run(*args, code=0, recipes="llama3-moe-200m", refuses=0, trial=0, noise="", seconds=0, **extra):
+    def run(
+        *args, code=0, recipes="llama3-moe-200m", refuses=0, trial=0, noise="", seconds=0, **extra
+    ):
         names = [word.removeprefix("run_name=") for word in args if word.startswith("run_name=")]
         plan = json.dumps({"plan": {"run_dir": f"/somewhere/runs/{[recipes, *names][-1]}"}})
         program.write_text(

@@ -9,6 +9,7 @@ import pytest
 
 KAGGLE = Path(__file__).parents[2] / "train" / "kaggle"
 
+
 @pytest.fixture
 def install(tmp_path):
     """Runs make_env of a checkout that cannot be written to; pip brings a uv that notes its words.
@@ -92,7 +93,9 @@ def test_what_the_image_sets_for_its_own_packages_does_not_reach_ours(install, t
     }
     reach = {"UV_INDEX_URL": "https://a.example", "PIP_CERT": "/ca", "UV_CACHE_DIR": "/cache"}
     cuda = "/usr/local/cuda/lib64:/usr/local/cuda-12.8/lib64"
-    done, _ = install("train", **hostile, **reach, LD_LIBRARY_PATH=f"/usr/local/nvidia/lib64:{cuda}")
+    done, _ = install(
+        "train", **hostile, **reach, LD_LIBRARY_PATH=f"/usr/local/nvidia/lib64:{cuda}"
+    )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "seen").read_text().splitlines()
     seen = dict(line.split("=", 1) for line in lines if "=" in line)

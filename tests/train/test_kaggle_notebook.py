@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import sys
 import types
 from pathlib import Path
@@ -12,12 +13,14 @@ NOTEBOOK = Path(__file__).parents[2] / "train" / "kaggle" / "train_on_kaggle.ipy
 CELLS = json.loads(NOTEBOOK.read_text())["cells"]
 
 
+def cell_with(text):
+    """The source of the cell that has this in it."""
+    return next(cell for cell in map("".join, (c["source"] for c in CELLS)) if text in cell)
+
+
 def test_the_notebook_shows_what_there_is(tmp_path, monkeypatch, capsys):
     """A cell that raises would end the notebook as failed, and a run may have no plot yet."""
-    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
-    cell = next(
-        "".join(c["source"]) for c in notebook["cells"] if "loss.png" in "".join(c["source"])
-    )
+    cell = cell_with("loss.png")
     shown = []
     display = types.SimpleNamespace(Image=lambda path: path, display=shown.append)
     monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
@@ -35,33 +38,58 @@ def test_the_notebook_shows_what_there_is(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines() == ["early no step yet", 'late {"step": 2}']
 
 
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """Runs the cell that trains; the script, in the shell, ends with `code`."""
+    cell = "".join(
+        line for line in cell_with('!bash "{').splitlines(keepends=True) if line[0] != "!"
+    ).replace('"/kaggle', f'"{tmp_path}')
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AT_LEAST", "7")
+
+    def run(code=0):
+        names = {"_exit_code": code}  # IPython's, of the last line for the shell
+        exec(cell, names)
+        return names["MOECONV"]
+
+    return run
+
+
+def checkout(folder):
+    (folder / "train" / "kaggle").mkdir(parents=True)
+    (folder / "train" / "kaggle" / "kaggle_train.sh").touch()
+
+
 @pytest.mark.parametrize(
     "below", ["input/moeconv", "input/datasets/me/moeconv/moeconv-main", "working/moeconv"]
 )
-def test_the_notebook_finds_its_checkout(tmp_path, monkeypatch, below):
-    cell = training_cell().replace('"/kaggle', f'"{tmp_path}')
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def test_the_notebook_finds_its_checkout(train, tmp_path, below):
     with pytest.raises(SystemExit, match="no checkout of moeconv"):
-        exec(cell, {})
-    script = tmp_path / below / "train" / "kaggle" / "kaggle_train.sh"
-    script.parent.mkdir(parents=True)
-    script.touch()
-    names = {}
-    exec(cell, names)
-    assert names["MOECONV"] == str(tmp_path / below)
+        train()
+    checkout(tmp_path / below)
+    assert train() == str(tmp_path / below)
+    assert os.environ["AT_LEAST"] == ""
 
 
-def training_cell():
-    """The notebook's cell that trains, without the line for the shell."""
-    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
-    cell = next(c["source"] for c in notebook["cells"] if '!bash "{' in "".join(c["source"]))
-    return "".join(line for line in cell if not line.startswith("!"))
+def test_a_clone_comes_before_what_is_attached_and_mounts_may_be_links(train, tmp_path):
+    checkout(tmp_path / "elsewhere" / "moeconv")
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "data").symlink_to(tmp_path / "elsewhere")
+    assert train() == str(tmp_path / "input" / "data" / "moeconv")
+    checkout(tmp_path / "working" / "clone")
+    assert train() == str(tmp_path / "working" / "clone")
+
+
+def test_the_notebook_fails_with_the_script_where_no_output_is_lost(train, tmp_path):
+    checkout(tmp_path / "working" / "moeconv")
+    with pytest.raises(SystemExit, match="exit code 4"):
+        train(code=4)
+    (tmp_path / "working" / "runs" / "one" / "checkpoints" / "199").mkdir(parents=True)
+    train(code=4)
 
 
 def test_the_notebook_is_clean_and_runs_the_script():
-    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
-    assert notebook["nbformat"] == 4
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    cells = [cell for cell in CELLS if cell["cell_type"] == "code"]
     assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
     text = "".join(line for cell in cells for line in cell["source"])
     assert "train/kaggle/kaggle_train.sh" in text and "export_to_hub.sh" in text
