@@ -85,7 +85,7 @@ def read(words: Iterable[str]) -> Recipe:
         file=file,
         keys=keys,
         given=maxtext,
-        run=read_settings(run_file if run_file.is_file() else None, ours),
+        run=read_settings(run_file if run_file.is_file() else None, ours, maxtext),
         told=frozenset(key.removeprefix(PREFIX) for key in ours),
         epochs=run_settings.epochs,
     )

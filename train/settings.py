@@ -7,7 +7,7 @@ in its own file, which stock MaxText accepts.
 import difflib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +30,14 @@ from moeconv.errors import ConfigError, UsageError
 PREFIX = "run."
 # The corpus and the tokenizer that come with moeconv, for runs without a network.
 EMBEDDED = "embedded"
+# What a run file says of a license, and the settings that name something else on the command line.
+_LICENSES = {
+    "tokenizer_license": {"run.data.tokenizer", "run.data.directory", "tokenizer_path"},
+    "data_license": {
+        *("run.data.source", "run.data.directory", "dataset_type"),
+        *("hf_path", "hf_train_files", "grain_train_files"),
+    },
+}
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
@@ -115,6 +123,8 @@ class RunFile(_Section):
     hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
     language: str | None = None
     license: str | None = Field(None, description="Of the model, a Hub id.")
+    tokenizer_license: str | None = Field(None, description="By its name, for the model card.")
+    data_license: str | None = Field(None, description="By its name, for the model card.")
 
     @field_validator("patches")
     @classmethod
@@ -135,8 +145,15 @@ def run_file_of(config: Path) -> Path:
     return config.with_name(f"{config.stem}.run.yml")
 
 
-def read_settings(file: Path | None, overrides: Mapping[str, str]) -> RunFile:
+def read_settings(
+    file: Path | None, overrides: Mapping[str, str], given: Collection[str] = ()
+) -> RunFile:
     """The run file, if there is one, with `run.…=value` over it.
+
+    Args:
+        file: The run file.
+        overrides: `run.…` settings of the command line.
+        given: Names of MaxText's own there.
 
     Raises:
         ConfigError: The file is not YAML, or a field of it is wrong.
@@ -147,6 +164,9 @@ def read_settings(file: Path | None, overrides: Mapping[str, str]) -> RunFile:
         content = _yaml(file)
         _check_names(content, RunFile, f"{file}: ", ConfigError)
         _validate(content, f"{file}: ", ConfigError)
+    for name, others in _LICENSES.items():
+        if others & {*overrides, *given}:
+            content.pop(name, None)
     for key, text in overrides.items():
         _set(content, key, text)
     return _validate(content, PREFIX, UsageError)

@@ -13,7 +13,7 @@ import click
 
 from moeconv.cli.options import JSON, QUIET, output_of
 from moeconv.cli.streams import say
-from moeconv.errors import ConfigError, MissingPackageError, TimeLimitError
+from moeconv.errors import ConfigError, MissingPackageError, TimeLimitError, to_install
 
 if TYPE_CHECKING:
     from moeconv.cli.output import Output
@@ -64,7 +64,7 @@ def command(
     where it was interrupted: to the bit on CPUs; on GPUs the last bits may differ.
     """
     if importlib.util.find_spec("maxtext") is None:
-        raise MissingPackageError('training needs MaxText: pip install "moeconv[train]"')
+        raise MissingPackageError(f"training needs MaxText; {to_install('train')}")
     # Preparing data counts for the time limit: a session has no more than that.
     since = time.monotonic()
     start = importlib.import_module("moeconv_train.start")

@@ -171,6 +171,9 @@ def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": os.environ["HF_TOKEN"],
         "CUDA_VISIBLE_DEVICES": "",
+        # As Kaggle's image has it.
+        "PYTHONHOME": "/none",
+        "LD_LIBRARY_PATH": "/usr/local/cuda-12.8/lib64",
     }
     ran = export(run, "alice/exported", "--private", **online)
     assert ran.returncode == 0, ran.stdout + ran.stderr
