@@ -223,7 +223,7 @@ def test_noise_of_the_image_does_not_hide_the_run_s_name(kaggle, tmp_path):
         f'#!/bin/bash\n[[ "$*" == *-S* ]] || echo "Error in sitecustomize"\nexec {real} "$@"\n'
     )
     noisy.chmod(0o755)
-    done, _ = kaggle(noise="Error in sitecustomize", PATH=f"{noisy.parent}:{os.environ['PATH']}")
+    done, _ = kaggle(noise="Error in {sitecustomize}", PATH=f"{noisy.parent}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
     assert "going on from step 1000" in done.stdout
 

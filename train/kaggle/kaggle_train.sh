@@ -63,9 +63,10 @@ run_name() { # of the run that these words mean, which a recipe may name
   plan=$("$moeconv" train "${words[@]}" --dry-run --json) || return
   # An image's sitecustomize may print before the JSON and behind it; -S runs none here.
   python3 -I -S -c 'if True:
-    import json, os, sys
+    import json, os, re, sys
     text = sys.stdin.read()
-    plan = json.JSONDecoder().raw_decode(text, text.index("{"))[0]["plan"]
+    begin = re.search(r"\{\s*\"plan\":", text).start()
+    plan = json.JSONDecoder().raw_decode(text, begin)[0]["plan"]
     print(os.path.basename(plan["run_dir"]))' <<<"$plan"
 }
 
