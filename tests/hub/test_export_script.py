@@ -174,6 +174,8 @@ def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
         # As Kaggle's image has it.
         "PYTHONHOME": "/none",
         "LD_LIBRARY_PATH": "/usr/local/cuda-12.8/lib64",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "FORCE_COLOR": "1",
     }
     ran = export(run, "alice/exported", "--private", **online)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,7 +21,15 @@ def kaggle(tmp_path):
     (tmp_path / "working").mkdir()
 
     def run(
-        *args, code=0, recipes="llama3-moe-200m", refuses=0, trial=0, noise="", seconds=0, **extra
+        *args,
+        code=0,
+        recipes="llama3-moe-200m",
+        refuses=0,
+        trial=0,
+        noise="",
+        seconds=0,
+        stdout=subprocess.PIPE,
+        **extra,
     ):
         names = [word.removeprefix("run_name=") for word in args if word.startswith("run_name=")]
         plan = json.dumps({"plan": {"run_dir": f"/somewhere/runs/{[recipes, *names][-1]}"}})
@@ -28,6 +37,7 @@ def kaggle(tmp_path):
             f"#!/bin/bash\necho -n '{noise}'\n[[ \"$*\" != *--dry-run* ]] ||\n"
             f"  {{ sleep {seconds}; echo '{plan}{noise}'; exit {refuses}; }}\n"
             f'echo "$PWD: $*" >> {tmp_path}/calls\n'
+            "[ ! -t 1 ] && [ ! -t 2 ] || echo on a terminal\n"
             f'[[ "$*" != *--trial* ]] || exit {trial}\n'
             f'[[ "$*" == *--check* ]] || exit {code}\n'
         )
@@ -42,7 +52,12 @@ def kaggle(tmp_path):
             **extra,
         }
         done = subprocess.run(
-            ["bash", SCRIPT, *args], env=environment, capture_output=True, text=True, timeout=60
+            ["bash", SCRIPT, *args],
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE if stdout == subprocess.PIPE else stdout,
+            text=True,
+            timeout=60,
         )
         calls = tmp_path / "calls"
         return done, calls.read_text().splitlines() if calls.exists() else []
@@ -70,6 +85,18 @@ def test_help_is_its_header_and_installs_nothing(kaggle, tmp_path, words):
     assert done.returncode == 0 and calls == [] and not (tmp_path / "none").exists()
     assert done.stdout.startswith("One Kaggle session") and "CHECK     0 leaves out" in done.stdout
     assert "pipefail" not in done.stdout
+
+
+@pytest.mark.parametrize("code, ends", [(0, 0), (14, 0), (15, 15)])
+def test_a_notebook_s_terminal_does_not_reach_the_training(kaggle, code, ends):
+    """There a progress line would be rewritten at every step, for hours."""
+    ours, theirs = pty.openpty()
+    done, calls = kaggle(code=code, CHECK="0", stdout=theirs)
+    os.close(theirs)
+    said = os.read(ours, 2**16).decode()
+    os.close(ours)
+    assert done.returncode == ends and len(calls) == 1
+    assert "== training for at most" in said and "on a terminal" not in said
 
 
 def test_a_session_that_ends_in_time_is_no_failure(kaggle):

@@ -62,6 +62,8 @@ class Kaggle:
             "UV_CONSTRAINT": none,
             "PIP_CONSTRAINT": none,
             "UV_SYSTEM_PYTHON": "true",
+            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+            "FORCE_COLOR": "1",
             "LD_LIBRARY_PATH": f"{folder}/cuda-12.8/lib64",
         }
 
@@ -167,5 +169,6 @@ def test_three_sessions_hand_over(kaggle, tmp_path):
     assert third.returncode == 0, third.stdout + third.stderr
     assert "finished: train/kaggle/export_to_hub.sh" in third.stdout
     assert kaggle.checkpoints()[-1] == STEPS - 1
+    assert (kaggle.folder_of_run / "loss.png").is_file() and "\x1b" not in third.stderr
     lines = [line for line in train_lab.metrics(kaggle.folder_of_run) if line["kind"] == "train"]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))

@@ -6,7 +6,7 @@
 
 # Kaggle's image sets these for its own packages, with files that only it has, or that point uv and
 # pip elsewhere than into the environment named here. How to reach an index is left to them.
-unset PYTHONPATH PYTHONHOME PYTHONUSERBASE $(compgen -e | grep -E '^(UV|PIP)_' |
+unset PYTHONPATH PYTHONHOME PYTHONUSERBASE FORCE_COLOR CLICOLOR_FORCE $(compgen -e | grep -E '^(UV|PIP)_' |
   grep -vE 'INDEX|FIND_LINKS|HOST|CERT|TLS|PROXY|KEYRING|TIMEOUT|RETRIES|CACHE|MIRROR|CONFIG_FILE')
 # The image's CUDA toolkit is older than the pinned libraries, and would be loaded before them. The
 # driver's folder (/usr/local/nvidia/lib64) stays.

@@ -31,6 +31,13 @@ for word in "$@"; do
   esac
 done
 
+# A notebook gives its commands a terminal, where the progress line is rewritten at every step: that
+# is megabytes of output by the end. Into a pipe it is a line every ten seconds.
+if [ -t 1 ]; then
+  bash "${BASH_SOURCE[0]}" "$@" 2>&1 | (trap '' INT; exec cat)
+  exit
+fi
+
 session=${SESSION:-11h30m}
 work=${WORK:-/kaggle/working}
 input=${INPUT:-/kaggle/input}
