@@ -13,7 +13,7 @@ import click
 from moeconv.cli.options import JSON, QUIET, LocalPath, Revision, Text, output_of
 from moeconv.cli.output import Output
 from moeconv.cli.streams import say
-from moeconv.errors import MissingPackageError, UsageError
+from moeconv.errors import MissingPackageError, UsageError, to_install
 
 _REPORT_EVERY = 5.0
 
@@ -145,7 +145,7 @@ def prepare(
     the tokenizer, and data.json with all counts and SHA-256s.
     """
     if importlib.util.find_spec("array_record") is None:
-        raise MissingPackageError('preparing data needs array_record: pip install "moeconv[train]"')
+        raise MissingPackageError(f"preparing data needs array_record; {to_install('train')}")
     data = importlib.import_module("moeconv_train.data")
     output = output_of(json_mode, quiet)
     settings = data.PrepareOptions(

@@ -21,7 +21,34 @@ def test_the_default_recipe_is_the_reference_run():
         True,
     )
     assert (run.hub_repo, run.language) == ("lyyh/llama3-200m-moe", "en")
+    assert licenses() == ("Meta Llama 3 Community License", "CDLA-Sharing-1.0")
     assert run.loss_scale == LossScaleSettings() and run.patches == {}
+
+
+def licenses(*words):
+    """What the run file of the default recipe says of the tokenizer and of the data."""
+    run = recipe.read(words).run
+    return run.tokenizer_license, run.data_license
+
+
+@pytest.mark.parametrize(
+    ("words", "stated"),
+    [
+        (["run.epochs=1", "run.license=mit"], (True, True)),
+        (["run.data.source=mine.jsonl"], (True, False)),
+        (["run.data.tokenizer=mine"], (False, True)),
+        (["run.data.directory=rows"], (False, False)),
+        (["grain_train_files=rows/*"], (True, False)),
+        (["dataset_type=hf", "hf_path=me/data", "tokenizer_path=mine"], (False, False)),
+    ],
+)
+def test_nothing_is_said_of_the_license_of_what_a_user_brings(words, stated):
+    assert tuple(text is not None for text in licenses(*words)) == stated
+
+
+def test_the_license_of_what_a_user_brings_is_theirs_to_state():
+    words = ["run.data.source=mine.jsonl", "run.data_license=CC-BY-4.0"]
+    assert licenses(*words) == ("Meta Llama 3 Community License", "CC-BY-4.0")
 
 
 @pytest.mark.parametrize("name", recipe.recipes())
