@@ -64,9 +64,9 @@ def main() -> None:
             )
         except MissingPackageError as error:
             sys.exit(f"{error}")
-        counted = {
-            row.name: _hlo.count(Path(texts, f"{row.name}.hlo").read_text()) for row in report.rows
-        }
+        written = {row.name: Path(texts, f"{row.name}.hlo").read_text() for row in report.rows}
+    counted = {name: _hlo.count(text) for name, text in written.items()}
+    sent = {name: _hlo.sent(text) for name, text in written.items()}
     how = "stock MaxText" if args.stock else f"with its patches {patches}"
     print(f"{args.recipe.name} on {report.target}, {how}; GiB a device")
     cells = [
@@ -74,16 +74,17 @@ def main() -> None:
             *memory_cells(row),
             f"{sum(counted[row.name].flops.values()) / 1e12:.2f}",
             f"{counted[row.name].traffic / 1e9:.0f}",
+            sent[row.name],
         )
         for row in report.rows
     ]
-    print(table([(*MEMORY_HEADINGS, "TFLOP", "GB moved"), *cells]))
+    print(table([(*MEMORY_HEADINGS, "TFLOP", "GB moved", "MB all-reduced"), *cells]))
     for name, why in report.failed.items():
         print(f"{name} does not compile: {why}")
     print(f"{len(report.rows)} configurations in {time.perf_counter() - begun:.0f} s")
     if args.json:
         numbers = {
-            name: {"flops": dict(counts.flops), "traffic": counts.traffic}
+            name: {"flops": dict(counts.flops), "traffic": counts.traffic, "sent": sent[name]}
             for name, counts in counted.items()
         }
         told = {**report.model_dump(mode="json"), "counted": numbers}

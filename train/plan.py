@@ -18,6 +18,7 @@ from moeconv_train.recipe import Recipe
 from moeconv_train.settings import RunFile
 from moeconv_train.steps import counted
 from moeconv_train.streaming import hf_settings, source_digest
+from moeconv_train.trial_file import chosen
 
 from moeconv.errors import ConfigError, UsageError
 from moeconv.untrusted.files import is_address
@@ -125,9 +126,13 @@ class Plan:
 
     @property
     def patches(self) -> dict[str, Any]:
-        """Arguments of preflight/patches.py: how MaxText's step is computed."""
-        scale = self.run.loss_scale.model_dump(exclude_none=True)
-        return {"loss_scale": scale, **self.run.patches}
+        """Arguments of preflight/patches.py: how MaxText's step is computed.
+
+        What the run's trial chose counts more than the recipe, the command line more than both.
+        """
+        scale, given = self.run.loss_scale.model_dump(exclude_none=True), self.run.patches
+        told = {name: on for name, on in given.items() if f"patches.{name}" in self.recipe.told}
+        return {"loss_scale": scale, **given, **(chosen(self.run_dir) or {}), **told}
 
     def argv(self) -> list[str]:
         """MaxText's command line; what the user gave stays as it was given."""

@@ -99,7 +99,7 @@ def train(
         stack.enter_context(stopper.handling())
         progress.note("importing MaxText and compiling the step, which take a minute or more")
         with explained(log, directory):
-            config, recorder = _initialize(plan)
+            config, recorder = initialize(plan)
             if saved is not None:
                 now = public_config(config.get_keys())
                 notes = run_dir.check_same(directory, before, now, _data(plan), plan.patches)
@@ -160,7 +160,7 @@ def _outcome(
     )
 
 
-def _initialize(plan: Plan) -> tuple[Any, Any]:
+def initialize(plan: Plan) -> tuple[Any, Any]:
     """MaxText's config and recorder, as its own `main` makes them.
 
     Raises:

@@ -42,6 +42,12 @@ INTERRUPTED = 130
     metavar="TIME",
     help="Save and leave after this long, such as 8h30m (exit code 14; the same command goes on).",
 )
+@click.option(
+    "--trial",
+    is_flag=True,
+    help="First try a new run's patches against MaxText's own step on these devices, some minutes, "
+    "and keep the faster if it is right; trial.json in the run's folder has the numbers.",
+)
 @JSON
 @QUIET
 def command(
@@ -50,6 +56,7 @@ def command(
     dry_run: bool,
     resume: str,
     time_limit: str | None,
+    trial: bool,
     json_mode: bool,
     quiet: bool,
 ) -> None:
@@ -86,12 +93,20 @@ def command(
         return
     _tell(output, begun)
     begun.refuse()
-    outcome = _train(output, start, begun, since, resume, quiet)
+    outcome = _train(output, start, begun, since, resume, quiet, words if trial else None)
     output.data(outcome.to_json())
     _end(output, outcome)
 
 
-def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, quiet: bool) -> Any:
+def _train(
+    output: "Output",
+    start: Any,
+    begun: Any,
+    since: float,
+    resume: str,
+    quiet: bool,
+    trial: tuple[str, ...] | None,
+) -> Any:
     from moeconv.cli.data import progress_report
 
     trainer = importlib.import_module("moeconv_train.trainer")
@@ -111,6 +126,8 @@ def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, 
         _tell(output, ready, begun.report.findings)
         for text in ready.plan.notes:
             output.note(f"note: {text}")
+        if trial is not None:
+            importlib.import_module("moeconv_train.trial").begin(ready.plan, trial, output.note)
         output.note(start.describe(ready.plan))
         return trainer.train(ready.plan, resume=resume, note=output.note, quiet=quiet, begun=since)
     except KeyboardInterrupt:
