@@ -76,31 +76,19 @@ class Request(Record):
 
 
 class Counts(Record):
-    """What is in a shard or a split.
-
-    Attributes:
-        rows: Rows of `sequence_length` positions.
-        stories: Stories, the empty ones left out.
-        tokens: Tokens of the stories, BOS and EOS counted.
-        targets: Positions that count in the loss, once an epoch.
-        cut: Stories longer than a row.
-        dropped: Tokens that truncating them left out.
-        empty: Texts that were null or white space, and were left out.
-    """
+    """What is in a shard or a split."""
 
     rows: int = 0
-    stories: int = 0
-    tokens: int = 0
-    targets: int = 0
-    cut: int = 0
-    dropped: int = 0
-    empty: int = 0
+    stories: int = 0  # without the empty ones
+    tokens: int = 0  # of the stories, BOS and EOS counted
+    targets: int = 0  # positions that count in the loss, once an epoch
+    cut: int = 0  # stories longer than a row
+    dropped: int = 0  # tokens that truncating them left out
+    empty: int = 0  # texts that were null or white space
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in COUNTED})
-
-
-COUNTED = tuple(Counts.model_fields)
+        names = Counts.model_fields
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class Shard(Record):
@@ -230,12 +218,8 @@ class DataSet:
     def steps_for_epochs(self, epochs: int, global_batch: int) -> int:
         """The steps in which every training row is seen exactly `epochs` times.
 
-        The last batch may hold rows of padding, which count for nothing. A run of more steps would
-        end early and without its last checkpoint.
-
-        Args:
-            epochs: MaxText's `num_epoch`.
-            global_batch: Rows of a step over all devices (`global_batch_size_to_load`).
+        The last of them may hold rows of padding, which count for nothing. A run of more steps
+        would end early and without its last checkpoint.
         """
         return -(-epochs * self.counts(TRAIN).rows // global_batch)
 

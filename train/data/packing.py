@@ -19,19 +19,12 @@ LOOK_AHEAD = 1024
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows, and what became of the stories.
-
-    Attributes:
-        rows: Columns of each row, in order.
-        targets: Positions of all rows that count in the loss.
-        cut: Stories longer than a row, which were split or truncated.
-        dropped: Tokens that truncation left out.
-    """
+    """Rows, and what became of the stories."""
 
     rows: list[Row]
-    targets: int
-    cut: int
-    dropped: int
+    targets: int  # positions of all rows that count in the loss
+    cut: int  # stories longer than a row, which were split or truncated
+    dropped: int  # tokens that truncating left out
 
 
 def pack(stories: Sequence[np.ndarray], length: int, too_long: TooLong = "split") -> Packed:

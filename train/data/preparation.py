@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,50 +22,13 @@ from moeconv_train.data.manifest import (
     Source,
     TokenizerRecord,
 )
-from moeconv_train.data.packing import TooLong
+from moeconv_train.data.options import PrepareOptions
 from moeconv_train.data.work import Chunk, Job, chunks, write_all
 
 from moeconv.errors import OutputError, UsageError
 from moeconv.untrusted.text import printable
 
 DEFAULT_SOURCE = "roneneldan/TinyStories"
-
-
-@dataclass(frozen=True)
-class PrepareOptions:
-    """How stories become rows (`moeconv data prepare --help`), by default as the reference run's.
-
-    Attributes:
-        splits: Split to glob of the source's files.
-        workers: Processes; 0 works in this one. The shards do not depend on it.
-        shard_characters: Text that goes into one shard, about.
-    """
-
-    tokenizer: str = tokens.LLAMA3
-    sequence_length: int = 2048
-    too_long: TooLong = "split"
-    splits: Mapping[str, str] = field(default_factory=dict)
-    validation_fraction: float = 0.01
-    seed: int = 0
-    column: str = "text"
-    separator: str = "<|endoftext|>"
-    revision: str | None = None
-    workers: int = 0
-    shard_characters: int = 1 << 25
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuses what nothing can be prepared with."""
-        if self.sequence_length < 2:
-            raise UsageError("--seq-length: a row needs at least 2 tokens")
-        if not 0 <= self.validation_fraction < 1:
-            raise UsageError("--validation-fraction: must be from 0 to below 1")
-        if self.workers < 0:
-            raise UsageError("--workers: must be 0 or more")
-        if not self.separator:
-            raise UsageError("--separator: must not be empty")
-        if wrong := set(self.splits) - set(SPLITS):
-            raise UsageError(f"--split: {min(wrong)!r} is neither train nor validation")
 
 
 @dataclass
@@ -123,7 +86,7 @@ def prepare_dataset(
             note(f"{out}: is prepared already")
             return dataset
         folder.check(out, overwrite=options.overwrite)
-        found = _find(name, options, quiet=quiet)
+        found = source.find(name, options, quiet=quiet)
         tokenizer = tokens.load(options.tokenizer)
         request = _request(found.source, _record(tokenizer), options)
         for text in (*tokenizer.notes, *_remarks(found, request)):
@@ -131,7 +94,7 @@ def prepare_dataset(
         with folder.becoming(out, overwrite=options.overwrite) as new:
             job = Job(new, request, tokenizer)
             manifest = _write(job, found, options.workers, progress)
-            if found.source.kind == "local" and _find(name, options) != found:
+            if found.source.kind == "local" and source.find(name, options) != found:
                 raise UsageError(f"{name}: changed while it was read; run again once it is whole")
             if not manifest.splits[TRAIN].rows:
                 raise UsageError(f"{name}: holds no story to train on")
@@ -150,7 +113,7 @@ def _existing(name: str, out: Path, options: PrepareOptions) -> DataSet:
     dataset = DataSet.read(out)
     then = dataset.manifest.request
     if Path(name).expanduser().exists():
-        now = _find(name, options).source
+        now = source.find(name, options).source
     else:  # gone since then, or on the Hub, which is not asked
         is_path = source.names_a_file(name) or "/" not in name
         same = {
@@ -206,17 +169,6 @@ def _write(
         request=request,
         splits=counts,
         shards=tuple(sorted(shards, key=lambda shard: shard.name)),
-    )
-
-
-def _find(name: str, options: PrepareOptions, *, quiet: bool = True) -> source.Found:
-    return source.find(
-        name,
-        column=options.column,
-        separator=options.separator,
-        patterns=options.splits,
-        revision=options.revision,
-        quiet=quiet,
     )
 
 

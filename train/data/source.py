@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from moeconv_train.data.formats import FORMATS, format_of, read_texts, some
 from moeconv_train.data.manifest import SPLITS, TRAIN, VALIDATION, Source, SourceFile
+from moeconv_train.data.options import PrepareOptions
 
 from moeconv.errors import MoeconvError, StorageError, UsageError
 from moeconv.untrusted.files import open_inside, open_regular
@@ -50,29 +51,14 @@ class Found:
             yield from read_texts(stream, label, column=source.column, separator=source.separator)
 
 
-def find(
-    name: str,
-    *,
-    column: str,
-    separator: str,
-    patterns: Mapping[str, str],
-    revision: str | None = None,
-    quiet: bool = True,
-) -> Found:
+def find(name: str, options: PrepareOptions, *, quiet: bool = True) -> Found:
     """A file or folder of this machine, or else a dataset on the Hub, fetched at its commit.
-
-    Args:
-        name: Its path, or its id.
-        column: The texts' column or field.
-        separator: What stands between the stories of a text file.
-        patterns: Split to glob of its files; without, their names tell.
-        revision: Commit, branch or tag on the Hub.
-        quiet: Without the progress bars of downloads.
 
     Raises:
         StorageError: The Hub does not answer, or not with this dataset.
         UsageError: There is nothing that can be read.
     """
+    patterns = options.splits
     place, commit = Path(name).expanduser(), None
     on_hub = not place.exists()
     if on_hub and names_a_file(name):
@@ -80,7 +66,7 @@ def find(
             f"{name}: no such file or folder; give one, or the id of a dataset on the Hub"
         )
     if on_hub:
-        names, chosen, commit, place = _fetched(name, revision, patterns, quiet)
+        names, chosen, commit, place = _fetched(name, options, quiet)
     elif place.is_dir():
         below = [file.relative_to(place) for file in place.rglob("*") if not file.is_dir()]
         names = _shown(file.as_posix() for file in below)
@@ -98,15 +84,15 @@ def find(
         kind="hub" if on_hub else "local",
         name=name if on_hub else place.resolve().name,
         revision=commit,
-        column=column,
-        separator=separator,
+        column=options.column,
+        separator=options.separator,
         files=tuple(files),
     )
     return Found(source, place, tuple(sorted({*names}.difference(*chosen.values()))))
 
 
 def _fetched(
-    name: str, revision: str | None, patterns: Mapping[str, str], quiet: bool
+    name: str, options: PrepareOptions, quiet: bool
 ) -> tuple[list[str], dict[str, list[str]], str, Path]:
     """All files of a dataset on the Hub, those to read, the commit, and the folder they are in.
 
@@ -123,10 +109,10 @@ def _fetched(
     local: str | None = "file or folder"
     try:
         with hub_client(read_address(None)):
-            info = HfApi().dataset_info(name, revision=revision)
+            info = HfApi().dataset_info(name, revision=options.revision)
         local = None  # there is such a dataset
         names = _shown(file.rfilename for file in info.siblings or ())
-        chosen = choose(names, patterns, f"{name} on the Hub", several=True)
+        chosen = choose(names, options.splits, f"{name} on the Hub", several=True)
         wanted = [glob.escape(each) for found in chosen.values() for each in found]
         place = snapshot_download(
             name, repo_type="dataset", revision=info.sha, allow_patterns=wanted
@@ -148,11 +134,8 @@ def choose(
 ) -> dict[str, list[str]]:
     """Which files are read for which split, in the order of their names.
 
-    Args:
-        names: All files of the source.
-        patterns: Split to glob, as the user said it; without any, names tell format and split.
-        source: What to call it in an error.
-        several: Whether the same may be there in several formats, as on the Hub: one is read.
+    Without `patterns` (split to glob) their names tell format and split. On the Hub the same may be
+    there in `several` formats, of which one is read.
 
     Raises:
         UsageError: Nothing can be read, a pattern matches nothing, or it is not clear what to read.

@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from moeconv.errors import TokenizerError
-from moeconv.hf.tokenizer import TokenizerFiles, read_tokenizer
+from moeconv.hf.tokenizer import read_tokenizer
 
 LLAMA3 = "llama3"
 # Ships with maxtext; the digest is of the file that Meta published and 0.2.5 holds.
@@ -23,23 +22,14 @@ _BATCH = 2048
 
 @dataclass(frozen=True)
 class DataTokenizer:
-    """A tokenizer as data is prepared with it.
+    """A tokenizer as data is prepared with it."""
 
-    Attributes:
-        source: What was asked for.
-        files: What is written into the data's directory, by name.
-        size: Rows that the model's embedding needs.
-        bos, eos: Ids around each story.
-        pad: The id that MaxText's own pipeline would pad with and mask everywhere; ours does not.
-        notes: What differs from the source and why.
-    """
-
-    source: str
-    files: Mapping[str, bytes]
-    size: int
+    source: str  # what was asked for
+    files: Mapping[str, bytes]  # what is written into the data's directory
+    size: int  # rows that the model's embedding needs
     bos: int
     eos: int
-    pad: int
+    pad: int  # 0 where there is none, as for MaxText; our rows are not masked by it
     notes: tuple[str, ...] = ()
 
     @property
@@ -66,20 +56,7 @@ def load(spec: str) -> DataTokenizer:
             f"{spec}: tokenizer_config.json names no {' and no '.join(missing)}; stories are "
             "written as BOS story EOS, so add it"
         )
-    return DataTokenizer(spec, read.files, read.size, bos, eos, pad_of(read), read.notes)
-
-
-def pad_of(tokenizer: TokenizerFiles) -> int:
-    """The id MaxText pads with: pad, else unk, else 0 (data_processing_utils.py)."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    unk = config.get("unk_token")
-    if unk is None:
-        return 0
-    text = unk["content"] if isinstance(unk, dict) else unk
-    found = Tokenizer.from_buffer(tokenizer.files["tokenizer.json"]).token_to_id(text)
-    return 0 if found is None else int(found)
+    return DataTokenizer(spec, read.files, read.size, bos, eos, read.pad_token_id or 0, read.notes)
 
 
 class Encoder:

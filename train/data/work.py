@@ -24,18 +24,11 @@ from moeconv.errors import OutputError
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive texts of one file; which they are depends on the source alone.
+    """Consecutive texts of one file; which they are depends on the source alone."""
 
-    Attributes:
-        file: Index of the file among the request's.
-        number: Index of the chunk in the file.
-        begin: Index of its first text in the file.
-        texts: The texts.
-    """
-
-    file: int
-    number: int
-    begin: int
+    file: int  # its index among the request's
+    number: int  # of the chunk in the file
+    begin: int  # index of the first text in the file
     texts: Sequence[str | None]
 
 
