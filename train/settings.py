@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import yaml
 from moeconv_train.data import PrepareOptions
-from moeconv_train.data.packing import Layout, TooLong
+from moeconv_train.data.packing import TooLong
 from moeconv_train.loss_scaling import LossScaleSettings
 from pydantic import (
     BaseModel,
@@ -77,7 +77,6 @@ class DataSettings(_Section):
         None, description="Where the prepared rows lie or shall lie; default below the output."
     )
     tokenizer: str = "llama3"
-    layout: Layout = "packed"
     too_long: TooLong = "split"
     column: str = "text"
     separator: str = "<|endoftext|>"
