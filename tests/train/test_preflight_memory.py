@@ -24,7 +24,6 @@ pytestmark = [
 
 WITHOUT_TORCH = Path(__file__).parents[1] / "without_torch"
 ALL_MOE = f"{DEFAULT}_all_moe"
-TRAIN_ONLY = {"eval_interval": -1}
 SMALL = {
     "base_num_decoder_layers": 2,
     "base_emb_dim": 256,
@@ -36,7 +35,7 @@ SMALL = {
     "max_target_length": 512,
     "per_device_batch_size": 8,
     "num_vocab_tiling": 4,
-    **TRAIN_ONLY,
+    "eval_interval": -1,
 }
 
 
@@ -67,7 +66,6 @@ def compiled(plugin, tmp_path_factory):
     variants = [
         Variant(DEFAULT, {}, dict(default.run.patches)),
         Variant(ALL_MOE, all_moe.keys, dict(all_moe.run.patches)),
-        Variant("dense", TRAIN_ONLY),
         Variant("small", SMALL),
         Variant("small and stock", SMALL, None),
         Variant("wrong", {"decoder_block": "nonsense"}),
@@ -99,7 +97,7 @@ def test_loss_scaling_and_the_fp16_head_cost_nothing(compiled):
 
 def test_the_heads_matmuls_are_fp16_with_fp32_sums_on_a_t4(compiled):
     """The three with the vocabulary's axis, in what XLA gives to cuBLAS: the step's largest."""
-    found = _hlo.matmuls(compiled[0]["dense"][1])
+    found = _hlo.matmuls(compiled[0][DEFAULT][1])
     head = [each for each in found if "128256" in f"{each.operands} {each.result}"]
     assert sorted(each.result for each in head) == [
         "f16[8192,128256]", "f32[128256,768]", "f32[8192,768]"
