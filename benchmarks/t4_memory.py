@@ -68,7 +68,7 @@ def main() -> None:
     counted = {name: _hlo.count(text) for name, text in written.items()}
     sent = {name: _hlo.sent(text) for name, text in written.items()}
     how = "stock MaxText" if args.stock else f"with its patches {patches}"
-    print(f"{args.recipe.name} on {report.target}, {how}; GiB a device")
+    print(f"{args.recipe.name} on {T4X2.name}, {how}; GiB a device")
     cells = [
         (
             *memory_cells(row),

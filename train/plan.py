@@ -143,12 +143,9 @@ class Plan:
     @property
     def scales_loss(self) -> bool:
         """Whether the loss is scaled."""
-        return _scales(self.run, self.config)
-
-
-def _scales(run: RunFile, config: Mapping[str, Any]) -> bool:
-    # As `mode_for`, which wants a dtype that numpy knows.
-    return (run.loss_scale.mode or ("dynamic" if config["dtype"] == "float16" else "off")) != "off"
+        # As `mode_for`, which wants a dtype that numpy knows.
+        default = "dynamic" if self.config["dtype"] == "float16" else "off"
+        return (self.run.loss_scale.mode or default) != "off"
 
 
 def said(value: Any) -> str:
@@ -210,10 +207,6 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
         "wandb_project_name": recipe.run.wandb.project,
         "wandb_run_name": recipe.run.wandb.name or name,
     }
-    if _scales(recipe.run, config):
-        # Such a step is the loss scale's to leave out; MaxText would end the run at it
-        # (metric_logger.py `_maybe_abort_after_write_metrics`).
-        defaults |= {"abort_on_nan_loss": False, "abort_on_inf_loss": False}
     derived |= {key: value for key, value in defaults.items() if key not in own}
     if not config["run_name"]:
         derived["run_name"] = name
@@ -223,8 +216,14 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
     target = target_of(config, found)
     feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
     plan = Plan(recipe, target, feed, derived, notes=tuple(notes))
+    if plan.scales_loss:
+        # Such a step is the loss scale's to leave out; MaxText would end the run at it
+        # (metric_logger.py `_maybe_abort_after_write_metrics`).
+        aborts = dict.fromkeys(("abort_on_nan_loss", "abort_on_inf_loss"), False)
+        derived |= {key: value for key, value in aborts.items() if key not in own}
+        plan = replace(plan, derived=derived)
     if feed.kind == "hf":
-        return replace(plan, derived={**derived, **_streamed(plan)})
+        return replace(plan, derived={**plan.derived, **_streamed(plan)})
     return counted(plan) if feed.kind == "prepared" else plan
 
 

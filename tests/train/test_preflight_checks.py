@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli_runner import moeconv
 from moeconv_train import environment, run_dir, start
+from moeconv_train.preflight import aot
 from moeconv_train.preflight import memory as compiled
 from moeconv_train.preflight.check import check_gpus, preflight
 from moeconv_train.preflight.config import maxtext_defaults, resolve
@@ -258,6 +259,24 @@ def row(name, **sizes):
     return MemoryRow(name=name, **kept, **given)
 
 
+@pytest.mark.parametrize(("until_fit", "answered"), [(True, ["a", "b", "c"]), (False, [*"abcd"])])
+def test_what_is_compiled_ends_with_the_first_that_fits(monkeypatch, until_fit, answered):
+    sizes = {"a": 90, "b": None, "c": 20, "d": 10}
+
+    def answer(request, variant, devices, usable):
+        size = sizes[variant["name"]]
+        found = {"error": "?"} if size is None else {"total": size, "usable": usable}
+        return {"name": variant["name"], **found}
+
+    monkeypatch.setattr(aot, "_devices", lambda config, count: ([], 0))
+    monkeypatch.setattr(aot, "_answer", answer)
+    variants = [{"name": name, "usable": 50} for name in sizes]
+    request = {"target_config": "", "devices": 2, "variants": variants, "until_fit": until_fit}
+    out = io.StringIO()
+    aot.serve(request, out)
+    assert [json.loads(line)["name"] for line in out.getvalue().splitlines()] == answered
+
+
 def test_the_larger_of_both_steps_counts():
     assert row("a", arguments=40, temporaries=30, evaluation=10).total == 70
     late = row("a", arguments=40, temporaries=30, evaluation=61)
@@ -270,7 +289,7 @@ def test_what_fits_is_named_and_nothing_that_a_resume_refuses(run, monkeypatch):
     def measure(config, target, variants, **_):
         asked.append([variant.name for variant in variants])
         rows = [row("as given", arguments=99, temporaries=9), row(rung, arguments=9, temporaries=9)]
-        return MemoryReport(target=target.name, rows=rows)
+        return MemoryReport(rows=rows)
 
     rung = "remat_policy=full"
     monkeypatch.setattr(compiled, "plugin_environment", lambda: {})

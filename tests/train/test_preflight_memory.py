@@ -1,19 +1,15 @@
 """The recipes' real train and evaluation steps, compiled for two T4s, fit them."""
 
-import dataclasses
 import os
 from pathlib import Path
 
 import _hlo
 import pytest
 from moeconv_train.model_size import model_size
-from moeconv_train.preflight.check import preflight
 from moeconv_train.preflight.config import resolve
-from moeconv_train.preflight.memory import Variant, ladder, measure, plugin_environment
-from moeconv_train.preflight.report import name_of
+from moeconv_train.preflight.memory import Variant, measure, plugin_environment
 from moeconv_train.preflight.target import T4X2
 from moeconv_train.recipe import DEFAULT, read
-from plan_lab import planned
 
 from moeconv.errors import MissingPackageError
 
@@ -24,7 +20,9 @@ pytestmark = [
 
 WITHOUT_TORCH = Path(__file__).parents[1] / "without_torch"
 ALL_MOE = f"{DEFAULT}_all_moe"
+TRAIN_ONLY = {"eval_interval": -1}
 SMALL = {
+    **TRAIN_ONLY,
     "base_num_decoder_layers": 2,
     "base_emb_dim": 256,
     "base_num_query_heads": 4,
@@ -35,7 +33,6 @@ SMALL = {
     "max_target_length": 512,
     "per_device_batch_size": 8,
     "num_vocab_tiling": 4,
-    "eval_interval": -1,
 }
 
 
@@ -43,7 +40,7 @@ SMALL = {
 def without_torch():
     """As where it is trained; and a third of the time that MaxText takes to be imported."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(WITHOUT_TORCH))
+        patch.setenv("PYTHONPATH", str(WITHOUT_TORCH), prepend=os.pathsep)
         yield
 
 
@@ -65,7 +62,7 @@ def compiled(plugin, tmp_path_factory):
     default, all_moe = read([]), read([ALL_MOE])
     variants = [
         Variant(DEFAULT, {}, dict(default.run.patches)),
-        Variant(ALL_MOE, all_moe.keys, dict(all_moe.run.patches)),
+        Variant(ALL_MOE, {**all_moe.keys, **TRAIN_ONLY}, dict(all_moe.run.patches)),
         Variant("small", SMALL),
         Variant("small and stock", SMALL, None),
         Variant("wrong", {"decoder_block": "nonsense"}),
@@ -83,8 +80,8 @@ def test_a_recipe_fits_two_t4s_as_it_is(compiled, name):
     assert row.arguments == pytest.approx(12 * parameters, rel=1e-3)
     # Every output but the metrics takes the place of an argument.
     assert row.outputs - row.aliased < 10_000
-    # An evaluation keeps nothing for a backward pass.
-    assert 0 < row.evaluation < row.temporaries
+    if name == DEFAULT:  # an evaluation keeps nothing for a backward pass
+        assert 0 < row.evaluation < row.temporaries
     counts = _hlo.count(text)
     assert counts.flops["f16"] > 0.9 * counts.flops.total() and not counts.unknown
 
@@ -113,21 +110,3 @@ def test_the_heads_matmuls_are_fp16_with_fp32_sums_on_a_t4(compiled):
 def test_what_maxtext_refuses_is_one_sentence_that_names_the_field(compiled):
     (told,) = compiled[1].values()
     assert told.startswith("decoder_block: ") and "\n" not in told
-
-
-def test_a_run_that_does_not_fit_is_told_what_would(plugin, tmp_path):
-    """The recipe made small, on a GPU too small for it."""
-    words = [f"{key}={value}" for key, value in SMALL.items()]
-    words += [f"base_output_directory={tmp_path}", "run.data.tokenizer=other/tokenizer"]
-    plan = planned(*words, "run.patches.expert_tiles=false", "run.patches.attention_blocks=false")
-    # The step needs 0.39 GB, and with full rematerialisation 0.34 GB.
-    small = dataclasses.replace(plan, target=dataclasses.replace(T4X2, memory=409_000_000))
-    report = preflight(small, online=False)
-    finding = report.of("memory")
-    assert finding.status == "refused"
-    first, *rungs = report.memory.rows
-    assert not first.fits and rungs[-1].fits and not any(row.fits for row in rungs[:-1])
-    assert rungs[-1].name in finding.message
-    # Compiled one after the other in the ladder's order, as far as needed.
-    names = [name_of(rung) for rung in ladder(small.config)]
-    assert [row.name for row in rungs] == names[: len(rungs)] and len(rungs) > 1

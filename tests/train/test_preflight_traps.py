@@ -29,11 +29,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("run.loss_scale.mode=off", "dtype=float32"),
     ),
     "weights in 16 bits": (("weight_dtype=float16",), ("mu_dtype=float32",)),
-    "attention sums": (("float32_logits=false",), ("float32_logits=false", "dtype=float32")),
-    "router": (
-        ("float32_gate_logits=false",),
-        ("float32_gate_logits=false", "num_experts=1", "num_experts_per_tok=1"),
-    ),
+    "half precision": (("float32_logits=false",), ("float32_logits=false", "dtype=float32")),
     "attention kernel": (("attention=flash",), ("attention=flash", *ON_H200)),
     "megablox": (("megablox=true", "sparse_matmul=true"), ("megablox=true",)),
     "sparse matmul": (("sparse_matmul=true",), ("sparse_matmul=true", *ON_H200)),
@@ -103,6 +99,15 @@ def test_what_is_mended_is_out_of_the_trap(case, name):
     mended = {finding.check: finding for finding in find(plan)}[name].mended
     assert mended
     assert name not in {finding.check for finding in find(replace(plan, mended=mended))}
+
+
+def test_all_of_fp16_that_is_not_precise_is_mended(case):
+    precise = ["float32_gate_logits", "float32_weight_sum", "cast_logits_to_fp32"]
+    words = [f"{key}=false" for key in precise]
+    (finding,) = find(case(words))
+    assert finding.mended == dict.fromkeys(precise, True)
+    dense = case([*words, "num_experts=1", "num_experts_per_tok=1"])
+    assert find(dense)[0].mended == {"cast_logits_to_fp32": True}
 
 
 def test_the_default_mesh_becomes_data_parallel(case):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from moeconv_train.preflight import patches
 from moeconv_train.preflight.report import MemoryRow
@@ -46,7 +46,11 @@ def main() -> None:
     """One request."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # MaxText prints
-    request = json.load(sys.stdin)
+    serve(json.load(sys.stdin), out)
+
+
+def serve(request: Mapping[str, Any], out: IO[str]) -> None:
+    """Answers it, up to the first variant that fits if no more is asked for."""
     devices, limit = _devices(request["target_config"], request["devices"])
     for variant in request["variants"]:
         answer = _answer(request, variant, devices, variant["usable"] or limit)

@@ -137,7 +137,7 @@ def measure(
     environment["XLA_FLAGS"] = flags
     # Compiling beside whatever else uses the GPU.
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    report = MemoryReport(target=target.name)
+    report = MemoryReport()
     for answer in _answers(request, environment):
         if "error" not in answer:
             row = MemoryRow.model_validate(answer)

@@ -12,14 +12,7 @@ if TYPE_CHECKING:
 
 Status = Literal["ok", "note", "mended", "warn", "refused", "skipped"]
 
-_COLOURS: Mapping[Status, str] = {
-    "ok": "green",
-    "note": "cyan",
-    "mended": "yellow",
-    "warn": "yellow",
-    "refused": "red",
-    "skipped": "dim",
-}
+_COLOURS = {"ok": "green", "mended": "yellow", "warn": "yellow", "refused": "red"}
 
 
 class Finding(BaseModel):
@@ -30,9 +23,7 @@ class Finding(BaseModel):
     check: str = Field(description="Its short name, such as `mesh` or `tokenizer`.")
     status: Status
     message: str = Field(description="One sentence that names the key and the fix.")
-    mended: dict[str, Any] = Field(
-        default_factory=dict, description="MaxText settings that put it right; apply them."
-    )
+    mended: dict[str, Any] = Field({}, description="MaxText settings that put it right.")
     exit_code: int = Field(
         ConfigError.exit_code, description="What a run that is refused for it ends with."
     )
@@ -74,11 +65,8 @@ class MemoryReport(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    target: str
-    rows: list[MemoryRow] = Field(default_factory=list)
-    failed: dict[str, str] = Field(
-        default_factory=dict, description="Variants that do not compile, and why."
-    )
+    rows: list[MemoryRow] = []
+    failed: dict[str, str] = Field({}, description="Variants that do not compile, and why.")
 
 
 class PreflightReport(BaseModel):
@@ -87,7 +75,7 @@ class PreflightReport(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     target: str
-    findings: list[Finding] = Field(default_factory=list)
+    findings: list[Finding] = []
     memory: MemoryReport | None = None
 
     @property
@@ -114,7 +102,9 @@ class PreflightReport(BaseModel):
         for each in self.findings:
             text = "see below" if each.status == "refused" else each.message
             text += " -> " * bool(each.mended) + name_of(each.mended)
-            table.add_row(each.check, Text(each.status, _COLOURS[each.status]), Text(text))
+            table.add_row(
+                each.check, Text(each.status, _COLOURS.get(each.status, "dim")), Text(text)
+            )
         yield table
         if self.memory:
             sizes = Table(*MEMORY_HEADINGS, title_justify="left")

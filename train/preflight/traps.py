@@ -72,10 +72,13 @@ def _facts(plan: "Plan") -> Config:
             size = read.size
             told = strict_json.loads(read.files.get("tokenizer_config.json", b"{}"))
             pads = read.pad_token_id is not None or bool(told.get("unk_token"))
+    precise = ["float32_logits", "cast_logits_to_fp32"]
+    precise += ["float32_gate_logits", "float32_weight_sum"] * _moe(config)
     return {
         "target": plan.target.name,
         "devices": plan.target.devices,
         "has_bf16": plan.target.has_bf16,
+        "halved": ", ".join(key for key in precise if not config[key]),
         "mesh_devices": mesh_devices(config),
         "scales_loss": plan.scales_loss,
         "batches": plan.available,
@@ -164,19 +167,13 @@ TRAPS: tuple[Trap, ...] = (
         "both to float32 (dtype alone chooses what is computed in).",
     ),
     Trap(
-        "attention sums",
+        "half precision",
         "mended",
-        lambda c: _fp16(c) and not c["float32_logits"],
-        # attention_op.py: softmax's sums are not normalised before they meet the values.
-        "float32_logits=false lets attention overflow in FP16.",
-        lambda _: {"float32_logits": True},
-    ),
-    Trap(
-        "router",
-        "mended",
-        lambda c: _fp16(c) and _moe(c) and not c["float32_gate_logits"],
-        "float32_gate_logits=false routes by logits of 11 bits.",
-        lambda _: {"float32_gate_logits": True},
+        lambda c: _fp16(c) and bool(c["halved"]),
+        # attention_op.py: softmax's sums are not normalised before they meet the values. moe.py:
+        # the router's logits have 11 bits, as has the sum of the chosen experts.
+        "{halved} off in FP16 lets sums overflow or rounds what decides.",
+        lambda c: dict.fromkeys(c["halved"].split(", "), True),
     ),
     Trap(
         "attention kernel",
