@@ -192,28 +192,19 @@ def check_same(
         and not any(fnmatchcase(key, pattern) for pattern in _FREE)
     }
     told = [text for key, text in differing.items() if key not in _ROUNDING]
-    notes = [
-        f"{text}: the same model, but not to the bit"
-        for key, text in differing.items()
-        if key in _ROUNDING
-    ]
+    rounding = [text for key, text in differing.items() if key in _ROUNDING]
     extra = (before.run.model_extra or {}) if before.run else {}
     computed = extra.get("patches")
     if patches is not None and computed is not None and computed != dict(patches):
-        notes.append(
-            f"loss scale and patches were {computed} and are {dict(patches)}: the same model, but "
-            "not to the bit"
-        )
-    if computed_otherwise := _other_versions(before):
-        notes.append(f"{computed_otherwise}: the same run, but the last bits may differ")
+        rounding.append(f"loss scale and patches were {computed} and are {dict(patches)}")
+    notes = [f"{text}: the same model, but not to the bit" for text in rounding]
+    if releases := _other_versions(before):
+        notes.append(f"{releases}: the same run, but the last bits may differ")
     then = before.run.dataset_digest if before.run else None
     if then is not None and then != data.digest:
         told.append(f"the data's digest was {then[:12]} and is {(data.digest or 'none')[:12]}")
-    named = extra.get("source_digest")
-    if named is not None and named != data.source_digest:
-        told.append(
-            "the data or the tokenizer have other names or sizes than those that it began with"
-        )
+    if extra.get("source_digest") not in (None, data.source_digest):
+        told.append("the data or the tokenizer had other names or sizes when it began")
     if told:
         more = f" and {len(told) - 8} more" if len(told) > 8 else ""
         raise ConfigError(

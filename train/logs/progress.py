@@ -22,6 +22,7 @@ from moeconv.untrusted.text import printable
 _LINES, _REWRITES = 10.0, 0.2
 # Steps that a rate is the mean of.
 _WINDOW = 200
+_GONE = (OSError, ValueError, RuntimeError)
 
 
 @dataclass
@@ -51,13 +52,11 @@ class Progress:
         if self.stream is not None and self.stream.isatty():
             console = Console(file=self.stream, force_terminal=True)
             if console.is_interactive:  # not TERM=dumb
-                # What MaxText prints goes to the log already.
                 self._live = Live(
                     console=console,
                     auto_refresh=False,
-                    redirect_stdout=False,
+                    redirect_stdout=False,  # the log has it
                     redirect_stderr=False,
-                    vertical_overflow="crop",
                 )
 
     @property
@@ -117,7 +116,8 @@ class Progress:
     def close(self) -> None:
         """Leaves the rewritten line where it is."""
         if self._live:
-            self._guarded(self._live.stop)
+            with contextlib.suppress(*_GONE):
+                self._live.stop()
 
     def _text(self, line: MetricsLine) -> str:
         parts = [
@@ -136,7 +136,10 @@ class Progress:
         return "  ".join(parts)
 
     def _say(self, text: str, rewritten: Live | None = None) -> None:
-        def write() -> None:
+        """Never a reason to fail: whoever listened may be gone (`moeconv train 2>&1 | head`)."""
+        if self.stream is None:
+            return
+        try:
             if rewritten:
                 rewritten.start()
                 rewritten.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -144,20 +147,11 @@ class Progress:
                 self._live.console.print(Text(text), soft_wrap=True)
             else:
                 print(text, file=self.stream, flush=True)
-
-        self._guarded(write)
-
-    def _guarded(self, write: Callable[[], None]) -> None:
-        """Never a reason to fail: whoever listened may be gone (`moeconv train 2>&1 | head`)."""
-        if self.stream is None:
-            return
-        try:
-            write()
-        except (OSError, ValueError, RuntimeError) as error:
+        except _GONE as error:
             stream, self.stream = self.stream, None
             logging.warning("nobody reads the progress any more (%s); the run goes on", error)
             # It still holds what it could not write, and would fail again when it is closed.
-            with contextlib.suppress(OSError, ValueError), Path(os.devnull).open("w") as nothing:
+            with contextlib.suppress(*_GONE), Path(os.devnull).open("w") as nothing:
                 os.dup2(nothing.fileno(), stream.fileno())
 
 
