@@ -161,7 +161,9 @@ def test_an_environment_to_verify_in_is_made_where_none_is(finished):
     assert ran.returncode == 0 and not (finished / "installed").exists()
 
 
-@pytest.mark.proof("export", inputs=["train/kaggle/export_to_hub.sh"])
+@pytest.mark.proof(
+    "export", inputs=["train/kaggle/export_to_hub.sh", "train/kaggle/environment.sh"]
+)
 def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
     """MaxText and transformers run in processes of their own, as on Kaggle."""
     run = outputs.write_run(tmp_path / "run")
