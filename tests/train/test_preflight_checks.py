@@ -122,7 +122,8 @@ def test_the_memory_fraction_leaves_room_and_is_the_users_if_said(monkeypatch):
         memory_fraction({})
     monkeypatch.setenv(OLD, "0.9")
     with pytest.raises(ConfigError, match=f"{NEW} and {OLD} are both set, which JAX refuses"):
-        memory_fraction({})
+        checked(planned())  # before anything is prepared
+    checked(planned("tiny_cpu"))  # which is none of a CPU's business
 
 
 def test_a_gpu_run_hides_communication_unless_the_user_says_otherwise(monkeypatch, run):

@@ -271,7 +271,7 @@ def test_other_data_of_maxtexts_own_are_another_run(tmp_path):
     assert run_dir.check_same(tmp_path, before, {}, moved) == []
     (tmp_path / "rows.jsonl").write_text('{"text": "other"}\n')
     for other in (digest(tmp_path), digest(tmp_path / "moved", "train_split=x"), None):
-        with pytest.raises(ConfigError, match="the data or the tokenizer ha(ve|d) other names"):
+        with pytest.raises(ConfigError, match=r"the data or the tokenizer ha(ve|d) other names"):
             run_dir.check_same(tmp_path, before, {}, run_dir.Data(source_digest=other))
     assert planned("dataset_type=synthetic").source_digest != begun
 

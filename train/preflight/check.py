@@ -16,7 +16,7 @@ from moeconv_train.preflight.report import (
     Status,
     name_of,
 )
-from moeconv_train.preflight.target import Target
+from moeconv_train.preflight.target import Target, memory_fraction
 from moeconv_train.preflight.traps import TRAPS, find
 
 from moeconv.errors import MissingPackageError, MoeconvError, to_install
@@ -58,6 +58,7 @@ def preflight(
     report.findings += check_reach(plan, online=online)
     on_gpu = plan.config["hardware"] != "cpu"
     if on_gpu:
+        memory_fraction(plan.patches)  # says what is wrong with it
         report.findings += check_gpus(plan.target, str(plan.config["dtype"]))
     if memory:
         if refused or not on_gpu:
