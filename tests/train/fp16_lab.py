@@ -70,6 +70,16 @@ def resolve(keys: dict[str, object], directory: Path, run: str = "run") -> Any:
     return config
 
 
+@contextlib.contextmanager
+def little_optimisation() -> Iterator[None]:
+    """For tests that compile much and compute little."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @dataclass
 class Stepper:
     """A state of MaxText's, its jitted train step, and batches of its shape."""

@@ -20,6 +20,12 @@ KEYS = {"base_num_decoder_layers": 2, "vocab_size": 16384, "gradient_clipping_th
 SETTINGS = LossScaleSettings(growth_interval=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quickly_compiled():
+    with fp16_lab.little_optimisation():
+        yield
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tmp_path_factory.mktemp("fp16")

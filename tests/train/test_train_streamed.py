@@ -5,9 +5,9 @@ import json
 import pytest
 from cli_runner import moeconv
 from moeconv_train.tokenizer import read_stories
-from test_train_endings import jax_as_it_was, train
+from test_train_endings import cache, jax_as_it_was, train
 
-__all__ = ["jax_as_it_was", "train"]  # fixtures
+__all__ = ["cache", "jax_as_it_was", "train"]  # fixtures
 
 pytest.importorskip("maxtext")
 pytest.importorskip("datasets")

@@ -120,39 +120,26 @@ def _scaled_loss_fn(stock: Callable[..., Any], scale: Any) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    scale_cotangent = _cotangent_scaler()
+    @jax.custom_vjp
+    def scaled(x: Any, by: Any) -> Any:
+        return x
+
+    def backward(by: Any, cotangent: Any) -> tuple[Any, Any]:
+        return (cotangent * by).astype(cotangent.dtype), jnp.zeros_like(by)
+
+    scaled.defvjp(lambda x, by: (x, by), backward)
 
     @functools.wraps(stock)  # nnx.value_and_grad reads the signature
     def loss_fn(model: Any, *args: Any, **kwargs: Any) -> Any:
         parameters = nnx.state(model, nnx.Param)
-        nnx.update(model, jax.tree.map(lambda x: scale_cotangent(x, 1 / scale), parameters))
+        nnx.update(model, jax.tree.map(lambda x: scaled(x, 1 / scale), parameters))
         try:
             loss, aux = stock(model, *args, **kwargs)
         finally:
             nnx.update(model, parameters)
-        return scale_cotangent(loss, jnp.where(jnp.isfinite(loss), scale, jnp.nan)), aux
+        return scaled(loss, jnp.where(jnp.isfinite(loss), scale, jnp.nan)), aux
 
     return loss_fn
-
-
-@functools.cache
-def _cotangent_scaler() -> Callable[[Any, Any], Any]:
-    """`f(x, s)`: x, but its cotangent is multiplied by s."""
-    import jax
-    import jax.numpy as jnp
-
-    @jax.custom_vjp
-    def scale_cotangent(x: Any, scale: Any) -> Any:
-        return x
-
-    def forward(x: Any, scale: Any) -> tuple[Any, Any]:
-        return x, scale
-
-    def backward(scale: Any, cotangent: Any) -> tuple[Any, Any]:
-        return (cotangent * scale).astype(cotangent.dtype), jnp.zeros_like(scale)
-
-    scale_cotangent.defvjp(forward, backward)
-    return scale_cotangent
 
 
 def _scaling(state: Any) -> LossScaleState:
