@@ -40,6 +40,7 @@ SMALL = {
 # A test of the bench.
 TINY = {
     **SMALL,
+    "base_num_decoder_layers": 2,
     "base_emb_dim": 128,
     "base_num_query_heads": 2,
     "base_num_kv_heads": 2,

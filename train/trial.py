@@ -65,10 +65,14 @@ def begin(
         note: Takes sentences for people.
         launch: Runs a request in its folder, with a log; by default in a process of its own.
         steps: Timed of each.
+
+    Raises:
+        TrainingError: There is nothing to compare with; nothing is chosen.
     """
     patched = {name: on for name, on in plan.run.patches.items() if on and name != "fp16_head"}
     run = plan.run_dir
     if not patched or chosen(run) is not None or saved_step(run) is not None:
+        note(f"trial: nothing to try: {run} has no patches, or has been tried, or has begun")
         return None
     run.mkdir(parents=True, exist_ok=True)
     note(f"trial: {', '.join(patched)} against MaxText's own step; its output is in {run / LOG}")
@@ -91,9 +95,8 @@ def begin(
             try:
                 told[name] = (launch or _process)(request, folder, run / LOG)
             except TrainingError as error:
-                if name != PATCHED:  # a run that trains is worth more than a verdict on how
-                    note(f"trial: {name} cannot be tried, nothing is chosen: {error}")
-                    return None
+                if name != PATCHED:
+                    raise TrainingError(f"{run}: {name} cannot be tried: {error}") from None
                 reason = f"MaxText's own step is kept: the patched one cannot be run ({error})"
                 trial = Trial(chosen=off, reason=reason, device=told[STOCK]["device"], sides={})
                 return _done(trial, run, note)
@@ -135,7 +138,7 @@ def judge(
     times = " s a step against ".join(
         f"{statistics.median(side.seconds):.3f}" for side in (ours, stock)
     )
-    right = False
+    kept = "MaxText's own step is"
     if far or not _near(ours.distance, stock.distance, WHOLE):
         reason = f"the patched gradient is too far from fp32's ({', '.join(far[:3]) or 'in all'})"
     elif (ours.skipped, ours.overflows) != (stock.skipped, stock.overflows):
@@ -143,10 +146,10 @@ def judge(
     elif statistics.median(ours.seconds) >= statistics.median(stock.seconds):
         reason = f"the patched one is not faster ({times} s)"
     else:
-        right, reason = True, f"{times} s, and the gradient is as near to fp32's"
+        kept, reason = "the patches are", f"{times} s, and the gradient is as near to fp32's"
     return Trial(
-        chosen=dict.fromkeys(patched, right),
-        reason=f"{'the patches are' if right else 'MaxText’s own step is'} kept: {reason}",
+        chosen=dict.fromkeys(patched, kept == "the patches are"),
+        reason=f"{kept} kept: {reason}",
         device=told[PATCHED]["device"],
         sides=sides,
     )

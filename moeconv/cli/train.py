@@ -45,8 +45,8 @@ INTERRUPTED = 130
 @click.option(
     "--trial",
     is_flag=True,
-    help="First try a new run's patches against MaxText's own step on these devices, some minutes, "
-    "and keep the faster if it is right; trial.json in the run's folder has the numbers.",
+    help="Only try a new run's patches against MaxText's own step on these devices, some minutes: "
+    "the run keeps what is right and faster, and trial.json in its folder has the numbers.",
 )
 @JSON
 @QUIET
@@ -94,6 +94,9 @@ def command(
     _tell(output, begun)
     begun.refuse()
     outcome = _train(output, start, begun, since, resume, quiet, words if trial else None)
+    if trial:
+        output.data({"trial": outcome and outcome.model_dump()})
+        return
     output.data(outcome.to_json())
     _end(output, outcome)
 
@@ -127,7 +130,8 @@ def _train(
         for text in ready.plan.notes:
             output.note(f"note: {text}")
         if trial is not None:
-            importlib.import_module("moeconv_train.trial").begin(ready.plan, trial, output.note)
+            tries = importlib.import_module("moeconv_train.trial")
+            return tries.begin(ready.plan, trial, output.note)
         output.note(start.describe(ready.plan))
         return trainer.train(ready.plan, resume=resume, note=output.note, quiet=quiet, begun=since)
     except KeyboardInterrupt:

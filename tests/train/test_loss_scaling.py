@@ -182,7 +182,8 @@ def test_the_head_is_the_product(directory):
     np.testing.assert_allclose(logits, wide @ rounded.T, atol=2e-5)
     np.testing.assert_allclose(dy, cotangent.astype(np.float64) @ rounded, rtol=1e-3, atol=1e-2)
     expected = np.einsum("btv,btd->vd", cotangent.astype(np.float64), wide)
-    np.testing.assert_allclose(dweights, expected, atol=2e-5)
+    # As every other weight's gradient, once to fp16.
+    np.testing.assert_allclose(dweights, expected, rtol=2**-11, atol=2e-5)
 
 
 def test_everything_is_put_back():
@@ -203,13 +204,13 @@ def test_everything_is_put_back():
     stock = names()
     with pytest.raises(KeyError), loss_scaling.install(SETTINGS), fp16_head.install():
         changed = [a is not b for a, b in zip(names(), stock, strict=True)]
-        assert changed == [True, False, True, True, True]
+        assert changed == [True, True, True, True, True]
         raise KeyError
     assert names() == stock
 
 
 def test_another_maxtext_is_refused(monkeypatch):
-    from maxtext.layers import nnx_decoders
+    from maxtext.layers import embeddings
     from maxtext.trainers.pre_train import train
 
     with monkeypatch.context() as patch:
@@ -218,8 +219,9 @@ def test_another_maxtext_is_refused(monkeypatch):
         with refused, loss_scaling.install(SETTINGS):
             pass
     with monkeypatch.context() as patch:
-        patch.setattr(nnx_decoders, "attend_on_embedding", lambda *_: None)
-        with pytest.raises(UnsupportedError, match="output head"), fp16_head.install():
+        patch.setattr(embeddings, "attend_on_embedding", lambda *_: None)
+        refused = pytest.raises(UnsupportedError, match="embeddings:attend_on_embedding")
+        with refused, fp16_head.install():
             pass
 
 

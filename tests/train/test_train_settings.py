@@ -22,7 +22,8 @@ def test_the_default_recipe_is_the_reference_run():
     )
     assert (run.hub_repo, run.language) == ("lyyh/llama3-200m-moe", "en")
     assert licenses() == ("Meta Llama 3 Community License", "CDLA-Sharing-1.0")
-    assert run.loss_scale == LossScaleSettings() and all(run.patches.values())
+    assert run.loss_scale == LossScaleSettings()
+    assert run.patches == {"expert_tiles": True, "attention_blocks": True}
 
 
 def licenses(*words):
