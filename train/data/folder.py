@@ -48,9 +48,15 @@ def becoming(out: Path, *, overwrite: bool) -> Iterator[Path]:
         yield new
         flush(new)
         check(out, overwrite=overwrite)
-        if out.exists():
-            out.rename(work / "old")
-        new.rename(out)
+        old = work / "old"
+        try:
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+        except BaseException:
+            if old.exists() and not out.exists():
+                old.rename(out)
+            raise
         flush(out.parent)
 
 

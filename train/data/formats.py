@@ -38,13 +38,7 @@ def format_of(name: str) -> str | None:
 
 
 def read_texts(stream: BinaryIO, name: str, *, column: str, separator: str) -> Iterator[str | None]:
-    """The texts of a file, in order; None where there is none.
-
-    Args:
-        stream: The file.
-        name: Its path, which tells the format.
-        column: The texts' column or field.
-        separator: What stands between the stories of a text file.
+    """The texts of a file, whose name tells the format, in order; None where there is none.
 
     Raises:
         UsageError: It cannot be read, or has no texts under that column.

@@ -25,17 +25,11 @@ _SPLIT_WORDS = {
 
 @dataclass(frozen=True)
 class Found:
-    """A source on this machine.
-
-    Attributes:
-        source: What data.json says of it.
-        place: Its file or folder; for a dataset on the Hub, its folder in the Hub's cache.
-        left: Files that are not read.
-    """
+    """A source on this machine."""
 
     source: Source
-    place: Path
-    left: tuple[str, ...] = ()
+    place: Path  # file or folder; for a dataset on the Hub, its folder in the Hub's cache
+    left: tuple[str, ...]  # files that are not read
 
     def texts(self, file: SourceFile) -> Iterator[str | None]:
         """The texts of a file, in order; None where there is none.
