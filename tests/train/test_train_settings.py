@@ -21,7 +21,8 @@ def test_the_default_recipe_is_the_reference_run():
         True,
     )
     assert (run.hub_repo, run.language) == ("lyyh/llama3-200m-moe", "en")
-    assert run.loss_scale == LossScaleSettings() and all(run.patches.values())
+    assert run.loss_scale == LossScaleSettings()
+    assert run.patches == {"expert_tiles": True, "attention_blocks": True}
 
 
 @pytest.mark.parametrize("name", recipe.recipes())
