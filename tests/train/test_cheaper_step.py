@@ -22,6 +22,12 @@ WAYS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_quickly():
+    with fp16_lab.little_optimisation():
+        yield
+
+
 @contextlib.contextmanager
 def cheaper():
     with expert_tiles.install(), causal_attention.install(block=16):

@@ -90,12 +90,13 @@ def test_another_file_of_that_name_is_refused(tmp_path, content):
         trial_file.chosen(tmp_path)
 
 
-def tried(tmp_path, launch, **keys):
-    """The tiny recipe in fp16 on two devices, tried; and what was said."""
+def tried(tmp_path, launch):
+    """The tiny recipe in fp16, tried; and what was said."""
     given = words(
         tmp_path / "runs",
         "x",
-        **{**FP16, "dataset_type": "synthetic", "run.data.source": "none", "steps": 4, **keys},
+        **{**FP16, "dataset_type": "synthetic", "run.data.source": "none", "steps": 4},
+        ici_data_parallelism=4,  # the test session's devices
         **{f"run.patches.{name}": "true" for name in BOTH},
     )
     said = []
