@@ -67,7 +67,7 @@ class Request(Record):
 
     source: Source
     tokenizer: TokenizerRecord
-    layout: Literal["packed"] = "packed"  # other versions knew more
+    layout: Literal["packed"] = "packed"  # 0.1.0 had others
     sequence_length: int
     too_long: TooLong
     validation_fraction: float

@@ -94,7 +94,8 @@ def prepare_dataset(
         with folder.becoming(out, overwrite=options.overwrite) as new:
             job = Job(new, request, tokenizer)
             manifest = _write(job, found, options.workers, progress)
-            if found.source.kind == "local" and source.find(name, options) != found:
+            local = found.source.kind == "local"
+            if local and source.find(name, options).source != found.source:
                 raise UsageError(f"{name}: changed while it was read; run again once it is whole")
             if not manifest.splits[TRAIN].rows:
                 raise UsageError(f"{name}: holds no story to train on")

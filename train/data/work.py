@@ -86,7 +86,10 @@ def write_all(job: Job, chunks: Iterable[Chunk], processes: int) -> Iterator[tup
     running: deque[Future[list[tuple[int, Shard]]]] = deque()
     try:
         for chunk in chunks:
+            # May start a process. A terminal sends Ctrl-C to all of them: it is for this one.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             running.append(pool.submit(_work, chunk))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if len(running) > processes + 1:  # the next chunk waits, ready
                 yield from running.popleft().result()
         while running:
@@ -156,9 +159,8 @@ _worker: Worker | None = None
 
 
 def _begin(job: Job) -> None:
-    """In a new process: be ready, use one core, and end with the parent, by Ctrl-C or `kill -9`."""
+    """In a new process: be ready, use one core, and do not outlive a parent that was killed."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     if parent is not None:
