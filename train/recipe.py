@@ -83,7 +83,7 @@ def read(words: Iterable[str]) -> Recipe:
         file=file,
         keys=keys,
         given=maxtext,
-        run=read_settings(run_file, ours),
+        run=read_settings(run_file, ours, maxtext),
         told=frozenset(key.removeprefix(PREFIX) for key in ours),
         epochs=read_settings(run_file, {}).epochs,
     )

@@ -6,13 +6,13 @@ in its own file, which stock MaxText accepts.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from moeconv_train.data import PrepareOptions
-from moeconv_train.data.packing import Layout, TooLong
+from moeconv_train.data.packing import TooLong
 from moeconv_train.loss_scaling import LossScaleSettings
 from pydantic import (
     BaseModel,
@@ -28,6 +28,14 @@ from moeconv.errors import ConfigError, MoeconvError, UsageError
 PREFIX = "run."
 # The corpus and the tokenizer that come with moeconv, for runs without a network.
 EMBEDDED = "embedded"
+# What a run file says of a license, and the settings that name something else on the command line.
+_LICENSES = {
+    "tokenizer_license": {"run.data.tokenizer", "run.data.directory", "tokenizer_path"},
+    "data_license": {
+        *("run.data.source", "run.data.directory", "dataset_type"),
+        *("hf_path", "hf_train_files", "grain_train_files"),
+    },
+}
 
 # Arguments of preflight/patches.py.
 _PATCHES = {"fp16_head", "expert_tiles", "attention_blocks"}
@@ -69,7 +77,6 @@ class DataSettings(_Section):
         None, description="Where the prepared rows lie or shall lie; default below the output."
     )
     tokenizer: str = "llama3"
-    layout: Layout = "packed"
     too_long: TooLong = "split"
     column: str = "text"
     separator: str = "<|endoftext|>"
@@ -114,6 +121,8 @@ class RunFile(_Section):
     hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
     language: str | None = None
     license: str | None = Field(None, description="Of the model, a Hub id.")
+    tokenizer_license: str | None = Field(None, description="By its name, for the model card.")
+    data_license: str | None = Field(None, description="By its name, for the model card.")
 
     @field_validator("patches")
     @classmethod
@@ -128,8 +137,15 @@ def run_file_of(config: Path) -> Path:
     return config.with_name(f"{config.stem}.run.yml")
 
 
-def read_settings(file: Path | None, overrides: Mapping[str, str]) -> RunFile:
+def read_settings(
+    file: Path | None, overrides: Mapping[str, str], given: Collection[str] = ()
+) -> RunFile:
     """The run file, if there is one, with `run.…=value` over it.
+
+    Args:
+        file: The run file.
+        overrides: `run.…` settings of the command line.
+        given: Names of MaxText's own there.
 
     Raises:
         ConfigError: The file is not YAML, or a field of it is wrong.
@@ -137,6 +153,9 @@ def read_settings(file: Path | None, overrides: Mapping[str, str]) -> RunFile:
     """
     content = read_yaml(file) if file else {}
     _validate(content, f"{file}: ", ConfigError)
+    for name, others in _LICENSES.items():
+        if others & {*overrides, *given}:
+            content.pop(name, None)
     for key, text in overrides.items():
         *sections, name = key.removeprefix(PREFIX).split(".")
         inner = content

@@ -242,6 +242,8 @@ def _write_sidecar(plan: Plan, config: Any) -> None:
         dataset_digest=dataset.digest if dataset else None,
         language=run.language,
         license=run.license,
+        tokenizer_license=run.tokenizer_license,
+        data_license=run.data_license,
         hub_repo=run.hub_repo,
         epochs=round(plan.epochs, 6) if plan.epochs else None,
         steps=plan.steps,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.errors import MissingPackageError, TensorError, UnsupportedError
+from moeconv.errors import MissingPackageError, TensorError, UnsupportedError, to_install
 from moeconv.mapping.axes import Array
 from moeconv.verify.maxtext import abstract_model, dotted, zeros
 from moeconv.verify.maxtext_config import build_config, quiet
@@ -45,7 +45,7 @@ class MaxTextLayers:
             dtype: What activations are computed in.
         """
         if importlib.util.find_spec("maxtext") is None:
-            raise MissingPackageError('MaxText is not installed: pip install "moeconv[train]".')
+            raise MissingPackageError(f"MaxText is not installed; {to_install('train')}")
         import jax
         from flax import nnx
 

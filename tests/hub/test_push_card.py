@@ -122,6 +122,27 @@ def test_nothing_is_invented_of_a_run_that_tells_nothing(hub, tmp_path):
     assert metadata(licensed)["license"] == "mit"
 
 
+def test_the_licenses_of_tokenizer_and_data_stand_beside_the_model_s(hub, tmp_path):
+    """As far as the run states them."""
+    facts = {**outputs.FACTS, "license": "apache-2.0"}
+    told = {"tokenizer_license": "Meta Llama 3 Community License", "data_license": "CDLA <1.0>"}
+    run = outputs.write_run(tmp_path / "run", facts={**facts, **told})
+    card = dry_card(outputs.convert_run(run, tmp_path / "both"))
+    assert metadata(card)["license"] == "apache-2.0"
+    assert "## Licenses" in card
+    rows = table(card)
+    assert rows["the model"] == "apache-2.0"
+    assert rows["its tokenizer"] == "Meta Llama 3 Community License"
+    assert rows["the training data"] == r"CDLA \<1.0\>"
+    # Another tokenizer than the run's.
+    other = outputs.tokenizer(tmp_path / "tokenizer")
+    card = dry_card(outputs.convert_run(run, tmp_path / "other", tokenizer=str(other)))
+    assert table(card)["its tokenizer"] == "not stated" and "Meta" not in card
+    # A run that says nothing of them.
+    run = outputs.write_run(tmp_path / "silent", facts=facts)
+    assert "## Licenses" not in dry_card(outputs.convert_run(run, tmp_path / "none"))
+
+
 def test_a_license_that_the_hub_s_card_names_is_not_asked_for(hub, tmp_path):
     run = outputs.write_run(tmp_path / "run", facts={**outputs.FACTS, "license": None})
     out = outputs.convert_run(run, tmp_path / "out")

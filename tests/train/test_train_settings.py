@@ -14,15 +14,42 @@ def test_the_default_recipe_is_the_reference_run():
     run = found.run
     assert (run.epochs, run.evaluations_per_epoch) == (2, 1)
     assert run.data.source == "roneneldan/TinyStories"
-    assert (run.data.tokenizer, run.data.layout, run.data.seed) == ("llama3", "packed", 0)
+    assert (run.data.tokenizer, run.data.too_long, run.data.seed) == ("llama3", "split", 0)
     assert (run.wandb.entity, run.wandb.project, run.wandb.enabled) == (
         "gwhwh153td-china-times-org",
         "moe-llama3-200m",
         True,
     )
     assert (run.hub_repo, run.language) == ("lyyh/llama3-200m-moe", "en")
+    assert licenses() == ("Meta Llama 3 Community License", "CDLA-Sharing-1.0")
     assert run.loss_scale == LossScaleSettings()
     assert run.patches == {"expert_tiles": True, "attention_blocks": True}
+
+
+def licenses(*words):
+    """What the run file of the default recipe says of the tokenizer and of the data."""
+    run = recipe.read(words).run
+    return run.tokenizer_license, run.data_license
+
+
+@pytest.mark.parametrize(
+    ("words", "stated"),
+    [
+        (["run.epochs=1", "run.license=mit"], (True, True)),
+        (["run.data.source=mine.jsonl"], (True, False)),
+        (["run.data.tokenizer=mine"], (False, True)),
+        (["run.data.directory=rows"], (False, False)),
+        (["grain_train_files=rows/*"], (True, False)),
+        (["dataset_type=hf", "hf_path=me/data", "tokenizer_path=mine"], (False, False)),
+    ],
+)
+def test_nothing_is_said_of_the_license_of_what_a_user_brings(words, stated):
+    assert tuple(text is not None for text in licenses(*words)) == stated
+
+
+def test_the_license_of_what_a_user_brings_is_theirs_to_state():
+    words = ["run.data.source=mine.jsonl", "run.data_license=CC-BY-4.0"]
+    assert licenses(*words) == ("Meta Llama 3 Community License", "CC-BY-4.0")
 
 
 @pytest.mark.parametrize("name", recipe.recipes())
@@ -59,7 +86,7 @@ def test_words_may_come_in_any_order():
         (["run.time_limit=soon"], "'soon' is no duration such as 8h30m, 45m or 90s"),
         (["run.loss_scale.initial=3"], "initial must be a power of two, not 3"),
         (["run.patches.fp16_heat=false"], "fp16_heat is none; did you mean fp16_head?"),
-        (["run.data.layout=loose"], "run.data.layout: Input should be 'packed'"),
+        (["run.data.too_long=drop"], "run.data.too_long: Input should be 'split' or 'truncate'"),
     ],
 )
 def test_what_is_wrong_is_named(words, message):

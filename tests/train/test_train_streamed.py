@@ -4,7 +4,7 @@ import json
 
 import pytest
 from cli_runner import moeconv
-from moeconv_train.data import read_stories
+from moeconv_train.tokenizer import read_stories
 from test_train_endings import cache, jax_as_it_was, train
 
 __all__ = ["cache", "jax_as_it_was", "train"]  # fixtures
