@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import _hlo
+
 HARMLESS = {
     "skip_jax_distributed_system": True,
     "dataset_type": "synthetic",
@@ -71,7 +73,7 @@ def run(spec: dict[str, Any], patch: dict[str, bool], scratch: str) -> dict[str,
     import jax
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
-    from moeconv_train.preflight import hlo, patches
+    from moeconv_train.preflight import patches
 
     with contextlib.redirect_stdout(sys.stderr), patches.trainer(**patch):
         config, mesh, state, jitted = build(spec["keys"], scratch)
@@ -92,7 +94,7 @@ def run(spec: dict[str, Any], patch: dict[str, bool], scratch: str) -> dict[str,
                 losses.append(float(metrics["scalar"]["learning/loss"]))  # waits for the step
                 seconds.append(time.perf_counter() - begin)
                 cpu.append(time.process_time() - used)
-    memory, counts = compiled.memory_analysis(), hlo.count(compiled.as_text())
+    memory, counts = compiled.memory_analysis(), _hlo.count(compiled.as_text())
     statistics = jax.devices()[0].memory_stats() or {}
     return {
         "parameters": parameters,

@@ -1,4 +1,4 @@
-"""What each setting costs in memory and matmuls on 2xT4: MaxText's train step, compiled for them.
+"""What each setting costs in memory and matmuls on 2xT4: MaxText's steps, compiled for them.
 
 No GPU is needed, but the CUDA plugin of JAX; see docs/memory.md. XLA's own numbers.
 """
@@ -6,50 +6,36 @@ No GPU is needed, but the CUDA plugin of JAX; see docs/memory.md. XLA's own numb
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import _hlo
 from _measure import table
 
-# Settings over the recipe, and values that MaxText's YAML cannot say (aot.py).
-CONFIGURATIONS: list[tuple[str, dict[str, object], dict[str, object]]] = [
-    ("the recipe", {}, {}),
-    ("remat_policy=minimal_with_context", {"remat_policy": "minimal_with_context"}, {}),
-    ("num_vocab_tiling=4", {"num_vocab_tiling": 4}, {}),
-    ("remat_policy=save_dot_except_mlpwi", {"remat_policy": "save_dot_except_mlpwi"}, {}),
-    ("remat_policy=full", {"remat_policy": "full"}, {}),
-    (
-        "remat_policy=full num_vocab_tiling=4",
-        {"remat_policy": "full", "num_vocab_tiling": 4},
-        {},
-    ),
-    (
-        "remat_policy=full scan_layers=true",
-        {"remat_policy": "full", "scan_layers": True},
-        {},
-    ),
-    ("no rematerialisation at all", {}, {"remat_policy": "none"}),
-    (
-        "per_device_batch_size=2 gradient_accumulation_steps=2",
-        {"per_device_batch_size": 2, "gradient_accumulation_steps": 2},
-        {},
-    ),
-    (
-        "the same, no rematerialisation at all",
-        {"per_device_batch_size": 2, "gradient_accumulation_steps": 2},
-        {"remat_policy": "none"},
-    ),
-    ("dtype=bfloat16", {"dtype": "bfloat16"}, {}),
-    ("dtype=float32", {"dtype": "float32"}, {}),
-]
+from moeconv.errors import MissingPackageError
+
+# Settings over the recipe.
+CONFIGURATIONS: tuple[dict[str, object], ...] = (
+    {},
+    {"remat_policy": "minimal_with_context"},
+    {"num_vocab_tiling": 4},
+    {"remat_policy": "save_dot_except_mlpwi"},
+    {"remat_policy": "full"},
+    {"remat_policy": "full", "num_vocab_tiling": 4},
+    {"remat_policy": "full", "scan_layers": True},
+    {"per_device_batch_size": 2, "gradient_accumulation_steps": 2},
+    {"dtype": "bfloat16"},
+    {"dtype": "float32"},
+)
 
 
 def main() -> None:
     """Prints the table."""
-    from moeconv_train.preflight import T4X2
-    from moeconv_train.preflight.memory import STOCK, Patch, PluginMissingError, Variant, measure
-    from moeconv_train.preflight.report import MEMORY_HEADINGS, memory_cells
-    from moeconv_train.recipe import read_config
+    from moeconv_train.preflight.memory import Variant, measure
+    from moeconv_train.preflight.report import MEMORY_HEADINGS, memory_cells, name_of
+    from moeconv_train.preflight.target import T4X2
+    from moeconv_train.recipe import read, read_config
 
     parser = argparse.ArgumentParser(description=__doc__)
     recipes = Path(__file__).resolve().parents[1] / "train" / "configs"
@@ -60,34 +46,49 @@ def main() -> None:
     args = parser.parse_args()
 
     recipe, begun = read_config(args.recipe), time.perf_counter()
+    patches = None if args.stock else dict(read([str(args.recipe)]).run.patches)
     # What the recipe says itself need not be compiled again.
     configurations = [
-        Variant(name, *parts)
-        for name, *parts in CONFIGURATIONS
-        if not parts[0] or {**recipe, **parts[0]} != recipe
+        Variant(name_of(changes) or "the recipe", changes, patches)
+        for changes in CONFIGURATIONS
+        if not changes or {**recipe, **changes} != recipe
     ]
-    try:
-        report = measure(
-            recipe,
-            T4X2,
-            variants=configurations,
-            until_fit=False,
-            patch=STOCK if args.stock else Patch(),
-            progress=lambda text: print(text, file=sys.stderr, flush=True),
+    with tempfile.TemporaryDirectory() as texts:
+        try:
+            report = measure(
+                recipe,
+                T4X2,
+                configurations,
+                hlo=Path(texts),
+                progress=lambda text: print(text, file=sys.stderr, flush=True),
+            )
+        except MissingPackageError as error:
+            sys.exit(f"{error}")
+        written = {row.name: Path(texts, f"{row.name}.hlo").read_text() for row in report.rows}
+    counted = {name: _hlo.count(text) for name, text in written.items()}
+    sent = {name: _hlo.sent(text) for name, text in written.items()}
+    how = "stock MaxText" if args.stock else f"with its patches {patches}"
+    print(f"{args.recipe.name} on {T4X2.name}, {how}; GiB a device")
+    cells = [
+        (
+            *memory_cells(row),
+            f"{sum(counted[row.name].flops.values()) / 1e12:.2f}",
+            f"{counted[row.name].traffic / 1e9:.0f}",
+            sent[row.name],
         )
-    except PluginMissingError as error:
-        sys.exit(f"{error}")
-    print(
-        f"{args.recipe.name}: {report.parameters:,} parameters, a train state of "
-        f"{report.state_bytes / 2**30:.2f} GiB; {report.target}, "
-        f"{'stock MaxText' if args.stock else 'with loss scaling and the FP16 head'}; GiB a device"
-    )
-    print(table([MEMORY_HEADINGS, *(memory_cells(row) for row in report.rows)]))
+        for row in report.rows
+    ]
+    print(table([(*MEMORY_HEADINGS, "TFLOP", "GB moved", "MB all-reduced"), *cells]))
     for name, why in report.failed.items():
         print(f"{name} does not compile: {why}")
     print(f"{len(report.rows)} configurations in {time.perf_counter() - begun:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps(report.model_dump(mode="json"), indent=1) + "\n")
+        numbers = {
+            name: {"flops": dict(counts.flops), "traffic": counts.traffic, "sent": sent[name]}
+            for name, counts in counted.items()
+        }
+        told = {**report.model_dump(mode="json"), "counted": numbers}
+        args.json.write_text(json.dumps(told, indent=1) + "\n")
 
 
 if __name__ == "__main__":

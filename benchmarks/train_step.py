@@ -12,10 +12,12 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import _hlo
 from _measure import measure, table
 
 HERE = Path(__file__).resolve().parent
@@ -38,6 +40,7 @@ SMALL = {
 # A test of the bench.
 TINY = {
     **SMALL,
+    "base_num_decoder_layers": 2,
     "base_emb_dim": 128,
     "base_num_query_heads": 2,
     "base_num_kv_heads": 2,
@@ -180,32 +183,48 @@ def floor_of(result: Result, rates: dict[str, Any]) -> float:
 
 def for_t4s(keys: dict[str, Any]) -> list[dict[str, Any]]:
     """Each variant, compiled for two T4s: XLA's numbers, and T4's datasheet on them."""
-    from moeconv_train.preflight import T4X2, memory
+    from moeconv_train.preflight.memory import Variant, measure
+    from moeconv_train.preflight.target import T4X2
 
-    variants = [
-        memory.Variant(name, patch=memory.Patch(arguments=patch))
-        for name, patch in VARIANTS.items()
-    ]
-    report = memory.measure(keys, T4X2, variants=variants, until_fit=False)
-    if report.failed:
-        sys.exit(f"not every variant compiles: {report.failed}")
-    found = []
-    for row in report.rows:
-        by_type = row.matmul_flops_by_type
-        found.append(
-            {
-                **row.model_dump(),
-                "matmul_seconds": sum(count / T4[kind] for kind, count in by_type.items()),
-                "memory_seconds": row.traffic / T4["bytes"],
-            }
+    variants = [Variant(name, {}, patches) for name, patches in VARIANTS.items()]
+    with tempfile.TemporaryDirectory() as texts:
+        report = measure(
+            {**keys, "eval_interval": -1},  # the train step alone
+            T4X2,
+            variants,
+            hlo=Path(texts),
         )
-    return found
+        if report.failed:
+            sys.exit(f"not every variant compiles: {report.failed}")
+        written = [Path(texts, f"{row.name}.hlo").read_text() for row in report.rows]
+    return [
+        {
+            **row.model_dump(),
+            "matmul_flops_by_type": dict(counts.flops),
+            "traffic": counts.traffic,
+            "matmul_seconds": sum(count / T4[kind] for kind, count in counts.flops.items()),
+            "memory_seconds": counts.traffic / T4["bytes"],
+            "sent": _hlo.sent(text),
+        }
+        for row, text in zip(report.rows, written, strict=True)
+        for counts in [_hlo.count(text)]
+    ]
 
 
 def show_t4s(found: list[dict[str, Any]]) -> None:
     """The table of docs/performance.md."""
     rows = [
-        ("2xT4", "FP16 TFLOP", "FP32 TFLOP", "GB moved", "GiB", "matmuls s", "memory s", "ratio")
+        (
+            "2xT4",
+            "FP16 TFLOP",
+            "FP32 TFLOP",
+            "GB moved",
+            "MB all-reduced",
+            "GiB",
+            "matmuls s",
+            "memory s",
+            "ratio",
+        )
     ]
     whole = [each["matmul_seconds"] + each["memory_seconds"] for each in found]
     for each, seconds in zip(found, whole, strict=True):
@@ -216,6 +235,7 @@ def show_t4s(found: list[dict[str, Any]]) -> None:
                 f"{by_type.get('f16', 0) / 1e12:.2f}",
                 f"{by_type.get('f32', 0) / 1e12:.2f}",
                 f"{each['traffic'] / 1e9:.0f}",
+                each["sent"],
                 f"{each['total'] / 2**30:.2f}",
                 f"{each['matmul_seconds']:.3f}",
                 f"{each['memory_seconds']:.3f}",

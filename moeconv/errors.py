@@ -71,6 +71,11 @@ class MissingPackageError(MoeconvError):
     exit_code = 11
 
 
+def to_install(*extras: str) -> str:
+    """The command that brings extras of moeconv, which is in no package index."""
+    return f'in a checkout of moeconv: pip install ".[{",".join(extras)}]"'
+
+
 class TimeLimitError(MoeconvError):
     """The time limit of `moeconv train` came before the last step; its state is saved."""
 

@@ -10,26 +10,14 @@ square of the length is kept. Plain XLA: a T4 has no flash attention that JAX co
 
 import contextlib
 import functools
-import importlib.metadata
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moeconv.errors import ConfigError, UnsupportedError
+from moeconv_train import seams
 
-# What `apply_attention_dot` and its caller do, in MaxText's words.
-_CALLS = {
-    "apply_attention_dot": (
-        "attn_weights = self.qk_product(query, key, q_seq_len, model_mode, qk_product_einsum)",
-        "attn_weights = attn_weights.astype(jnp.float32)",
-        "return self.compute_local_attention(attn_weights, value,",
-    ),
-    # A result without a sum is taken as normalised.
-    "__call__": (
-        "if prefill_exponentials_sum is not None:",
-        "      return prefill_unnormalized_output\n",
-    ),
-}
+from moeconv.errors import ConfigError
+
 # Arguments of `apply_attention_dot` that change its function, and attributes of the layer that do.
 _ARGUMENTS = ("previous_chunk", "bidirectional_mask", "sinks", "indexer_mask", "compressed_mask")
 _ATTRIBUTES = ("attn_logits_soft_cap", "float32_qk_product", "kv_quant", "is_absorbed_mqa")
@@ -42,26 +30,16 @@ def install(block: int = BLOCK) -> Iterator[None]:
 
     Args:
         block: Queries of a block.
+
+    Raises:
+        UnsupportedError: MaxText is not the one that this was written for.
     """
     from maxtext.layers.attention_op import AttentionOp
 
-    stock = AttentionOp.apply_attention_dot
-    wrong = [
-        name
-        for name, texts in _CALLS.items()
-        if not all(text in inspect.getsource(getattr(AttentionOp, name)) for text in texts)
-    ]
-    if wrong or hasattr(stock, "__wrapped__"):
-        raise UnsupportedError(
-            f"MaxText {importlib.metadata.version('maxtext')} computes its attention differently "
-            "from 0.2.5, or something else has replaced that: blocks do not fit. Install "
-            "maxtext==0.2.5."
-        )
-    AttentionOp.apply_attention_dot = _replacement(stock, block)
-    try:
+    seams.check("layers.attention_op")
+    blocks = _replacement(AttentionOp.apply_attention_dot, block)
+    with seams.replaced(AttentionOp, apply_attention_dot=blocks):
         yield
-    finally:
-        AttentionOp.apply_attention_dot = stock
 
 
 def _replacement(stock: Callable[..., Any], block: int) -> Callable[..., Any]:
@@ -187,7 +165,7 @@ def _attention() -> Callable[..., Any]:
             into_value = into_value.at[:, upto].add(
                 dot("bkgts,btkgd->bskd", weights.astype(dtype), above)
             )
-            inner = dot("btkgd,bskd->bkgts", above, value[:, upto])
+            inner = jnp.einsum("btkgd,bskd->bkgts", above, value[:, upto]).astype(jnp.float32)
             inner = (weights * (inner - means[..., rows, None])).astype(dtype)
             into_query.append(dot("bkgts,bskd->btkgd", inner, key[:, upto]).astype(dtype))
             into_key = into_key.at[:, upto].add(dot("bkgts,btkgd->bskd", inner, query[:, rows]))

@@ -1,33 +1,28 @@
-"""What JAX, MaxText and W&B read from the environment, set for one run."""
+"""What JAX and MaxText read from the environment, set for one run."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 
-from moeconv_train.logs import wandb
 from moeconv_train.plan import Plan
-from moeconv_train.preflight.target import DEFAULT_FRACTION, MEMORY_FRACTION
+from moeconv_train.preflight.target import gpu_environment
 
 
 @contextlib.contextmanager
 def environment(plan: Plan) -> Iterator[None]:
     """Sets it, and puts back what was there at the end."""
     values: dict[str, str] = {}
-    config = plan.config
-    if config["hardware"] == "cpu":
+    if plan.config["hardware"] == "cpu":
         values["JAX_PLATFORMS"] = "cpu"
         flag = "--xla_force_host_platform_device_count"
         flags = os.environ.get("XLA_FLAGS", "")
         if flag not in flags:
             values["XLA_FLAGS"] = f"{flags} {flag}={plan.devices}".strip()
-    elif not os.environ.get(MEMORY_FRACTION):
-        values[MEMORY_FRACTION] = str(DEFAULT_FRACTION)
-    if config["hardware"] == "gpu" and not os.environ.get("JAX_PLATFORMS"):
+    elif str(plan.config["hardware"]).startswith("gpu"):
+        values |= gpu_environment(plan.patches)
         # Left to itself JAX takes the CPU where CUDA fails. MaxText puts some arrays on the CPU.
-        values["JAX_PLATFORMS"] = "cuda,cpu"
+        values["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cuda,cpu"
     values["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
-    if config["enable_wandb"]:
-        values |= wandb.environment(plan.run_dir, plan.run.wandb)
     # MaxText itself changes some of these.
     touched = {*values, "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TFDS_DATA_DIR"}
     before = {key: os.environ.get(key) for key in touched}

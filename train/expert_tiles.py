@@ -9,25 +9,14 @@ a capacity. Rows are moved by gathers only, forward and backward: no sum depends
 
 import contextlib
 import functools
-import importlib.metadata
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from moeconv.errors import ConfigError, UnsupportedError
+from moeconv_train import seams
+from moeconv_train.fp16_head import dot as rounded_dot
 
-# What `dense_matmul` does around its matmuls, in MaxText's words.
-_ROUTING = (
-    "top_k_weights, top_k_indices = self.get_topk(",
-    "softmax_probs = jax.nn.softmax(gate_logits.astype(jnp.float32), axis=-1).astype(self.dtype)",
-    "self.load_balance_loss(top_k_indices, softmax_probs) if self.config.load_balance_loss_weight",
-    "layer_multiply = self.apply_ffn_activation(layer_w0, layer_w1)",
-    "return output, lb_loss, bias_updates",
-)
-_PARAMETERS = (
-    "(self, inputs, gate_logits, pre_bias_logits, w0_kernel, w1_kernel, wo_kernel, w0_bias,"
-    " w1_bias, wo_bias, input_ids=None, forced_routed_experts=None)"
-)
+from moeconv.errors import ConfigError
+
 # Keys under which `dense_matmul` does something else; the value that goes with tiles.
 _NEEDS: dict[str, Callable[[Any], bool]] = {
     "capacity_factor": lambda value: value <= 0,
@@ -62,23 +51,15 @@ def install(tile: int | None = None) -> Iterator[None]:
 
     Args:
         tile: Rows of a tile; None for a quarter of an expert's share (`tile_for`).
+
+    Raises:
+        UnsupportedError: MaxText is not the one that this was written for.
     """
     from maxtext.layers.moe import RoutedMoE
 
-    stock = RoutedMoE.dense_matmul
-    source = inspect.getsource(stock)
-    parameters, _, _ = str(inspect.signature(stock)).partition(" ->")
-    if parameters != _PARAMETERS or not all(text in source for text in _ROUTING):
-        raise UnsupportedError(
-            f"MaxText {importlib.metadata.version('maxtext')} computes its experts differently "
-            "from 0.2.5, or something else has replaced that: tiles do not fit. Install "
-            "maxtext==0.2.5."
-        )
-    RoutedMoE.dense_matmul = _replacement(stock, tile)
-    try:
+    seams.check("layers.moe")
+    with seams.replaced(RoutedMoE, dense_matmul=_replacement(RoutedMoE.dense_matmul, tile)):
         yield
-    finally:
-        RoutedMoE.dense_matmul = stock
 
 
 def tile_for(choices: int, experts: int) -> int:
@@ -207,7 +188,10 @@ def _ops(precision: Any) -> _Ops:
         # Each tile's share in its expert's gradient, added up as one more matmul.
         shares = dot("tnd,tnf->tdf", rows, cotangent)
         mine = (experts == jnp.arange(kernel.shape[0])[:, None]).astype(shares.dtype)
-        total = dot("et,tdf->edf", mine, shares, preferred_element_type=jnp.float32)
+        if kernel.dtype == jnp.float16:
+            total = rounded_dot(mine, shares, (((1,), (0,)), ((), ())), kernel.dtype)
+        else:
+            total = dot("et,tdf->edf", mine, shares, preferred_element_type=jnp.float32)
         return before, total.astype(kernel.dtype), None
 
     spread.defvjp(lambda x, places, k: (spread(x, places, k), places), spread_backward)

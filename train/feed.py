@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moeconv_train.data import DataSet, Progress, prepare_dataset, read_stories
-from moeconv_train.data.manifest import NAME, TRAIN, VALIDATION
-from moeconv_train.data.records import LENGTHS, TEXT, TOKENS, read_shard
-from moeconv_train.make_corpus import CORPUS
+import numpy as np
+from moeconv_train.data import DataSet, Progress, prepare_dataset
+from moeconv_train.data.manifest import NAME, TOKENIZER, TRAIN, VALIDATION
+from moeconv_train.data.records import LENGTHS, TOKENS, read_shard
 from moeconv_train.settings import EMBEDDED, DataSettings
+from moeconv_train.tokenizer import CORPUS, read_stories, save_tokenizer, train_tokenizer
 
 from moeconv.errors import ConfigError, OutputError, UsageError
+from moeconv.untrusted.files import read_inside
 
 # Documents of the corpus that lie beside the run, for `moeconv verify`.
 SAMPLED = 32
@@ -31,9 +33,9 @@ class Feed:
         kind: `prepared` by us, streamed from the Hub by MaxText (`hf`), or `maxtext`: anything
             else that its own settings name.
         settings: What is to be prepared.
-        named: The dataset on the Hub that MaxText's own `hf_path` names.
         directory: Where the prepared rows lie or will lie.
         dataset: They, once they are there.
+        named: The dataset on the Hub that MaxText's own `hf_path` names.
     """
 
     kind: Literal["prepared", "hf", "maxtext"]
@@ -45,7 +47,7 @@ class Feed:
     @property
     def packed(self) -> bool:
         """Whether rows are read by our stage, which masks by segments."""
-        return self.kind == "prepared" and self.settings.layout == "packed"
+        return self.kind == "prepared"
 
     def reading(self) -> contextlib.AbstractContextManager[None]:
         """The block in which MaxText makes its iterators."""
@@ -76,13 +78,16 @@ def find(
     if kind == "hf":
         if not _named_by(("hf_path", "hf_train_files"), config, given, settings, told):
             return Feed("hf", settings)
-        local = bool(config["hf_train_files"])
-        named = None if local else str(config["hf_path"])
+        named = None if config["hf_train_files"] else str(config["hf_path"])
         return Feed("hf", settings.model_copy(update={"source": None}), named=named)
     if kind != "grain":
         return Feed("maxtext", settings)
     if _named_by(("grain_train_files",), config, given, settings, told):
-        return _named(settings, str(config["grain_train_files"]))
+        files = Path(str(config["grain_train_files"]))
+        if not ((files.parent / NAME).is_file() and files.name.startswith(TRAIN)):
+            return Feed("maxtext", settings)
+        settings = settings.model_copy(update={"source": None})
+        return Feed("prepared", settings, files.parent, DataSet.read(files.parent))
     if not (settings.source or settings.directory):
         raise UsageError(
             "there is no data to train on: set run.data.source (a dataset on the Hub, a local file "
@@ -92,12 +97,8 @@ def find(
     length = int(config["max_target_length"])
     directory = Path(settings.directory or output / "data" / _slug(settings, length))
     directory = directory.expanduser().absolute()
-    dataset = DataSet.read(directory) if (directory / NAME).exists() else None
-    if dataset is not None and not settings.source:
-        settings = settings.model_copy(update={"layout": dataset.manifest.request.layout})
-    elif dataset is None and not settings.source:
-        DataSet.read(directory)  # says what is missing
-    return Feed("prepared", settings, directory, dataset)
+    there = (directory / NAME).exists() or not settings.source
+    return Feed("prepared", settings, directory, DataSet.read(directory) if there else None)
 
 
 def _named_by(
@@ -121,16 +122,6 @@ def _named_by(
     raise UsageError(f"{naming[0]} and run.{ours[0]}: both name data; leave one of them out")
 
 
-def _named(settings: DataSettings, files: str) -> Feed:
-    """Files that the user names: ours if they are the train shards of a prepared dataset."""
-    folder = Path(files).parent
-    if (folder / NAME).is_file() and Path(files).name.startswith(TRAIN):
-        dataset = DataSet.read(folder)
-        layout = dataset.manifest.request.layout
-        return Feed("prepared", settings.model_copy(update={"layout": layout}), folder, dataset)
-    return Feed("maxtext", settings)
-
-
 def _slug(settings: DataSettings, length: int) -> str:
     """A folder's name for a source, at this row length."""
     name = Path(str(settings.source)).name
@@ -145,7 +136,7 @@ def prepare(
     note: Callable[[str], None],
     quiet: bool = True,
 ) -> Feed:
-    """The same feed with its dataset, prepared now if it is not there; goes on if interrupted.
+    """The same feed with its dataset, prepared now if it is not there.
 
     Raises:
         ConfigError: What is there was prepared from something else, or otherwise.
@@ -156,8 +147,6 @@ def prepare(
         return feed
     if feed.dataset is None:
         note(f"preparing {source} in {feed.directory} (once; docs/data.md)")
-    elif _gone(source, feed.dataset):
-        return feed
     with contextlib.ExitStack() as stack:
         if source == EMBEDDED:
             source, settings = str(CORPUS), settings.model_copy(update=_EMBEDDED)
@@ -182,28 +171,9 @@ def prepare(
     return replace(feed, dataset=dataset)
 
 
-def _gone(source: str, dataset: DataSet) -> bool:
-    """Whether a local source is not here any more, while what was prepared from it is.
-
-    Raises:
-        ConfigError: It was prepared from something else.
-    """
-    kept = dataset.manifest.request.source
-    if source == EMBEDDED or Path(source).expanduser().exists() or kept.kind == "hub":
-        return False
-    if Path(source).name != kept.name:
-        raise ConfigError(
-            f"{dataset.directory}: holds data that was prepared from {kept.name}, not from "
-            f"{source}; give another run.data.directory"
-        )
-    return True
-
-
 @contextlib.contextmanager
 def embedded_tokenizer() -> Iterator[Path]:
     """The tokenizer of the embedded corpus, learnt from it: the same bytes each time."""
-    from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
-
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch, EMBEDDED)
         save_tokenizer(train_tokenizer(read_stories()), directory)
@@ -226,16 +196,14 @@ def sample(feed: Feed) -> list[str]:
     from tokenizers import Tokenizer
 
     dataset = feed.dataset
-    tokenizer = Tokenizer.from_file(str(dataset.directory / "tokenizer" / "tokenizer.json"))
+    raw = read_inside(dataset.directory / TOKENIZER, "tokenizer.json")
+    tokenizer = Tokenizer.from_buffer(raw)
     split = VALIDATION if dataset.counts(VALIDATION).rows else TRAIN
     found: list[str] = []
     for shard in dataset.shards(split):
         for row in read_shard(shard):
-            flat = row[TOKENS] if TOKENS in row else row[TEXT]
-            begin = 0
-            for length in row[LENGTHS].tolist() if LENGTHS in row else [len(flat)]:
-                found.append(tokenizer.decode(flat[begin : begin + length].tolist()).strip())
-                begin += length
+            for story in np.split(row[TOKENS], np.cumsum(row[LENGTHS])[:-1]):
+                found.append(tokenizer.decode(story.tolist()).strip())
             if len(found) >= SAMPLED:
                 return found[:SAMPLED]
     return found

@@ -3,20 +3,19 @@
 MaxText's `attend_on_embedding` (layers/embeddings.py) rounds the table to bfloat16 whatever
 `dtype` is, leaves the accumulation to the compiler, and with `logits_dot_in_fp32` computes all
 three matmuls from fp32 operands. Here all three multiply fp16 by fp16 and add up in fp32, which a
-T4's tensor cores do, and the table's gradient is never rounded to fp16.
+T4's tensor cores do. The table is rounded to fp16 once, for the lookup and the head, so that its
+gradient crosses between devices once and in fp16, as every other weight's does, under the loss
+scale: a sum that overflows is infinite, and the step is skipped.
 """
 
 import contextlib
 import functools
-import importlib.metadata
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from moeconv.errors import ConfigError, UnsupportedError
+from moeconv_train import seams
 
-_CAST = "jnp.asarray(embedding_table, jnp.bfloat16).T"
-_CALL = "attend_on_embedding(y, embedding_table, attend_dtype, self.config, out_sharding)"
+from moeconv.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -24,30 +23,24 @@ def install() -> Iterator[None]:
     """While this is open, MaxText traces a tied head of `dtype: float16` this way, others as ever.
 
     The logits have the type that MaxText gives them: fp16, or fp32 with `logits_dot_in_fp32`.
+
+    Raises:
+        UnsupportedError: MaxText is not the one that this was written for.
     """
-    from maxtext.layers import embeddings, nnx_decoders
+    from maxtext.layers import nnx_decoders
+    from maxtext.layers.embeddings import Embed
+    from maxtext.trainers.pre_train import train
 
-    stock = embeddings.attend_on_embedding
-    cast, call = map(inspect.getsource, (stock, nnx_decoders.NNXDecoder.apply_output_head))
-    if (
-        nnx_decoders.attend_on_embedding is not stock
-        or cast.count("bfloat16") != 1
-        or _CAST not in cast
-        or _CALL not in call
+    seams.check("layers.embeddings", "layers.nnx_decoders", "trainers.pre_train.train:loss_fn")
+    with (
+        seams.replaced(nnx_decoders, attend_on_embedding=_head(nnx_decoders.attend_on_embedding)),
+        seams.replaced(Embed, __call__=_lookup(Embed.__call__)),
+        seams.replaced(train, loss_fn=_with_one_table(train.loss_fn)),
     ):
-        raise UnsupportedError(
-            f"MaxText {importlib.metadata.version('maxtext')} computes its tied output head "
-            "differently from 0.2.5, or something else has replaced it: the FP16 head does not "
-            "fit. Install maxtext==0.2.5."
-        )
-    nnx_decoders.attend_on_embedding = _replacement(stock)
-    try:
         yield
-    finally:
-        nnx_decoders.attend_on_embedding = stock
 
 
-def _replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _head(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`attend_on_embedding`, another one for fp16 only."""
 
     @functools.wraps(stock)
@@ -69,14 +62,85 @@ def _replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     return attend_on_embedding
 
 
+def _with_one_table(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`loss_fn` of a model whose table is rounded where it enters, not where it is used."""
+
+    @functools.wraps(stock)  # nnx.value_and_grad reads the signature
+    def loss_fn(model: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        import numpy as np
+
+        if np.dtype(config.dtype) != np.float16 or not config.logits_via_embedding:
+            return stock(model, config, *args, **kwargs)
+        with _replaced(model.token_embedder.embedding, lambda table: table.astype(np.float16)):
+            return stock(model, config, *args, **kwargs)
+
+    return loss_fn
+
+
+def _lookup(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """`Embed.__call__`, whose gradient XLA does not add to the head's before it is summed.
+
+    It would scatter the lookup's rows into the head's gradient, already summed between devices, and
+    then sum all of it again. Behind this mark, which asks for nothing, it adds both and sums once.
+    """
+
+    @functools.wraps(stock)
+    def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
+        import jax
+        import numpy as np
+        from jax.sharding import PartitionSpec
+
+        if self.embedding.get_value().dtype != np.float16:
+            return stock(self, *args, **kwargs)
+        any_sharding = PartitionSpec(PartitionSpec.UNCONSTRAINED, PartitionSpec.UNCONSTRAINED)
+        mark = functools.partial(jax.lax.with_sharding_constraint, shardings=any_sharding)
+        with _replaced(self.embedding, mark):
+            return stock(self, *args, **kwargs)
+
+    return lookup
+
+
+@contextlib.contextmanager
+def _replaced(variable: Any, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Another value of a model's variable, and the old one at the end."""
+    value = variable.get_value()
+    variable.set_value(change(value))
+    try:
+        yield
+    finally:
+        variable.set_value(value)
+
+
 def attend(y: Any, table: Any, dtype: Any) -> Any:
     """The product of y [..., D] and tableᵀ [D, V] in `dtype`, fp16 by fp16; gradients likewise.
 
-    The table's gradient has the table's own dtype and is rounded to no other.
+    Gradients are added up in fp32 and rounded to fp16.
     """
     import numpy as np
 
-    return _matmul()(y.astype(np.float16), table, np.dtype(dtype))
+    return _matmul()(y.astype(np.float16), table.astype(np.float16), np.dtype(dtype))
+
+
+def dot(left: Any, right: Any, dimensions: Any, dtype: Any) -> Any:
+    """`lax.dot_general` of fp16 operands with sums in fp32, rounded to `dtype` at the end.
+
+    jax lets the type of sums be named for GPUs only. There the result is written in `dtype` at
+    once: half of the memory (3.9 GiB instead of 6.1 for the reference model's logits) and, as XLA
+    sums between devices right behind a matmul, half of what crosses.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    matmul = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
+
+    def named(left: Any, right: Any) -> Any:
+        sums = jax.lax.DotAlgorithmPreset.F16_F16_F32
+        return matmul(left, right, precision=sums, preferred_element_type=dtype)
+
+    def widened(left: Any, right: Any) -> Any:
+        return matmul(left, right, preferred_element_type=jnp.float32).astype(dtype)
+
+    return jax.lax.platform_dependent(left, right, cuda=named, default=widened)
 
 
 @functools.cache
@@ -84,34 +148,18 @@ def _matmul() -> Callable[[Any, Any, Any], Any]:
     import jax
     import jax.numpy as jnp
 
-    def dot(left: Any, right: Any, axes: tuple[Any, Any], dtype: Any) -> Any:
-        matmul = functools.partial(jax.lax.dot_general, dimension_numbers=(axes, ((), ())))
-
-        def named(left: Any, right: Any) -> Any:
-            sums = jax.lax.DotAlgorithmPreset.F16_F16_F32
-            return matmul(left, right, precision=sums, preferred_element_type=dtype)
-
-        def widened(left: Any, right: Any) -> Any:
-            return matmul(left, right, preferred_element_type=jnp.float32).astype(dtype)
-
-        # jax lets the accumulator be named for GPUs only. There it keeps fp16 logits in fp16 memory
-        # (3.9 GiB instead of 6.1 for the reference model's head).
-        left, right = left.astype(jnp.float16), right.astype(jnp.float16)
-        return jax.lax.platform_dependent(left, right, cuda=named, default=widened)
-
     @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
     def matmul(y: Any, table: Any, dtype: Any) -> Any:
-        return dot(y, table, ((y.ndim - 1,), (1,)), dtype)
+        return dot(y, table, (((y.ndim - 1,), (1,)), ((), ())), dtype)
 
     def forward(y: Any, table: Any, dtype: Any) -> tuple[Any, Any]:
         return matmul(y, table, dtype), (y, table)
 
     def backward(dtype: Any, saved: tuple[Any, Any], cotangent: Any) -> tuple[Any, Any]:
         y, table = saved
-        batch = tuple(range(y.ndim - 1))
-        dy = dot(cotangent, table, ((y.ndim - 1,), (0,)), jnp.float32)
-        dtable = dot(cotangent, y, (batch, batch), jnp.float32)
-        return dy.astype(y.dtype), dtable.astype(table.dtype)
+        cotangent, batch = cotangent.astype(jnp.float16), tuple(range(y.ndim - 1))
+        dy = dot(cotangent, table, (((y.ndim - 1,), (0,)), ((), ())), y.dtype)
+        return dy, dot(cotangent, y, ((batch, batch), ((), ())), table.dtype)
 
     matmul.defvjp(forward, backward)
     return matmul

@@ -5,7 +5,6 @@ holds the counts to MaxText's own abstract model.
 """
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,21 +15,14 @@ from moeconv.families import blocks
 # Weights and both of Adam's moments in float32.
 STATE_BYTES = 12
 
-# Dense FLOP/s of the tensor cores in 16 bits, by the vendor's data sheets; by words of the name
-# that jax gives the device (`device_kind`), the longest first where one contains another.
-PEAKS_16_BIT: Mapping[str, float] = {
-    "T4": 65e12,
-    "V100": 125e12,
-    "V100-PCIE": 112e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A100": 312e12,
-    "A10": 125e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
+# Dense FLOP/s in 16 bits by the vendor's data sheets, by the name that jax gives the device
+# (`device_kind`); whether its tensor cores have bfloat16.
+PEAKS_16_BIT: Mapping[str, tuple[float, bool]] = {
+    "Tesla T4": (65e12, False),
+    "NVIDIA A100-SXM4-40GB": (312e12, True),
+    "NVIDIA A100-SXM4-80GB": (312e12, True),
+    "NVIDIA H100 80GB HBM3": (989e12, True),
+    "NVIDIA H200": (989e12, True),
 }
 
 
@@ -104,11 +96,5 @@ def kinds(config: Mapping[str, Any], layers: int) -> list[LayerKind]:
 
 def peak(device_kind: str, dtype: str) -> float | None:
     """FLOP/s of one device in 16 bits; None where that is not known for certain."""
-    if dtype not in ("float16", "bfloat16") or "MIG" in device_kind:  # a slice of a GPU
-        return None
-    for name in sorted(PEAKS_16_BIT, key=len, reverse=True):
-        if re.search(rf"\b{name}\b", device_kind):
-            if dtype == "bfloat16" and name in ("T4", "V100", "V100-PCIE"):
-                return None  # no bfloat16 tensor cores
-            return PEAKS_16_BIT[name]
-    return None
+    flops, has_bf16 = PEAKS_16_BIT.get(device_kind, (None, False))
+    return flops if dtype == "float16" or (dtype == "bfloat16" and has_bf16) else None

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,19 @@ import yaml
 from moeconv_train import feed as feeds
 from moeconv_train.feed import Feed
 from moeconv_train.model_size import ModelSize, model_size
-from moeconv_train.preflight import RunSettings
 from moeconv_train.preflight.config import mesh_devices, resolve
 from moeconv_train.preflight.report import word
-from moeconv_train.preflight.target import T4X2, Gpu, Target, local
+from moeconv_train.preflight.target import T4X2, Target
 from moeconv_train.recipe import Recipe
-from moeconv_train.settings import EMBEDDED, RunFile
+from moeconv_train.settings import RunFile
 from moeconv_train.steps import counted
 from moeconv_train.streaming import hf_settings, source_digest
+from moeconv_train.trial_file import chosen
 
 from moeconv.errors import ConfigError, UsageError
 from moeconv.untrusted.files import is_address
 
 OUTPUT = "runs"
-# Of prepared rows: up to 3 for the id, and the file that is being read (docs/data.md).
-TOKEN_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class Plan:
     Attributes:
         recipe: Its config file and what the command line says over it.
         target: The devices it is for.
-        devices: How many of them the mesh spans.
         feed: Its rows.
         derived: The MaxText settings that follow from data, devices and `run.…`.
         mended: Those that the preflight puts right.
@@ -44,7 +42,6 @@ class Plan:
 
     recipe: Recipe
     target: Target
-    devices: int
     feed: Feed
     derived: Mapping[str, Any]
     mended: Mapping[str, Any] = field(default_factory=dict)
@@ -58,11 +55,16 @@ class Plan:
         return self.recipe.run
 
     @property
+    def devices(self) -> int:
+        """How many devices the mesh spans."""
+        return self.target.devices
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What MaxText is given over the config file."""
         return {**self.recipe.given, **self.derived, **self.mended}
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """Every MaxText setting, by its name."""
         return resolve({**self.recipe.keys, **self.settings})
@@ -103,35 +105,14 @@ class Plan:
     @property
     def batch(self) -> int:
         """Rows of a step."""
-        return global_batch(self.config, self.devices)
+        # As MaxText counts them (types.py `calculate_global_batch_sizes`).
+        rows = float(self.config["per_device_batch_size"]) * self.devices
+        return int(rows) * int(self.config["gradient_accumulation_steps"])
 
     @property
     def tokens_per_step(self) -> int:
         """Positions of a step."""
         return self.batch * int(self.config["max_target_length"])
-
-    @property
-    def data_bytes(self) -> int | None:
-        """About what data take beside the run that are still to be prepared; None: not known."""
-        data, directory = self.feed.settings, self.feed.directory
-        if self.feed.kind != "prepared" or self.feed.dataset or directory is None:
-            return 0
-        if data.source == EMBEDDED or _disk(directory) != _disk(self.run_dir):
-            return 0
-        source = Path(str(data.source)).expanduser()
-        if source.exists():  # a token is shorter than its text, but parquet and gzip are packed
-            files = [source] if source.is_file() else source.rglob("*")
-            packed = (".parquet", ".gz")
-            return sum(
-                file.stat().st_size * (3 if file.suffix in packed else 1)
-                for file in files
-                if file.is_file()
-            )
-        if "data.source" in self.recipe.told or not self.recipe.epochs:
-            return None
-        # The recipe's own steps are about its own data.
-        steps = int(self.recipe.keys.get("steps", 0)) / self.recipe.epochs
-        return round(steps * self.tokens_per_step * TOKEN_BYTES)
 
     @property
     def source_digest(self) -> str | None:
@@ -145,9 +126,13 @@ class Plan:
 
     @property
     def patches(self) -> dict[str, Any]:
-        """Arguments of preflight/patches.py: how MaxText's step is computed."""
-        scale = self.run.loss_scale.model_dump(exclude_none=True)
-        return {"loss_scale": scale, **self.run.patches}
+        """Arguments of preflight/patches.py: how MaxText's step is computed.
+
+        What the run's trial chose counts more than the recipe, the command line more than both.
+        """
+        scale, given = self.run.loss_scale.model_dump(exclude_none=True), self.run.patches
+        told = {name: on for name, on in given.items() if f"patches.{name}" in self.recipe.told}
+        return {"loss_scale": scale, **given, **(chosen(self.run_dir) or {}), **told}
 
     def argv(self) -> list[str]:
         """MaxText's command line; what the user gave stays as it was given."""
@@ -155,29 +140,12 @@ class Plan:
         words = [f"{key}={text}" for key, text in {**self.recipe.given, **ours}.items()]
         return ["", str(self.recipe.file), *words]
 
-    def known(self) -> RunSettings:
-        """What the preflight checks besides the config."""
-        data, dataset = self.feed.settings, self.feed.dataset
-        fetched = dataset is None and self.feed.kind != "maxtext"
-        tokenizer = None if data.tokenizer in ("llama3", EMBEDDED) else data.tokenizer
-        here = dataset.manifest.request.tokenizer if dataset else None
-        llama3 = fetched and data.tokenizer == "llama3"
-        embedded = data.source == EMBEDDED
-        size = self.size
-        return RunSettings(
-            dataset=self.feed.named or (data.source if fetched and not embedded else None),
-            tokenizer=tokenizer if fetched else None,
-            tokenizer_size=here.size if here else (128_256 if llama3 else None),
-            pad_id=here.pad_token_id if here else (-1 if llama3 else None),
-            batches=self.available,
-            loss_scaling=self.run.loss_scale.mode_for(self.config["dtype"]) != "off",
-            own_pipeline=self.feed.packed,
-            hub_repo=self.run.hub_repo,
-            wandb=bool(self.config["enable_wandb"]),
-            state_bytes=size.state_bytes if size else None,
-            data_bytes=self.data_bytes,
-            patches=self.patches,
-        )
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled."""
+        # As `mode_for`, which wants a dtype that numpy knows.
+        default = "dynamic" if self.config["dtype"] == "float16" else "off"
+        return (self.run.loss_scale.mode or default) != "off"
 
 
 def said(value: Any) -> str:
@@ -191,27 +159,14 @@ def said(value: Any) -> str:
     return word(value)
 
 
-def target_of(config: Mapping[str, Any], found: list[Gpu]) -> Target:
+def target_of(config: Mapping[str, Any], found: Target | None) -> Target:
     """The devices of a config: this machine's GPUs, two T4s where it has none, or the CPU."""
     if config["hardware"] == "cpu":
         return Target("this CPU", mesh_devices(config))
-    return local(found) if found else T4X2
+    return found or T4X2
 
 
-def _disk(path: Path) -> int:
-    """The device that a path lies on, or would."""
-    while not path.exists():
-        path = path.parent
-    return path.stat().st_dev
-
-
-def global_batch(config: Mapping[str, Any], devices: int) -> int:
-    """Rows of a step, as MaxText counts them (types.py `calculate_global_batch_sizes`)."""
-    rows = float(config["per_device_batch_size"]) * devices
-    return int(rows) * int(config["gradient_accumulation_steps"])
-
-
-def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
+def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan:
     """The plan of a recipe on a machine with these GPUs.
 
     Args:
@@ -231,54 +186,45 @@ def make(recipe: Recipe, found: list[Gpu], feed: Feed | None = None) -> Plan:
         derived["hardware"] = "gpu" if found else "cpu"
         notes.append(f"hardware: not said, so {derived['hardware']}, which this machine has")
     config = resolve({**own, **derived})
-    output = Path(str(config["base_output_directory"] or OUTPUT)).expanduser()
+    if config["steps"] < 1:
+        raise UsageError(f"steps={config['steps']}: must be 1 or more")
     if is_address(config["base_output_directory"]):
         raise ConfigError(
             f"base_output_directory={config['base_output_directory']}: moeconv train writes to a "
             "local folder; copy it elsewhere afterwards"
         )
-    derived["base_output_directory"] = str(output.absolute())
+    output = Path(str(config["base_output_directory"] or OUTPUT)).expanduser()
     if given.get("run_name") == "":
         raise UsageError("run_name: is empty; is a shell variable not set?")
-    if not config["run_name"]:
-        derived["run_name"] = recipe.file.stem
-    else:
-        _check_name(str(config["run_name"]), output)
-    if not config["skip_jax_distributed_system"]:
-        derived["skip_jax_distributed_system"] = True  # one host
-    target = target_of(config, found)
-    devices = target.devices or mesh_devices(config)
-    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
-    plan = Plan(recipe, target, devices, feed, derived, notes=tuple(notes))
-    derived |= _wandb(plan, own)
-    if feed.kind == "hf":
-        derived |= _streamed(plan)
-        return plan
-    return counted(plan) if feed.kind == "prepared" else plan
-
-
-def _check_name(name: str, output: Path) -> None:
-    """A run lies below its output directory, wherever that is.
-
-    Raises:
-        ConfigError: It would not.
-    """
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
+    name = str(config["run_name"] or recipe.file.stem)
+    if Path(name).is_absolute() or ".." in Path(name).parts or not Path(name).parts:
         raise ConfigError(
             f"run_name={name}: leaves {output}; name a folder below it, and choose another place "
             "with base_output_directory"
         )
-
-
-def _wandb(plan: Plan, own: Mapping[str, Any]) -> dict[str, Any]:
-    wandb, run_name = plan.run.wandb, str(plan.config["run_name"])
-    wanted = {
-        "enable_wandb": wandb.enabled,
-        "wandb_project_name": wandb.project,
-        "wandb_run_name": wandb.name or run_name,
+    defaults = {
+        "enable_wandb": recipe.run.wandb.enabled,
+        "wandb_project_name": recipe.run.wandb.project,
+        "wandb_run_name": recipe.run.wandb.name or name,
     }
-    return {key: value for key, value in wanted.items() if key not in own}
+    derived |= {key: value for key, value in defaults.items() if key not in own}
+    if not config["run_name"]:
+        derived["run_name"] = name
+    if not config["skip_jax_distributed_system"]:
+        derived["skip_jax_distributed_system"] = True  # one host
+    derived["base_output_directory"] = str(output.absolute())
+    target = target_of(config, found)
+    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
+    plan = Plan(recipe, target, feed, derived, notes=tuple(notes))
+    if plan.scales_loss:
+        # Such a step is the loss scale's to leave out; MaxText would end the run at it
+        # (metric_logger.py `_maybe_abort_after_write_metrics`).
+        aborts = dict.fromkeys(("abort_on_nan_loss", "abort_on_inf_loss"), False)
+        derived |= {key: value for key, value in aborts.items() if key not in own}
+        plan = replace(plan, derived=derived)
+    if feed.kind == "hf":
+        return replace(plan, derived={**plan.derived, **_streamed(plan)})
+    return counted(plan) if feed.kind == "prepared" else plan
 
 
 def _streamed(plan: Plan) -> dict[str, Any]:

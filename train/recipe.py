@@ -1,6 +1,6 @@
 """Which config a run has: a packaged recipe or a file of the user's, and `key=value` over it."""
 
-import importlib.util
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -8,12 +8,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-from moeconv_train.preflight.config import maxtext_defaults, value_of
-from moeconv_train.settings import PREFIX, RunFile, nearest, read_settings, run_file_of
-from moeconv_train.values import BOUNDED, check_bounds, check_values, field_types
+from moeconv_train.preflight.config import maxtext_configs, maxtext_defaults, value_of
+from moeconv_train.settings import PREFIX, RunFile, nearest, read_settings, read_yaml, run_file_of
 
-from moeconv.errors import ConfigError, UsageError
+from moeconv.errors import ConfigError, MoeconvError, UsageError
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT = "llama3_moe_200m_tinystories"
@@ -28,7 +26,7 @@ class Recipe:
     Attributes:
         name: Of the recipe, or the file as given.
         file: MaxText's YAML.
-        keys: What the file says, with the files it is based on, over MaxText's base.yml.
+        keys: What the file says, with its model's own file, over MaxText's base.yml.
         given: The command line's MaxText settings, each the text that was given.
         run: What is not MaxText's.
         told: The `run.…` settings of the command line.
@@ -71,71 +69,46 @@ def read(words: Iterable[str]) -> Recipe:
         raise UsageError(
             f"{names[1]!r}: only one recipe or file can be trained; settings are written key=value"
         )
-    file = _find(names[0] if names else DEFAULT)
+    name = names[0] if names else DEFAULT
+    file = _find(name)
     maxtext = {key: value for key, value in given.items() if not key.startswith(PREFIX)}
     ours = {key: value for key, value in given.items() if key.startswith(PREFIX)}
-    run_file = run_file_of(file)
-    keys = read_config(file)
-    _check_keys(keys, f"{file}: ", ConfigError)
-    _check_keys(maxtext, "", UsageError)
-    _check_values(file, keys, maxtext)
-    run_settings = read_settings(run_file if run_file.is_file() else None, {})
+    keys = read_config(file, model=maxtext.get("model_name"))
+    _check(keys, f"{file}: ", ConfigError)
+    _check(maxtext, "", UsageError)
+    found = run_file_of(file)
+    run_file = found if found.is_file() else None
     return Recipe(
-        name=names[0] if names else DEFAULT,
+        name=name,
         file=file,
         keys=keys,
         given=maxtext,
-        run=read_settings(run_file if run_file.is_file() else None, ours),
+        run=read_settings(run_file, ours, maxtext),
         told=frozenset(key.removeprefix(PREFIX) for key in ours),
-        epochs=run_settings.epochs,
+        epochs=read_settings(run_file, {}).epochs,
     )
 
 
-def read_config(file: Path) -> dict[str, Any]:
-    """The keys of a MaxText YAML with all that it is based on, but for MaxText's base.yml.
+def read_config(file: Path, model: str | None = None) -> dict[str, Any]:
+    """The keys of a MaxText YAML, and below them those of the model that it or `model` names.
 
-    As pyconfig.py does it: `base_config` is looked for beside the file, then among MaxText's own;
-    `model_name` brings its file of settings, below the config's own keys only with
-    `override_model_config` (else MaxText itself refuses a key that is in both).
+    As in pyconfig.py, where a key that is in both needs `override_model_config`.
 
     Raises:
-        ConfigError: A file is missing or not YAML.
+        ConfigError: The file cannot be read, or rests on another than MaxText's base.yml.
     """
-    keys = _chain(file, set())
-    name = keys.get("model_name")
-    if name and name != "default":
-        model = _maxtext_configs() / "models" / f"{str(name).replace('-Instruct', '')}.yml"
-        if model.is_file():
-            return {**_load(model), **keys}
+    keys = {str(key): value_of(value) for key, value in read_yaml(file).items()}
+    base = keys.pop("base_config", None) or "base.yml"
+    if base != "base.yml":
+        raise ConfigError(
+            f"{file}: base_config: {base}: moeconv reads one file over MaxText's base.yml; copy "
+            "the settings of the other into it"
+        )
+    name = str(model or keys.get("model_name") or "").replace("-Instruct", "")
+    below = maxtext_configs() / "models" / f"{name}.yml"
+    if below.parent == maxtext_configs() / "models" and below.is_file():
+        return {**{key: value_of(value) for key, value in read_yaml(below).items()}, **keys}
     return keys
-
-
-def _chain(file: Path, seen: set[Path]) -> dict[str, Any]:
-    if file.resolve() in seen:
-        raise ConfigError(f"{file}: its base_config leads back to it")
-    seen.add(file.resolve())
-    keys = _load(file)
-    base = keys.pop("base_config", None)
-    if not base or base == "base.yml":
-        return keys
-    places = [file.parent / str(base), _maxtext_configs() / str(base)]
-    below = next((place for place in places if place.is_file()), None)
-    if below is None:
-        raise ConfigError(f"{file}: base_config: there is no {base} beside it, nor in MaxText")
-    if below.resolve() == (_maxtext_configs() / "base.yml").resolve():
-        return keys
-    return {**_chain(below, seen), **keys}
-
-
-def _load(file: Path) -> dict[str, Any]:
-    try:
-        keys = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{file}: cannot be read as YAML ({reason})") from None
-    if not isinstance(keys, dict):
-        raise ConfigError(f"{file}: must be MaxText settings, such as `steps: 100`")
-    return {str(key): value_of(value) for key, value in keys.items()}
 
 
 def _find(name: str) -> Path:
@@ -151,49 +124,38 @@ def _find(name: str) -> Path:
     raise UsageError(f"{name!r} is no recipe{nearest(name, recipes())}")
 
 
-def _check_keys(keys: Iterable[str], where: str, kind: type[Exception]) -> None:
-    """Refuses what MaxText would refuse after half a minute, in a list of a thousand names."""
-    known = maxtext_keys()
-    for key in keys:
+def _check(keys: Mapping[str, Any], where: str, kind: type[MoeconvError]) -> None:
+    """Refuses a name that MaxText has not, and a word where a plan counts on a number.
+
+    MaxText itself refuses other values, when it reads the config.
+    """
+    known, defaults = _types(), maxtext_defaults()
+    for key, text in keys.items():
         if key in _SECRETS:
             raise kind(f"{where}{key}: secrets come from the environment; set HF_TOKEN instead")
-        name = key.split(".", 1)[0]
+        name, value = key.split(".", 1)[0], value_of(text)
         if name not in known:
-            raise kind(f"{where}{key}: MaxText has no such setting{_near(name, known)}")
+            near = nearest(name, known)
+            ours = "; what is not MaxText's is written run.KEY=VALUE"
+            near = near if "did you mean" in near else ours
+            raise kind(f"{where}{key}: MaxText has no such setting{near}")
+        if isinstance(defaults.get(name), bool) or not isinstance(defaults.get(name), (int, float)):
+            continue
+        number = isinstance(value, (int, float)) and math.isfinite(value)
+        other = isinstance(value, list) or (value is None and "None" in known[name])
+        if not (number or other):
+            raise kind(f"{where}{key}={text}: must be a number")
 
 
-def _check_values(file: Path, keys: Mapping[str, Any], given: Mapping[str, str]) -> None:
-    """Refuses values that MaxText would refuse after half a minute, and that no plan can hold."""
-    source = _types()
-    told = {key: value_of(text) for key, text in given.items()}
-    check_values(keys, source, f"{file}: ", ConfigError)
-    check_values(told, source, "", UsageError)
-    # What the file itself has wrong is the file's, until the command line puts it right.
-    config = {**maxtext_defaults(), **keys}
-    if told.keys() & BOUNDED:
-        check_bounds({**config, **told}, "", UsageError)
-    else:
-        check_bounds(config, f"{file}: ", ConfigError)
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    found = nearest(name, known)
-    return found if "did you mean" in found else "; what is not MaxText's is written run.KEY=VALUE"
-
-
-@cache
 def maxtext_keys() -> frozenset[str]:
-    """Every setting of the installed MaxText: base.yml's, and the fields of its types.py."""
-    return frozenset(maxtext_defaults()) | frozenset(field_types(_types()))
+    """Every setting of the installed MaxText."""
+    return frozenset(_types())
 
 
 @cache
-def _types() -> str:
-    return (_maxtext_configs() / "types.py").read_text(encoding="utf-8")
-
-
-def _maxtext_configs() -> Path:
-    maxtext_defaults()  # says so if MaxText is not installed
-    spec = importlib.util.find_spec("maxtext")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)), "configs")
+def _types() -> dict[str, str]:
+    """The settings, each with its type: the fields of types.py, and what else base.yml has."""
+    fields = (maxtext_configs() / "types.py").read_text(encoding="utf-8")
+    return dict.fromkeys(maxtext_defaults(), "") | dict(
+        re.findall(r"^  ([a-zA-Z_]\w*): ([^=\n]+)", fields, re.MULTILINE)
+    )

@@ -1,8 +1,8 @@
 """The directory of a run: who may write to it, whether it goes on, whether it is the same run."""
 
 import contextlib
-import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moeconv_train.sidecar import versions
-from pydantic import ValidationError
+from moeconv_train.words import first_line
 
 import moeconv
 from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.convert.lock import Lock
 from moeconv.errors import (
     ConfigError,
     MissingPackageError,
@@ -23,6 +24,7 @@ from moeconv.errors import (
     UnsupportedError,
 )
 from moeconv.orbax.locate import locate
+from moeconv.untrusted import files, strict_json
 
 Resume = Literal["auto", "never"]
 
@@ -49,9 +51,15 @@ _FREE = (
     "jax_cache_dir",
     "*heartbeat*",
     "abort_on_*",
+    "compile_xla_flags",  # train.py hands them to a compilation whose result it drops
 )
 # What changes how the same model is computed, and so its last bits.
-_ROUNDING = ("remat_policy", "num_vocab_tiling", "compile_xla_flags")
+_ROUNDING = ("remat_policy", "num_vocab_tiling")
+
+
+def may_change(key: str) -> bool:
+    """Whether a run goes on with another value of a MaxText setting."""
+    return key in _ROUNDING or any(fnmatchcase(key, pattern) for pattern in _FREE)
 
 
 @contextlib.contextmanager
@@ -64,28 +72,31 @@ def locked(run_dir: Path) -> Iterator[None]:
         OutputError: Another process holds it, or it cannot be made.
     """
     made = not run_dir.exists()
-    path = run_dir / LOCK
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
-    except OSError as error:
-        raise OutputError(f"{run_dir}: cannot be written ({error.strerror})") from None
-    with lock:
+    lock = Lock(run_dir / LOCK)
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            run_dir.mkdir(parents=True, exist_ok=True)
+            folder = os.open(run_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, folder)
+            lock.take(folder)
         except BlockingIOError:
             raise OutputError(f"{run_dir}: another process is training there") from None
-        refused = False
+        except OSError as error:
+            raise OutputError(f"{run_dir}: cannot be written ({error.strerror})") from None
+        stack.callback(_remove_empty, run_dir, made)
+        stack.callback(lock.release)
         try:
             yield
         except (ConfigError, UnsupportedError, MissingPackageError):
-            refused = saved_step(run_dir) is None
-            raise
-        finally:
-            # An old one keeps its lock: removing that could let two processes in.
-            names = [entry.name for entry in run_dir.iterdir()]
-            if made and (refused or names == [LOCK]):
+            if made and saved_step(run_dir) is None:
                 shutil.rmtree(run_dir, ignore_errors=True)
+            raise
+
+
+def _remove_empty(run_dir: Path, made: bool) -> None:
+    with contextlib.suppress(OSError):
+        if made:
+            run_dir.rmdir()
 
 
 def saved_step(run_dir: Path) -> int | None:
@@ -122,13 +133,15 @@ def read_sidecar(run_dir: Path) -> RunSidecar | None:
     """
     path = run_dir / SIDECAR_NAME
     try:
-        return RunSidecar.model_validate_json(path.read_bytes())
+        return RunSidecar.model_validate(
+            strict_json.loads(files.read_inside(run_dir, SIDECAR_NAME))
+        )
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(f"{path}: {where}: {first['msg']}; begin a new run_name") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; begin a new run_name") from None
+    except ValueError as error:  # pydantic's too
+        raise ConfigError(f"{path}: {first_line(error)}; begin a new run_name") from None
 
 
 @dataclass(frozen=True)
@@ -172,35 +185,26 @@ def check_same(
             "same run; begin a new run_name, or train it on with MaxText itself"
         )
     config = json.loads(json.dumps(dict(config)))
-    differing = sorted(
-        key
-        for key in before.config.keys() & config.keys()
+    differing = {
+        key: f"{key} was {before.config[key]} and is {config[key]}"
+        for key in sorted(before.config.keys() & config.keys())
         if before.config[key] != config[key]
         and not any(fnmatchcase(key, pattern) for pattern in _FREE)
-    )
-    told = [f"{key} was {before.config[key]} and is {config[key]}" for key in differing]
-    notes = [
-        f"{text}: the same model, but not to the bit"
-        for key, text in zip(differing, told, strict=True)
-        if key in _ROUNDING
-    ]
-    told = [text for key, text in zip(differing, told, strict=True) if key not in _ROUNDING]
-    computed = (before.run.model_extra or {}).get("patches") if before.run else None
+    }
+    told = [text for key, text in differing.items() if key not in _ROUNDING]
+    rounding = [text for key, text in differing.items() if key in _ROUNDING]
+    extra = (before.run.model_extra or {}) if before.run else {}
+    computed = extra.get("patches")
     if patches is not None and computed is not None and computed != dict(patches):
-        notes.append(
-            f"loss scale and patches were {computed} and are {dict(patches)}: the same model, but "
-            "not to the bit"
-        )
-    if computed_otherwise := _other_versions(before):
-        notes.append(f"{computed_otherwise}: the same run, but the last bits may differ")
+        rounding.append(f"loss scale and patches were {computed} and are {dict(patches)}")
+    notes = [f"{text}: the same model, but not to the bit" for text in rounding]
+    if releases := _other_versions(before):
+        notes.append(f"{releases}: the same run, but the last bits may differ")
     then = before.run.dataset_digest if before.run else None
     if then is not None and then != data.digest:
         told.append(f"the data's digest was {then[:12]} and is {(data.digest or 'none')[:12]}")
-    named = (before.run.model_extra or {}).get("source_digest") if before.run else None
-    if named is not None and named != data.source_digest:
-        told.append(
-            "the data or the tokenizer have other names or sizes than those that it began with"
-        )
+    if extra.get("source_digest") not in (None, data.source_digest):
+        told.append("the data or the tokenizer had other names or sizes when it began")
     if told:
         more = f" and {len(told) - 8} more" if len(told) > 8 else ""
         raise ConfigError(

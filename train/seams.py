@@ -35,6 +35,7 @@ SOURCES: Mapping[str, str] = {
     "common.checkpointing:maybe_save_checkpoint": "c9ec828e8728deb37e303dd95b1cb85992a13e6e031846f07ada19c67eeb183c",
     "common.checkpointing:save_checkpoint": "251902bcdd93f422a0a6b7125e06b093e4be8a861f4e6d3c9164b44c2bd33d29",
     "layers.embeddings:attend_on_embedding": "2a44f14ceb3b061a87f581a1d8674ff28b26172bc31b9c3214aff499ce69bdbb",
+    "layers.embeddings:Embed.__call__": "c327e05dc86c1caa5abec939257fb8e56e415cdd48272d811912f78a7d7cbfbb",
     "layers.nnx_decoders:NNXDecoder.apply_output_head": "5476cfa81728072f4bd9cb54d6bc243954a972e91cad0329199e8439f4363314",
     "layers.moe:RoutedMoE.dense_matmul": "63f74a7fa0b18d50c3bf75bdb5919fe8b5db179a3a6ea4a9de7a7aa4f0e165ee",
     "layers.attention_op:AttentionOp.apply_attention_dot": "ebe2d6ea229d4a636de2a14f1e86be06b377257e3d086da2ea32aa49df735d9d",

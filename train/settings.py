@@ -5,17 +5,15 @@ in its own file, which stock MaxText accepts.
 """
 
 import difflib
-import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from moeconv_train.data import PrepareOptions
-from moeconv_train.data.packing import Layout, TooLong
+from moeconv_train.data.packing import TooLong
 from moeconv_train.loss_scaling import LossScaleSettings
-from moeconv_train.preflight import patches
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -25,11 +23,22 @@ from pydantic import (
     field_validator,
 )
 
-from moeconv.errors import ConfigError, UsageError
+from moeconv.errors import ConfigError, MoeconvError, UsageError
 
 PREFIX = "run."
 # The corpus and the tokenizer that come with moeconv, for runs without a network.
 EMBEDDED = "embedded"
+# What a run file says of a license, and the settings that name something else on the command line.
+_LICENSES = {
+    "tokenizer_license": {"run.data.tokenizer", "run.data.directory", "tokenizer_path"},
+    "data_license": {
+        *("run.data.source", "run.data.directory", "dataset_type"),
+        *("hf_path", "hf_train_files", "grain_train_files"),
+    },
+}
+
+# Arguments of preflight/patches.py.
+_PATCHES = {"fp16_head", "expert_tiles", "attention_blocks"}
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
@@ -68,7 +77,6 @@ class DataSettings(_Section):
         None, description="Where the prepared rows lie or shall lie; default below the output."
     )
     tokenizer: str = "llama3"
-    layout: Layout = "packed"
     too_long: TooLong = "split"
     column: str = "text"
     separator: str = "<|endoftext|>"
@@ -108,26 +116,20 @@ class RunFile(_Section):
     )
     data: DataSettings = DataSettings()
     loss_scale: LossScaleSettings = LossScaleSettings()
-    patches: dict[str, bool] = Field(
-        {}, description="How MaxText's step is computed; the names are preflight/patches.py's."
-    )
+    patches: dict[str, bool] = Field({}, description="How MaxText's step is computed.")
     wandb: WandbSettings = WandbSettings()
     hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
     language: str | None = None
     license: str | None = Field(None, description="Of the model, a Hub id.")
+    tokenizer_license: str | None = Field(None, description="By its name, for the model card.")
+    data_license: str | None = Field(None, description="By its name, for the model card.")
 
     @field_validator("patches")
     @classmethod
     def _check_patches(cls, value: dict[str, bool]) -> dict[str, bool]:
-        for name in value:
-            if name not in patch_names():
-                raise ValueError(f"{name} is none{nearest(name, patch_names())}")
+        for name in value.keys() - _PATCHES:
+            raise ValueError(f"{name} is none{nearest(name, _PATCHES)}")
         return value
-
-
-def patch_names() -> list[str]:
-    """The patches that can be turned on and off."""
-    return [name for name in inspect.signature(patches.trainer).parameters if name != "loss_scale"]
 
 
 def run_file_of(config: Path) -> Path:
@@ -135,47 +137,50 @@ def run_file_of(config: Path) -> Path:
     return config.with_name(f"{config.stem}.run.yml")
 
 
-def read_settings(file: Path | None, overrides: Mapping[str, str]) -> RunFile:
+def read_settings(
+    file: Path | None, overrides: Mapping[str, str], given: Collection[str] = ()
+) -> RunFile:
     """The run file, if there is one, with `run.…=value` over it.
+
+    Args:
+        file: The run file.
+        overrides: `run.…` settings of the command line.
+        given: Names of MaxText's own there.
 
     Raises:
         ConfigError: The file is not YAML, or a field of it is wrong.
         UsageError: A field of `overrides` is wrong.
     """
-    content: dict[str, Any] = {}
-    if file is not None:
-        content = _yaml(file)
-        _check_names(content, RunFile, f"{file}: ", ConfigError)
-        _validate(content, f"{file}: ", ConfigError)
+    content = read_yaml(file) if file else {}
+    _validate(content, f"{file}: ", ConfigError)
+    for name, others in _LICENSES.items():
+        if others & {*overrides, *given}:
+            content.pop(name, None)
     for key, text in overrides.items():
-        _set(content, key, text)
+        *sections, name = key.removeprefix(PREFIX).split(".")
+        inner = content
+        for section in sections:
+            if not isinstance(inner.get(section), dict):
+                inner[section] = {}
+            inner = inner[section]
+        inner[name] = _value(text)
     return _validate(content, PREFIX, UsageError)
 
 
-def _yaml(file: Path) -> dict[str, Any]:
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Settings of a file.
+
+    Raises:
+        ConfigError: It cannot be read, or has no settings.
+    """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{file}: cannot be read as YAML ({reason})") from None
     if content is not None and not isinstance(content, dict):
-        raise ConfigError(f"{file}: must be keys with values, such as `epochs: 2`")
+        raise ConfigError(f"{file}: must be settings with values, such as `epochs: 2`")
     return content or {}
-
-
-def _set(content: dict[str, Any], key: str, text: str) -> None:
-    """Puts one override into its (nested) place."""
-    *sections, name = key.removeprefix(PREFIX).split(".")
-    nested: dict[str, Any] = {name: _value(text)}
-    for section in reversed(sections):
-        nested = {section: nested}
-    _check_names(nested, RunFile, PREFIX, UsageError)
-    for section in sections:
-        below = content.setdefault(section, {})
-        if below is None:
-            below = content[section] = {}
-        content = below
-    content[name] = _value(text)
 
 
 def _value(text: str) -> Any:
@@ -187,31 +192,22 @@ def _value(text: str) -> Any:
     return None if isinstance(value, str) and value.lower() == "none" else value
 
 
-def _check_names(
-    content: Mapping[str, Any], section: type[BaseModel], where: str, kind: type[Exception]
-) -> None:
-    """Refuses a field that is none, with the nearest that is one."""
-    for name, value in content.items():
-        field = section.model_fields.get(str(name))
-        if field is None:
-            raise kind(f"{where}{name}: no such setting{nearest(str(name), section.model_fields)}")
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            if isinstance(value, Mapping):
-                _check_names(value, inner, f"{where}{name}.", kind)
-            elif value is not None:
-                raise kind(f"{where}{name}: has fields of its own; give {name}.FIELD")
-
-
-def _validate(content: Mapping[str, Any], where: str, kind: type[Exception]) -> RunFile:
+def _validate(content: Mapping[str, Any], where: str, kind: type[MoeconvError]) -> RunFile:
     filled = {key: value for key, value in content.items() if value is not None}
     try:
         return RunFile.model_validate(filled)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        given = repr(first["input"])
+        name, reason = ".".join(map(str, first["loc"])), first["msg"]
+        if first["type"] == "extra_forbidden":
+            section: Any = RunFile
+            for part in first["loc"][:-1]:
+                section = section.model_fields[part].annotation
+            near = nearest(str(first["loc"][-1]), section.model_fields)
+            raise kind(f"{where}{name}: no such setting{near}") from None
+        if first["type"] == "model_type":
+            raise kind(f"{where}{name}: has fields of its own; give {name}.FIELD") from None
+        reason, given = reason.removeprefix("Value error, "), repr(first["input"])
         told = reason if given in reason else f"{reason}, not {given}"
         raise kind(f"{where}{name}: {told}") from None
 

@@ -11,12 +11,16 @@ from moeconv_train import plan as plans
 from moeconv_train import recipe as recipes
 from moeconv_train import streaming
 from moeconv_train.data import Progress
-from moeconv_train.logs import wandb
 from moeconv_train.plan import Plan
-from moeconv_train.preflight import Finding, PreflightReport, preflight
+from moeconv_train.preflight.check import preflight
+from moeconv_train.preflight.report import PreflightReport
 from moeconv_train.preflight.target import gpus
 
-from moeconv.errors import ConfigError
+from moeconv.errors import ConfigError, HubError, MissingPackageError, OutputError
+
+_ERRORS = {
+    error.exit_code: error for error in (ConfigError, HubError, MissingPackageError, OutputError)
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,16 @@ class Start:
 
     plan: Plan
     report: PreflightReport
+
+    def refuse(self) -> None:
+        """Says why a run may not start.
+
+        Raises:
+            MoeconvError: A sentence for each reason; the first decides which.
+        """
+        if refused := self.report.refused:
+            told = "\n".join(f"{finding.check}: {finding.message}" for finding in refused)
+            raise _ERRORS.get(refused[0].exit_code, ConfigError)(told)
 
 
 def plan_run(
@@ -38,42 +52,17 @@ def plan_run(
 
     Args:
         words: `[RECIPE|FILE.yml] [key=value …]`.
-        memory: Whether to compile the train step for the target.
+        memory: Whether to compile its steps for the target.
         network: Whether to ask the Hub and W&B.
         progress: Told what takes time.
 
     Raises:
         MoeconvError: Something of it is wrong.
     """
-    return _checked(plans.make(recipes.read(words), gpus()), memory, network, progress)
-
-
-def _checked(plan: Plan, memory: bool, network: bool, progress: Callable[[str], None]) -> Start:
     online = network and os.environ.get("HF_HUB_OFFLINE", "").lower() not in ("1", "true", "yes")
-    report = preflight(
-        plan.config,
-        plan.known(),
-        target=plan.target,
-        memory=memory,
-        online=online,
-        progress=progress,
-    )
-    if plan.config["enable_wandb"] and (trouble := wandb.missing()):
-        mend = {"enable_wandb": False}
-        report.findings.append(
-            Finding(check="wandb", status="mended", message=trouble, mended=mend)
-        )
-    return Start(replace(plan, mended={**plan.mended, **report.mended}), report)
-
-
-def refuse(start: Start) -> None:
-    """Says why a run may not start.
-
-    Raises:
-        ConfigError: One sentence for each reason.
-    """
-    if start.report.refused:
-        raise ConfigError("\n".join(finding.message for finding in start.report.refused))
+    plan = plans.make(recipes.read(words), gpus())
+    report = preflight(plan, memory=memory, online=online, progress=progress)
+    return Start(replace(plan, mended=report.mended), report)
 
 
 def with_data(
@@ -103,8 +92,9 @@ def with_data(
     )
     if plan.feed.dataset is None and feed.dataset is not None:
         counted = plans.make(plan.recipe, gpus(), feed)
-        start = _checked(counted, False, False, lambda _: None)
-        refuse(start)
+        report = preflight(counted, memory=False, online=False)
+        start = Start(replace(counted, mended=report.mended), report)
+        start.refuse()
     if start.plan.feed.kind == "hf" and not start.plan.config["tokenizer_path"]:
         output = start.plan.derived["base_output_directory"]
         path = streaming.tokenizer_for(start.plan.run.data, Path(output))
@@ -113,9 +103,29 @@ def with_data(
     return start
 
 
+def describe(plan: Plan) -> str:
+    """A run in one sentence."""
+    parts = [f"{plan.recipe.name} -> {plan.run_dir}"]
+    if size := plan.size:
+        active = f", {size.active:,} active" if size.active != size.total else ""
+        parts.append(f"{size.total:,} parameters{active}")
+    # The recipe's own number of steps is only about right until the data are counted.
+    steps = f"{plan.steps:,} steps of {plan.batch} x {plan.config['max_target_length']:,} tokens"
+    if plan.epochs is None:
+        steps += "" if plan.feed.kind == "maxtext" else ", about"
+    else:
+        steps += f", {plan.epochs:.4g} epochs"
+    parts.append(steps)
+    parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
+    patches = {name: on for name, on in plan.patches.items() if name != "loss_scale"}
+    if chosen := [f"{name}={str(on).lower()}" for name, on in patches.items()]:
+        parts.append(f"with {', '.join(chosen)}")
+    return "; ".join(parts)
+
+
 def facts(plan: Plan) -> Mapping[str, Any]:
     """A plan as data: what `--dry-run` prints."""
-    size = plan.size
+    size, feed = plan.size, plan.feed
     return {
         "recipe": plan.recipe.name,
         "run_dir": str(plan.run_dir),
@@ -124,10 +134,10 @@ def facts(plan: Plan) -> Mapping[str, Any]:
         "parameters": size.total if size else None,
         "active_parameters": size.active if size else None,
         "data": {
-            "kind": plan.feed.kind,
-            "source": plan.feed.named or plan.feed.settings.source,
-            "directory": str(plan.feed.directory) if plan.feed.directory else None,
-            "prepared": plan.feed.dataset is not None,
+            "kind": feed.kind,
+            "source": feed.named or feed.settings.source,
+            "directory": str(feed.directory) if feed.directory else None,
+            "prepared": feed.dataset is not None,
         },
         "steps": plan.steps,
         "epochs": plan.epochs,

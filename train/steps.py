@@ -36,19 +36,18 @@ def counted(plan: "Plan") -> "Plan":
             f"per_device_batch_size={config['per_device_batch_size']}: must be a whole number, so "
             "that steps can be counted; make gradient_accumulation_steps smaller instead"
         )
-    workers = int(value_of(given.get("grain_worker_count", 0)))
-    one = dataset.steps_for_epochs(1, batch, workers=workers)
+    one = dataset.steps_for_epochs(1, batch)
     if run.epochs is not None:
         epochs = run.epochs
-        available = dataset.steps_for_epochs(epochs, batch, workers=workers)
+        available = dataset.steps_for_epochs(epochs, batch)
         steps = int(value_of(given["steps"])) if "steps" in given else available
     else:
         steps = int(config["steps"])
         # Not steps / one: MaxText fills an epoch's last batch with rows of the next.
         epochs = max(1, steps // one)
-        while dataset.steps_for_epochs(epochs, batch, workers=workers) < steps:
+        while dataset.steps_for_epochs(epochs, batch) < steps:
             epochs += 1
-        available = dataset.steps_for_epochs(epochs, batch, workers=workers)
+        available = dataset.steps_for_epochs(epochs, batch)
     found |= {"num_epoch": epochs, "steps": steps}
     found |= evaluations(plan, dataset.eval_batches(batch) > 0, steps, available / epochs)
     kept = {key: value for key, value in found.items() if key not in given}

@@ -7,35 +7,29 @@ time to leave, save with MaxText's own function, and end the loop by its own Sto
 
 import contextlib
 import functools
-import importlib.metadata
-import inspect
 import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from moeconv.errors import UnsupportedError
+from moeconv_train import seams
 
-Reason = Literal["signal", "time limit"]
+Reason = Literal["interrupted", "time limit"]
 
-# common/data_loader.py `loader_exception_guard`: no batch, the state is that of the step before.
-_ENDED, _FAILED = "You may have run out of training data", "`next(self.data_iterator)` failed"
-_CALL = "metrics = training_loop_iteration(jax_device_state, python_vars, immutable_data)"
-_SAYS = (
-    "example_batch = data_loader.load_next_batch(rampup_manager=rampup_manager)",
-    'jax_device_state["state"] = state',
-    "checkpointing.maybe_save_checkpoint(checkpoint_manager, state, config, data_iterator, step)",
-)
+# What common/data_loader.py `loader_exception_guard` says where there is no batch.
+_NO_BATCH = {
+    "You may have run out of training data": "ended",
+    "`next(self.data_iterator)` failed": "failed",
+}
 
 
 class Stopper:
     """Whether a run is to leave, and how it did.
 
     Attributes:
+        stepping: Whether a step has begun.
         reason: Why it is to leave early; None if it is not.
-        saved: The step (from 0) whose state was saved on leaving.
-        failure: What MaxText's loader said when it had no batch; such a run ended early too.
-        other: Why MaxText itself ended the loop, if it did.
+        message: Why MaxText itself ended the loop, if it did.
     """
 
     def __init__(
@@ -47,18 +41,16 @@ class Stopper:
     ) -> None:
         self._limit, self._note, self._clock = limit, note, clock
         self._begun = clock() if begun is None else begun
-        self._signals = 0
         self._signal: int | None = None
         self.stepping = False
         self.reason: Reason | None = None
-        self.saved: int | None = None
-        self.failure: str | None = None
-        self.other: str | None = None
+        self.message: str | None = None
 
     @property
-    def data_ended(self) -> bool:
-        """Whether the loader had no more batches, rather than failed."""
-        return bool(self.failure and self.failure.startswith(_ENDED))
+    def no_batch(self) -> str | None:
+        """`ended` or `failed`, as MaxText's loader did; the state is that of the step before."""
+        said = self.message or ""
+        return next((how for text, how in _NO_BATCH.items() if said.startswith(text)), None)
 
     def due(self) -> Reason | None:
         """Asked after each step."""
@@ -76,11 +68,10 @@ class Stopper:
 
         Before the first step there is nothing to save, so it is left at once.
         """
-        self._signals += 1
-        if not self.stepping or self._signals > 1:
+        if not self.stepping or self.reason == "interrupted":
             raise KeyboardInterrupt
         # It may have come in the middle of a write, so due() tells it.
-        self.reason, self._signal = "signal", number
+        self.reason, self._signal = "interrupted", number
 
     @contextlib.contextmanager
     def handling(self) -> Iterator[None]:
@@ -102,14 +93,12 @@ def install(stopper: Stopper) -> Iterator[None]:
     from maxtext.trainers.pre_train import train
     from maxtext.utils import exceptions
 
+    seams.check(
+        "trainers.pre_train.train:train",  # train_loop, and what it calls for each step
+        "common.data_loader",
+        "common.checkpointing",
+    )
     stock = train.training_loop_iteration
-    loop = inspect.getsource(inspect.unwrap(train.train_loop))
-    source = inspect.getsource(stock)
-    if _CALL not in loop or not all(text in source for text in _SAYS):
-        raise UnsupportedError(
-            f"MaxText {importlib.metadata.version('maxtext')} has another training loop than "
-            "0.2.5: it cannot be left with a checkpoint; install maxtext==0.2.5."
-        )
 
     @functools.wraps(stock)
     def iteration(device_state: Any, variables: Any, fixed: Any) -> Any:
@@ -118,30 +107,23 @@ def install(stopper: Stopper) -> Iterator[None]:
         try:
             metrics = stock(device_state, variables, fixed)
         except exceptions.StopTraining as stop:
-            text = str(stop)
-            if text.startswith((_ENDED, _FAILED)):
-                stopper.failure = text
-                if step > fixed["start_step"]:
-                    _save(stopper, device_state, variables, fixed["config"], step - 1)
-            else:
-                stopper.other = text
+            stopper.message = str(stop)
+            if stopper.no_batch and step > fixed["start_step"]:
+                _save(device_state, variables, fixed["config"], step - 1)
             raise
         if step == 0 and fixed["steps"] == 1 and fixed["config"].save_checkpoint_on_completion:
             # common/checkpointing.py `_should_save_checkpoint_at_step` never saves step 0.
-            _save(stopper, device_state, variables, fixed["config"], step)
+            _save(device_state, variables, fixed["config"], step)
         if step + 1 < fixed["steps"] and (reason := stopper.due()):
-            _save(stopper, device_state, variables, fixed["config"], step)
+            _save(device_state, variables, fixed["config"], step)
             raise exceptions.StopTraining(reason)
         return metrics
 
-    train.training_loop_iteration = iteration
-    try:
+    with seams.replaced(train, training_loop_iteration=iteration):
         yield
-    finally:
-        train.training_loop_iteration = stock
 
 
-def _save(stopper: Stopper, device_state: Any, variables: Any, config: Any, step: int) -> None:
+def _save(device_state: Any, variables: Any, config: Any, step: int) -> None:
     """A checkpoint of the state after `step`, whole on disk, unless it is there already."""
     from maxtext.common import checkpointing
 
@@ -155,5 +137,3 @@ def _save(stopper: Stopper, device_state: Any, variables: Any, config: Any, step
             manager, step, device_state["state"], config, iterator, force=True
         )
         checkpointing.wait_until_finished(manager)
-    if step in checkpointing.all_steps(manager):
-        stopper.saved = step

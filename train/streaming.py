@@ -1,6 +1,5 @@
 """Data that MaxText reads by settings of its own: tokenised while it trains, or files of others."""
 
-import contextlib
 import hashlib
 import json
 import re
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from moeconv_train.data import tokens
+from moeconv_train.data.formats import format_of
 from moeconv_train.data.records import write_bytes
-from moeconv_train.data.source import format_of
 from moeconv_train.feed import embedded_tokenizer
 from moeconv_train.settings import EMBEDDED, DataSettings
 
 from moeconv.errors import UsageError
+from moeconv.untrusted import strict_json
 
 # What the packaged recipes have otherwise, as their rows are prepared (docs/data.md).
 _TOKENISING: Mapping[str, Any] = {
@@ -41,48 +41,50 @@ def hf_settings(config: Mapping[str, Any], settings: DataSettings) -> dict[str, 
         config: MaxText's. Its `hf_path` and `hf_train_files`, if there are any, name the data.
         settings: Whose `source` does otherwise.
     """
-    found = dict(_TOKENISING)
     if config["hf_path"] or config["hf_train_files"]:
-        if not (config["hf_eval_split"] or config["hf_eval_files"]):
-            found["eval_interval"] = -1
-        return found
-    if not settings.source:
+        evaluated = config["hf_eval_split"] or config["hf_eval_files"]
+        return {**_TOKENISING, **({} if evaluated else {"eval_interval": -1})}
+    source = settings.source
+    if not source:
         return {}
-    found |= {
+    path = Path(source).expanduser()
+    if source == EMBEDDED or path.is_dir():
+        raise UsageError(
+            "dataset_type=hf: streams from the Hub or from one local file; use dataset_type=grain "
+            f"for {source}"
+        )
+    local = {
+        "hf_path": format_of(path.name),
+        "hf_train_files": str(path.absolute()),
+        "eval_interval": -1,
+    }
+    return {
+        **_TOKENISING,
         "train_split": "train",
         "train_data_columns": [settings.column],
         "eval_data_columns": [settings.column],
+        **(local if path.exists() else {"hf_path": source, "hf_eval_split": "validation"}),
     }
-    path = Path(settings.source).expanduser()
-    if settings.source == EMBEDDED or path.is_dir():
-        raise UsageError(
-            "dataset_type=hf: streams from the Hub or from one local file; use dataset_type=grain "
-            f"for {settings.source}"
-        )
-    if path.exists():
-        files = str(path.absolute())
-        return {
-            **found,
-            "hf_path": format_of(path.name),
-            "hf_train_files": files,
-            "eval_interval": -1,
-        }
-    return {**found, "hf_path": settings.source, "hf_eval_split": "validation"}
 
 
 def tokenizer_for(settings: DataSettings, output: Path) -> str:
     """The tokenizer for streaming: what comes with moeconv or MaxText becomes a directory."""
-    if settings.tokenizer not in (tokens.LLAMA3, EMBEDDED):
-        return settings.tokenizer
-    with contextlib.ExitStack() as stack:
-        name = settings.tokenizer
-        if name == EMBEDDED:
-            name = str(stack.enter_context(embedded_tokenizer()))
-        # "stories": with a pad token of its own, as MaxText masks by value here.
-        loaded = tokens.load(name, "stories")
-    directory = output / "data" / f"tokenizer-{settings.tokenizer}"
-    for name, content in loaded.files.items():
-        write_bytes(directory / name, content)
+    name = settings.tokenizer
+    directory = output / "data" / f"tokenizer-{name}"
+    if name == EMBEDDED:
+        with embedded_tokenizer() as made:
+            files = dict(tokens.load(str(made)).files)
+    elif name == tokens.LLAMA3:
+        files = dict(tokens.load(name).files)
+        # MaxText masks its pad token wherever it stands (input_pipeline_utils.py,
+        # `shift_and_refine`), and would take id 0, the exclamation mark, for want of one.
+        for file in ("tokenizer_config.json", "special_tokens_map.json"):
+            told = {**json.loads(files[file]), "pad_token": "<|reserved_special_token_0|>"}
+            files[file] = strict_json.dumps(told)
+    else:
+        return name
+    for file, content in files.items():
+        write_bytes(directory / file, content)
     return str(directory)
 
 

@@ -1,4 +1,4 @@
-"""A small byte-level BPE, saved as the directory that transformers 4 and 5 both load."""
+"""The embedded corpus and its tokenizer, a small byte-level BPE that transformers 4 and 5 load."""
 
 import json
 from collections.abc import Iterable
@@ -11,6 +11,13 @@ EOS = "<|end_of_text|>"
 # MaxText masks every token that equals the pad id, and without a pad token takes id 0 for it.
 PAD = "<|pad|>"
 VOCAB_SIZE = 1024
+# Written by tools/make_corpus.py.
+CORPUS = Path(__file__).parent / "corpus" / "stories.txt"
+
+
+def read_stories() -> list[str]:
+    """The stories of the corpus, which empty lines separate."""
+    return CORPUS.read_text(encoding="utf-8").strip().split("\n\n")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:

@@ -1,9 +1,9 @@
 """A run by MaxText's own loop, from its plan to its last checkpoint."""
 
 import contextlib
-import os
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +14,7 @@ from moeconv_train.environment import environment
 from moeconv_train.explain import explained
 from moeconv_train.logs import logger, wandb
 from moeconv_train.logs.console import LOG_NAME, logged
-from moeconv_train.logs.metrics import MetricsFile
-from moeconv_train.logs.plots import write_plots
+from moeconv_train.logs.plots import write_plot
 from moeconv_train.logs.progress import Progress
 from moeconv_train.model_size import peak
 from moeconv_train.plan import Plan
@@ -47,10 +46,10 @@ class Outcome:
     completed: int
     steps: int
     saved_step: int | None
-    loss: float | None
-    eval_loss: float | None
-    tokens: int | None
     seconds: float
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens: int | None = None
     message: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -85,23 +84,22 @@ def train(
         stack.enter_context(run_dir.locked(directory))
         saved = run_dir.check_new(directory, resume)
         before = run_dir.read_sidecar(directory)
-        if saved is not None and saved + 1 >= plan.steps:
-            for text in _check_finished(plan, before, saved + 1):
+        if saved is not None and (done := saved + 1) >= plan.steps:
+            for text in _check_finished(plan, before, done):
                 note(f"note: {text}")
             note(f"{directory}: all {plan.steps:,} steps are trained already")
-            return _outcome("finished", plan, saved + 1, saved + 1, saved, begun)
+            seconds = time.monotonic() - begun
+            return Outcome("finished", str(directory), done, done, plan.steps, saved, seconds)
         stack.enter_context(environment(plan))
         log = directory / LOG_NAME
         note(f"log: {log}")
         stream = stack.enter_context(logged(log))
-        if quiet:
-            stream = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
-        progress = Progress(stream, plan.steps)
+        progress = Progress(None if quiet else stream, plan.steps)
         stopper = stopping.Stopper(plan.run.time_limit, progress.note, begun=begun)
         stack.enter_context(stopper.handling())
         progress.note("importing MaxText and compiling the step, which take a minute or more")
         with explained(log, directory):
-            config, recorder = _initialize(plan)
+            config, recorder = initialize(plan)
             if saved is not None:
                 now = public_config(config.get_keys())
                 notes = run_dir.check_same(directory, before, now, _data(plan), plan.patches)
@@ -109,18 +107,18 @@ def train(
                     progress.note(f"note: {text}")
                 progress.note(f"going on after step {saved + 1:,} of {plan.steps:,}")
             _write_sidecar(plan, config)
-            records = _records(plan, directory, progress)
+            records = _records(plan, progress)
             stack.callback(records.close)
             try:
                 _run(plan, config, recorder, records, stopper, progress.note)
             finally:
-                _plots(directory, progress.note)
-        if stopper.failure and not (plan.feed.kind == "hf" and stopper.data_ended):
+                _plot(directory, progress.note)
+        if stopper.no_batch and (plan.feed.kind, stopper.no_batch) != ("hf", "ended"):
             raise TrainingError(
                 f"{directory}: the data ended after {records.completed:,} of {plan.steps:,} steps "
-                f"({stopper.failure}); set steps={records.completed}"
+                f"({stopper.message}); set steps={records.completed}"
             )
-        return _end(plan, records, stopper, begun)
+        return _outcome(plan, records, stopper, begun)
 
 
 def _check_finished(plan: Plan, before: RunSidecar | None, done: int) -> list[str]:
@@ -143,45 +141,26 @@ def _data(plan: Plan) -> run_dir.Data:
     return run_dir.Data(plan.feed.dataset.digest if plan.feed.dataset else None, plan.source_digest)
 
 
-def _end(plan: Plan, records: logger.Records, stopper: stopping.Stopper, begun: float) -> Outcome:
-    status: Status = "finished"
-    message = None
-    if records.completed < plan.steps:
-        reasons: dict[str | None, Status] = {"signal": "interrupted", "time limit": "time limit"}
-        status = reasons.get(stopper.reason, "stopped")
-        message = stopper.failure or stopper.other
-    saved = run_dir.saved_step(plan.run_dir)
-    return _outcome(
-        status, plan, records.start_step, records.completed, saved, begun, records, message
-    )
-
-
 def _outcome(
-    status: Status,
-    plan: Plan,
-    start: int,
-    completed: int,
-    saved: int | None,
-    begun: float,
-    records: logger.Records | None = None,
-    message: str | None = None,
+    plan: Plan, records: logger.Records, stopper: stopping.Stopper, begun: float
 ) -> Outcome:
+    early = records.completed < plan.steps
     return Outcome(
-        status=status,
+        status=(stopper.reason or "stopped") if early else "finished",
         run_dir=str(plan.run_dir),
-        start_step=start,
-        completed=completed,
+        start_step=records.start_step,
+        completed=records.completed,
         steps=plan.steps,
-        saved_step=saved,
-        loss=records.loss if records else None,
-        eval_loss=records.eval_loss if records else None,
-        tokens=records.file.tokens if records and records.file else None,
+        saved_step=run_dir.saved_step(plan.run_dir),
         seconds=round(time.monotonic() - begun, 3),
-        message=message,
+        loss=records.loss,
+        eval_loss=records.eval_loss,
+        tokens=records.file.tokens if records.file else None,
+        message=stopper.message if early else None,
     )
 
 
-def _initialize(plan: Plan) -> tuple[Any, Any]:
+def initialize(plan: Plan) -> tuple[Any, Any]:
     """MaxText's config and recorder, as its own `main` makes them.
 
     Raises:
@@ -189,28 +168,24 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
         MissingPackageError: MaxText is not installed.
     """
     try:
-        from absl import flags, logging
+        from absl import flags
+        from absl import logging as absl_logging
         from maxtext.trainers.pre_train import train as maxtext
     except ImportError as error:
         raise MissingPackageError(
-            f'training needs {error.name}: pip install "moeconv[train]"'
+            f'training needs {error.name}: pip install ".[train]" in the checkout'
         ) from None
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["moeconv"])  # absl's, which grain's workers read
-    logging.set_verbosity(logging.INFO)
-    on_gpu = plan.config["hardware"] == "gpu"
+    absl_logging.set_verbosity(absl_logging.INFO)
     try:
-        config, recorder = maxtext.initialize(plan.argv())
+        # MaxText sets XLA's flags before the first look at the devices; JAX reads them once.
+        with on_gpu() if plan.config["hardware"] == "gpu" else contextlib.nullcontext():
+            config, recorder = maxtext.initialize(plan.argv())
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
         raise ConfigError(f"MaxText refuses this config: {first_line(error.__context__)}") from None
-    except RuntimeError:
-        if on_gpu:
-            check_gpu()  # JAX has no such backend
-        raise
     except (ValueError, TypeError) as error:  # the same, where unittest is loaded
         raise ConfigError(f"MaxText refuses this config: {first_line(error)}") from None
-    if on_gpu:
-        check_gpu()  # not earlier: MaxText sets XLA's flags, which JAX reads once
     counted = int(config.global_batch_size_to_load)
     if plan.steps_per_epoch and counted != plan.batch:
         raise ConfigError(
@@ -220,23 +195,44 @@ def _initialize(plan: Plan) -> tuple[Any, Any]:
     return config, recorder
 
 
-def check_gpu() -> None:
-    """Nobody wants the GPU's run on the CPU, where it would take a year.
+@contextlib.contextmanager
+def on_gpu() -> Iterator[None]:
+    """Around JAX's first look at the devices: nobody wants the GPU's run on the CPU, for a year.
 
     Raises:
-        MissingPackageError: JAX has no GPU.
+        MissingPackageError: JAX has no GPU; with the reason, which JAX itself only logs where a
+            plugin does not load (xla_bridge.py `discover_pjrt_plugins`).
     """
+    reasons: list[str] = []
+
+    def keep(record: logging.LogRecord) -> bool:
+        if record.exc_info:
+            reasons.append(f": its CUDA plugin does not load: {first_line(record.exc_info[1])}")
+        return True
+
+    bridge = logging.getLogger("jax._src.xla_bridge")
+    bridge.addFilter(keep)
+    try:
+        yield
+    except RuntimeError:
+        if _platform() == "gpu":
+            raise
+    finally:
+        bridge.removeFilter(keep)
+    if (platform := _platform()) != "gpu":
+        raise MissingPackageError(
+            f"hardware=gpu: JAX computes on {platform}, not on the GPU{''.join(reasons)}; leave "
+            'JAX_PLATFORMS unset, and in the checkout pip install ".[train,cuda12]"'
+        )
+
+
+def _platform() -> str:
     import jax
 
     try:
-        platform = jax.devices()[0].platform
-    except RuntimeError as error:
-        platform = f"none ({first_line(error)})"
-    if platform != "gpu":
-        raise MissingPackageError(
-            f"hardware=gpu: JAX computes on {platform}, not on the GPU; install its CUDA plugin, "
-            'pip install "moeconv[train,cuda12]", and leave JAX_PLATFORMS unset'
-        )
+        return jax.devices()[0].platform
+    except RuntimeError as error:  # JAX has no such backend
+        return f"none ({first_line(error)})"
 
 
 def _write_sidecar(plan: Plan, config: Any) -> None:
@@ -246,6 +242,8 @@ def _write_sidecar(plan: Plan, config: Any) -> None:
         dataset_digest=dataset.digest if dataset else None,
         language=run.language,
         license=run.license,
+        tokenizer_license=run.tokenizer_license,
+        data_license=run.data_license,
         hub_repo=run.hub_repo,
         epochs=round(plan.epochs, 6) if plan.epochs else None,
         steps=plan.steps,
@@ -262,7 +260,7 @@ def _write_sidecar(plan: Plan, config: Any) -> None:
     write_sidecar(config.get_keys(), feeds.sample(plan.feed), run=facts, data=data)
 
 
-def _records(plan: Plan, directory: Path, progress: Progress) -> logger.Records:
+def _records(plan: Plan, progress: Progress) -> logger.Records:
     """Metrics and progress, with the devices' peak where it is known."""
     import jax
 
@@ -270,7 +268,7 @@ def _records(plan: Plan, directory: Path, progress: Progress) -> logger.Records:
     each = peak(devices[0].device_kind, str(plan.config["dtype"]))
     if size is not None and each is not None:
         progress.flops_per_token, progress.peak = size.flops, each * len(devices)
-    return logger.Records(lambda start: MetricsFile(directory, start), progress)
+    return logger.Records(plan.run_dir, progress)
 
 
 def _run(
@@ -290,15 +288,16 @@ def _run(
         stack.enter_context(logger.install(records))
         stack.enter_context(plan.feed.reading())
         if config.enable_wandb:
-            stack.enter_context(wandb.guarded(lambda: public_config(config.get_keys()), note))
+            entity = plan.run.wandb.entity
+            stack.enter_context(wandb.logged(plan.run_dir, config, entity, note))
         maxtext.run(config, recorder)
 
 
-def _plots(directory: Path, note: Callable[[str], None]) -> None:
+def _plot(directory: Path, note: Callable[[str], None]) -> None:
     """Never a reason to fail."""
     try:
-        write_plots(directory)
+        write_plot(directory)
     except ImportError:
-        note('no plots: matplotlib is not installed (pip install "moeconv[train]")')
+        note('no plot: matplotlib is not installed (pip install ".[train]")')
     except Exception as error:
-        note(f"no plots: {first_line(error)}")
+        note(f"no plot: {first_line(error)}")

@@ -21,6 +21,8 @@ class RunFacts(BaseModel):
     dataset_digest: str | None = Field(default=None, description="SHA-256 of the prepared data")
     language: str | None = Field(default=None, description="of the data, ISO 639-1")
     license: str | None = Field(default=None, description="that the model is to have, a Hub id")
+    tokenizer_license: str | None = Field(default=None, description="of the run's tokenizer")
+    data_license: str | None = Field(default=None, description="of the training data")
     hub_repo: str | None = Field(default=None, description="where the model is to be pushed")
     epochs: float | None = Field(default=None, allow_inf_nan=False)
     steps: int | None = Field(default=None, description="that the run is to take")

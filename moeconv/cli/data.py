@@ -13,7 +13,7 @@ import click
 from moeconv.cli.options import JSON, QUIET, LocalPath, Revision, Text, output_of
 from moeconv.cli.output import Output
 from moeconv.cli.streams import say
-from moeconv.errors import MissingPackageError, UsageError
+from moeconv.errors import MissingPackageError, UsageError, to_install
 
 _REPORT_EVERY = 5.0
 
@@ -30,7 +30,7 @@ def command() -> None:
     required=True,
     type=LocalPath(file_okay=False),
     metavar="DIR",
-    help="Becomes the dataset; the same command goes on where it was interrupted.",
+    help="Becomes the dataset, once it is whole.",
 )
 @click.option(
     "--tokenizer",
@@ -48,14 +48,6 @@ def command() -> None:
     show_default=True,
     metavar="N",
     help="Tokens of a row: MaxText's max_target_length.",
-)
-@click.option(
-    "--layout",
-    type=click.Choice(["packed", "contiguous", "stories"]),
-    default="packed",
-    show_default=True,
-    help="packed: whole stories, several a row, none sees another. contiguous: one stream cut into "
-    "rows; stories see those before them. stories: one a row, the rest padding.",
 )
 @click.option(
     "--too-long",
@@ -118,14 +110,6 @@ def command() -> None:
     metavar="N",
     help="Processes; 0 works in this one. The bytes written do not depend on it.",
 )
-@click.option(
-    "--shard-characters",
-    type=int,
-    default=1 << 25,
-    show_default=True,
-    metavar="N",
-    help="Text that goes into one file, about.",
-)
 @click.option("--overwrite", is_flag=True, help="Replace the dataset that is in DIR.")
 @JSON
 @QUIET
@@ -145,7 +129,7 @@ def prepare(
     the tokenizer, and data.json with all counts and SHA-256s.
     """
     if importlib.util.find_spec("array_record") is None:
-        raise MissingPackageError('preparing data needs array_record: pip install "moeconv[train]"')
+        raise MissingPackageError(f"preparing data needs array_record; {to_install('train')}")
     data = importlib.import_module("moeconv_train.data")
     output = output_of(json_mode, quiet)
     settings = data.PrepareOptions(
@@ -164,7 +148,7 @@ def prepare(
             quiet=quiet or json_mode,
         )
     except KeyboardInterrupt:
-        say(f"interrupted: the same command goes on from what is in {out}")
+        say("interrupted: nothing was written")
         sys.exit(130)
     report.last()
     output.data(describe(dataset))
@@ -205,7 +189,7 @@ class _Report:
 
     def last(self) -> None:
         """The final count, if anything was done."""
-        if self._state is not None and self._state.fresh_tokens:
+        if self._state is not None and self._state.tokens:
             self._line(self._state)
 
     def _line(self, state: Any) -> None:
@@ -233,7 +217,7 @@ def _print(output: Output, dataset: Any) -> None:
     request = dataset.manifest.request
     size = sum(shard.bytes for shard in dataset.manifest.shards)
     output.print(
-        f"{dataset.directory}: {request.layout} rows of {request.sequence_length} tokens, "
+        f"{dataset.directory}: rows of {request.sequence_length} tokens, "
         f"{len(dataset.manifest.shards)} shards, {format_size(size)}"
     )
     for split, counts in dataset.manifest.splits.items():

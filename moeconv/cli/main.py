@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import os
 import re
 import sys
 
@@ -80,6 +81,8 @@ def cli() -> None:
 def main() -> None:
     """Runs the command line; a user's mistake ends in one sentence and a documented exit code."""
     end_as_ctrl_c()
+    # A notebook's, which matplotlib refuses where that is not installed; we draw only files.
+    os.environ.pop("MPLBACKEND", None)
     below = streams.guard()
     code = _run()
     if (why := streams.lost(below)) is not None and code == 0:

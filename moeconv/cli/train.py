@@ -13,7 +13,7 @@ import click
 
 from moeconv.cli.options import JSON, QUIET, output_of
 from moeconv.cli.streams import say
-from moeconv.errors import ConfigError, MissingPackageError, TimeLimitError
+from moeconv.errors import MissingPackageError, TimeLimitError, to_install
 
 if TYPE_CHECKING:
     from moeconv.cli.output import Output
@@ -27,7 +27,7 @@ INTERRUPTED = 130
     "--check",
     is_flag=True,
     help="Only check: settings, dataset, tokenizer, accounts, disk, GPUs, and the memory of the "
-    "compiled train step (about half a minute; needs no GPU). Trains nothing.",
+    "compiled train and evaluation step (about a minute; needs no GPU). Trains nothing.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be trained. Writes nothing.")
 @click.option(
@@ -42,6 +42,12 @@ INTERRUPTED = 130
     metavar="TIME",
     help="Save and leave after this long, such as 8h30m (exit code 14; the same command goes on).",
 )
+@click.option(
+    "--trial",
+    is_flag=True,
+    help="Only try a new run's patches against MaxText's own step on these devices, some minutes: "
+    "the run keeps what is right and faster, and trial.json in its folder has the numbers.",
+)
 @JSON
 @QUIET
 def command(
@@ -50,6 +56,7 @@ def command(
     dry_run: bool,
     resume: str,
     time_limit: str | None,
+    trial: bool,
     json_mode: bool,
     quiet: bool,
 ) -> None:
@@ -64,7 +71,7 @@ def command(
     where it was interrupted: to the bit on CPUs; on GPUs the last bits may differ.
     """
     if importlib.util.find_spec("maxtext") is None:
-        raise MissingPackageError('training needs MaxText: pip install "moeconv[train]"')
+        raise MissingPackageError(f"training needs MaxText; {to_install('train')}")
     # Preparing data counts for the time limit: a session has no more than that.
     since = time.monotonic()
     start = importlib.import_module("moeconv_train.start")
@@ -73,20 +80,40 @@ def command(
         words = (*words, f"run.time_limit={time_limit}")
     begun = start.plan_run(words, memory=check, network=not dry_run, progress=output.note)
     if check or dry_run:
-        _show(output, start.facts(begun.plan), begun, check)
+        report = begun.report
+        output.data({"plan": start.facts(begun.plan), "preflight": report.model_dump(mode="json")})
+        output.print(start.describe(begun.plan))
+        for text in begun.plan.notes:
+            output.print(f"note: {text}")
+        for setting in () if check else begun.plan.argv()[2:]:
+            output.print(f"  {setting}")
+        for table in report.tables():
+            output.print(table)
+        begun.refuse()
         return
     _tell(output, begun)
-    start.refuse(begun)
-    outcome = _train(output, start, begun, since, resume, quiet)
+    begun.refuse()
+    outcome = _train(output, start, begun, since, resume, quiet, words if trial else None)
+    if trial:
+        output.data({"trial": outcome and outcome.model_dump()})
+        return
     output.data(outcome.to_json())
     _end(output, outcome)
 
 
-def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, quiet: bool) -> Any:
+def _train(
+    output: "Output",
+    start: Any,
+    begun: Any,
+    since: float,
+    resume: str,
+    quiet: bool,
+    trial: tuple[str, ...] | None,
+) -> Any:
     from moeconv.cli.data import progress_report
 
     trainer = importlib.import_module("moeconv_train.trainer")
-    report = progress_report(output)
+    report, run_dir = progress_report(output), begun.plan.run_dir
     limit = begun.plan.run.time_limit
 
     def prepared(state: Any) -> None:
@@ -102,12 +129,15 @@ def _train(output: "Output", start: Any, begun: Any, since: float, resume: str, 
         _tell(output, ready, begun.report.findings)
         for text in ready.plan.notes:
             output.note(f"note: {text}")
-        output.note(describe(ready.plan))
+        if trial is not None:
+            tries = importlib.import_module("moeconv_train.trial")
+            return tries.begin(ready.plan, trial, output.note)
+        output.note(start.describe(ready.plan))
         return trainer.train(ready.plan, resume=resume, note=output.note, quiet=quiet, begun=since)
     except KeyboardInterrupt:
-        saved = importlib.import_module("moeconv_train.run_dir").saved_step(begun.plan.run_dir)
+        saved = importlib.import_module("moeconv_train.run_dir").saved_step(run_dir)
         last = "nothing was saved" if saved is None else f"checkpoint {saved} is the last one saved"
-        _interrupted(f"{begun.plan.run_dir}: {last}; the same command goes on")
+        _interrupted(f"{run_dir}: {last}; the same command goes on")
 
 
 def _interrupted(text: str) -> NoReturn:
@@ -137,30 +167,6 @@ def _end(output: "Output", outcome: Any) -> None:
     output.print(f"next: moeconv convert {outcome.run_dir} OUT")
 
 
-def _show(output: "Output", facts: Any, begun: Any, check: bool) -> None:
-    """The answer of --check and --dry-run.
-
-    Raises:
-        ConfigError: The run may not start.
-    """
-    report = begun.report
-    output.data({"plan": facts, "preflight": report.model_dump(mode="json")})
-    output.print(describe(begun.plan))
-    for text in begun.plan.notes:
-        output.print(f"note: {text}")
-    if not check:
-        for setting in begun.plan.argv()[2:]:
-            output.print(f"  {setting}")
-    output.print(report.table())
-    for finding in report.findings if check and report.memory is None else ():
-        if (finding.check, finding.status) == ("memory", "warn"):
-            output.warn(finding.message)
-    if refused := report.refused:
-        count = "1 check refuses" if len(refused) == 1 else f"{len(refused)} checks refuse"
-        told = "; ".join(f"{each.check}: {each.message.rstrip('.')}" for each in refused)
-        raise ConfigError(f"{count} this run: {told}")
-
-
 def _tell(output: "Output", begun: Any, told: Collection[Any] = ()) -> None:
     """What was mended, and what should be known, before the run starts; nothing twice."""
     for finding in begun.report.findings:
@@ -171,23 +177,3 @@ def _tell(output: "Output", begun: Any, told: Collection[Any] = ()) -> None:
             output.note(f"mended: {finding.check}: {finding.message} -> {mended}")
         elif finding.status == "warn":
             output.warn(f"{finding.check}: {finding.message}")
-
-
-def describe(plan: Any) -> str:
-    """A run in one sentence."""
-    size = plan.size
-    parts = [f"{plan.recipe.name} -> {plan.run_dir}"]
-    if size is not None:
-        active = f", {size.active:,} active" if size.active != size.total else ""
-        parts.append(f"{size.total:,} parameters{active}")
-    # The recipe's own number of steps is only about right until the data are counted.
-    steps = f"{plan.steps:,} steps of {plan.batch} x {plan.config['max_target_length']:,} tokens"
-    if plan.epochs is None:
-        steps += "" if plan.feed.kind == "maxtext" else ", about"
-    else:
-        steps += f", {plan.epochs:.4g} epochs"
-    parts.append(steps)
-    parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
-    if chosen := [f"{name}={str(on).lower()}" for name, on in plan.run.patches.items()]:
-        parts.append(f"with {', '.join(chosen)}")
-    return "; ".join(parts)

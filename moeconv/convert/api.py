@@ -141,6 +141,10 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         )
     run, unread = read_run(checkpoint.step, checkpoint.sidecar[0] if checkpoint.sidecar else None)
     warnings += unread
+    if options.tokenizer is not None and run is not None and run.facts is not None:
+        # Of its own tokenizer, which this may not be.
+        facts = run.facts.model_copy(update={"tokenizer_license": None})
+        run = run.model_copy(update={"facts": facts})
     choices = Options(untie=options.untie)
     if options.untie and not model.tie_word_embeddings:
         warnings.append("--untie changes nothing: the model's output head is its own parameter")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from moeconv.errors import TokenizerError
 from moeconv.hf import tiktoken_bpe
+from moeconv.hf.hub_trouble import hub_trouble
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import (
     inside,
@@ -431,43 +432,5 @@ def _download(repo_id: str) -> Path:
             )
         return Path(found)
     except Exception as error:  # its transport's own errors have no stable name to catch
-        raise TokenizerError(f"{repo_id}: {_failure(repo_id, error)}") from error
-
-
-def _failure(repo_id: str, error: Exception) -> str:
-    from huggingface_hub import errors
-
-    chain = [error, error.__cause__]
-    answered = next((e for e in chain if isinstance(e, errors.HfHubHTTPError)), None)
-    if any(isinstance(e, errors.OfflineModeIsEnabled) for e in chain):
-        return (
-            "no such directory, and with HF_HUB_OFFLINE set the Hub is not asked; "
-            "unset it, or give a directory"
-        )
-    if isinstance(answered, errors.GatedRepoError):
-        return (
-            f"this repository on the Hub is gated; accept its terms on "
-            f"https://huggingface.co/{repo_id}, then set HF_TOKEN or run `hf auth login`"
-        )
-    if isinstance(answered, errors.RepositoryNotFoundError):
-        return (
-            "no such directory, and no repository on the Hub that you may read; check the id, and "
-            "if it is private set HF_TOKEN or run `hf auth login`"
-        )
-    if answered is not None and answered.response.status_code in (401, 403):
-        return (
-            f"the Hub refuses your token ({answered.response.status_code}); set HF_TOKEN to one "
-            "that may read this repository, or run `hf auth login`"
-        )
-    if answered is not None:
-        return (
-            f"the Hub answers with {answered.response.status_code}; try again later, or give a "
-            "directory"
-        )
-    if isinstance(error, errors.LocalEntryNotFoundError):
-        return (
-            "no such directory, and the Hub cannot be reached; check the network, or give a "
-            "directory"
-        )
-    reason = printable((str(error).strip() or type(error).__name__).splitlines()[0])
-    return f"fetching it from the Hub failed ({reason}); try again, or give a directory"
+        why = hub_trouble(error, repo_id, "model", "directory")
+        raise TokenizerError(f"{repo_id}: {why}") from error

@@ -68,6 +68,7 @@ class CardInput:
         revision: The branch.
         parameters: Numbers in the safetensors files.
         names: Files that go beside the card.
+        license_id: Of the model.
     """
 
     output: Output
@@ -76,6 +77,7 @@ class CardInput:
     revision: str
     parameters: int
     names: Collection[str]
+    license_id: str | None = None
 
 
 def card_body(given: CardInput) -> str:
@@ -91,6 +93,8 @@ def card_body(given: CardInput) -> str:
     training = _training(given)
     if training:
         sections += ["## Training", *training]
+    if licenses := _licenses(given):
+        sections += ["## Licenses", licenses]
     sections += ["## Conversion", *_conversion(given), "## Verification", *_verification(given)]
     return "\n" + "\n\n".join(sections) + "\n"
 
@@ -189,6 +193,20 @@ def _training(given: CardInput) -> list[str]:
     if run is not None and (run.train or run.evaluation):
         parts += _losses(run, LOSS_PLOT in given.names)
     return parts
+
+
+def _licenses(given: CardInput) -> str:
+    """Those of what the model was made from, where the run states one, beside its own."""
+    run = given.output.manifest.run
+    facts = run.facts if run else None
+    if facts is None or not (facts.tokenizer_license or facts.data_license):
+        return ""
+    rows = [("the model", given.license_id)] if given.license_id else []
+    rows += [
+        ("its tokenizer", facts.tokenizer_license or "not stated"),
+        ("the training data", facts.data_license or "not stated"),
+    ]
+    return table(("of", "license"), [(of, plain(text)) for of, text in rows])
 
 
 def _tokens(run: RunRecord, step: int | None) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.convert.beside import CARD_NAME, LEGAL, LOSS_PLOT, VERDICT
-from moeconv.errors import OutputError, UsageError
+from moeconv.errors import OutputError, UsageError, to_install
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
 from moeconv.hub.failures import Note
@@ -139,7 +139,8 @@ def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Pa
     files = _files(output, judgement)
     license_id = options.license or _fact(output, "license")
     names = [file.name for file in files]
-    body = card_body(CardInput(output, judgement, repo_id, options.revision, numbers, names))
+    card = CardInput(output, judgement, repo_id, options.revision, numbers, names, license_id)
+    body = card_body(card)
     readme = _readme(out)
     metadata = make_metadata(output, judgement, name=repo_id.split("/")[-1], license_id=license_id)
     if readme is not None:
@@ -282,6 +283,6 @@ def _warnings(
     if has_curve(output.manifest.run) and not any(file.name == LOSS_PLOT for file in files):
         found.append(
             "matplotlib is not installed, so the card has no plot of the losses; "
-            'pip install "moeconv[verify]"'
+            + to_install("verify")
         )
     return found + [f"verify: {text}" for text in judgement.warnings]

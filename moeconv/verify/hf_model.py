@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.errors import ConfigError, MissingPackageError, MoeconvError, TensorError, UsageError
+from moeconv.errors import (
+    ConfigError,
+    MissingPackageError,
+    MoeconvError,
+    TensorError,
+    UsageError,
+    to_install,
+)
 from moeconv.families import targets
 from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.rules import Probe
@@ -274,7 +281,7 @@ def check_folder(folder: str | Path) -> Path:
     if not any(folder.glob("*.safetensors")):
         raise TensorError(f"{folder} is not a Hugging Face model: it has no *.safetensors.")
     if not all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
-        raise MissingPackageError('transformers is not installed: pip install "moeconv[verify]".')
+        raise MissingPackageError(f"transformers is not installed; {to_install('verify')}")
     return folder
 
 

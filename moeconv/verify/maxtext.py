@@ -23,6 +23,7 @@ from moeconv.errors import (
     TensorError,
     UnsupportedError,
     UsageError,
+    to_install,
 )
 from moeconv.verify.maxtext_config import build_config, quiet
 from moeconv.verify.maxtext_head import Head, unrounded_head
@@ -58,7 +59,7 @@ class MaxTextModel:
                 f"{items} is not the items directory of a MaxText checkpoint: it has no _METADATA."
             )
         if importlib.util.find_spec("maxtext") is None:
-            raise MissingPackageError('MaxText is not installed: pip install "moeconv[train]".')
+            raise MissingPackageError(f"MaxText is not installed; {to_install('train')}")
         import jax
 
         # XLA reads its flags and its log level once, here, before MaxText changes both.

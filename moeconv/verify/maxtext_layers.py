@@ -17,7 +17,7 @@ import numpy as np
 from moeconv.arch.blocks import Taps
 from moeconv.arch.layout import Layout
 from moeconv.arch.parameters import LayerKind
-from moeconv.errors import MissingPackageError, TensorError, UnsupportedError
+from moeconv.errors import MissingPackageError, TensorError, UnsupportedError, to_install
 from moeconv.tensor.axes import Array
 from moeconv.verify.maxtext import abstract_model, dotted, zeros
 from moeconv.verify.maxtext_config import build_config, quiet
@@ -54,7 +54,7 @@ class MaxTextLayers:
             dtype: What activations are computed in.
         """
         if importlib.util.find_spec("maxtext") is None:
-            raise MissingPackageError('MaxText is not installed: pip install "moeconv[train]".')
+            raise MissingPackageError(f"MaxText is not installed; {to_install('train')}")
         import jax
         from flax import nnx
 

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError
+from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError, to_install
 from moeconv.untrusted.files import is_address
 from moeconv.verify.outcome import CandidateError, Check, Level, Status, failed, skipped, worst
 from moeconv.verify.report import Report, make_report
@@ -125,11 +125,11 @@ def _require(level: Level, options: ParityOptions) -> None:
         packages["maxtext"] = "train"
     missing = {p: extra for p, extra in packages.items() if importlib.util.find_spec(p) is None}
     if missing:
-        extras = ",".join(sorted(set(missing.values()), reverse=True))
+        extras = sorted(set(missing.values()), reverse=True)
         verb = "is" if len(missing) == 1 else "are"
         raise MissingPackageError(
             f"level {level} compares two running models, but {' and '.join(missing)} {verb} not "
-            f'installed: pip install "moeconv[{extras}]"'
+            f"installed; {to_install(*extras)}"
         )
 
 

@@ -47,17 +47,22 @@ def test_the_models_flops_by_hand(bench):
     assert bench.model_flops(mixtral) - bench.model_flops(keys) == 3 * 30 * 2 * (experts - dense)
 
 
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """Both recipes' contenders, and what was printed."""
+    work = tmp_path_factory.mktemp("bench")
+    options = ["--size", "tiny", "--steps", "1", "--json", work / "numbers.json"]
+    command = [sys.executable, BENCH, *options, "--one-process", "--work", work]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads((work / "numbers.json").read_text()), result.stdout
+
+
 @pytest.mark.proof("bench of training", inputs=["benchmarks/train_step.py"])
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("model", ["interleaved", "all MoE"])
-def test_all_contenders_train_one_model(model, tmp_path):
-    numbers = tmp_path / "numbers.json"
-    options = ["--model", model, "--size", "tiny", "--steps", "1", "--json", numbers]
-    options += ["--one-process", "--work", tmp_path / "work"]
-    command = [sys.executable, BENCH, *options]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    found = json.loads(numbers.read_text())[model]
+def test_all_contenders_train_one_model(model, numbers):
+    found, printed = numbers[0][model], numbers[1]
     maxtext = [each for name, each in found.items() if name.startswith("MaxText")]
     assert len(maxtext) == 4 and "transformers" in found
     # The same weights and batch, computed four ways.
@@ -72,4 +77,4 @@ def test_all_contenders_train_one_model(model, tmp_path):
     # Another start, so only near: the logarithm of the vocabulary.
     assert found["transformers"]["losses"][0] == pytest.approx(6.24, abs=0.5)
     for name in (*found, "step / floor", "time / transformers"):
-        assert name in result.stdout
+        assert name in printed

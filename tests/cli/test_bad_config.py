@@ -41,7 +41,14 @@ def test_an_unknown_decoder_block(checkpoint, key, value, words):
 
 def test_a_decoder_block_of_another_kind(checkpoint, made, tmp_path):
     ran = convert(checkpoint, told={"decoder_block": "llama2"})
-    refused(ran, ConfigError, "decoder_block=llama2", "other parameters than the checkpoint", "one of envy", out=out_of(checkpoint))
+    refused(
+        ran,
+        ConfigError,
+        "decoder_block=llama2",
+        "other parameters than the checkpoint",
+        "one of envy",
+        out=out_of(checkpoint),
+    )
 
 
 @pytest.mark.parametrize(

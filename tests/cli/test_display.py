@@ -1,8 +1,10 @@
 """What people see: folded tables, sizes, progress."""
 
 import io
+import subprocess
 import sys
 
+import cli_runner
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -89,3 +91,18 @@ def test_quiet_says_only_warnings(monkeypatch):
     with output.progress(1, 1) as meter:
         meter(1, 1)
     assert stream.getvalue() == "warning: careful\n"
+
+
+def test_plots_are_drawn_in_a_notebook_s_shell():
+    """Jupyter names a backend to every command, which is not in an environment of our own."""
+    source = (
+        "import sys\nfrom moeconv.cli.main import main\nsys.argv[1:] = ['--version']\n"
+        "try:\n    main()\nexcept SystemExit:\n    import matplotlib\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", source],
+        env=cli_runner.environment(MPLBACKEND="module://matplotlib_inline.backend_inline"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr

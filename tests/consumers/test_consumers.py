@@ -105,8 +105,7 @@ class Converted:
 @pytest.fixture(scope="module")
 def converted(maxtext_lab, tmp_path_factory) -> dict[str, Converted]:
     """Every model, converted, with MaxText's logits beside it."""
-    from moeconv_train.data import read_stories
-    from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
+    from moeconv_train.tokenizer import read_stories, save_tokenizer, train_tokenizer
 
     root = tmp_path_factory.mktemp("consumers")
     tokenizer = train_tokenizer(read_stories(), SIZES["vocab_size"])

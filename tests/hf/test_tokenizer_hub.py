@@ -137,10 +137,10 @@ def test_each_failure_of_the_hub_is_one_sentence(hub: Any, tmp_path: Path) -> No
         "private/repo": "if it is private set HF_TOKEN or run `hf auth login`",
         "badtoken/repo": "the Hub refuses your token (401); set HF_TOKEN to one that may read",
         "forbidden/repo": "the Hub refuses your token (403)",
-        "gated/repo": "is gated; accept its terms on https://huggingface.co/gated/repo, then set",
+        "gated/repo": "is gated; accept its terms on http://127.0.0.1:",
         "broken/repo": "the Hub answers with 400; try again later, or give a directory",
         "bare/repo": "has no tokenizer.json; give a directory",
-        "a--b/repo": "fetching it from the Hub failed (",
+        "a--b/repo": "no such directory, and no repository's id on the Hub",
     }
     (tmp_path / "cache").mkdir()
     answers = ask_hub(hub, tmp_path / "cache", list(sentences), HF_TOKEN="hf_mine")

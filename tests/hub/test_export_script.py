@@ -42,8 +42,10 @@ def test_help_and_what_is_missing(tmp_path):
 def test_what_cannot_be_converted_is_not_pushed(hub, tmp_path):
     run = outputs.write_run(tmp_path / "run")
     (run / "moeconv.json").write_text("{}")
-    ran = export(run, "alice/exported", HF_TOKEN="tok", HF_ENDPOINT=hub.url)
-    assert ran.returncode == 4
+    # An image's own Python settings do not reach ours.
+    image = {"PYTHONHOME": "/none", "PYTHONPATH": "/none"}
+    ran = export(run, "alice/exported", HF_TOKEN="tok", HF_ENDPOINT=hub.url, **image)
+    assert ran.returncode == 4, ran.stderr
     assert "==> verify" not in ran.stdout and hub.seen == []
 
 
@@ -115,7 +117,7 @@ def test_a_python_without_torch_is_refused_before_the_work(finished):
     ran = export_finished(finished, LACKS="1")
     assert ran.returncode == 2
     assert "MaxText, torch and transformers; make one" in ran.stderr
-    assert "moeconv[train,verify]" in ran.stderr and "==>" not in ran.stdout
+    assert "pip install '.[train,verify]'" in ran.stderr and "==>" not in ran.stdout
 
 
 def test_an_environment_to_verify_in_is_made_where_none_is(finished):
@@ -132,12 +134,17 @@ def test_an_environment_to_verify_in_is_made_where_none_is(finished):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/bash\nexit 1\n")
         path.chmod(0o755)
-    (finished / "bin" / "python3").write_text(
+    # pip brings uv, which installs.
+    (finished / "uv").write_text(
         f'#!/bin/bash\necho "$*" >> {finished}/installed\n'
-        f'case "$*" in *"uv pip"*) mkdir -p {made}/bin\n'
-        f'  cp "{finished}/python" {made}/bin/python ;; esac\n'
+        f'[ "$1" != pip ] || {{ mkdir -p {made}/bin; cp "{finished}/python" {made}/bin/python; }}\n'
     )
-    (finished / "bin" / "python3").chmod(0o755)
+    (finished / "bin" / "python3").write_text(
+        '#!/bin/bash\nwhile [ "$1" != --target ]; do shift; done\n'
+        f'mkdir -p "$2/bin"; cp "{finished}/uv" "$2/bin/uv"\n'
+    )
+    for name in ("uv", "bin/python3"):
+        (finished / name).chmod(0o755)
     env = {
         "PYTHON": "",
         "VENV": str(finished / "venv"),
@@ -154,7 +161,9 @@ def test_an_environment_to_verify_in_is_made_where_none_is(finished):
     assert ran.returncode == 0 and not (finished / "installed").exists()
 
 
-@pytest.mark.proof("export", inputs=["train/kaggle/export_to_hub.sh"])
+@pytest.mark.proof(
+    "export", inputs=["train/kaggle/export_to_hub.sh", "train/kaggle/environment.sh"]
+)
 def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
     """MaxText and transformers run in processes of their own, as on Kaggle."""
     run = outputs.write_run(tmp_path / "run")
@@ -164,6 +173,11 @@ def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": os.environ["HF_TOKEN"],
         "CUDA_VISIBLE_DEVICES": "",
+        # As Kaggle's image has it.
+        "PYTHONHOME": "/none",
+        "LD_LIBRARY_PATH": "/usr/local/cuda-12.8/lib64",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "FORCE_COLOR": "1",
     }
     ran = export(run, "alice/exported", "--private", **online)
     assert ran.returncode == 0, ran.stdout + ran.stderr

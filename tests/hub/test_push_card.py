@@ -12,8 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from moeconv.arch.counts import count
-from moeconv.hf.safetensors import read_header
 from moeconv.families import blocks
+from moeconv.hf.safetensors import read_header
 from moeconv.hub.local import Output
 from moeconv.hub.metadata import assemble, is_ours, join, renew
 from moeconv.hub.plot import draw_losses
@@ -121,6 +121,27 @@ def test_nothing_is_invented_of_a_run_that_tells_nothing(hub, tmp_path):
     assert "There is no tokenizer" in card and "AutoTokenizer" not in card
     licensed = dry_card(out, "--repo-id", "alice/bare", "--license", "mit")
     assert metadata(licensed)["license"] == "mit"
+
+
+def test_the_licenses_of_tokenizer_and_data_stand_beside_the_model_s(hub, tmp_path):
+    """As far as the run states them."""
+    facts = {**outputs.FACTS, "license": "apache-2.0"}
+    told = {"tokenizer_license": "Meta Llama 3 Community License", "data_license": "CDLA <1.0>"}
+    run = outputs.write_run(tmp_path / "run", facts={**facts, **told})
+    card = dry_card(outputs.convert_run(run, tmp_path / "both"))
+    assert metadata(card)["license"] == "apache-2.0"
+    assert "## Licenses" in card
+    rows = table(card)
+    assert rows["the model"] == "apache-2.0"
+    assert rows["its tokenizer"] == "Meta Llama 3 Community License"
+    assert rows["the training data"] == r"CDLA \<1.0\>"
+    # Another tokenizer than the run's.
+    other = outputs.tokenizer(tmp_path / "tokenizer")
+    card = dry_card(outputs.convert_run(run, tmp_path / "other", tokenizer=str(other)))
+    assert table(card)["its tokenizer"] == "not stated" and "Meta" not in card
+    # A run that says nothing of them.
+    run = outputs.write_run(tmp_path / "silent", facts=facts)
+    assert "## Licenses" not in dry_card(outputs.convert_run(run, tmp_path / "none"))
 
 
 def test_a_license_that_the_hub_s_card_names_is_not_asked_for(hub, tmp_path):

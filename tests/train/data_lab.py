@@ -4,8 +4,8 @@ import gzip
 import json
 
 import numpy as np
-from moeconv_train.data import read_stories
 from moeconv_train.data.records import read_shard
+from moeconv_train.tokenizer import read_stories
 
 STORIES = read_stories()
 

@@ -70,6 +70,16 @@ def resolve(keys: dict[str, object], directory: Path, run: str = "run") -> Any:
     return config
 
 
+@contextlib.contextmanager
+def little_optimisation() -> Iterator[None]:
+    """For tests that compile much and compute little."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @dataclass
 class Stepper:
     """A state of MaxText's, its jitted train step, and batches of its shape."""
@@ -139,11 +149,16 @@ class Stepper:
         data = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
         return data | {f"{side}_{key}": value for side in data for key, value in shared.items()}
 
+    def lower(self) -> Any:
+        """The step as jax lowers it, before any compiler."""
+        with self._mesh():
+            return self.jitted.lower(self.state, self.batch())
+
     def compile(self) -> None:
         """Once; what was installed for it is then needed no more."""
+        lowered = self.lower()
+        self.text = lowered.as_text()
         with self._mesh():
-            lowered = self.jitted.lower(self.state, self.batch())
-            self.text = lowered.as_text()
             self.compiled = lowered.compile()
 
     def step(self, seed: int = 0) -> dict[str, float]:

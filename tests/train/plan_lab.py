@@ -1,13 +1,13 @@
 """What the tests of plans share: a plan of some words, as the command line has them."""
 
 from moeconv_train import plan, recipe
-from moeconv_train.preflight.target import Gpu
+from moeconv_train.preflight.target import Target
 
-T4 = Gpu("Tesla T4", 15 * 2**30, (7, 5))
+TWO_T4S = Target("2xTesla T4", 2, (7, 5))
 
 
-def planned(*words, found=()):
-    return plan.make(recipe.read(words), list(found))
+def planned(*words, found=None):
+    return plan.make(recipe.read(words), found)
 
 
 def tiny(prepared, *words):

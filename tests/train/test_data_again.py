@@ -2,7 +2,9 @@
 
 import json
 import os
+import pathlib
 import signal
+import subprocess
 import time
 
 import cli_runner
@@ -24,7 +26,7 @@ def test_asking_again_opens_what_is_there(tmp_path, options):
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*")} == before
     for keys, what in (
         ({"sequence_length": 128}, "sequence_length"),
-        ({"layout": "stories"}, "layout"),
+        ({"separator": "---"}, r"source \(separator\)"),
         ({"seed": 1}, "seed"),
         ({"validation_fraction": 0.5}, "validation_fraction"),
         ({"tokenizer": "llama3"}, "tokenizer"),
@@ -33,59 +35,54 @@ def test_asking_again_opens_what_is_there(tmp_path, options):
         with pytest.raises(OutputError, match=f"another {what}; .*--overwrite"):
             prepare_dataset(str(source), out, other)
     jsonl(source, STORIES[:41])
-    with pytest.raises(OutputError, match="another content of the source"):
+    with pytest.raises(OutputError, match=r"another source \(files\)"):
         prepare_dataset(str(source), out, options())
     again = prepare_dataset(str(source), out, options(overwrite=True))
     assert again.counts().stories + again.counts("validation").stories == 41
 
 
-def wait_for(path, pattern, count, process):
-    deadline = time.monotonic() + 120
-    while len(list(path.glob(pattern))) < count:
+def test_a_source_that_is_gone_since_is_not_missed(tmp_path, options):
+    source = jsonl(tmp_path / "stories.jsonl", STORIES[:40])
+    first = prepare_dataset(str(source), tmp_path / "out", options())
+    source.unlink()
+    assert prepare_dataset(str(source), tmp_path / "out", options()) == first
+    for other in (str(tmp_path / "tales.jsonl"), "someone/stories"):
+        with pytest.raises(OutputError, match=r"another source \(name\)"):
+            prepare_dataset(other, tmp_path / "out", options())
+
+
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 0), (signal.SIGINT, 1)])
+def test_a_preparation_that_is_ended_leaves_no_dataset(tmp_path, tokenizer, options, how, workers):
+    source = jsonl(tmp_path / "s.jsonl", STORIES * 10)
+    out = tmp_path / "out"
+    words = ["data", "prepare", source, "--tokenizer", tokenizer, "--out", out]
+    words += ["--seq-length", 256, "--workers", workers]
+    process = subprocess.Popen(
+        cli_runner.command(*words),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=cli_runner.environment(),
+        start_new_session=True,
+    )
+    left = tmp_path / ".out.moeconv-data"
+    deadline = time.monotonic() + 60
+    while not list(left.glob("new/tokenizer/tokenizer.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
-def test_a_killed_preparation_goes_on_and_ends_with_the_same_bytes(tmp_path, tokenizer, how):
-    jsonl(tmp_path / "s" / "train-0.jsonl", STORIES * 5)
-    jsonl(tmp_path / "s" / "train-1.jsonl", STORIES * 5)
-    args = ["data", "prepare", tmp_path / "s", "--tokenizer", tokenizer, "--seq-length", 256]
-    args += ["--shard-characters", 50_000, "--workers", 2, "--json"]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    journal = out / ".prepare"
-    process = cli_runner.spawn(*args, "--out", out)
-    wait_for(journal, "000?-*.json", 5, process)
-    process.send_signal(how)
+        time.sleep(0.005)
+    time.sleep(0.2 * workers)  # they are starting
+    os.killpg(process.pid, how)  # as a terminal does
     _, err = process.communicate(timeout=60)
-    assert process.returncode == (-how if how == signal.SIGKILL else 130)
-    assert how == signal.SIGKILL or "interrupted: the same command goes on" in err
-    # The workers of a killed parent end by themselves; until then they may finish a chunk.
-    time.sleep(1.5)
-    done = {path.stem for path in journal.glob("000?-*.json")}
-    assert len(done) >= 5
-    with pytest.raises(ConfigError, match="no prepared dataset"):
-        DataSet.read(out)
-    kept = {f: f.stat().st_mtime_ns for f in out.glob("*.array_record") if f.stem[-10:] in done}
-    # What a crash may leave besides: a half-written file, a damaged shard with its receipt.
-    (out / ".train-0000-00009.array_record.1.partial").write_bytes(b"half")
-    damaged = min(kept)
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    ran = cli_runner.run(*args, "--out", out)
-    assert ran.code == 0, ran.err
-    assert "going on with an interrupted preparation" in ran.err
-    assert cli_runner.run(*args, "--out", whole).code == 0
-    assert files_of(out) == files_of(whole)
-    for file, written in kept.items():
-        redone = file.stem[-10:] == damaged.stem[-10:]  # the whole chunk is
-        assert (file.stat().st_mtime_ns == written) == (not redone)
-    report = json.loads(ran.out)
-    assert report["splits"]["train"]["stories"] + report["splits"]["validation"]["stories"] == 4000
-    assert report["digest"] == DataSet.read(whole).digest
-    assert report["overrides"]["grain_train_files"] == str(out / "train-*.array_record")
+    assert not out.exists()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and err.endswith("interrupted: nothing was written\n")
+        assert "Traceback" not in err
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["s.jsonl"]
+        return
+    assert process.returncode == -how and left.exists()
+    dataset = prepare_dataset(str(source), out, options(validation_fraction=0.0))
+    assert dataset.counts().stories == 10 * len(STORIES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "s.jsonl"]
 
 
 def test_what_is_prepared_may_lie_where_nothing_can_be_written(tmp_path, options):
@@ -97,34 +94,63 @@ def test_what_is_prepared_may_lie_where_nothing_can_be_written(tmp_path, options
     assert out.stat().st_mtime_ns == 0
 
 
-def test_part_of_something_else_is_not_gone_on_with(tmp_path, options):
+def test_after_a_mistake_all_is_as_before(tmp_path, options):
+    source = jsonl(tmp_path / "b.jsonl", STORIES[:40])
+    whole = source.read_bytes()
+    source.write_bytes(whole + b"not json\n")
+    out = tmp_path / "deep" / "out"
+    small = options(validation_fraction=0.0, shard_characters=5000, overwrite=True)
+    with pytest.raises(UsageError, match=r"b.jsonl: line 41 is not JSON"):
+        prepare_dataset(str(source), out, small)
+    assert not files_of(tmp_path / "deep")
+    before = prepare_dataset(str(jsonl(tmp_path / "a.jsonl", STORIES[:5])), out, options())
+    with pytest.raises(UsageError, match=r"b.jsonl: line 41 is not JSON"):
+        prepare_dataset(str(source), out, small)
+    assert DataSet.read(out) == before
+    source.write_bytes(whole)
+    dataset = prepare_dataset(str(source), out, small)
+    assert sorted(texts_of(dataset)) == sorted(STORIES[:40])
+    assert set(out.glob("*.array_record")) == {*dataset.shards("train")}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_a_source_that_changes_while_it_is_read_is_told(tmp_path, options):
     source = jsonl(tmp_path / "a.jsonl", STORIES[:40])
-    out = tmp_path / "out"
-    crashed = jsonl(tmp_path / "b.jsonl", [*STORIES[:40], "x"])
-    with crashed.open("a") as file:
-        file.write("not json\n")
-    with pytest.raises(UsageError, match=r"b.jsonl: line 42 is not JSON"):
-        prepare_dataset(str(crashed), out, options(shard_characters=5000))
-    assert list(out.glob("*.array_record"))
-    with pytest.raises(OutputError, match="part of a preparation of something else"):
-        prepare_dataset(str(source), out, options(shard_characters=5000))
-    dataset = prepare_dataset(str(source), out, options(shard_characters=5000, overwrite=True))
-    assert sorted(texts_of(dataset) + texts_of(dataset, "validation")) == sorted(STORIES[:40])
-    assert set(out.glob("*.array_record")) == {
-        *dataset.shards("train"),
-        *dataset.shards("validation"),
-    }
+
+    def write(_):
+        jsonl(source, STORIES[:41])
+
+    with pytest.raises(UsageError, match=r"a.jsonl: changed while it was read; run again"):
+        prepare_dataset(str(source), tmp_path / "out", options(), progress=write)
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_at_once_are_kept_apart(tmp_path, options):
     import fcntl
 
     source = jsonl(tmp_path / "a.jsonl", STORIES[:40])
-    (tmp_path / "out" / ".prepare").mkdir(parents=True)
-    with (tmp_path / "out" / ".prepare" / "lock").open("w") as lock:
+    with (tmp_path / ".out.moeconv-data-lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(OutputError, match="another process is preparing data there"):
             prepare_dataset(str(source), tmp_path / "out", options())
+
+
+@pytest.mark.parametrize("name", [".out.moeconv-data", ".out.moeconv-data-lock"])
+def test_a_link_in_the_way_is_not_followed(tmp_path, options, name):
+    source = jsonl(tmp_path / "a.jsonl", STORIES[:40])
+    victim = jsonl(tmp_path / "victim" / "precious", STORIES[:1])
+    (tmp_path / name).symlink_to(victim if "lock" in name else victim.parent)
+    with pytest.raises(OutputError, match=name):
+        prepare_dataset(str(source), tmp_path / "out", options())
+    assert victim.stat().st_size and (tmp_path / name).is_symlink()
+
+
+def test_out_may_be_a_link_to_a_folder(tmp_path, options):
+    source = jsonl(tmp_path / "a.jsonl", STORIES[:40])
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "empty")
+    dataset = prepare_dataset(str(source), tmp_path / "out", options())
+    assert DataSet.read(tmp_path / "disk" / "empty").digest == dataset.digest
 
 
 def test_a_dataset_that_lost_a_shard_is_not_taken_for_whole(tmp_path, options):
@@ -134,9 +160,17 @@ def test_a_dataset_that_lost_a_shard_is_not_taken_for_whole(tmp_path, options):
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(ConfigError, match="absent or not of the"):
         DataSet.read(tmp_path / "out")
-    (tmp_path / "out" / "data.json").write_text('{"format": "other"}')
-    with pytest.raises(ConfigError, match=r"data.json: format: .*--overwrite"):
-        DataSet.read(tmp_path / "out")
+    told = tmp_path / "out" / "data.json"
+    manifest = json.loads(told.read_text())
+    for change, message in (
+        ({"format": "other"}, r"data.json: format: .*--overwrite"),
+        ({"request": {**manifest["request"], "layout": "stories"}}, r"layout: .*'packed'; prep"),
+        ({"shards": [{**manifest["shards"][0], "name": "../a.jsonl"}]}, r"leads out of"),
+        ({"shards": []}, r"train-0000-00000.array_record: data.json does not name it; remove it"),
+    ):
+        told.write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(ConfigError, match=message):
+            DataSet.read(tmp_path / "out")
 
 
 def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path, options):
@@ -148,6 +182,10 @@ def test_a_folder_with_other_things_in_it_is_not_touched(tmp_path, options):
         with pytest.raises(OutputError, match=r"is not empty \(it holds train-mine"):
             prepare_dataset(str(source), out, options(overwrite=overwrite))
     assert files_of(out) == {"train-mine.array_record": b"precious"}
+    prepare_dataset(str(source), tmp_path / "data", options())
+    (tmp_path / "data" / "notes.txt").write_text("precious")
+    with pytest.raises(OutputError, match=r"is not empty \(it holds notes.txt\)"):
+        prepare_dataset(str(source), tmp_path / "data", options(overwrite=True))
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, options):
@@ -155,6 +193,23 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, options):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="file"):
         prepare_dataset(str(source), tmp_path / "file" / "out", options())
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, options, monkeypatch):
+    from moeconv_train.data import records
+
+    with pytest.raises(OSError, match=r"/dev/full"):
+        records.write_shard(pathlib.Path("/dev/full"), [{"tokens": [1, 2, 3]}])
+    source = jsonl(tmp_path / "a.jsonl", STORIES[:5])
+    whole = records.write_shard
+    monkeypatch.setattr(
+        records, "write_shard", lambda _, rows: whole(pathlib.Path("/dev/full"), rows)
+    )
+    with pytest.raises(
+        OutputError, match=r"^/dev/full: cannot be written or read \(.*No space left"
+    ):
+        prepare_dataset(str(source), tmp_path / "out", options())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
 
 
 def test_a_dead_worker_is_one_sentence(tmp_path, options, monkeypatch):
@@ -168,3 +223,4 @@ def test_a_dead_worker_is_one_sentence(tmp_path, options, monkeypatch):
     source = jsonl(tmp_path / "a.jsonl", STORIES[:40])
     with pytest.raises(OutputError, match=r"a worker process was killed.*fewer --workers"):
         prepare_dataset(str(source), tmp_path / "out", options(workers=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]

@@ -11,8 +11,7 @@ import cli_runner
 import huggingface_hub
 import pytest
 from huggingface_hub.utils import close_session
-from moeconv_train.data import DataSet, read_stories
-from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
+from moeconv_train.tokenizer import read_stories, save_tokenizer, train_tokenizer
 
 pytest.importorskip("array_record")
 
@@ -33,8 +32,6 @@ class Hub:
     # The connection breaks after so many bytes of a body, once.
     break_after: int | None = None
     head: str = COMMIT
-    # Sent instead of what is listed.
-    damaged: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
     tokens: set[str | None] = field(default_factory=set)
     endpoint: str = ""
@@ -61,19 +58,23 @@ def handler(hub):
             if refused:
                 self.answer(refused[0], b"{}", {"X-Error-Code": refused[1]}, body)
             elif listing:
-                self.answer(200, json.dumps(self.info()).encode(), {}, body)
+                told = self.info()["siblings"] if "/tree/" in path else self.info()
+                self.answer(200, json.dumps(told).encode(), {}, body)
             else:
                 name = path.split(f"/resolve/{COMMIT}/", 1)[1]
-                self.send_file(hub.damaged.get(name, hub.files[name]), body)
+                self.send_file(hub.files[name], body)
 
         def info(self):
             siblings = [
                 {
+                    "type": "file",
+                    "path": name,
+                    "oid": hashlib.sha1(content).hexdigest(),
                     "rfilename": name,
                     "size": len(content),
-                    "blobId": hashlib.sha1(content).hexdigest(),
                     "lfs": {
                         "size": len(content),
+                        "oid": hashlib.sha256(content).hexdigest(),
                         "sha256": hashlib.sha256(content).hexdigest(),
                         "pointerSize": 130,
                     },
@@ -171,7 +172,7 @@ def prepare(hub, tmp_path, tokenizer, monkeypatch):
     close_session()
 
 
-def test_a_dataset_is_fetched_file_by_file_and_pinned(hub, tmp_path, tokenizer, prepare):
+def test_a_dataset_is_fetched_and_pinned(hub, tmp_path, tokenizer, prepare):
     hub.wants = TOKEN
     out = tmp_path / "out"
     # A process of its own: the Hub's client reads its environment when it is imported.
@@ -188,12 +189,11 @@ def test_a_dataset_is_fetched_file_by_file_and_pinned(hub, tmp_path, tokenizer, 
     }
     assert report["splits"]["train"]["stories"] == 100
     assert report["splits"]["validation"]["stories"] == 20
-    assert "train: data/train-00000" in ran.err and "(2 files)" in ran.err
+    assert "train: data/train-00000" in ran.err and ", data/train-00001" in ran.err
+    assert "not read: README.md, Stories-train.txt" in ran.err
     assert TOKEN not in ran.err + ran.out + (out / "data.json").read_text()
     assert not [name for name in hub.asked if "txt" in name or "README" in name]
-    # Nothing of the download stays.
-    assert not [p for p in tmp_path.rglob("*") if p.suffix == ".parquet"]
-    assert not (out / ".prepare").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf-home", "out"]
     # A second time nothing is asked, and a moved branch changes nothing.
     hub.asked.clear()
     hub.head = "f" * 40
@@ -202,22 +202,14 @@ def test_a_dataset_is_fetched_file_by_file_and_pinned(hub, tmp_path, tokenizer, 
     assert json.loads(again.out) == report and not hub.asked
 
 
-def test_a_damaged_file_is_fetched_anew_at_the_same_commit(hub, tmp_path, prepare):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    assert prepare(whole).code == 0
-    second = next(name for name in hub.files if "train-00001" in name)
-    hub.damaged[second] = hub.files[second][:-9] + b"!" * 9
-    ran = prepare(out)
-    assert ran.code == 10 and "train-00001" in ran.error
-    assert "did not arrive as the Hub lists it" in ran.error
-    hub.damaged.clear()
-    hub.head = "f" * 40  # the branch has moved on meanwhile
+def test_what_was_fetched_is_not_fetched_again(hub, tmp_path, prepare):
+    hub.files["data/train-00001-of-00002-5852b56a2bd28fd9.parquet"] += b"and no more"
+    ran = prepare(tmp_path / "out")
+    assert ran.code == 2 and "some/stories: data/train-00001" in ran.error
+    assert "cannot be read as parquet" in ran.error
     hub.asked.clear()
-    assert prepare(out).code == 0
-    assert not [asked for asked in hub.asked if "/api/" in asked or "train-00000" in asked]
-    for file in whole.rglob("*"):
-        if file.is_file():
-            assert (out / file.relative_to(whole)).read_bytes() == file.read_bytes()
+    assert prepare(tmp_path / "out").error == ran.error
+    assert not [asked for asked in hub.asked if asked.startswith("GET /datasets/")]
 
 
 def test_a_connection_that_breaks_is_taken_up_again(hub, tmp_path, prepare):
@@ -232,13 +224,16 @@ def test_a_connection_that_breaks_is_taken_up_again(hub, tmp_path, prepare):
 @pytest.mark.parametrize(
     ("refuse", "token", "message"),
     [
-        ((401, "GatedRepo"), "", "this dataset is gated; accept its terms on {hub}/datasets/some/"),
-        ((403, "GatedRepo"), TOKEN, "this dataset is gated; accept its terms on"),
+        (
+            (401, "GatedRepo"),
+            "",
+            "this dataset on the Hub is gated; accept its terms on {hub}/datasets/some/",
+        ),
+        ((403, "GatedRepo"), TOKEN, "dataset on the Hub is gated; accept its terms on"),
         ((401, "RepoNotFound"), "", "no dataset on the Hub that you may read; check the id, and"),
-        ((401, "RepoNotFound"), TOKEN, "set HF_TOKEN to one that may read it"),
         ((404, "RepoNotFound"), "", "no such file or folder, and no dataset on the Hub"),
-        ((404, "RevisionNotFound"), "", "has no revision"),
-        ((403, ""), TOKEN, "the Hub refuses your token (403); set HF_TOKEN to a token that may"),
+        ((404, "RevisionNotFound"), "", "has no such revision; see {hub}/datasets/some/stories"),
+        ((403, ""), TOKEN, "the Hub refuses your token (403); set HF_TOKEN to one that may"),
         ((400, ""), "", "the Hub answers with 400; try again later"),
     ],
 )
@@ -256,18 +251,17 @@ def test_what_the_hub_refuses_is_one_sentence(hub, tmp_path, prepare, refuse, to
 def test_a_gated_dataset_that_lists_but_does_not_give(hub, tmp_path, prepare):
     hub.refuse_files = (403, "GatedRepo")
     ran = prepare(tmp_path / "out", token=TOKEN)
-    assert ran.code == 10 and "this dataset is gated" in ran.error
-    with pytest.raises(Exception, match="no prepared dataset"):
-        DataSet.read(tmp_path / "out")
+    assert ran.code == 10 and "this dataset on the Hub is gated" in ran.error
+    assert not (tmp_path / "out").exists()
     hub.refuse_files = None
     assert prepare(tmp_path / "out", token=TOKEN).code == 0
 
 
 def test_no_hub_and_no_such_dataset(hub, tmp_path, prepare):
     ran = prepare(tmp_path / "a", endpoint="http://127.0.0.1:9")
-    assert ran.code == 10 and "the Hub at http://127.0.0.1:9 cannot be reached" in ran.error
+    assert ran.code == 10 and "and the Hub cannot be reached; check the network" in ran.error
     ran = prepare(tmp_path / "b", source="no/such/folder")
-    assert ran.code == 2 and "not the id of a dataset on the Hub" in ran.error
+    assert ran.code == 10 and "and no dataset's id on the Hub" in ran.error
     hub.files = {"README.md": b"", "pictures.zip": b""}
     ran = prepare(tmp_path / "c")
     assert ran.code == 2 and "has no parquet, jsonl or text file to train on" in ran.error

@@ -1,11 +1,11 @@
-"""Rows: every token of every story but BOS is a target once, whatever lengths and layout."""
+"""Rows: every token of every story but BOS is a target once, whatever their lengths."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moeconv_train.data.packing import LAYOUTS, fill_rows, pack, unpack, windows
-from moeconv_train.data.records import LENGTHS, TEXT, TOKENS
+from moeconv_train.data.packing import fill_rows, pack, unpack, windows
+from moeconv_train.data.records import LENGTHS, TOKENS
 
 LENGTH = 16
 # BOS and EOS at least; up to several rows long.
@@ -22,7 +22,7 @@ def numbered(lengths):
 @settings(max_examples=200, deadline=None)
 def test_packed_rows_predict_every_token_but_bos_once_from_the_one_before(lengths):
     stories = numbered(lengths)
-    packed = pack(stories, LENGTH, "packed")
+    packed = pack(stories, LENGTH)
     story_of = np.repeat(np.arange(len(lengths)), lengths)
     targets = []
     for row in packed.rows:
@@ -52,29 +52,13 @@ def test_packed_rows_predict_every_token_but_bos_once_from_the_one_before(length
     assert packed.dropped == 0
 
 
-@given(LENGTHS_OF_STORIES, st.sampled_from(["contiguous", "stories"]))
-@settings(max_examples=100, deadline=None)
-def test_rows_for_stock_maxtext_predict_every_token_once(lengths, layout):
-    stories = numbered(lengths)
-    packed = pack(stories, LENGTH, layout)
-    assert all(2 <= len(row[TEXT]) <= LENGTH for row in packed.rows)
-    # MaxText's targets are the row, shifted by one.
-    targets = sorted(token for row in packed.rows for token in row[TEXT][1:].tolist())
-    if layout == "contiguous":
-        assert targets == list(range(1, sum(lengths)))
-    else:
-        assert targets == [token for story in stories for token in story[1:].tolist()]
-    assert packed.targets == len(targets)
-
-
 @given(LENGTHS_OF_STORIES)
 @settings(max_examples=100, deadline=None)
 def test_truncated_stories_lose_what_is_counted(lengths):
-    for layout, longest in (("packed", LENGTH + 1), ("stories", LENGTH)):
-        packed = pack(numbered(lengths), LENGTH, layout, "truncate")
-        assert packed.dropped == sum(max(0, n - longest) for n in lengths)
-        assert packed.targets == sum(min(n, longest) - 1 for n in lengths)
-        assert packed.cut == sum(n > longest for n in lengths)
+    packed = pack(numbered(lengths), LENGTH, "truncate")
+    assert packed.dropped == sum(max(0, n - LENGTH - 1) for n in lengths)
+    assert packed.targets == sum(min(n, LENGTH + 1) - 1 for n in lengths)
+    assert packed.cut == sum(n - 1 > LENGTH for n in lengths)
 
 
 @given(st.lists(st.integers(1, LENGTH), max_size=200))
@@ -106,6 +90,5 @@ def test_a_row_that_is_too_long_for_the_model_is_refused():
         unpack(row, 7)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_no_stories_make_no_rows(layout):
-    assert pack([], LENGTH, layout).rows == []
+def test_no_stories_make_no_rows():
+    assert pack([], LENGTH).rows == []

@@ -5,11 +5,11 @@ from pathlib import Path
 import cli_runner
 import pytest
 from data_lab import STORIES, files_of, jsonl, texts_of
-from moeconv_train.data import DataSet, batches, prepare_dataset
+from moeconv_train.data import DataSet, prepare_dataset
 from moeconv_train.data.packing import unpack
 from moeconv_train.data.records import parse, read_shard
 
-from moeconv.errors import ConfigError
+from moeconv.errors import ConfigError, UsageError
 
 pytest.importorskip("array_record")
 
@@ -40,7 +40,7 @@ def test_every_story_arrives_whole_and_is_counted(tmp_path, options):
     assert 0.75 < dataset.fill() <= 1  # each small shard ends with a row that is not full
     assert dataset.steps_for_epochs(2, 8) == -(-2 * counts["train"].rows // 8)
     assert any("holding out 10.00%" in note for note in notes)
-    assert not (tmp_path / "out" / ".prepare").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "stories.jsonl"]
     assert str(tmp_path) not in (tmp_path / "out" / "data.json").read_text()
 
 
@@ -91,6 +91,35 @@ def test_a_text_file_is_split_where_the_user_says(tmp_path, tokenizer):
     assert sorted(texts_of(DataSet.read(out))) == ["one", "three", "two"]
 
 
+def test_tinystories_own_text_is_read_story_by_story(tmp_path, options):
+    text = "".join(f"{story}\n<|endoftext|>\n" for story in STORIES[:20])
+    (tmp_path / "TinyStories-train.txt").write_text(text)
+    source = str(tmp_path / "TinyStories-train.txt")
+    dataset = prepare_dataset(source, tmp_path / "out", options(validation_fraction=0.0))
+    assert sorted(texts_of(dataset)) == sorted(STORIES[:20])
+    assert dataset.counts().empty == 1  # after the last mark
+
+
+def test_a_folder_of_several_formats_is_not_read_in_part(tmp_path, options):
+    jsonl(tmp_path / "s" / "a.jsonl", STORIES[:20])
+    (tmp_path / "s" / "c.txt").write_text("<|endoftext|>".join(STORIES[20:30]))
+    jsonl(tmp_path / "s" / "validation.jsonl", STORIES[30:40])
+    source, notes = str(tmp_path / "s"), []
+    with pytest.raises(
+        UsageError, match=r"several formats for train \(a.jsonl, c.txt\); say which"
+    ):
+        prepare_dataset(source, tmp_path / "out", options())
+    splits = {"train": "[ac].*", "validation": "v*"}
+    every = prepare_dataset(source, tmp_path / "a", options(splits=splits), note=notes.append)
+    assert sorted(texts_of(every)) == sorted(STORIES[:30])
+    assert not [note for note in notes if "not read" in note]
+    splits = {"train": "*.txt"}
+    some = options(splits=splits, validation_fraction=0.0)
+    part = prepare_dataset(source, tmp_path / "b", some, note=notes.append)
+    assert sorted(texts_of(part)) == sorted(STORIES[20:30])
+    assert "not read: a.jsonl, validation.jsonl" in notes
+
+
 def test_names_tell_the_splits_and_patterns_overrule_them(tmp_path, options):
     jsonl(tmp_path / "s" / "data" / "train-0.jsonl", STORIES[:40])
     jsonl(tmp_path / "s" / "data" / "train-1.jsonl", STORIES[40:80])
@@ -114,8 +143,6 @@ def test_stories_longer_than_a_row_are_counted(tmp_path, options):
     assert (split.tokens, split.dropped) == (short.tokens, 0)
     assert split.targets == split.tokens - 40
     assert short.targets == split.targets - short.dropped == 40 * 32
-    contiguous = prepare_dataset(source, tmp_path / "c", options(**keys, layout="contiguous"))
-    assert contiguous.counts().targets == contiguous.counts().tokens - 1
 
 
 def test_a_model_that_the_rows_do_not_fit_is_refused(tmp_path, options):
@@ -147,7 +174,6 @@ def test_overrides_are_keys_of_maxtext_and_read_the_data(tmp_path, options):
         log_config=False,
         per_device_batch_size=2,
     )
-    rows = 2 * dataset.counts().rows
     with dataset.reading():
         data = pipeline.get_datasets(
             *(config.grain_train_files, config.grain_file_type, True, config.data_shuffle_seed),
@@ -156,7 +182,7 @@ def test_overrides_are_keys_of_maxtext_and_read_the_data(tmp_path, options):
         stage = pipeline._get_pipeline_fn(config)
         delivered = list(stage(data, config, config.train_data_columns, False, 0, 1))
     size = config.global_batch_size_to_load
-    assert len(delivered) == dataset.steps_for_epochs(2, size) == batches(rows, size)
+    assert len(delivered) == dataset.steps_for_epochs(2, size)
     weights = sum(int((batch["targets_segmentation"] != 0).sum()) for batch in delivered)
     assert weights == 2 * dataset.counts().targets
 
@@ -165,9 +191,9 @@ def test_a_record_is_a_tf_example(tmp_path, options):
     from array_record.python.array_record_module import ArrayRecordReader
 
     source = str(jsonl(tmp_path / "a.jsonl", STORIES[:40]))
-    dataset = prepare_dataset(source, tmp_path / "out", options(layout="stories"))
+    dataset = prepare_dataset(source, tmp_path / "out", options())
     reader = ArrayRecordReader(str(next(dataset.shards("train"))))
     assert "group_size:1," in reader.writer_options_string()
-    assert [sorted(parse(record)) for record in reader.read_all()] == [["text"]] * (
+    assert [sorted(parse(record)) for record in reader.read_all()] == [["lengths", "tokens"]] * (
         reader.num_records()
     )

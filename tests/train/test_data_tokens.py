@@ -1,11 +1,13 @@
-"""Tokenising: Llama-3's own ids, special tokens in a text as text, MaxText's padding by value."""
+"""Tokenising: Llama-3's own ids, special tokens in a text as text."""
 
 import json
 from pathlib import Path
 
 import pytest
-from moeconv_train.data import read_stories, tokens
-from moeconv_train.tokenizer import BOS, EOS, save_tokenizer, train_tokenizer
+from moeconv_train import streaming
+from moeconv_train.data import tokens
+from moeconv_train.settings import DataSettings
+from moeconv_train.tokenizer import read_stories, save_tokenizer, train_tokenizer
 
 from moeconv.errors import TokenizerError
 
@@ -15,13 +17,7 @@ STORIES = read_stories()[:50]
 @pytest.fixture(scope="module")
 def llama3():
     pytest.importorskip("maxtext")
-    return tokens.load("llama3", "packed")
-
-
-@pytest.fixture(scope="module")
-def padded():
-    pytest.importorskip("maxtext")
-    return tokens.load("llama3", "stories")
+    return tokens.load("llama3")
 
 
 @pytest.fixture
@@ -53,51 +49,35 @@ def test_llama3_gives_the_ids_that_maxtext_trains_on(llama3):
     assert (llama3.size, llama3.bos, llama3.eos) == (128256, 128000, 128001)
 
 
-def test_llama3_needs_a_pad_token_only_where_maxtext_pads_by_value(llama3, padded):
-    assert tokens.Encoder(llama3)(["!"])[0].tolist() == [128000, 0, 128001]
-    assert llama3.pad == 0 and not llama3.notes
-    assert padded.pad == 128002
-    assert "names no pad_token; <|reserved_special_token_0|> (id 128002)" in padded.notes[-1]
-    assert padded.digest == llama3.digest
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        assert json.loads(padded.files[name])["pad_token"] == "<|reserved_special_token_0|>"
-
-
-def test_maxtext_reads_that_pad_token(padded, tmp_path):
+def test_what_maxtext_streams_is_not_padded_with_an_exclamation_mark(llama3, tmp_path):
     tokenizer = pytest.importorskip("maxtext.input_pipeline.tokenizer")
-    for name, content in padded.files.items():
-        (tmp_path / name).write_bytes(content)
-    assert tokenizer.HFTokenizer(str(tmp_path), True, True, None).pad_id == 128002
-
-
-def test_the_pad_id_is_found_as_maxtext_does(tiny):
-    assert tokens.load(tiny(), "stories").pad == 2
-    assert tokens.load(tiny(pad_token=None), "packed").pad == 0
-    assert tokens.load(tiny(pad_token=None, unk_token=EOS), "packed").pad == 1
-    assert tokens.load(tiny(pad_token=None, unk_token={"content": BOS}), "packed").pad == 0
+    assert tokens.Encoder(llama3)(["!"])[0].tolist() == [128000, 0, 128001]
+    assert llama3.pad == 0 and not llama3.notes  # of prepared rows nothing is masked by its id
+    path = Path(streaming.tokenizer_for(DataSettings(tokenizer="llama3"), tmp_path))
+    assert tokenizer.HFTokenizer(str(path), True, True, None).pad_id == 128002
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        assert json.loads((path / name).read_text())["pad_token"] == "<|reserved_special_token_0|>"
+    for name in set(llama3.files) - {"tokenizer_config.json", "special_tokens_map.json"}:
+        assert (path / name).read_bytes() == llama3.files[name]
 
 
 @pytest.mark.parametrize(
-    ("changes", "layout", "message"),
+    ("changes", "message"),
     [
-        ({"pad_token": EOS}, "stories", "pad_token is also BOS or EOS"),
-        ({"pad_token": None}, "contiguous", "would take id 0 for it and mask that token"),
-        ({"bos_token": None}, "packed", "names no bos_token; stories are written as BOS story EOS"),
-        ({"bos_token": None, "eos_token": None}, "packed", "no bos_token and no eos_token"),
+        ({"bos_token": None}, "names no bos_token; stories are written as BOS story EOS"),
+        ({"bos_token": None, "eos_token": None}, "no bos_token and no eos_token"),
     ],
 )
-def test_a_tokenizer_that_would_train_wrongly_is_refused(tiny, changes, layout, message):
+def test_a_tokenizer_that_would_train_wrongly_is_refused(tiny, changes, message):
     with pytest.raises(TokenizerError, match=message):
-        tokens.load(tiny(**changes), layout)
-    if layout != "packed":
-        assert tokens.load(tiny(**changes), "packed").files
+        tokens.load(tiny(**changes))
 
 
 def test_a_ranks_file_of_another_maxtext_is_refused(monkeypatch):
     pytest.importorskip("maxtext")
     monkeypatch.setattr(tokens, "_LLAMA3_SHA256", "0" * 64)
     with pytest.raises(TokenizerError, match="does not hold the ranks file of"):
-        tokens.load("llama3", "packed")
+        tokens.load("llama3")
     monkeypatch.setattr(tokens.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TokenizerError, match="ship with maxtext, which is not installed"):
-        tokens.load("llama3", "packed")
+        tokens.load("llama3")

@@ -1,13 +1,14 @@
 """Wrong input of `moeconv data prepare` is one sentence, and leaves nothing."""
 
 import gzip
+import os
 
 import cli_runner
 import pytest
 from data_lab import STORIES, jsonl
-from moeconv_train.data import DataSet, PrepareOptions, prepare_dataset
+from moeconv_train.data import PrepareOptions, prepare_dataset
 
-from moeconv.errors import ConfigError, UsageError
+from moeconv.errors import UsageError
 
 pytest.importorskip("array_record")
 
@@ -22,6 +23,12 @@ WRONG = [
     (["{dir}/latin.txt"], 2, "cannot be read as text"),
     (["{dir}/broken.parquet"], 2, "cannot be read as parquet"),
     (["{dir}/blank.jsonl"], 2, "holds no story to train on"),
+    (["{dir}/array.json"], 2, "array.json: line 1 is no object with a field 'text'"),
+    (["{dir}/deep.jsonl"], 2, "deep.jsonl: line 1 is not JSON"),
+    (["{dir}/broken.jsonl.zst"], 2, "cannot be read as json"),
+    (["{dir}/fifo"], 2, "fifo/train.jsonl: is a FIFO, device or socket, not a regular file"),
+    (["{dir}/links"], 2, "links/train.txt: is a link that leads out of"),
+    (["{dir}/fifo/train.jsonl"], 2, "fifo/train.jsonl: is a FIFO, device or socket"),
     (["{dir}", "--split", "train=x*"], 2, "--split train=x* matches no parquet, jsonl or text"),
     (["{dir}", "--split", "training=a*"], 2, "--split: 'training' is neither train nor validation"),
     (["{dir}", "--split", "a*"], 2, "--split a*: give train=GLOB and"),
@@ -42,6 +49,13 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     (source / "notes.md").write_text("x")
     (source / "number.jsonl").write_text('{"text": 5}\n')
     (source / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:40])
+    (source / "array.json").write_text('[{"text": "a"}]')
+    (source / "deep.jsonl").write_text("[" * 100_000)
+    (source / "broken.jsonl.zst").write_bytes(b"(\xb5/\xfd and no more")
+    for folder in ("fifo", "links"):
+        (source / folder).mkdir()
+    os.mkfifo(source / "fifo" / "train.jsonl")
+    (source / "links" / "train.txt").symlink_to(__file__)
     (source / "latin.txt").write_bytes(b"caf\xe9")
     (source / "broken.parquet").write_bytes(b"PAR1 and no more")
     (source / "blank.jsonl").write_text('{"text": ""}\n{"text": null}\n')
@@ -53,8 +67,7 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(
     ran = cli_runner.moeconv("data", "prepare", *words, "--out", tmp_path / "out", "--workers", 0)
     assert ran.code == code, ran.err
     assert message in ran.error
-    with pytest.raises(ConfigError):
-        DataSet.read(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
 def test_a_file_that_is_not_there_is_the_command_lines_mistake(tmp_path):
@@ -64,9 +77,7 @@ def test_a_file_that_is_not_there_is_the_command_lines_mistake(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("--workers", -1), ("--shard-characters", -3), ("--shard-characters", 0)]
-)
+@pytest.mark.parametrize(("option", "value"), [("--workers", -1), ("--validation-fraction", 1)])
 def test_the_option_that_is_wrong_is_named(tmp_path, option, value):
     ran = cli_runner.moeconv("data", "prepare", "x.txt", "--out", tmp_path / "out", option, value)
     assert ran.code == UsageError.exit_code

@@ -2,15 +2,13 @@
 
 from types import SimpleNamespace
 
-import fp16_lab
+import _hlo as hlo
 import numpy as np
 import pytest
 from moeconv_train import expert_tiles
-from moeconv_train.preflight import hlo
 
 from moeconv.errors import ConfigError, UnsupportedError
 
-# Of what is off unless asked for.
 pytestmark = [pytest.mark.maxtext, pytest.mark.proof("expert tiles")]
 
 E, D, F, K = 4, 16, 24, 2
@@ -97,31 +95,25 @@ def test_results_and_gradients_are_those_of_all_experts(routing, tile):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-def test_maxtexts_step_has_the_same_loss_and_gradient(tmp_path):
-    """In fp32; test_cheaper_step.py has fp16."""
-    keys = {
-        **fp16_lab.FP32,
-        "base_num_decoder_layers": 2,
-        "gradient_clipping_threshold": 0.0,
-        "num_experts": 8,
-    }
-    stock = fp16_lab.Stepper.make(keys, tmp_path)
-    expected = stock.gradient()
-    loss = stock.step(seed=1)
-    with expert_tiles.install():
-        tiled = fp16_lab.Stepper.make(keys, tmp_path)
-        found = tiled.gradient()
-    assert fp16_lab.error(found, expected) < 2e-6
-    for name, value in tiled.step(seed=1).items():
-        assert value == pytest.approx(loss[name], rel=2e-5), name
-    # 2560 rows, filled up, instead of 1024 tokens times 8 experts; nine matmuls, and as remat is
-    # full, those of the forward pass again.
-    dense, ours = (
-        sum(hlo.count(each.compiled.as_text()).flops.values()) for each in (stock, tiled)
-    )
-    saved = 12 * 2 * (1024 * 8 - 2560) * 48 * 96
-    added = 3 * 2 * 8 * 40 * 48 * 96  # tiles' gradients added up
-    assert dense - ours == pytest.approx(saved - added, rel=5e-3)
+def test_a_part_of_the_work_is_left_out():
+    """Every matmul of both passes has the tiles' rows, not every token's for every expert."""
+    import jax
+    import jax.numpy as jnp
+
+    tokens, tile = 128, 16
+    shapes = ((tokens, D), (tokens, K), (E, D, F), (E, D, F), (E, F, D))
+    x, weights, *kernels = (jnp.ones(shape, jnp.float32) for shape in shapes)
+    indices = jnp.zeros((tokens, K), jnp.int32)
+
+    def ours(x, weights, kernels):
+        return expert_tiles.moe(x, weights, indices, kernels, jnp.multiply, tile=tile).sum()
+
+    step = jax.jit(jax.grad(ours, argnums=(0, 1, 2))).lower(x, weights, tuple(kernels))
+    found = sum(hlo.count(step.compile().as_text()).flops.values())
+    tiles = expert_tiles.tiles_for(tokens * K, E, tile)
+    # Three kernels, each three times over, and tiles' gradients added up.
+    assert found == pytest.approx(2 * 3 * D * F * (3 * tiles * tile + E * tiles), rel=0.02)
+    assert tiles * tile < 0.7 * tokens * E
 
 
 def test_it_is_put_back_and_another_maxtext_is_refused(monkeypatch):
@@ -137,11 +129,41 @@ def test_it_is_put_back_and_another_maxtext_is_refused(monkeypatch):
         pass
 
 
-def test_what_does_not_go_with_tiles_is_refused(tmp_path):
-    keys = {**fp16_lab.FP32, "base_num_decoder_layers": 2}
-    capacity = pytest.raises(ConfigError, match=r"capacity_factor: 1\.0 does not go")
-    with expert_tiles.install(), capacity:
-        fp16_lab.Stepper.make({**keys, "capacity_factor": 1.0}, tmp_path).compile()
-    mesh = SimpleNamespace(shape={"data": 2, "tensor": 2})
+def fits(**other):
+    """What `dense_matmul` is asked with, as far as tiles look at it."""
+    keys = {
+        "capacity_factor": -1.0,
+        "mlp_bias": False,
+        "quantization": "",
+        "use_random_routing": False,
+        "routed_bias": False,
+        "shard_mode": "auto",
+        "decoder_block": "envy",
+    }
+    config = SimpleNamespace(**{**keys, **other})
+    return SimpleNamespace(config=config, mesh=SimpleNamespace(shape={"data": 2}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("capacity_factor", 1.0),
+        ("mlp_bias", True),
+        ("quantization", "int8"),
+        ("use_random_routing", True),
+        ("routed_bias", True),
+        ("shard_mode", "explicit"),
+        ("decoder_block", "deepseek"),
+    ],
+)
+def test_what_does_not_go_with_tiles_is_refused(key, value):
+    from maxtext.layers.moe import RoutedMoE
+
+    with expert_tiles.install():
+        tiled = RoutedMoE.dense_matmul
+    with pytest.raises(ConfigError, match=f"{key}: {value} does not go"):
+        tiled(fits(**{key: value}), *[None] * 9)
+    wrong = fits()
+    wrong.mesh.shape["tensor"] = 2
     with pytest.raises(ConfigError, match="2 devices along 'tensor'"):
-        expert_tiles._check(fp16_lab.resolve(keys, tmp_path), mesh)
+        tiled(wrong, *[None] * 9)

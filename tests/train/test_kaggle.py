@@ -1,12 +1,10 @@
-"""The Kaggle script with a stand-in for `moeconv`, and the notebook."""
+"""The Kaggle script with a stand-in for `moeconv`."""
 
-import ast
 import json
 import os
+import pty
 import shutil
 import subprocess
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -22,12 +20,25 @@ def kaggle(tmp_path):
     program = tmp_path / "venv" / "bin" / "moeconv"
     (tmp_path / "working").mkdir()
 
-    def run(*args, code=0, recipes="llama3-moe-200m", refuses=0, **extra):
+    def run(
+        *args,
+        code=0,
+        recipes="llama3-moe-200m",
+        refuses=0,
+        trial=0,
+        noise="",
+        seconds=0,
+        stdout=subprocess.PIPE,
+        **extra,
+    ):
         names = [word.removeprefix("run_name=") for word in args if word.startswith("run_name=")]
         plan = json.dumps({"plan": {"run_dir": f"/somewhere/runs/{[recipes, *names][-1]}"}})
         program.write_text(
-            f"#!/bin/bash\n[[ \"$*\" == *--dry-run* ]] && echo '{plan}' && exit {refuses}\n"
+            f"#!/bin/bash\necho -n '{noise}'\n[[ \"$*\" != *--dry-run* ]] ||\n"
+            f"  {{ sleep {seconds}; echo '{plan}{noise}'; exit {refuses}; }}\n"
             f'echo "$PWD: $*" >> {tmp_path}/calls\n'
+            "[ ! -t 1 ] && [ ! -t 2 ] || echo on a terminal\n"
+            f'[[ "$*" != *--trial* ]] || exit {trial}\n'
             f'[[ "$*" == *--check* ]] || exit {code}\n'
         )
         program.chmod(0o755)
@@ -37,10 +48,16 @@ def kaggle(tmp_path):
             "WORK": str(tmp_path / "working"),
             "INPUT": str(tmp_path / "input"),
             "VENV": str(tmp_path / "venv"),
+            "TRIAL": "0",
             **extra,
         }
         done = subprocess.run(
-            ["bash", SCRIPT, *args], env=environment, capture_output=True, text=True, timeout=60
+            ["bash", SCRIPT, *args],
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.PIPE if stdout == subprocess.PIPE else stdout,
+            text=True,
+            timeout=60,
         )
         calls = tmp_path / "calls"
         return done, calls.read_text().splitlines() if calls.exists() else []
@@ -70,10 +87,28 @@ def test_help_is_its_header_and_installs_nothing(kaggle, tmp_path, words):
     assert "pipefail" not in done.stdout
 
 
+@pytest.mark.parametrize("code, ends", [(0, 0), (14, 0), (15, 15)])
+def test_a_notebook_s_terminal_does_not_reach_the_training(kaggle, code, ends):
+    """There a progress line would be rewritten at every step, for hours."""
+    ours, theirs = pty.openpty()
+    done, calls = kaggle(code=code, CHECK="0", stdout=theirs)
+    os.close(theirs)
+    said = os.read(ours, 2**16).decode()
+    os.close(ours)
+    assert done.returncode == ends and len(calls) == 1
+    assert "== training for at most" in said and "on a terminal" not in said
+
+
 def test_a_session_that_ends_in_time_is_no_failure(kaggle):
     done, calls = kaggle(code=14, CHECK="0")
     assert done.returncode == 0 and len(calls) == 1
     assert "not finished: attach this notebook's output" in done.stdout
+
+
+def test_it_says_what_to_ask_of_the_next_session(kaggle, tmp_path):
+    attach(tmp_path, "one", 1000, mtime=0)
+    done, _ = kaggle(code=14)
+    assert done.stdout.splitlines()[-1].endswith("run it again with AT_LEAST=1000")
 
 
 @pytest.mark.parametrize("code", [1, 4, 15, 130])
@@ -85,8 +120,11 @@ def test_a_failure_is_one(kaggle, code):
 def attach(tmp_path, name, step, mtime, run_name="llama3-moe-200m", below="notebooks"):
     """An earlier notebook's output."""
     run = tmp_path / "input" / below / name / "runs" / run_name
-    (run / "checkpoints" / f"{step}").mkdir(parents=True)
-    (run / "checkpoints" / f"{step + 200}.orbax-checkpoint-tmp-0").mkdir()
+    for saved in (str(step - 200), str(step), f"{step + 200}.orbax-checkpoint-tmp-0"):
+        (run / "checkpoints" / saved / "items").mkdir(parents=True)
+        (run / "checkpoints" / saved / "items" / "_METADATA").touch()
+    (run / "checkpoints" / str(step + 400)).mkdir()  # cut off while it was copied
+    (run / "trial.json").touch()
     (run / "moeconv.json").write_text(name)
     os.utime(run / "moeconv.json", (mtime, mtime))
     data = run.parent / "data" / "tinystories-2048"
@@ -101,7 +139,10 @@ def test_it_goes_on_from_the_furthest_output_that_is_attached(kaggle, tmp_path):
     assert "going on from" in done.stdout
     runs = tmp_path / "working" / "runs"
     assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "further"
-    assert (runs / "llama3-moe-200m" / "checkpoints" / "1000").is_dir()
+    # The last checkpoint alone: two would cost 3.65 GB of Kaggle's 20 more, and the time.
+    assert [each.name for each in (runs / "llama3-moe-200m" / "checkpoints").iterdir()] == ["1000"]
+    assert (runs / "llama3-moe-200m" / "checkpoints" / "1000" / "items" / "_METADATA").is_file()
+    assert (runs / "llama3-moe-200m" / "trial.json").is_file()
     assert (runs / "data" / "tinystories-2048" / "data.json").is_file()
     # A second call of the same session leaves what is there.
     (runs / "llama3-moe-200m" / "moeconv.json").write_text("this session's")
@@ -176,51 +217,56 @@ def test_an_older_output_than_asked_for_is_refused(kaggle, tmp_path, least, goes
     assert goes_on or f"AT_LEAST={least}" in done.stderr
 
 
+def test_a_new_run_begins_with_a_trial(kaggle, tmp_path):
+    done, calls = kaggle("tiny_cpu", TRIAL="1", CHECK="0")
+    assert done.returncode == 0 and "WARNING" not in done.stdout
+    assert calls[0].endswith(f"base_output_directory={tmp_path}/working/runs --trial")
+    assert len(calls) == 2
+    # It was made, or the run has begun: it is not made again.
+    run = tmp_path / "working" / "runs" / "llama3-moe-200m"
+    run.mkdir(parents=True)
+    (run / "trial.json").touch()
+    assert len(kaggle(TRIAL="1", CHECK="0")[1]) == 1
+    (run / "trial.json").unlink()
+    (run / "checkpoints" / "0" / "items").mkdir(parents=True)
+    (run / "checkpoints" / "0" / "items" / "_METADATA").touch()
+    assert len(kaggle(TRIAL="1", CHECK="0")[1]) == 1
+
+
+@pytest.mark.parametrize("code, trains", [(4, True), (1, True), (130, False)])
+def test_a_trial_that_fails_does_not_end_the_session(kaggle, code, trains):
+    done, calls = kaggle(TRIAL="1", trial=code, CHECK="0")
+    assert (done.returncode == 0) is trains and len(calls) == 1 + trains
+    assert (f"WARNING: the trial failed (exit code {code})" in done.stdout) is trains
+
+
+def test_noise_of_the_image_does_not_hide_the_run_s_name(kaggle, tmp_path):
+    """Of a sitecustomize that prints, in whatever Python it is."""
+    attach(tmp_path, "one", 1000, mtime=0)
+    real = shutil.which("python3")
+    noisy = tmp_path / "bin" / "python3"
+    noisy.parent.mkdir()
+    noisy.write_text(
+        f'#!/bin/bash\n[[ "$*" == *-S* ]] || echo "Error in sitecustomize"\nexec {real} "$@"\n'
+    )
+    noisy.chmod(0o755)
+    done, _ = kaggle(noise="Error in {sitecustomize}", PATH=f"{noisy.parent}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 1000" in done.stdout
+
+
+def test_the_session_begins_with_the_script(kaggle, tmp_path):
+    """What comes before the training, an installation above all, is of its time."""
+    done, calls = kaggle(SESSION="10s", CHECK="0", seconds=1.01)
+    assert done.returncode == 0, done.stderr
+    assert int(calls[0].rsplit(" ", 1)[1].removesuffix("s")) <= 9
+    done, calls = kaggle(SESSION="1s", CHECK="0", seconds=1.01)
+    assert done.returncode == 2 and not calls and "over before training began" in done.stderr
+
+
 def test_an_output_that_is_asked_for_and_absent_is_refused(kaggle):
     done, calls = kaggle(AT_LEAST="1")
     assert done.returncode == 2 and not calls and "attach the last session's output" in done.stderr
-
-
-def test_what_the_image_sets_for_its_own_packages_does_not_reach_ours(kaggle, tmp_path):
-    hostile = {
-        "UV_CONSTRAINT": "/none",
-        "UV_BUILD_CONSTRAINT": "/none",
-        "PIP_CONSTRAINT": "/none",
-        "PYTHONPATH": "/kaggle/lib",
-    }
-    program = tmp_path / "bin" / "python3"
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/bash\nenv > {tmp_path}/seen\nexit 3\n")
-    program.chmod(0o755)
-    done, _ = kaggle(
-        VENV=str(tmp_path / "new"),
-        PATH=f"{program.parent}:{os.environ['PATH']}",
-        LD_LIBRARY_PATH="/usr/local/nvidia/lib64:/usr/local/cuda/lib64:/usr/local/cuda-12.8/lib64",
-        **hostile,
-    )
-    assert done.returncode == 3
-    seen = dict(
-        line.split("=", 1) for line in (tmp_path / "seen").read_text().splitlines() if "=" in line
-    )
-    assert not hostile.keys() & seen.keys()
-    assert seen["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
-    assert seen["NCCL_CUMEM_HOST_ENABLE"] == "0"
-
-
-@pytest.mark.parametrize("fetches", [True, False])
-def test_the_python_is_uvs_own_where_it_can_be_fetched(kaggle, tmp_path, fetches):
-    program = tmp_path / "bin" / "python3"
-    program.parent.mkdir()
-    program.write_text(
-        f'#!/bin/bash\necho "$*" >> {tmp_path}/installed\n'
-        f'[[ "$*" != *--managed-python* ]] || exit {0 if fetches else 2}\n'
-    )
-    program.chmod(0o755)
-    kaggle(VENV=str(tmp_path / "new"), PATH=f"{program.parent}:{os.environ['PATH']}")
-    asked = [
-        line for line in (tmp_path / "installed").read_text().splitlines() if "uv venv" in line
-    ]
-    assert ["--managed-python" in line for line in asked] == [True] + [False] * (not fetches)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -238,30 +284,6 @@ def test_the_run_stays_where_kaggle_saves(kaggle):
     assert done.returncode == 2 and "set WORK instead" in done.stderr and not calls
 
 
-def test_it_installs_for_training_only(kaggle, tmp_path):
-    """A stand-in for pip and uv notes what they are asked for."""
-    (tmp_path / "bin").mkdir()
-    fake = tmp_path / "bin" / "python3"
-    fake.write_text(
-        f'#!/bin/bash\necho "$*" >> {tmp_path}/installed\n[[ "$*" != *"uv pip"* ]] || exit 3\n'
-    )
-    fake.chmod(0o755)
-    path = f"{tmp_path}/bin:{os.environ['PATH']}"
-    done, calls = kaggle(VENV=str(tmp_path / "new"), PATH=path)
-    assert done.returncode == 3 and not calls
-    assert f"{tmp_path}/new: moeconv could not be installed" in done.stderr
-    words = (tmp_path / "installed").read_text().splitlines()[-1].split()
-    assert words[-1].endswith("[train,cuda12]")
-    assert words[words.index("--constraint") + 1].endswith("requirements/kaggle.txt")
-
-
-def test_torch_and_jax_for_cuda_do_not_share_an_environment(tmp_path):
-    source = f". {KAGGLE}/environment.sh; make_env {tmp_path}/v train verify cuda12"
-    done = subprocess.run(["bash", "-c", source], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "do not go into one environment" in done.stderr
-    assert not (tmp_path / "v").exists()
-
-
 def test_a_session_may_begin_with_a_zero(kaggle):
     done, calls = kaggle(SESSION="09h08m", CHECK="0")
     assert done.returncode == 0, done.stderr
@@ -272,62 +294,3 @@ def test_a_wrong_session_is_refused(kaggle):
     for wrong in ("soon", "8h30", ""):
         done, calls = kaggle(SESSION=wrong or "h")
         assert done.returncode == 2 and "write it as 11h30m" in done.stderr and not calls
-
-
-def test_the_notebook_shows_what_there_is(tmp_path, monkeypatch, capsys):
-    """A cell that raises would end the notebook as failed, and a run may have no plot yet."""
-    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
-    cell = next(
-        "".join(c["source"]) for c in notebook["cells"] if "loss.png" in "".join(c["source"])
-    )
-    shown = []
-    display = types.SimpleNamespace(Image=lambda path: path, display=shown.append)
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
-    monkeypatch.setitem(sys.modules, "IPython.display", display)
-    cell = cell.replace("/kaggle/working", str(tmp_path))
-    exec(cell, {})
-    assert shown == []
-    for name in ("early", "late"):
-        (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "moeconv.json").touch()
-    (tmp_path / "runs" / "late" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
-    (tmp_path / "runs" / "late" / "loss.png").touch()
-    exec(cell, {})
-    assert shown == [str(tmp_path / "runs" / "late" / "loss.png")]
-    assert capsys.readouterr().out.splitlines() == ["early no step yet", 'late {"step": 2}']
-
-
-@pytest.mark.parametrize(
-    "below", ["input/moeconv", "input/datasets/me/moeconv/moeconv-main", "working/moeconv"]
-)
-def test_the_notebook_finds_its_checkout(tmp_path, monkeypatch, below):
-    cell = training_cell().replace('"/kaggle', f'"{tmp_path}')
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(SystemExit, match="no checkout of moeconv"):
-        exec(cell, {})
-    script = tmp_path / below / "train" / "kaggle" / "kaggle_train.sh"
-    script.parent.mkdir(parents=True)
-    script.touch()
-    names = {}
-    exec(cell, names)
-    assert names["MOECONV"] == str(tmp_path / below)
-
-
-def training_cell():
-    """The notebook's cell that trains, without the line for the shell."""
-    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
-    cell = next(c["source"] for c in notebook["cells"] if '!bash "{' in "".join(c["source"]))
-    return "".join(line for line in cell if not line.startswith("!"))
-
-
-def test_the_notebook_is_clean_and_runs_the_script():
-    notebook = json.loads((KAGGLE / "train_on_kaggle.ipynb").read_text())
-    assert notebook["nbformat"] == 4
-    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
-    text = "".join(line for cell in cells for line in cell["source"])
-    assert "train/kaggle/kaggle_train.sh" in text and "export_to_hub.sh" in text
-    for cell in cells:
-        python = [line for line in cell["source"] if not line.startswith("!")]
-        ast.parse("".join(python))
-    assert "hf_" not in text  # no token of anybody

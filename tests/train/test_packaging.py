@@ -55,3 +55,12 @@ def test_kaggle_trains_with_the_versions_that_are_tested():
     assert {n: v for n, v in kaggle.items() if v != dev.get(n, v)} == {}
     plugin = pins("cuda-plugin.txt")["jax-cuda12-plugin"]
     assert kaggle["jax"] == kaggle["jax-cuda12-plugin"] == plugin
+
+
+def test_nobody_is_sent_to_an_index_that_has_no_moeconv():
+    """`pip install "moeconv[train]"` finds nothing: an extra is installed from a checkout."""
+    texts = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("train/kaggle/*")]
+    texts += ROOT.glob("moeconv/**/*.py")
+    wrong = re.compile(r"pip install (-\S+ )*[\"']?moeconv\b")
+    others = {ROOT / "docs" / "train.md", ROOT / "docs" / "memory.md"}
+    assert [file for file in texts if file not in others and wrong.search(file.read_text())] == []

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-from moeconv_train import plan, recipe, run_dir, trainer, values
-from moeconv_train.preflight import config as preflight_config
+from moeconv_train import plan, recipe, run_dir, trainer
 from moeconv_train.sidecar import public_config
 from plan_lab import planned, tiny
 
@@ -15,37 +14,36 @@ from moeconv.errors import ConfigError, UsageError
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("steps=abc", "steps=abc: must be a whole number"),
-        ("steps=20.5", r"steps=20\.5: must be a whole number"),
+        ("steps=abc", "steps=abc: must be a number"),
+        ("steps=none", "steps=none: must be a number"),
+        ("steps=.inf", r"steps=\.inf: must be a number"),
+        ("learning_rate=1e-", "learning_rate=1e-: must be a number"),
+        ("base_emb_dim=wide", "base_emb_dim=wide: must be a number"),
         ("steps=0", "steps=0: must be 1 or more"),
-        ("steps=-5", "steps=-5: must be 1 or more"),
-        ("steps=none", "steps=none: must be a whole number"),
-        ("per_device_batch_size=abc", "per_device_batch_size=abc: must be a number"),
-        ("base_emb_dim=abc", "base_emb_dim=abc: must be a whole number"),
-        ("learning_rate=abc", "learning_rate=abc: must be a number, 0 or more"),
-        ("scan_layers=abc", "scan_layers=abc: must be true or false"),
-        ("dtype=bf16", "dtype=bf16: must be one of bfloat16, "),
-        ("hardware=xpu", "hardware=xpu: must be one of cpu, gpu, gpu_multiprocess, tpu"),
-        ("model_name=mixtral-8x8b", "model_name=mixtral-8x8b: must be .* such as mixtral-8x7b"),
-        ("weight_dtype=flaot32", "weight_dtype=flaot32: must be one of"),
-        ("remat_policy=foo", "remat_policy=foo: must be one of full"),
-        ("num_experts_per_tok=9", "num_experts_per_tok=9: must be at most num_experts, which is 4"),
     ],
 )
-def test_a_value_of_another_kind_is_refused_by_its_key(tmp_path, word, told):
+def test_what_a_plan_counts_on_is_a_number(tmp_path, word, told):
     with pytest.raises(UsageError, match=told):
         planned("tiny_cpu", word)
     key, _, value = word.partition("=")
     file = tmp_path / "mine.yml"
-    file.write_text(f"num_experts: 4\n{key}: {value}\n")
-    with pytest.raises(ConfigError, match=rf"mine\.yml: {told}"):
+    file.write_text(f"{key}: {value}\n")
+    with pytest.raises((UsageError, ConfigError), match=key):
         planned(str(file))
 
 
-def test_values_that_maxtext_itself_has_are_none_of_another_kind():
-    maxtexts = preflight_config.maxtext_defaults()
-    values.check_values(maxtexts, recipe._types(), "", ConfigError)
+def test_other_values_are_maxtexts_to_refuse():
+    """As far as a plan goes; trainer.py and the compiled check make a sentence of MaxText's."""
+    assert planned("tiny_cpu", "dtype=bf16").config["dtype"] == "bf16"
+    assert planned("tiny_cpu", "attn_logits_soft_cap=none").config["attn_logits_soft_cap"] is None
     assert planned("tiny_cpu", "learning_rate=1e-3").config["learning_rate"] == 1e-3
+
+
+def test_the_settings_of_maxtext_are_those_of_its_types():
+    keys = recipe.maxtext_keys()
+    assert {"steps", "lora", "global_batch_size_to_load", "run_name", "ici_parallelism"} <= keys
+    assert len(keys) > 900 and "stepz" not in keys
+    assert recipe._types()["attn_logits_soft_cap"].startswith("None |")
 
 
 def test_a_finished_run_is_compared_before_it_is_called_finished(prepared, tmp_path, monkeypatch):
@@ -71,7 +69,7 @@ def test_a_finished_run_is_compared_before_it_is_called_finished(prepared, tmp_p
     with pytest.raises(ConfigError, match="has 20 steps already, more than steps=10"):
         again("steps=10", "learning_rate_schedule_steps=20")
     sidecar.write_text("{")
-    with pytest.raises(ConfigError, match=r"moeconv\.json: the file"):
+    with pytest.raises(ConfigError, match=r"moeconv\.json: "):
         again("steps=20")
 
 

@@ -3,223 +3,361 @@
 import io
 import json
 import os
-import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from moeconv_train.preflight import LOCAL, T4X2, PreflightReport, RunSettings, preflight
+from cli_runner import moeconv
+from moeconv_train import environment, run_dir, start
+from moeconv_train.preflight import aot
 from moeconv_train.preflight import memory as compiled
-from moeconv_train.preflight.case import Case
-from moeconv_train.preflight.check import check_gpus
-from moeconv_train.preflight.config import maxtext_defaults, overrides, resolve
+from moeconv_train.preflight.check import check_gpus, preflight
+from moeconv_train.preflight.config import maxtext_defaults, resolve
 from moeconv_train.preflight.disk import check_disk
-from moeconv_train.preflight.target import Gpu, Target, gpus, local
+from moeconv_train.preflight.report import MemoryReport, MemoryRow, PreflightReport
+from moeconv_train.preflight.target import T4X2, Target, gpu_environment, gpus, memory_fraction
 from moeconv_train.recipe import read_config
+from plan_lab import TWO_T4S, planned
 
-from moeconv.errors import MoeconvError, UsageError
+from moeconv.errors import (
+    ConfigError,
+    HubError,
+    MissingPackageError,
+    MoeconvError,
+    OutputError,
+)
 
 CONFIGS = Path(__file__).parents[2] / "train" / "configs"
 RECIPE = read_config(CONFIGS / "llama3_moe_200m_tinystories.yml")
-T4 = Gpu("Tesla T4", 15_360 * 2**20, (7, 5))
-KNOWN = {"tokenizer_size": 128_256, "pad_id": -1, "wandb": False, "state_bytes": 3_645_453_372}
+QUIET = ("run.wandb.enabled=false", "run.hub_repo=none")
+NEW, OLD = "XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"
+SCHEDULER = "--xla_gpu_enable_latency_hiding_scheduler"
+
+
+@pytest.fixture(autouse=True)
+def nothing_set(monkeypatch):
+    for name in (NEW, OLD, "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def smi(tmp_path, monkeypatch):
-    """Puts an nvidia-smi that says `lines` before everything else on PATH."""
+def run(tmp_path):
+    """The recipe in a folder of its own, with these words."""
 
-    def make(lines: str, code: int = 0) -> None:
-        program = tmp_path / "bin" / "nvidia-smi"
-        program.parent.mkdir(exist_ok=True)
-        program.write_text(f"#!/bin/sh\nprintf '{lines}'\nexit {code}\n")
-        program.chmod(program.stat().st_mode | stat.S_IEXEC)
-        monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    def make(*words):
+        return planned(f"base_output_directory={tmp_path}", *QUIET, *words)
 
     return make
 
 
-def disk(directory: Path, state_bytes: int | None, **changes: object):
-    keys = {**RECIPE, "base_output_directory": str(directory), **changes}
-    return check_disk(Case.of(keys, RunSettings(), T4X2), state_bytes)
+def checked(plan, **how):
+    return preflight(plan, **{"memory": False, "online": False, **how})
 
 
-def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(tmp_path, monkeypatch):
-    free = {"bytes": 300}
-    monkeypatch.setattr(
-        "moeconv_train.preflight.disk.shutil.disk_usage",
-        lambda _: type("usage", (), {"free": free["bytes"]}),
-    )
-    assert disk(tmp_path / "not" / "there", 100).status == "ok"
-    free["bytes"] = 299
-    finding = disk(tmp_path, 100)
-    assert finding.status == "refused"
-    assert "299 B free" in finding.message and "300 B" in finding.message
+STATE = 12 * 303_787_776
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Sets the free bytes of every disk."""
+
+    def make(count):
+        usage = type("usage", (), {"free": count})
+        monkeypatch.setattr("moeconv_train.preflight.disk.shutil.disk_usage", lambda _: usage)
+
+    return make
+
+
+def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(run, tmp_path, free):
+    free(3 * STATE)
+    finding = check_disk(planned("base_output_directory=/not/there"))
+    assert finding.status == "ok" and "still to be prepared" in finding.message
+    free(3 * STATE - 1)
+    finding = check_disk(run())
+    assert (finding.status, finding.exit_code) == ("refused", OutputError.exit_code)
+    assert "10.9 GB free; 2 checkpoints of 3.65 GB and one being saved need" in finding.message
     # What a resumed run has already needs no new space.
     for step in ("200", "400", "400.orbax-checkpoint-tmp"):
         (tmp_path / RECIPE["run_name"] / "checkpoints" / step).mkdir(parents=True)
-    free["bytes"] = 100
-    assert disk(tmp_path, 100).status == "ok"
-    free["bytes"] = 99
-    assert disk(tmp_path, 100).status == "refused"
+    free(STATE)
+    assert check_disk(run()).status == "ok"
+    free(STATE - 1)
+    assert check_disk(run()).status == "refused"
 
 
-def test_data_that_are_not_prepared_yet_need_space_too(tmp_path, monkeypatch):
-    usage = type("usage", (), {"free": 310})
-    monkeypatch.setattr("moeconv_train.preflight.disk.shutil.disk_usage", lambda _: usage)
-    keys = {**RECIPE, "base_output_directory": str(tmp_path)}
-
-    def check(data):
-        return check_disk(Case.of(keys, RunSettings(data_bytes=data), T4X2), 100)
-
-    assert check(0).status == check(10).status == check(None).status == "ok"
-    assert "not counted" in check(None).message
-    assert check(11).status == "warn" and "prepared about 11 B" in check(11).message
-
-
-def test_disks_that_are_not_measured(tmp_path):
-    assert disk(tmp_path, None).status == "skipped"
-    assert disk(tmp_path, 1, enable_checkpointing=False).status == "note"
-    assert disk(tmp_path, 1, max_num_checkpoints_to_keep=None).status == "refused"
-    assert disk("gs://bucket", 1).status == "skipped"
-
-
-def test_the_real_disk(tmp_path):
-    assert disk(tmp_path, 1).status == "ok"
-    assert disk(tmp_path, 10**18).status == "refused"
-
-
-def test_gpus_are_those_of_nvidia_smi(smi):
-    smi("Tesla T4, 15360, 7.5\\nTesla T4, 15360, 7.5\\n")
-    assert gpus() == [T4, T4]
-    smi("NVIDIA-SMI has failed because it could not communicate with the driver", code=9)
-    assert gpus() == []
+def test_disks_that_are_not_measured(run):
+    assert check_disk(run("enable_checkpointing=false")).status == "note"
+    assert check_disk(run("decoder_block=gemma")).status == "skipped"
 
 
 @pytest.mark.parametrize(
-    ("found", "target", "status", "says"),
+    ("target", "dtype", "status", "says"),
     [
-        ([], T4X2, "note", "No NVIDIA GPU"),
-        ([], LOCAL, "warn", "No NVIDIA GPU"),
-        ([T4, T4], T4X2, "ok", "no bfloat16"),
-        ([T4], T4X2, "warn", "set ici_data_parallelism=1"),
-        ([Gpu("Tesla P100", 2**34, (6, 0))], LOCAL, "warn", "no tensor cores"),
-        ([Gpu("Tesla V100", 2**34, (7, 0))], LOCAL, "warn", "not the T4"),
-        ([Gpu("NVIDIA H200", 2**37, (9, 0))], LOCAL, "warn", "dtype=bfloat16 is possible"),
+        (T4X2, "float16", "note", "No NVIDIA GPU"),
+        (TWO_T4S, "float16", "ok", "no bfloat16"),
+        (Target("1xTesla P100", 1, (6, 0)), "float16", "warn", "no tensor cores"),
+        (Target("1xTesla V100", 1, (7, 0)), "float16", "ok", "no bfloat16"),
+        (Target("1xNVIDIA H200", 1, (9, 0)), "float16", "note", "dtype=bfloat16"),
+        (Target("1xNVIDIA H200", 1, (9, 0)), "bfloat16", "ok", "has bfloat16"),
+        (Target("1xOld", 1), "float16", "warn", "does not know what it can compute"),
     ],
 )
-def test_what_is_said_of_gpus(found, target, status, says):
-    finding = check_gpus(found, target)
+def test_what_there_is_against_what_the_run_is_for(monkeypatch, target, dtype, status, says):
+    monkeypatch.setattr(compiled, "plugin_installed", lambda: True)
+    (finding,) = check_gpus(target, dtype)
     assert (finding.status, says in finding.message) == (status, True), finding.message
 
 
-def test_the_gpus_of_this_machine_as_a_target():
-    target = local([T4, T4])
-    assert (target.name, target.devices, target.has_bf16) == ("2xTesla T4", 2, False)
+def test_the_memory_fraction_leaves_room_and_is_the_users_if_said(monkeypatch):
+    both = {"expert_tiles": True, "attention_blocks": True}
+    assert memory_fraction({"expert_tiles": True}) == 0.88 and memory_fraction(both) == 0.80
+    assert gpu_environment({})[NEW] == "0.88"
+    for name in (NEW, OLD):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "0.5")
+            assert memory_fraction(both) == 0.5
+            assert not {NEW, OLD} & gpu_environment(both).keys()
+    monkeypatch.setenv(NEW, "most")
+    with pytest.raises(ConfigError, match=f"{NEW}=most: must be a number"):
+        memory_fraction({})
+    monkeypatch.setenv(OLD, "0.9")
+    with pytest.raises(ConfigError, match=f"{NEW} and {OLD} are both set, which JAX refuses"):
+        checked(planned())  # before anything is prepared
+    checked(planned("tiny_cpu"))  # which is none of a CPU's business
 
 
-def test_the_t4_and_how_much_of_it_jax_takes(monkeypatch):
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-    assert round(T4X2.usable / 2**30, 2) == 13.40
-    assert f"device_memory_size: {T4X2.memory}" in T4X2.target_config
-    assert 'device_description_str: "Tesla T4"' in T4X2.target_config
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    assert T4X2.usable == T4X2.memory // 2
+def test_a_gpu_run_hides_communication_unless_the_user_says_otherwise(monkeypatch, run):
+    with environment.environment(run()):
+        assert os.environ["XLA_FLAGS"] == f"{SCHEDULER}=true"
+        assert os.environ[NEW] == str(memory_fraction(run().patches))
+        assert os.environ["JAX_PLATFORMS"] == "cpu"  # as this process was told
+    assert "XLA_FLAGS" not in os.environ and NEW not in os.environ
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    assert gpu_environment({})["XLA_FLAGS"] == f"--xla_dump_to=x {SCHEDULER}=true"
+    monkeypatch.setenv("XLA_FLAGS", f"{SCHEDULER}=false")
+    assert "XLA_FLAGS" not in gpu_environment({})
+    with environment.environment(planned("tiny_cpu")):
+        assert NEW not in os.environ
 
 
-def test_a_whole_report(tmp_path):
-    keys = {
-        **RECIPE,
-        "base_output_directory": str(tmp_path),
-        "max_num_checkpoints_to_keep": None,
-        "capacity_factor": 1.5,
-    }
-    report = preflight(keys, KNOWN, target=T4X2, memory=False, online=False)
+def test_the_compiler_sees_the_flags_and_memory_of_the_run(monkeypatch):
+    asked = {}
+
+    def answers(request, environment):
+        asked.update(request=request, environment=environment)
+        yield from ()
+
+    monkeypatch.setattr(compiled, "plugin_environment", lambda: {})
+    monkeypatch.setattr(compiled, "_answers", answers)
+    both = {"expert_tiles": True, "attention_blocks": True}
+    compiled.measure(RECIPE, T4X2, [compiled.Variant("as given", {}, both)])
+    (variant,) = asked["request"]["variants"]
+    assert variant["usable"] == int(0.80 * T4X2.memory) and variant["patches"] == both
+    flags = asked["environment"]["XLA_FLAGS"].split()
+    assert flags == [f"{SCHEDULER}=true", "--xla_force_host_platform_device_count=2"]
+    # What MaxText's base.yml says itself is not repeated.
+    config, defaults = asked["request"]["config"], maxtext_defaults()
+    assert config["vocab_size"] == 128_256 and "megablox" in config
+    assert all(key not in defaults or defaults[key] != value for key, value in config.items())
+
+
+def test_a_whole_report(run):
+    plan = run("max_num_checkpoints_to_keep=none", "inhomogeneous_layer_cycle_interval=1")
+    plan = replace(plan, derived={**plan.derived, "decoder_block": "mixtral"})
+    report = checked(plan)
     statuses = {finding.check: finding.status for finding in report.findings}
-    assert statuses["token dropping"] == "warn"
-    assert statuses["checkpoints kept"] == "mended"
+    assert statuses["interleaving"] == "warn" and statuses["checkpoints kept"] == "mended"
     assert report.mended == {"max_num_checkpoints_to_keep": 2}
     # The other checks see the mended run: two checkpoints and one being saved.
-    assert "2 checkpoints of 3.65 GB and one being saved" in report.of("disk").message
-    assert report.ok == (statuses["disk"] == "ok")
-
+    assert "2 checkpoints of " in report.of("disk").message
     assert PreflightReport.model_validate(json.loads(report.model_dump_json())) == report
+    text = shown(report)
+    assert "max_num_checkpoints_to_keep=2" in text and "ignores interleave_moe" in text
+
+
+def shown(report):
     from rich.console import Console
 
     console = Console(width=240, record=True, file=io.StringIO())
-    console.print(report.table())
-    text = console.export_text()
-    assert "max_num_checkpoints_to_keep=2" in text and "capacity_factor=1.5 drops" in text
+    for table in report.tables():
+        console.print(table)
+    return console.export_text()
 
 
-def test_a_refused_run_is_not_compiled(tmp_path):
-    keys = {**RECIPE, "base_output_directory": str(tmp_path), "vocab_size": 128_000}
-    report = preflight(keys, KNOWN, target=T4X2, memory=True, online=False)
+def test_a_refused_run_is_not_compiled(run):
+    report = checked(run("vocab_size=128000"), memory=True)
     assert [finding.check for finding in report.refused] == ["vocabulary"]
     assert report.of("memory").status == "skipped" and report.memory is None
 
 
-def test_without_the_plugin_there_is_a_sentence_and_no_guess(tmp_path, monkeypatch):
+def test_without_the_plugin_there_is_a_sentence_and_no_guess(run, tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "_PLUGINS", ("no_such_plugin",))
     monkeypatch.delenv(compiled.PLUGIN_DIRECTORY, raising=False)
-    keys = {**RECIPE, "base_output_directory": str(tmp_path)}
-    report = preflight(keys, KNOWN, target=T4X2, memory=True, online=False)
+    said = []
+    report = checked(run(), memory=True, progress=said.append)
     finding = report.of("memory")
     assert finding.status == "warn" and report.memory is None
     assert finding.message.startswith("Memory was not checked: ")
-    assert finding.message.endswith('pip install "moeconv[train,cuda12]"')
+    assert finding.message.endswith('pip install ".[train,cuda12]".')
+    assert said == []  # that it compiles
+    # In the answer of --check once, and not as a warning besides.
+    ran = moeconv("train", "--check", f"base_output_directory={tmp_path}", *QUIET)
+    assert ran.code == 0 and ran.out.count("Memory was not checked") == 1
+    assert "compiling" not in ran.err and "Memory" not in ran.err
 
     monkeypatch.setenv(compiled.PLUGIN_DIRECTORY, str(tmp_path))
-    with pytest.raises(compiled.PluginMissingError, match="pip install --no-deps --target"):
+    with pytest.raises(MissingPackageError, match="pip install --no-deps --target"):
         compiled.plugin_environment()
 
 
+def test_what_is_refused_is_told_once(tmp_path):
+    words = ["vocab_size=128000", "remat_policy=none", f"base_output_directory={tmp_path}"]
+    ran = moeconv("train", "--check", *words, *QUIET)
+    assert ran.code == ConfigError.exit_code and "error: vocabulary: vocab_size=128000" in ran.err
+    assert "remat: remat_policy=none" in ran.err
+    assert "has no rows" not in ran.out and ran.out.count("see below") == 2
+
+
+@pytest.mark.parametrize("error", [ConfigError, HubError, MissingPackageError, OutputError])
+def test_a_refusal_ends_with_the_code_of_its_first_reason(error):
+    findings = [
+        {"check": "gpu", "status": "ok", "message": "Fine."},
+        {"check": "a", "status": "refused", "message": "Do so.", "exit_code": error.exit_code},
+        {"check": "b", "status": "refused", "message": "And so."},
+    ]
+    begun = start.Start(None, PreflightReport(target="a GPU", findings=findings))
+    with pytest.raises(error, match=r"^a: Do so\.\nb: And so\.$"):
+        begun.refuse()
+
+
 def test_a_run_on_the_cpu_says_why_memory_is_not_checked(tmp_path):
-    keys = {**RECIPE, "base_output_directory": str(tmp_path), "hardware": "cpu"}
-    report = preflight(keys, KNOWN, target=T4X2, memory=True, online=False)
-    assert report.of("memory").message.startswith("Memory was not checked: hardware=cpu")
+    report = checked(planned("tiny_cpu", f"base_output_directory={tmp_path}"), memory=True)
+    assert report.of("memory").message == "Not compiled: this run is on the CPU."
 
 
-def test_without_a_gpu_there_is_nothing_to_compile_for_it(monkeypatch, tmp_path):
-    (tmp_path / "jax_cuda12_plugin").mkdir()
-    monkeypatch.setenv(compiled.PLUGIN_DIRECTORY, str(tmp_path))
-    monkeypatch.setattr(compiled, "gpus", lambda: [])
-    with pytest.raises(MoeconvError, match="There is no NVIDIA GPU here"):
-        compiled.measure(RECIPE, LOCAL)
+def test_the_compilers_own_words_where_it_fails(run, monkeypatch):
+    monkeypatch.setattr(compiled, "plugin_environment", lambda: {})
+    monkeypatch.setattr(compiled, "_answers", lambda *_: iter([refusal]))
+    refusal = {"name": "as given", "refused": True, "error": "dtype: no such"}
+    finding = checked(run(), memory=True).of("memory")
+    assert finding.message == "MaxText refuses this config: dtype: no such."
+    refusal["refused"] = False
+    finding = checked(run(), memory=True).of("memory")
+    assert (finding.status, finding.exit_code) == ("refused", MoeconvError.exit_code)
+    assert finding.message == "the run does not compile: dtype: no such."
 
 
-def test_a_setting_that_is_not_known():
-    with pytest.raises(UsageError, match="'epochs'"):
-        preflight({}, {"epochs": 2}, online=False)
+def test_a_compiler_that_ends_is_told(monkeypatch):
+    monkeypatch.setattr(compiled, "plugin_environment", lambda: {"PYTHONPATH": "/nowhere"})
+    monkeypatch.setattr(compiled.sys, "executable", "/bin/false")
+    with pytest.raises(MoeconvError, match="the compiler's process ended with 1"):
+        compiled.measure(RECIPE, T4X2, [compiled.Variant("as given")])
 
 
-def test_a_resolved_config_says_the_same_as_its_overrides():
-    resolved = {**resolve(RECIPE), "num_target_devices": 2, "logical_axis_rules": (("a", "b"),)}
-    assert overrides(resolved) == overrides(RECIPE)
-    assert overrides(RECIPE)["vocab_size"] == 128_256
-    assert overrides({}) == {}
-    assert maxtext_defaults()["max_num_checkpoints_to_keep"] is None
+def row(name, **sizes):
+    kept = {"overrides": {}, "outputs": 0, "aliased": 0}
+    given = {"usable": 100, "evaluation": 0, "seconds": 1, "xla_rematerialised": False, **sizes}
+    return MemoryRow(name=name, **kept, **given)
+
+
+@pytest.mark.parametrize(("until_fit", "answered"), [(True, ["a", "b", "c"]), (False, [*"abcd"])])
+def test_what_is_compiled_ends_with_the_first_that_fits(monkeypatch, until_fit, answered):
+    sizes = {"a": 90, "b": None, "c": 20, "d": 10}
+
+    def answer(request, variant, devices, usable):
+        size = sizes[variant["name"]]
+        found = {"error": "?"} if size is None else {"total": size, "usable": usable}
+        return {"name": variant["name"], **found}
+
+    monkeypatch.setattr(aot, "_devices", lambda config, count: ([], 0))
+    monkeypatch.setattr(aot, "_answer", answer)
+    variants = [{"name": name, "usable": 50} for name in sizes]
+    request = {"target_config": "", "devices": 2, "variants": variants, "until_fit": until_fit}
+    out = io.StringIO()
+    aot.serve(request, out)
+    assert [json.loads(line)["name"] for line in out.getvalue().splitlines()] == answered
+
+
+def test_the_larger_of_both_steps_counts():
+    assert row("a", arguments=40, temporaries=30, evaluation=10).total == 70
+    late = row("a", arguments=40, temporaries=30, evaluation=61)
+    assert late.total == 101 and not late.fits
+
+
+def test_what_fits_is_named_and_nothing_that_a_resume_refuses(run, monkeypatch):
+    asked = []
+
+    def measure(config, target, variants, **_):
+        asked.append([variant.name for variant in variants])
+        rows = [row("as given", arguments=99, temporaries=9), row(rung, arguments=9, temporaries=9)]
+        return MemoryReport(rows=rows)
+
+    rung = "remat_policy=full"
+    monkeypatch.setattr(compiled, "plugin_environment", lambda: {})
+    monkeypatch.setattr(compiled, "measure", measure)
+    said = []
+    plan = run("scan_layers=true")
+    report = checked(plan, memory=True, progress=said.append)
+    finding = report.of("memory")
+    assert finding.status == "refused" and f"{rung} would need" in finding.message
+    assert "train and evaluation step" in said[0] and "scan_layers=false" in asked[0]
+    assert "state" in shown(report) and rung in shown(report)
+    monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
+    checked(plan, memory=True)
+    assert asked[1] == [name for name in asked[0] if name != "scan_layers=false"]
+    assert len(asked[1]) > 2
 
 
 def test_the_ladder_keeps_the_batch_and_the_model():
     rungs = compiled.ladder(RECIPE)
-    assert rungs[0].name == "num_vocab_tiling=4"
-    assert rungs[1].overrides == {"remat_policy": "save_dot_except_mlpwi"}
-    assert rungs[3].overrides == {"remat_policy": "full"}
+    assert rungs[0] == {"num_vocab_tiling": 4}
+    assert rungs[1] == {"remat_policy": "save_dot_except_mlpwi"}
+    assert rungs[3] == {"remat_policy": "full"}
     for rung in rungs:
-        given = resolve({**RECIPE, **rung.overrides})
-        assert given["per_device_batch_size"] * given["gradient_accumulation_steps"] == 4
-        assert set(rung.overrides) <= {
-            "num_vocab_tiling",
-            "remat_policy",
-            "per_device_batch_size",
-            "gradient_accumulation_steps",
-        }
-    assert len({str(rung.overrides) for rung in rungs}) == len(rungs)
-    assert compiled.ladder({**RECIPE, "scan_layers": True})[0].overrides == {"scan_layers": False}
-    last = compiled.ladder({"remat_policy": "full", "num_vocab_tiling": 8, "scan_layers": False})
-    assert all("gradient_accumulation_steps" in rung.overrides for rung in last)
+        assert all(map(run_dir.may_change, rung))
+    assert len({str(rung) for rung in rungs}) == len(rungs)
+    assert compiled.ladder({**RECIPE, "scan_layers": True})[0] == {"scan_layers": False}
+    last = {"remat_policy": "full", "num_vocab_tiling": 8, "scan_layers": False}
+    assert compiled.ladder(last) == []
 
 
 def test_a_target_of_one_device_wants_another_mesh():
-    report = preflight(RECIPE, KNOWN, target=Target("1xT4", 1, (7, 5)), memory=False, online=False)
-    assert "ici_data_parallelism=1" in report.of("mesh").message
+    plan = planned(found=Target("1xT4", 1, (7, 5)))
+    assert "ici_data_parallelism=1" in checked(plan).of("mesh").message
+
+
+def test_maxtexts_defaults_are_those_of_its_own_file():
+    assert resolve({"steps": "7"})["steps"] == 7
+    assert maxtext_defaults()["max_num_checkpoints_to_keep"] is None
+
+
+def test_the_t4_is_that_of_the_target_file():
+    assert f"device_memory_size: {T4X2.memory}" in T4X2.target_config
+    assert 'device_description_str: "Tesla T4"' in T4X2.target_config
+
+
+def test_gpus_are_those_of_nvidia_smi(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def smi(script):
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    smi("echo 'Tesla T4, 7.5'; echo 'Tesla T4, 7.5'")
+    assert gpus() == TWO_T4S
+    smi("echo 'NVIDIA-SMI has failed because it could not communicate'; exit 9")
+    assert gpus() is None
+    smi("echo 'Old, one, [N/A]'")
+    assert gpus() == Target("1xOld, one", 1)
+    smi('echo "$*, 7.5"')
+    assert "--id" not in gpus().name
+    for shown, asked in (("1,0", "--id=1,0"), ("GPU-12ab", "--id=GPU-12ab")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+        assert asked in gpus().name
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-12ab")
+    assert "--id" not in gpus().name
+    for none in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+        assert gpus() is None

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from moeconv_train.preflight import T4X2, RunSettings
-from moeconv_train.preflight.case import Case
+from cli_runner import moeconv
 from moeconv_train.preflight.reach import check_reach
+from plan_lab import planned
+
+from moeconv.errors import ConfigError, HubError
 
 TOKEN = "hf_secret_of_the_test"
 KEY = "wandb_secret_of_the_test"
@@ -45,7 +47,8 @@ class _Hub(BaseHTTPRequestHandler):
         import base64
 
         known = base64.b64encode(f"api:{KEY}".encode()).decode() in self.headers["Authorization"]
-        viewer = {"username": "me"} if known else None
+        teams = {"edges": [{"node": {"name": "us"}}]}
+        viewer = {"username": "me", "teams": teams} if known else None
         self._answer(200, body=json.dumps({"data": {"viewer": viewer}}).encode())
 
     def _answer(self, code: int, headers: dict[str, str] | None = None, body: bytes = b"") -> None:
@@ -68,7 +71,7 @@ def hub(monkeypatch) -> Iterator[str]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
     monkeypatch.setenv("WANDB_BASE_URL", url)
     for name in ("HF_TOKEN", "WANDB_API_KEY", "http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
@@ -77,9 +80,17 @@ def hub(monkeypatch) -> Iterator[str]:
     server.server_close()
 
 
-def findings(*, online: bool = True, **settings: object) -> dict:
-    case = Case.of({}, RunSettings(**{"wandb": False, **settings}), T4X2)
-    return {finding.check: finding for finding in check_reach(case, online=online)}
+KEYS = {"dataset": "data.source", "tokenizer": "data.tokenizer", "hub_repo": "hub_repo"}
+
+
+def findings(*words: str, online: bool = True, **settings: object) -> dict:
+    """Of a run on local stories, but for these."""
+    given = {"dataset": __file__, "hub_repo": "none", **settings}
+    ours = [f"run.{KEYS[key]}={value}" for key, value in given.items()]
+    if not any("run.wandb" in word for word in words):
+        ours.append("run.wandb.enabled=false")
+    plan = planned(*ours, *words)
+    return {finding.check: finding for finding in check_reach(plan, online=online)}
 
 
 @pytest.mark.parametrize(
@@ -87,12 +98,12 @@ def findings(*, online: bool = True, **settings: object) -> dict:
     [
         ("open/stories", None, "ok", "can be read"),
         ("open/stories", TOKEN, "ok", "can be read"),
-        ("gated/llama", None, "refused", "is gated and HF_TOKEN is not set; accept its terms at"),
-        ("gated/llama", TOKEN, "refused", "HF_TOKEN's account has no access"),
-        ("private/mine", None, "refused", "does not exist or is private"),
-        ("no/such", TOKEN, "refused", "does not exist, or HF_TOKEN's account cannot see it"),
-        ("open/stories", "hf_wrong", "refused", "The Hub does not know HF_TOKEN"),
-        ("broken/hub", None, "refused", "answered 500"),
+        ("gated/llama", None, "refused", "on the Hub is gated; accept its terms on http"),
+        ("gated/llama", TOKEN, "refused", "on the Hub is gated; accept its terms on http"),
+        ("private/mine", None, "refused", "on the Hub that you may read; check the id"),
+        ("no/such", TOKEN, "refused", "on the Hub that you may read; check the id"),
+        ("open/stories", "hf_wrong", "refused", "the Hub refuses your token (401); set HF_TOKEN"),
+        ("broken/hub", None, "refused", "answers with 500; try again later"),
     ],
 )
 @pytest.mark.parametrize("check", ["dataset", "tokenizer"])
@@ -103,18 +114,33 @@ def test_what_the_hub_answers(hub, monkeypatch, check, name, token, status, says
     assert (finding.status, says in finding.message) == (status, True), finding.message
     assert finding.message.endswith(".") and "\n" not in finding.message
     assert "secret" not in finding.message and "hf_wrong" not in finding.message
+    assert finding.exit_code == (HubError if status == "refused" else ConfigError).exit_code
     if "terms" in finding.message:
         page = f"{hub}/{'datasets/' if check == 'dataset' else ''}{name}"
         assert page in finding.message
 
 
-def test_no_network(hub, monkeypatch):
+def test_no_network_ends_a_run_with_the_hubs_code(hub, monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    words = ["run.data.source=open/stories", "run.wandb.enabled=false", "run.hub_repo=none"]
+    ran = moeconv("train", *words, f"base_output_directory={tmp_path}")
+    assert ran.code == HubError.exit_code
+    assert "dataset: open/stories: " in ran.error and "cannot be reached" in ran.error
+    assert "Settings, Internet" in ran.error
+
+
+def test_an_address_that_would_get_the_token_unencrypted_is_not_asked(hub, monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.example")
     finding = findings(dataset="open/stories")["dataset"]
-    assert finding.status == "refused"
-    assert "cannot be reached" in finding.message and "Settings, Internet" in finding.message
+    assert finding.status == "refused" and "give an https address" in finding.message
 
 
 def test_offline_mode_of_the_hub(hub, monkeypatch):
@@ -129,9 +155,8 @@ def test_offline_asks_nobody(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    found = findings(
-        online=False, dataset="a/b", tokenizer=str(tmp_path), hub_repo="me/model", wandb=True
-    )
+    on = ("run.wandb.enabled=true",)
+    found = findings(*on, online=False, dataset="a/b", tokenizer=str(tmp_path), hub_repo="me/model")
     statuses = {check: finding.status for check, finding in found.items()}
     assert statuses == {
         "dataset": "skipped",
@@ -143,13 +168,12 @@ def test_offline_asks_nobody(monkeypatch, tmp_path):
 
 def test_a_path_that_is_not_there(hub, tmp_path):
     finding = findings(tokenizer=str(tmp_path / "nowhere"))["tokenizer"]
-    assert finding.status == "refused" and "There is no tokenizer" in finding.message
+    assert finding.status == "refused" and "there is no such file" in finding.message
 
 
 def test_the_hfs_own_dataset_type_is_asked_for(hub):
-    keys = {"dataset_type": "hf", "hf_path": "gated/stories"}
-    case = Case.of(keys, RunSettings(wandb=False), T4X2)
-    (finding,) = check_reach(case, online=True)
+    words = ["dataset_type=hf", "hf_path=gated/stories"]
+    (finding,) = findings(*words, dataset="none").values()
     assert (finding.check, finding.status) == ("dataset", "refused")
 
 
@@ -158,9 +182,9 @@ def test_the_hfs_own_dataset_type_is_asked_for(hub):
     [
         ("mine/model", TOKEN, "ok", "may write"),
         ("mine/model", None, "warn", "HF_TOKEN is not set"),
-        ("open/model", TOKEN, "warn", "may not write to"),
+        ("open/model", TOKEN, "warn", "the token may not do that (403"),
         ("me/new", TOKEN, "note", "does not exist yet"),
-        ("mine/model", "hf_wrong", "warn", "does not know HF_TOKEN"),
+        ("mine/model", "hf_wrong", "warn", "the Hub does not take the token (401"),
     ],
 )
 def test_the_repository_to_push_to_never_stops_a_run(hub, monkeypatch, name, token, status, says):
@@ -171,17 +195,21 @@ def test_the_repository_to_push_to_never_stops_a_run(hub, monkeypatch, name, tok
 
 
 @pytest.mark.parametrize(
-    ("key", "status", "says"),
+    ("key", "entity", "status", "says"),
     [
-        (None, "note", "logs offline"),
-        (KEY, "ok", "is known"),
-        ("wrong", "warn", "does not know WANDB_API_KEY"),
+        (None, "me", "note", "logs offline"),
+        (KEY, "me", "ok", "is known to W&B and may log to me"),
+        (KEY, "us", "ok", "may log to us"),
+        (KEY, "none", "ok", "is known to W&B."),
+        (KEY, "them", "warn", "neither them nor in a team of that name: W&B will log offline"),
+        ("wrong", "me", "warn", "does not know WANDB_API_KEY"),
     ],
 )
-def test_wandb(hub, monkeypatch, key, status, says):
+def test_wandb(hub, monkeypatch, key, entity, status, says):
     if key:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    finding = findings(wandb=True)["wandb"]
+    words = ["run.wandb.enabled=true", f"run.wandb.entity={entity}"]
+    finding = findings(*words)["wandb"]
     assert (finding.status, says in finding.message) == (status, True), finding.message
     assert "secret" not in finding.message
 
@@ -189,8 +217,8 @@ def test_wandb(hub, monkeypatch, key, status, says):
 def test_wandb_out_of_reach_only_warns(hub, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:1")
-    finding = findings(wandb=True)["wandb"]
-    assert finding.status == "warn" and "cannot be reached" in finding.message
+    finding = findings("run.wandb.enabled=true")["wandb"]
+    assert finding.status == "warn" and "cannot be asked" in finding.message
 
 
 def test_a_data_file_that_is_not_there_is_no_question_to_the_hub(hub, monkeypatch, tmp_path):

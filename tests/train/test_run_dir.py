@@ -1,6 +1,11 @@
 """The run's directory: who may go on there, and what MaxText raises in one sentence."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+from cli_runner import environment
 from moeconv_train import run_dir
 from moeconv_train.explain import explained
 from moeconv_train.run_dir import Data
@@ -62,18 +67,61 @@ def test_a_directory_is_one_processs(tmp_path):
         pass
 
 
-def test_a_damaged_sidecar_is_named(tmp_path):
-    (tmp_path / "moeconv.json").write_text('{"format": "moeconv-run"}')
-    with pytest.raises(ConfigError, match=r"moeconv\.json: version: Field required"):
+def test_the_lock_follows_no_link_and_goes_with_its_holder(tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir()
+    other.write_text("precious")
+    (run / run_dir.LOCK).symlink_to(other)
+    with pytest.raises(OutputError, match=r"\.train\.lock is in the way"), run_dir.locked(run):
+        pass
+    assert other.read_text() == "precious"
+    (run / run_dir.LOCK).unlink()
+    (run / run_dir.LOCK).touch()  # of a process that was killed
+    with run_dir.locked(run):
+        (run / "kept").touch()
+    assert os.listdir(run) == ["kept"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"format": "moeconv-run"}', "version: Field required"),
+        ("[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_a_damaged_sidecar_is_named(tmp_path, content, says):
+    (tmp_path / "moeconv.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"moeconv\.json: {says}; begin a new run_name"):
         run_dir.read_sidecar(tmp_path)
+
+
+def test_a_sidecar_outside_of_the_run_is_not_read(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").write_text("{}")
+    (tmp_path / "run" / "moeconv.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"moeconv\.json: is a link that leads out"):
+        run_dir.read_sidecar(tmp_path / "run")
+
+
+# As XLA and NCCL say it where JAX has taken all of a GPU's memory.
+OUTSIDE = (
+    "INTERNAL: NCCL operation ncclCommInitRankConfig(&comm, 2, id, 0, &config) failed: unhandled "
+    "cuda error (run with NCCL_DEBUG=INFO for details). Last NCCL warning(error) log entry (may be "
+    "unrelated) 'Cuda failure 2 'out of memory''.",
+    "INTERNAL: Failed to instantiate CUDA graph: CUDA_ERROR_OUT_OF_MEMORY: out of memory",
+    "INTERNAL: failed to create cublas handle: CUBLAS_STATUS_NOT_INITIALIZED",
+    "FAILED_PRECONDITION: Could not create cudnn handle: CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 @pytest.mark.parametrize(
     ("raised", "kind", "told"),
     [
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), TrainingError, "memory is too small"),
+        *((RuntimeError(text), TrainingError, "MEM_FRACTION lower than 0.") for text in OUTSIDE),
         (RuntimeError("first\nsecond"), TrainingError, "RuntimeError: first; see "),
         (SystemExit(1), TrainingError, "the loss is no number any more"),
+        (SystemExit(1), TrainingError, "abort_on_nan_loss=false"),
         (SystemExit(3), TrainingError, "MaxText ended the process"),
         (MoeconvError("gave up"), TrainingError, "gave up"),
         (ConfigError("as it is"), ConfigError, "as it is"),
@@ -85,3 +133,25 @@ def test_what_maxtext_and_jax_raise_is_one_sentence(tmp_path, raised, kind, told
         raise raised
     assert type(caught.value) is kind
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_plugin_that_does_not_load_is_quoted(tmp_path):
+    """JAX logs the reason and takes the CPU; a plugin of ours, as the CUDA plugin might fail."""
+    plugin = tmp_path / "jax_plugins" / "broken"
+    plugin.mkdir(parents=True)
+    (plugin / "__init__.py").write_text(
+        "def initialize():\n    raise RuntimeError('Unable to load cuSPARSE.\\nIs it there?')\n"
+    )
+    code = "import jax; from moeconv_train.trainer import on_gpu\nwith on_gpu(): jax.devices()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(JAX_PLATFORMS="", PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.endswith(
+        "MissingPackageError: hardware=gpu: JAX computes on cpu, not on the GPU: its CUDA plugin "
+        "does not load: Unable to load cuSPARSE.; leave JAX_PLATFORMS unset, and in the checkout "
+        'pip install ".[train,cuda12]"'
+    )

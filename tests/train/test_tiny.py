@@ -1,4 +1,4 @@
-"""The tiny run's parts: corpus, tokenizer, rows, config, sidecar. MaxText stays out."""
+"""The tiny run's parts: tokenizer, rows, config, sidecar. MaxText stays out."""
 
 import enum
 import json
@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import yaml
-from moeconv_train import data, make_corpus, sidecar
 from moeconv_train import feed as feeds
+from moeconv_train import sidecar
 from moeconv_train.data.records import read_shard
 from moeconv_train.recipe import CONFIGS
 from moeconv_train.settings import read_settings, run_file_of
-from moeconv_train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, train_tokenizer
+from moeconv_train.tokenizer import BOS, EOS, PAD, VOCAB_SIZE, read_stories, train_tokenizer
 
 import moeconv
 
@@ -20,7 +20,7 @@ CONFIG = CONFIGS / "tiny_cpu.yml"
 
 @pytest.fixture(scope="module")
 def stories():
-    return data.read_stories()
+    return read_stories()
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +43,6 @@ def dataset(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config():
     return yaml.safe_load(CONFIG.read_text())
-
-
-def test_the_committed_corpus_is_what_the_generator_writes():
-    assert make_corpus.CORPUS.read_text(encoding="utf-8") == make_corpus.make_corpus()
-
-
-def test_stories_are_different_whole_and_plain(stories):
-    assert len(set(stories)) == len(stories) == make_corpus.STORIES
-    for story in stories:
-        assert story.isascii()
-        assert "\n" not in story and "  " not in story
-        assert not set(story) & set("{}")
-        assert " a old" not in story and " A old" not in story
-        assert story[-1] == "."
 
 
 def test_the_tokenizer_gives_every_text_back(tokenizer, stories):

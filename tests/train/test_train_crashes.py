@@ -1,4 +1,4 @@
-"""`moeconv train` as a process that is killed, signalled and limited, and run again."""
+"""`moeconv train` killed, signalled and limited, and run again."""
 
 import json
 import os
@@ -8,46 +8,59 @@ import time
 
 import pytest
 import train_lab
-from cli_runner import ROOT, commands_but, spawn
+from cli_runner import ROOT, commands_but, moeconv, spawn
+from test_train_command import at_step
+from test_train_endings import jax_as_it_was
 
 from moeconv.errors import TimeLimitError
 
+__all__ = ["jax_as_it_was"]  # a fixture
+
 pytest.importorskip("maxtext")
 pytestmark = [
-    pytest.mark.proof("crashes of training", without=commands_but("train", "data")),
+    pytest.mark.proof("endings of training", without=commands_but("train", "data")),
+    pytest.mark.maxtext,
     pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-# Two epochs of 47 steps on the recipe's own two devices, evaluated after each.
-STEPS = 94
-FP16 = {**train_lab.FP16, "run.epochs": 2, "run.wandb.enabled": "true"}
-# As from a user's shell: conftest.py asks for other devices. W&B has no key; there is no torch.
+# Two epochs on the four devices that conftest.py makes, evaluated after each.
+STEPS = 47
+KEYS = {
+    **train_lab.FP16,
+    "ici_data_parallelism": 4,
+    "run.epochs": 2,
+    "run.wandb.enabled": "true",
+}
+# Of the processes: no torch, and compiled as little as here.
 ENVIRONMENT = {
-    "XLA_FLAGS": "",
-    "WANDB_API_KEY": "",
-    "NETRC": os.devnull,
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "without_torch")]),
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
 }
 
 
-def start(output, run_name, *options):
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", os.devnull)
+
+
+def words(output, run_name, *options):
     """One compilation serves every process."""
-    words = train_lab.words(output, run_name, **FP16, jax_cache_dir=output / "cache")
-    return spawn("train", *words, "--json", *options, **ENVIRONMENT)
+    keys = {**KEYS, "jax_cache_dir": output / "cache"}
+    return "train", *train_lab.words(output, run_name, **keys), "--json", *options
 
 
-def finish(process):
-    out, err = process.communicate(timeout=900)
-    return process.returncode, json.loads(out) if out else None, err
-
-
-def wait(process, condition):
+def killed_when(output, condition):
     """Looks every half millisecond, as a save is soon over."""
+    process = spawn(*words(output, "parts"), **ENVIRONMENT)
     end = time.monotonic() + 900
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.0005)
+    process.kill()
+    process.communicate()
 
 
 def lines(run):
@@ -64,50 +77,50 @@ def saving(run):
 
 def test_whatever_happens_the_run_ends_as_if_nothing_had(tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "parts"
-    code, outcome, err = finish(start(tmp_path, "whole"))
-    assert code == 0 and outcome["completed"] == STEPS, err
+    ran = moeconv(*words(tmp_path, "whole"))
+    assert ran.code == 0 and json.loads(ran.out)["completed"] == STEPS, ran.err
     scales = {line["loss_scale"] for line in train_lab.metrics(whole) if "loss_scale" in line}
     assert len(scales) > 2
 
     # Killed between two saves: the metrics are beyond the last checkpoint.
-    process = start(tmp_path, "parts")
-    wait(process, lambda: lines(run) >= 14)
-    process.kill()
-    process.communicate()
+    killed_when(tmp_path, lambda: lines(run) >= 14)
     seen = train_lab.metrics(run)[-1]["step"]
     kept = max(int(step) for step in os.listdir(run / "checkpoints") if step.isdigit())
     assert kept + 1 < seen
 
     # Killed in the middle of a save, whose half stays behind.
-    process = start(tmp_path, "parts")
-    wait(process, lambda: lines(run) and train_lab.metrics(run)[-1]["step"] < seen)
-    wait(process, lambda: saving(run))
-    process.kill()
-    process.communicate()
+    begun = []
+
+    def halfway():
+        if not begun and lines(run) and train_lab.metrics(run)[-1]["step"] < seen:
+            begun.append(True)  # it has left out what lies beyond the checkpoint
+        return begun and saving(run)
+
+    killed_when(tmp_path, halfway)
     assert saving(run)
 
     # Asked to leave: it saves first.
-    process = start(tmp_path, "parts")
-    before = lines(run)
-    wait(process, lambda: lines(run) > before + 2)
-    process.send_signal(signal.SIGTERM)
-    code, outcome, err = finish(process)
-    assert code == 130 and outcome["status"] == "interrupted", err
-    assert outcome["saved_step"] + 1 == outcome["completed"] > outcome["start_step"]
+    left = train_lab.metrics(run)[-1]["step"] + 4
+    with at_step(left, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        ran = moeconv(*words(tmp_path, "parts"))
+    assert ran.code == 130, ran.err
+    outcome = json.loads(ran.out)
+    assert outcome["status"] == "interrupted" and outcome["start_step"] < left
+    assert outcome["saved_step"] + 1 == outcome["completed"] > left
     assert not saving(run)
 
     # Out of time after one step.
     left = outcome["completed"]
-    code, outcome, err = finish(start(tmp_path, "parts", "--time-limit", "1s"))
-    assert code == TimeLimitError.exit_code, err
-    assert f"going on after step {left} of {STEPS}" in err
-    assert f"{left + 1} of {STEPS} steps before the time limit, checkpoint {left} saved" in err
+    ran = moeconv(*words(tmp_path, "parts", "--time-limit", "1s"))
+    assert ran.code == TimeLimitError.exit_code, ran.err
+    assert f"going on after step {left} of {STEPS}" in ran.err
+    assert f"{left + 1} of {STEPS} steps before the time limit, checkpoint {left} saved" in ran.err
 
-    code, outcome, err = finish(start(tmp_path, "parts"))
-    assert code == 0 and outcome["start_step"] == left + 1, err
+    ran = moeconv(*words(tmp_path, "parts"))
+    assert ran.code == 0 and json.loads(ran.out)["start_step"] == left + 1, ran.err
     train_lab.assert_same(whole, run, STEPS - 1)
     evaluated = [line["step"] for line in train_lab.metrics(run) if line["kind"] == "eval"]
-    assert evaluated == [STEPS // 2, STEPS]
+    assert len(evaluated) == 2 and evaluated[-1] == STEPS
 
     # W&B, offline without a key, knows all of these as one run; nothing of it is outside.
     made = [path.name for path in (run / "wandb").iterdir() if path.name.startswith("offline-run-")]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from moeconv_train import feed, run_dir, start, trainer
 from moeconv_train.preflight.target import T4X2
 from moeconv_train.steps import evaluations
-from plan_lab import T4, planned, tiny
+from plan_lab import TWO_T4S, planned, tiny
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, TimeLimitError, UsageError
@@ -25,7 +25,7 @@ def test_the_default_run_is_for_two_t4s_wherever_it_is_planned():
     assert made.tokens_per_step == 16_384
     assert made.run_dir == Path("runs", "llama3-moe-200m").absolute()
     assert made.settings["enable_wandb"] is True
-    assert planned(found=[T4, T4]).target.name == "2xTesla T4"
+    assert planned(found=TWO_T4S).target.name == "2xTesla T4"
 
 
 def test_steps_are_counted_for_exactly_the_epochs(prepared):
@@ -45,19 +45,8 @@ def test_before_the_data_are_there_steps_are_about_those_of_the_epochs(tmp_path)
     assert planned(all_moe, where, "run.epochs=1", "steps=10").steps == 10
     begun = start.plan_run(["tiny_cpu", where], network=False)
     assert begun.plan.config["eval_interval"] == 47
-    assert "no evaluation" not in [finding.check for finding in begun.report.findings]
     never = planned("tiny_cpu", where, "run.evaluations_per_epoch=0")
     assert never.config["eval_interval"] == -1
-
-
-def test_data_that_are_to_be_prepared_are_about_the_recipes_or_the_files(prepared, tmp_path):
-    where = f"base_output_directory={tmp_path}"
-    assert planned(where).known().data_bytes == pytest.approx(1.9e9, rel=0.02)
-    assert planned(where, "steps=10").known().data_bytes == pytest.approx(1.9e9, rel=0.02)
-    assert planned(where, "run.data.source=some/other").known().data_bytes is None
-    (tmp_path / "a.jsonl").write_text("x" * 100)
-    assert planned(where, f"run.data.source={tmp_path}/a.jsonl").known().data_bytes == 100
-    assert tiny(prepared).known().data_bytes == planned("tiny_cpu", where).known().data_bytes == 0
 
 
 def test_fewer_steps_may_be_given(prepared):
@@ -71,7 +60,7 @@ def test_more_steps_than_there_are_batches_are_refused(prepared):
     words = ["tiny_cpu", f"run.data.directory={prepared}", "run.epochs=1", "steps=48"]
     begun = start.plan_run(words, network=False)
     with pytest.raises(ConfigError, match="steps=48 is more than the 47 batches"):
-        start.refuse(begun)
+        begun.refuse()
 
 
 def test_steps_without_epochs_take_as_many_epochs_as_they_need(prepared):
@@ -87,7 +76,7 @@ def test_epochs_for_steps_are_enough_and_not_one_too_many(prepared, steps, batch
     made = tiny(prepared, *words)
     assert made.available >= steps
     assert (made.config["num_epoch"] - 1) * 375 < steps * made.batch
-    start.refuse(start.plan_run(["tiny_cpu", f"run.data.directory={prepared}", *words]))
+    start.plan_run(["tiny_cpu", f"run.data.directory={prepared}", *words]).refuse()
 
 
 def test_epochs_are_not_given_behind_our_back(prepared):
@@ -95,6 +84,17 @@ def test_epochs_are_not_given_behind_our_back(prepared):
         tiny(prepared, "num_epoch=3")
     with pytest.raises(UsageError, match="num_epoch=3"):
         planned("num_epoch=3")  # before the data are prepared
+
+
+def test_a_loss_that_is_no_number_is_the_loss_scales_to_skip_unless_the_user_says_otherwise(
+    prepared,
+):
+    aborts = ("abort_on_nan_loss", "abort_on_inf_loss")
+    fp16 = planned("run.wandb.enabled=false").config
+    assert [fp16[key] for key in aborts] == [False, False]
+    given = planned("abort_on_inf_loss=true")
+    assert "abort_on_inf_loss=true" in given.argv() and given.config["abort_on_nan_loss"] is False
+    assert all(tiny(prepared).config[key] for key in aborts), "without a loss scale MaxText's own"
 
 
 def test_evaluations_are_the_users_if_said(prepared):
@@ -166,7 +166,7 @@ def test_data_that_are_there_are_those_that_are_asked_for(prepared, tmp_path):
     assert ready(start.plan_run(words, network=False)).plan.steps == 188
     stories = tmp_path / "stories.txt"
     stories.write_text("another story")
-    for other in (f"run.data.source={stories}", "run.data.layout=stories", "run.data.seed=1"):
+    for other in (f"run.data.source={stories}", "run.data.too_long=truncate", "run.data.seed=1"):
         begun = start.plan_run([*words, other], network=False)
         with pytest.raises(
             ConfigError, match=r"with another .*; give another run\.data\.directory"
@@ -214,7 +214,7 @@ def test_a_local_source_may_be_gone_once_it_is_prepared(tmp_path):
     stories.unlink()
     assert ready(start.plan_run(words, network=False)).plan.steps == first.steps
     other = ["tiny_cpu", "run.data.source=gone.jsonl", f"run.data.directory={tmp_path}/rows"]
-    with pytest.raises(ConfigError, match=r"was prepared from mine\.jsonl, not from gone\.jsonl"):
+    with pytest.raises(ConfigError, match=r"prepared with another source \(name\)"):
         ready(start.plan_run(other, network=False))
 
 
@@ -240,7 +240,7 @@ def test_a_stream_that_maxtexts_settings_name_is_that_and_no_other(tmp_path):
     # The recipe's own are for prepared rows.
     assert config["tokenize_train_data"] and config["tokenizer_type"] == "huggingface"
     assert config["eval_interval"] == -1
-    assert feed.hub_id(mine.feed) == mine.known().dataset == "other/set"
+    assert feed.hub_id(mine.feed) == mine.feed.named == "other/set"
     assert start.facts(mine)["data"]["source"] == "other/set"
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     files = f"hf_train_files={tmp_path}/*.jsonl"
@@ -271,7 +271,7 @@ def test_other_data_of_maxtexts_own_are_another_run(tmp_path):
     assert run_dir.check_same(tmp_path, before, {}, moved) == []
     (tmp_path / "rows.jsonl").write_text('{"text": "other"}\n')
     for other in (digest(tmp_path), digest(tmp_path / "moved", "train_split=x"), None):
-        with pytest.raises(ConfigError, match="the data or the tokenizer have other names"):
+        with pytest.raises(ConfigError, match=r"the data or the tokenizer ha(ve|d) other names"):
             run_dir.check_same(tmp_path, before, {}, run_dir.Data(source_digest=other))
     assert planned("dataset_type=synthetic").source_digest != begun
 

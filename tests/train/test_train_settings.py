@@ -1,15 +1,10 @@
 """What a run is told: recipes, files, key=value, run files; what is refused names the nearest."""
 
-from types import SimpleNamespace
-
 import pytest
 from moeconv_train import recipe, settings
 from moeconv_train.loss_scaling import LossScaleSettings
-from moeconv_train.preflight import Finding, PreflightReport
 from moeconv_train.settings import read_settings, run_file_of, seconds_of
 
-from moeconv.cli import train
-from moeconv.cli.options import output_of
 from moeconv.errors import ConfigError, UsageError
 
 
@@ -19,14 +14,42 @@ def test_the_default_recipe_is_the_reference_run():
     run = found.run
     assert (run.epochs, run.evaluations_per_epoch) == (2, 1)
     assert run.data.source == "roneneldan/TinyStories"
-    assert (run.data.tokenizer, run.data.layout, run.data.seed) == ("llama3", "packed", 0)
+    assert (run.data.tokenizer, run.data.too_long, run.data.seed) == ("llama3", "split", 0)
     assert (run.wandb.entity, run.wandb.project, run.wandb.enabled) == (
         "gwhwh153td-china-times-org",
         "moe-llama3-200m",
         True,
     )
     assert (run.hub_repo, run.language) == ("lyyh/llama3-200m-moe", "en")
-    assert run.loss_scale == LossScaleSettings() and run.patches == {}
+    assert licenses() == ("Meta Llama 3 Community License", "CDLA-Sharing-1.0")
+    assert run.loss_scale == LossScaleSettings()
+    assert run.patches == {"expert_tiles": True, "attention_blocks": True}
+
+
+def licenses(*words):
+    """What the run file of the default recipe says of the tokenizer and of the data."""
+    run = recipe.read(words).run
+    return run.tokenizer_license, run.data_license
+
+
+@pytest.mark.parametrize(
+    ("words", "stated"),
+    [
+        (["run.epochs=1", "run.license=mit"], (True, True)),
+        (["run.data.source=mine.jsonl"], (True, False)),
+        (["run.data.tokenizer=mine"], (False, True)),
+        (["run.data.directory=rows"], (False, False)),
+        (["grain_train_files=rows/*"], (True, False)),
+        (["dataset_type=hf", "hf_path=me/data", "tokenizer_path=mine"], (False, False)),
+    ],
+)
+def test_nothing_is_said_of_the_license_of_what_a_user_brings(words, stated):
+    assert tuple(text is not None for text in licenses(*words)) == stated
+
+
+def test_the_license_of_what_a_user_brings_is_theirs_to_state():
+    words = ["run.data.source=mine.jsonl", "run.data_license=CC-BY-4.0"]
+    assert licenses(*words) == ("Meta Llama 3 Community License", "CC-BY-4.0")
 
 
 @pytest.mark.parametrize("name", recipe.recipes())
@@ -63,7 +86,7 @@ def test_words_may_come_in_any_order():
         (["run.time_limit=soon"], "'soon' is no duration such as 8h30m, 45m or 90s"),
         (["run.loss_scale.initial=3"], "initial must be a power of two, not 3"),
         (["run.patches.fp16_heat=false"], "fp16_heat is none; did you mean fp16_head?"),
-        (["run.data.layout=loose"], "run.data.layout: Input should be 'packed'"),
+        (["run.data.too_long=drop"], "run.data.too_long: Input should be 'split' or 'truncate'"),
     ],
 )
 def test_what_is_wrong_is_named(words, message):
@@ -109,12 +132,11 @@ def files(tmp_path):
 
 def test_a_users_file_with_its_own_run_file(files):
     file = files(
-        mine__yml="base_config: below.yml\nsteps: 7\nlearning_rate: 1e-4\n",
-        below__yml="base_config: base.yml\nsteps: 3\nvocab_size: 99\n",
+        mine__yml="base_config: base.yml\nsteps: 7\nlearning_rate: 1e-4\n",
         mine__run__yml="epochs: 2\ndata: {source: corpus.txt}\n",
     )
     found = recipe.read([str(file), "run.data.column=story"])
-    assert dict(found.keys) == {"steps": 7, "learning_rate": 1e-4, "vocab_size": 99}
+    assert dict(found.keys) == {"steps": 7, "learning_rate": 1e-4}
     assert (found.run.epochs, found.run.data.source) == (2, "corpus.txt")
     assert found.run.data.column == "story"
 
@@ -124,18 +146,28 @@ def test_a_users_file_may_be_alone(files):
     assert found.run == settings.RunFile()
 
 
+@pytest.mark.parametrize("word", ["off", "'off'"])
+def test_the_word_off_is_a_mode_of_the_loss_scale(files, word):
+    file = files(mine__yml="steps: 7\n", mine__run__yml=f"loss_scale: {{mode: {word}}}\n")
+    assert recipe.read([str(file)]).run.loss_scale.mode == "off"
+    given = recipe.read(["tiny_cpu", f"run.loss_scale.mode={word}"])
+    assert given.run.loss_scale.mode == "off"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"mine__yml": "a: [\n"}, "mine.yml: cannot be read as YAML"),
-        ({"mine__yml": "- a\n"}, "mine.yml: must be MaxText settings"),
+        ({"mine__yml": "- a\n"}, "mine.yml: must be settings with values"),
         ({"mine__yml": "stepz: 1\n"}, "stepz: MaxText has no such setting; did you mean steps?"),
-        ({"mine__yml": "base_config: gone.yml\n"}, "base_config: there is no gone.yml beside it"),
-        ({"mine__yml": "base_config: mine.yml\n"}, "its base_config leads back to it"),
+        (
+            {"mine__yml": "base_config: below.yml\n"},
+            "mine.yml: base_config: below.yml: moeconv reads one file over MaxText's base.yml",
+        ),
         ({"mine__yml": "hf_access_token: x\n"}, "secrets come from the environment"),
         ({"mine__yml": "steps: 1\n", "mine__run__yml": "epoch: 2\n"}, "did you mean epochs?"),
         ({"mine__yml": "steps: 1\n", "mine__run__yml": "epochs: two\n"}, "mine.run.yml: epochs: "),
-        ({"mine__yml": "steps: 1\n", "mine__run__yml": "- a\n"}, "must be keys with values"),
+        ({"mine__yml": "steps: 1\n", "mine__run__yml": "- a\n"}, "must be settings with values"),
         ({"mine__yml": "steps: 1\n", "mine__run__yml": "a: [\n"}, "cannot be read as YAML"),
     ],
 )
@@ -155,15 +187,8 @@ def test_a_model_name_brings_its_settings(files):
     found = recipe.read([str(files(mine__yml="model_name: mixtral-8x7b\nsteps: 7\n"))])
     assert found.keys["num_experts"] == 8 and found.keys["base_emb_dim"] == 4096
     assert found.keys["steps"] == 7
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_refusal_says_what_is_to_be_done(monkeypatch, count):
-    found = [Finding(check="disk", status="refused", message="Free 3 GB.")] * count
-    report = PreflightReport(target="a GPU", findings=found)
-    monkeypatch.setattr(train, "describe", lambda _: "")
-    begun = SimpleNamespace(report=report, plan=SimpleNamespace(notes=()))
-    with pytest.raises(ConfigError) as raised:
-        train._show(output_of(False, True), {}, begun, check=True)
-    assert str(raised.value).startswith(("1 check refuses", "2 checks refuse")[count - 1])
-    assert str(raised.value).endswith("this run: " + "; ".join(["disk: Free 3 GB"] * count))
+    given = recipe.read([str(files(mine__yml="steps: 7\n")), "model_name=mixtral-8x7b"])
+    assert given.keys["num_experts"] == 8
+    for odd in ("../models/mixtral-8x7b", "no_such_model"):
+        file = files(mine__yml=f"model_name: {odd}\nsteps: 7\n")
+        assert set(recipe.read([str(file)]).keys) == {"model_name", "steps"}

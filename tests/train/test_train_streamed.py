@@ -4,10 +4,10 @@ import json
 
 import pytest
 from cli_runner import moeconv
-from moeconv_train.data import read_stories
-from test_train_endings import jax_as_it_was, train
+from moeconv_train.tokenizer import read_stories
+from test_train_endings import cache, jax_as_it_was, train
 
-__all__ = ["jax_as_it_was", "train"]  # fixtures
+__all__ = ["cache", "jax_as_it_was", "train"]  # fixtures
 
 pytest.importorskip("maxtext")
 pytest.importorskip("datasets")

@@ -1,22 +1,42 @@
 """Weights & Biases: online, offline, absent, broken; nothing of it ends the run."""
 
-import json
 import os
+import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from moeconv_train.logs import wandb
-from moeconv_train.settings import WandbSettings
+from train_lab import Wandb
+from wandb_server import Server
+
+KEY = "k" * 40
+CONFIG = SimpleNamespace(
+    wandb_project_name="p",
+    wandb_run_name="n",
+    get_keys=lambda: {"steps": 3, "hf_access_token": "secret"},
+)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def no_key(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_RUN_ID", "WANDB_ENTITY"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("API_KEY", "MODE", "RUN_ID", "ENTITY", "BASE_URL"):
+        monkeypatch.delenv(f"WANDB_{name}", raising=False)
     monkeypatch.setenv("NETRC", os.devnull)
 
 
-def test_the_id_is_the_same_for_as_long_as_the_directory_lives(tmp_path, no_key, monkeypatch):
+def session(run, steps, entity=None):
+    """What a run logs, through MaxText's own calls; what is told."""
+    module, notes = sys.modules["wandb"], []
+    with wandb.logged(run, CONFIG, entity, notes.append):
+        module.init(project="p", name="n", resume="allow")  # MetricLogger.__init__
+        for step in steps:
+            module.log({"learning/loss": float(step)}, step=step)
+    return notes
+
+
+def test_the_id_is_the_same_for_as_long_as_the_directory_lives(tmp_path, monkeypatch):
     first = wandb.run_id(tmp_path)
     assert first == wandb.run_id(tmp_path) and len(first) == 8
     monkeypatch.setenv("WANDB_RUN_ID", "another")
@@ -25,90 +45,93 @@ def test_the_id_is_the_same_for_as_long_as_the_directory_lives(tmp_path, no_key,
     assert wandb.run_id(tmp_path / "new") == "another"
 
 
-def test_without_a_key_it_is_offline(tmp_path, no_key, monkeypatch):
-    settings = WandbSettings(enabled=True, entity="some-org")
-    found = wandb.environment(tmp_path, settings)
-    assert found["WANDB_MODE"] == "offline" and found["WANDB_ENTITY"] == "some-org"
-    assert found["WANDB_DIR"] == str(tmp_path)
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+def test_a_run_is_begun_with_all_that_maxtext_cannot_say(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", module := Wandb())
+    session(tmp_path, [], entity="some-org")
+    given = module.calls[0]
+    assert (given["entity"], given["project"], given["name"]) == ("some-org", "p", "n")
+    assert (given["id"], given["resume"]) == (wandb.run_id(tmp_path), "allow")
+    assert given["dir"] == str(tmp_path) and given["config"] == {"steps": 3}
     monkeypatch.setenv("WANDB_ENTITY", "mine")
-    found = wandb.environment(tmp_path, settings)
-    assert "WANDB_MODE" not in found and "WANDB_ENTITY" not in found
-    assert "k" * 40 not in json.dumps(found)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    session(tmp_path, [], entity="some-org")
+    assert module.calls[2]["entity"] == "mine" and module.modes == ["online", "offline"]
 
 
-def test_a_login_of_wandb_is_a_key(tmp_path, no_key, monkeypatch):
-    assert not wandb.has_key()
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "k" * 40)
-    (tmp_path / "netrc").chmod(0o600)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert wandb.has_key()
-
-
-class Broken:
-    """wandb's module, of which any part may fail."""
-
-    def __init__(self, init=(), log=None):
-        self.trouble, self.log_trouble = list(init), log
-        self.calls, self.logged, self.finished = [], [], 0
-        self.config = self
-
-    def update(self, content, **_):
-        self.content = content
-
-    def init(self, **kwargs):
-        self.calls.append(kwargs)
-        if self.trouble and (error := self.trouble.pop(0)):
-            raise error
-        return self
-
-    def log(self, content, step):
-        if self.log_trouble:
-            raise self.log_trouble
-        self.logged.append(step)
-
-    def finish(self):
-        self.finished += 1
+ONLINE, OFFLINE, NONE = ["online"], ["online", "offline"], ["online", "offline", "disabled"]
 
 
 @pytest.mark.parametrize(
-    ("module", "modes", "logged_", "told"),
+    ("module", "modes", "logged", "told"),
     [
-        (Broken(), [None], [1, 2], []),
-        (Broken([OSError("no network")]), [None, "offline"], [1, 2], ["W&B: no network; logging"]),
-        (Broken([OSError("a"), OSError("b")]), [None, "offline"], [], ["W&B: a;", "W&B: b; not"]),
-        (Broken(log=OSError("full")), [None], [], ["W&B: full; logging there ends"]),
+        (Wandb(), ONLINE, [1, 2], []),
+        (Wandb([OSError("no net.")]), OFFLINE, [1, 2], ["W&B: no net; logging offline"]),
+        (
+            Wandb([OSError("a"), OSError("b")]),
+            NONE,
+            [1, 2],
+            ["W&B: a; logging offline", "W&B: b; not used"],
+        ),
+        (
+            Wandb(log=OSError("full")),
+            ONLINE,
+            [],
+            ["W&B: full; logging there ends, the run goes on"],
+        ),
+        (
+            Wandb(finish=TimeoutError("slow")),
+            ONLINE,
+            [1, 2],
+            ["W&B: slow; `wandb sync RUN/wandb` uploads what is left"],
+        ),
     ],
 )
-def test_nothing_of_wandb_ends_the_run(monkeypatch, module, modes, logged_, told):
+def test_nothing_of_wandb_ends_the_run(monkeypatch, tmp_path, module, modes, logged, told):
     monkeypatch.setitem(sys.modules, "wandb", module)
-    stock, notes = (module.init, module.log), []
-    with wandb.guarded(lambda: {"steps": 3}, notes.append):
-        module.init(project="p", resume="allow")
-        module.log({}, step=1)
-        module.log({}, step=2)
-    assert [call.get("mode") for call in module.calls] == modes
-    assert module.logged == logged_ and (module.init, module.log) == stock
-    assert len(notes) == len(told)
-    assert all(note.startswith(text) for note, text in zip(notes, told, strict=True))
-    if logged_:
-        assert module.finished == 1 and module.content == {"steps": 3}
+    stock = module.log
+    notes = session(tmp_path, [1, 2])
+    assert [note.replace(str(tmp_path), "RUN") for note in notes] == told
+    assert module.modes == modes and [step for step, _ in module.logged] == logged
+    assert module.log == stock and module.finished == 1
 
 
-def test_wandb_itself_offline(tmp_path, no_key, monkeypatch):
+def test_wandb_itself_without_anything(tmp_path, monkeypatch):
+    """A folder that cannot be written: neither online nor offline, and still a run."""
     module = pytest.importorskip("wandb")
+    monkeypatch.setattr(module, "init", failing_but_disabled(module.init))
+    notes = session(tmp_path, range(2))
+    assert [note.partition("; ")[2] for note in notes] == ["logging offline", "not used"]
+    assert not (tmp_path / "wandb").exists()
+
+
+def failing_but_disabled(init):
+    def failing(**kwargs):
+        if "id" in kwargs:
+            raise OSError("no")
+        return init(**kwargs)
+
+    return failing
+
+
+def test_offline_sessions_of_a_run_are_synced_into_one(tmp_path):
+    """docs/train.md: the command, and W&B's order."""
+    pytest.importorskip("wandb")
     assert wandb.missing() is None
-    for key, value in wandb.environment(tmp_path, WandbSettings(enabled=True)).items():
-        monkeypatch.setenv(key, value)
-    notes = []
-    with wandb.guarded(lambda: {"steps": 2}, notes.append):
-        module.init(project="p", name="n", resume="allow")  # as MaxText does
-        for step in range(2):
-            module.log({"learning/loss": 1.0}, step=step)
-    identity = (tmp_path / "wandb-run-id.txt").read_text().strip()
-    made = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
-    assert len(made) == 1 and made[0].endswith(identity)
-    assert notes == []
+    for start in (0, 2, 4):
+        (note,) = session(tmp_path, range(start, start + 2))
+        assert note.startswith("W&B: No API key configured") and note.endswith("logging offline")
+        time.sleep(1.1 - time.time() % 1)  # folders are named by the second
+    identity = wandb.run_id(tmp_path)
+    made = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
+    assert len(made) == 3 and {name.rpartition("-")[2] for name in made} == {identity}
+    with Server() as server:
+        keys = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
+        command = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
+        done = subprocess.run(command, env=os.environ | keys, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        server.shutdown()
+    assert list(server.runs) == [identity]
+    assert [line["learning/loss"] for line in server.runs[identity]] == list(range(6))
 
 
 def test_a_wandb_that_is_not_there_is_told(monkeypatch):

@@ -72,3 +72,32 @@ def assert_same(first: Path, second: Path, step: int) -> None:
     one, other = state(first, step), state(second, step)
     assert set(one) == set(other)
     assert {name for name in one if one[name].tobytes() != other[name].tobytes()} == set()
+
+
+class Wandb:
+    """wandb's module, as far as it is used; any part may fail."""
+
+    Settings = dict
+
+    def __init__(self, trouble=(), log=None, finish=None):
+        self.trouble, self.failing = list(trouble), {"log": log, "finish": finish}
+        self.modes, self.calls, self.logged, self.finished = [], [], [], 0
+
+    def setup(self, settings):
+        self.modes.append(settings["mode"])
+
+    def init(self, **kwargs):
+        self.calls.append(kwargs)
+        if self.trouble and (error := self.trouble.pop(0)):
+            raise error
+        return self
+
+    def log(self, content, step):
+        if error := self.failing["log"]:
+            raise error
+        self.logged.append((step, content))
+
+    def finish(self):
+        self.finished += 1
+        if error := self.failing["finish"]:
+            raise error

@@ -46,7 +46,6 @@ UNSAFE = {
 IMPORTS = {
     ("moeconv/cli/main.py", "COMMANDS[cmd_name][0]"),  # a table of ours
     ("moeconv/hf/hub_client.py", "HttpError.__module__.split('.')[0]"),  # the hub library's own
-    ("train/preflight/aot.py", "module"),  # of the request that our own process wrote
 }
 
 

@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moeconv_train.data.packing import Layout, TooLong
+from moeconv_train.data.packing import TooLong
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from moeconv.errors import ConfigError, UsageError
+from moeconv.errors import ConfigError
+from moeconv.untrusted.files import UnsafeFileError, open_inside, read_inside
 
 NAME = "data.json"
 TOKENIZER = "tokenizer"
@@ -19,6 +21,8 @@ Split = Literal["train", "validation"]
 TRAIN: Split = "train"
 VALIDATION: Split = "validation"
 SPLITS = (TRAIN, VALIDATION)
+
+_ANEW = "prepare the data anew with --overwrite"
 
 
 class Record(BaseModel):
@@ -59,11 +63,11 @@ class TokenizerRecord(Record):
 
 
 class Request(Record):
-    """All that decides the bytes of the shards; a resumed `prepare` must ask for the same."""
+    """All that decides the bytes of the shards."""
 
     source: Source
     tokenizer: TokenizerRecord
-    layout: Layout
+    layout: Literal["packed"] = "packed"  # 0.1.0 had others
     sequence_length: int
     too_long: TooLong
     validation_fraction: float
@@ -72,31 +76,19 @@ class Request(Record):
 
 
 class Counts(Record):
-    """What is in a shard or a split.
-
-    Attributes:
-        rows: Rows of `sequence_length` positions.
-        stories: Stories, the empty ones left out.
-        tokens: Tokens of the stories, BOS and EOS counted.
-        targets: Positions that count in the loss, once an epoch.
-        cut: Stories longer than a row.
-        dropped: Tokens that truncating them left out.
-        empty: Texts that were null or white space, and were left out.
-    """
+    """What is in a shard or a split."""
 
     rows: int = 0
-    stories: int = 0
-    tokens: int = 0
-    targets: int = 0
-    cut: int = 0
-    dropped: int = 0
-    empty: int = 0
+    stories: int = 0  # without the empty ones
+    tokens: int = 0  # of the stories, BOS and EOS counted
+    targets: int = 0  # positions that count in the loss, once an epoch
+    cut: int = 0  # stories longer than a row
+    dropped: int = 0  # tokens that truncating them left out
+    empty: int = 0  # texts that were null or white space
 
     def __add__(self, other: "Counts") -> "Counts":
-        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in COUNTED})
-
-
-COUNTED = tuple(Counts.model_fields)
+        names = Counts.model_fields
+        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
 
 
 class Shard(Record):
@@ -136,25 +128,24 @@ class DataSet:
         """
         path = directory / NAME
         try:
-            manifest = Manifest.model_validate_json(path.read_bytes())
-        except OSError:
+            manifest = Manifest.model_validate_json(read_inside(directory, NAME))
+        except (FileNotFoundError, NotADirectoryError):
             raise ConfigError(
                 f"{directory}: no prepared dataset, as it has no {NAME}; "
                 "run moeconv data prepare --out with it"
             ) from None
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise ConfigError(
-                f"{path}: {where}: {first['msg']}; prepare the data anew with --overwrite"
-            ) from None
+            raise ConfigError(f"{path}: {where}: {first['msg']}; {_ANEW}") from None
         for shard in manifest.shards:
-            file = directory / shard.name
-            if not file.is_file() or file.stat().st_size != shard.bytes:
-                raise ConfigError(
-                    f"{file}: absent or not of the {shard.bytes} bytes that {NAME} says; "
-                    "prepare the data anew with --overwrite"
-                )
+            _check_size(directory, shard)
+        named = {shard.name for shard in manifest.shards}
+        # MaxText reads whatever has such a name.
+        if strange := sorted({file.name for file in directory.glob("*.array_record")} - named):
+            raise ConfigError(f"{directory / strange[0]}: {NAME} does not name it; remove it")
         return cls(directory, manifest)
 
     @property
@@ -175,12 +166,7 @@ class DataSet:
         return counts.targets / max(1, counts.rows * self.manifest.request.sequence_length)
 
     def overrides(self, epochs: int | None = None) -> dict[str, str]:
-        """The MaxText settings that read this dataset; the rows' order is fixed by the seed.
-
-        `grain_worker_count=0` reads in the trainer's own process (rows are tokenised, so there is
-        next to nothing to do). With workers each makes its own batches, so that order and number
-        of batches depend on how many there are.
-        """
+        """The MaxText settings that read this dataset; the rows' order is fixed by the seed."""
         request = self.manifest.request
         settings = {
             "dataset_type": "grain",
@@ -207,7 +193,7 @@ class DataSet:
         """The block in which MaxText must create its iterators; see packed.py."""
         from moeconv_train.data.packed import reading
 
-        return reading(self.manifest.request.layout)
+        return reading()
 
     def check(self, *, max_target_length: int, vocab_size: int) -> None:
         """Refuses a model that these rows do not fit.
@@ -229,27 +215,17 @@ class DataSet:
                 f"is {vocab_size}; train with vocab_size={request.tokenizer.size}"
             )
 
-    def steps_for_epochs(
-        self, epochs: int, global_batch: int, *, processes: int = 1, workers: int = 0
-    ) -> int:
+    def steps_for_epochs(self, epochs: int, global_batch: int) -> int:
         """The steps in which every training row is seen exactly `epochs` times.
 
-        The last batch may hold rows of padding, which count for nothing. A run of more steps would
-        end early and without its last checkpoint.
-
-        Args:
-            epochs: MaxText's `num_epoch`.
-            global_batch: Rows a step over all devices (`global_batch_size_to_load`).
-            processes: Hosts that load data.
-            workers: MaxText's `grain_worker_count`.
+        The last of them may hold rows of padding, which count for nothing. A run of more steps
+        would end early and without its last checkpoint.
         """
-        rows = epochs * self.counts(TRAIN).rows
-        return batches(rows, global_batch, processes=processes, workers=workers)
+        return -(-epochs * self.counts(TRAIN).rows // global_batch)
 
-    def eval_batches(self, global_batch: int, *, processes: int = 1, workers: int = 0) -> int:
+    def eval_batches(self, global_batch: int) -> int:
         """Batches of one whole evaluation (MaxText's `eval_steps=-1`)."""
-        rows = self.counts(VALIDATION).rows
-        return batches(rows, global_batch, processes=processes, workers=workers)
+        return -(-self.counts(VALIDATION).rows // global_batch)
 
     def shards(self, split: str) -> Iterator[Path]:
         """The files of a split, in the order in which they are read."""
@@ -258,21 +234,14 @@ class DataSet:
                 yield self.directory / shard.name
 
 
-def batches(rows: int, global_batch: int, *, processes: int = 1, workers: int = 0) -> int:
-    """How many batches MaxText's grain iterator delivers, on the host that has the fewest.
-
-    Each host takes every `processes`-th row (grain_data_processing.py,
-    `_apply_mapdataset_transforms`), each worker of it every `workers`-th of those, and a worker's
-    last batch is filled up with padding.
-
-    Raises:
-        UsageError: The batch cannot be divided among the hosts.
-    """
-    if global_batch < 1 or processes < 1 or global_batch % processes:
-        raise UsageError(
-            f"a global batch of {global_batch} rows cannot be divided among {processes} processes"
-        )
-    size = global_batch // processes
-    fewest = rows // processes  # every host has this many or one more
-    taken = [len(range(worker, fewest, max(1, workers))) for worker in range(max(1, workers))]
-    return sum(-(-count // size) for count in taken)
+def _check_size(directory: Path, shard: Shard) -> None:
+    reason = f"absent or not of the {shard.bytes} bytes that {NAME} says; {_ANEW}"
+    try:
+        with open_inside(directory, shard.name) as file:
+            if os.fstat(file.fileno()).st_size == shard.bytes:
+                return
+    except UnsafeFileError as error:
+        reason = str(error.strerror)
+    except OSError:
+        pass
+    raise ConfigError(f"{directory / shard.name}: {reason}")

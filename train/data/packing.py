@@ -1,4 +1,4 @@
-"""How tokenised stories become rows, in three layouts, and what that costs.
+"""How tokenised stories become rows, and rows the columns that MaxText trains on.
 
 A story is `BOS … EOS`; each of its tokens but BOS is to be a training target exactly once an epoch.
 """
@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from moeconv_train.data.records import LENGTHS, TEXT, TOKENS, Row
+from moeconv_train.data.records import LENGTHS, TOKENS, Row
 
-Layout = Literal["packed", "contiguous", "stories"]
 TooLong = Literal["split", "truncate"]
-LAYOUTS: tuple[Layout, ...] = ("packed", "contiguous", "stories")
 
 # How many of the next stories a gap at a row's end may be filled from. 1024 leave 0.3 % of the
 # positions empty on TinyStories' lengths, 4096 hardly less.
@@ -21,51 +19,36 @@ LOOK_AHEAD = 1024
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows, and what became of the stories.
-
-    Attributes:
-        rows: Columns of each row, in order.
-        targets: Positions of all rows that count in the loss.
-        cut: Stories longer than a row, which were split or truncated.
-        dropped: Tokens that truncation left out.
-    """
+    """Rows, and what became of the stories."""
 
     rows: list[Row]
-    targets: int
-    cut: int
-    dropped: int
+    targets: int  # positions of all rows that count in the loss
+    cut: int  # stories longer than a row, which were split or truncated
+    dropped: int  # tokens that truncating left out
 
 
-def pack(
-    stories: Sequence[np.ndarray], length: int, layout: Layout, too_long: TooLong = "split"
-) -> Packed:
-    """Puts `stories` (`BOS … EOS` each) into rows of `length` positions."""
-    if layout == "contiguous":
-        return _contiguous(stories, length)
-    # A story of n tokens has n - 1 inputs and n - 1 targets. MaxText's own pipeline makes targets
-    # by shifting a row, so there a row of `length` tokens has one target fewer.
-    inputs = length if layout == "packed" else length - 1
+def pack(stories: Sequence[np.ndarray], length: int, too_long: TooLong = "split") -> Packed:
+    """Puts `stories` (`BOS … EOS` each) into rows of `length` positions.
+
+    A story of n tokens takes n - 1 positions: inputs are all but EOS, targets all but BOS.
+    """
     pieces: list[np.ndarray] = []
     cut = dropped = 0
     for story in stories:
-        if len(story) - 1 > inputs:
+        if len(story) - 1 > length:
             cut += 1
             if too_long == "truncate":
-                dropped += len(story) - 1 - inputs
-                story = story[: inputs + 1]
-        pieces += windows(story, inputs)
+                dropped += len(story) - 1 - length
+                story = story[: length + 1]
+        pieces += windows(story, length)
     sizes = np.array([len(piece) - 1 for piece in pieces], np.int64)
-    rows: list[Row]
-    if layout == "stories":
-        rows = [{TEXT: piece} for piece in pieces]
-    else:
-        rows = [
-            {
-                TOKENS: np.concatenate([pieces[i] for i in row]),
-                LENGTHS: np.array([len(pieces[i]) for i in row]),
-            }
-            for row in fill_rows(sizes, length)
-        ]
+    rows: list[Row] = [
+        {
+            TOKENS: np.concatenate([pieces[i] for i in row]),
+            LENGTHS: np.array([len(pieces[i]) for i in row]),
+        }
+        for row in fill_rows(sizes, length)
+    ]
     return Packed(rows, int(sizes.sum()), cut, dropped)
 
 
@@ -113,20 +96,6 @@ def fill_rows(sizes: np.ndarray, length: int) -> Iterator[list[int]]:
             gap -= int(sizes[chosen])
         if row:
             yield row
-
-
-def _contiguous(stories: Sequence[np.ndarray], length: int) -> Packed:
-    """All stories as one stream, cut into rows of `length` tokens that overlap by one."""
-    if not stories:
-        return Packed([], 0, 0, 0)
-    stream = np.concatenate(stories)
-    rows: list[Row] = [{TEXT: row} for row in windows(stream, length - 1)]
-    borders = np.cumsum([len(story) for story in stories])
-    first, last = (
-        (borders - [len(s) for s in stories]) // (length - 1),
-        (borders - 2) // (length - 1),
-    )
-    return Packed(rows, len(stream) - 1, int((first != last).sum()), 0)
 
 
 def unpack(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
-"""Shards on disk: ArrayRecord files of `tf.train.Example`, each whole under its name or absent."""
+"""Shards on disk: ArrayRecord files of `tf.train.Example`."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -7,41 +8,39 @@ from pathlib import Path
 
 import numpy as np
 
-# Columns of whole numbers. MaxText's own pipeline reads TEXT (`train_data_columns` in base.yml);
-# rows of several stories have the other two, so that it refuses what it would read wrongly.
-TEXT = "text"
+# Columns of whole numbers. MaxText's own pipeline reads `text` (`train_data_columns` in base.yml),
+# so it refuses rows of several stories, which it would read wrongly.
 TOKENS = "tokens"
 LENGTHS = "lengths"
 
 Row = Mapping[str, Sequence[int] | np.ndarray]
 
 
-def write_shard(path: Path, rows: Iterable[Row]) -> int:
-    """Writes `rows` to `path`: under another name first, forced to disk, then renamed.
+def write_shard(path: Path, rows: Iterable[Row]) -> None:
+    """Writes `rows` to `path`, forced to disk.
 
     One record a group, as grain wants it for random access (array_record_data_source.py,
     `_check_group_size`).
 
-    Returns:
-        The number of rows.
+    Raises:
+        OSError: They cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
     from maxtext.input_pipeline.protos import example_pb2
 
-    count = 0
-    with replacing(path) as partial:
-        writer = ArrayRecordWriter(str(partial), "group_size:1")
-        try:
-            for row in rows:
-                example = example_pb2.Example()
-                for column, values in row.items():
-                    numbers = values.tolist() if isinstance(values, np.ndarray) else values
-                    example.features.feature[column].int64_list.value.extend(numbers)
-                writer.write(example.SerializeToString(deterministic=True))
-                count += 1
-        finally:
-            writer.close()
-    return count
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for row in rows:
+            example = example_pb2.Example()
+            for column, values in row.items():
+                numbers = values.tolist() if isinstance(values, np.ndarray) else values
+                example.features.feature[column].int64_list.value.extend(numbers)
+            writer.write(example.SerializeToString(deterministic=True))
+        writer.close()
+    except RuntimeError as error:  # riegeli's; it holds no errno
+        reason = str(error).splitlines()[0][:300]
+        raise OSError(errno.EIO, reason, str(path)) from None
+    flush(path)
 
 
 def read_shard(path: Path) -> Iterator[dict[str, np.ndarray]]:
@@ -67,31 +66,18 @@ def parse(record: bytes) -> dict[str, np.ndarray]:
     }
 
 
-class replacing:  # noqa: N801  (used as a function)
-    """A path to write to, which takes the place of `path` when the block ends well."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        # The process's number, so that a half-written file is never taken up by another.
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-
-    def __enter__(self) -> Path:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        return self._partial
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None:
-            self._partial.unlink(missing_ok=True)
-            return
-        _flush(self._partial)
-        self._partial.replace(self._path)
-        _flush(self._path.parent)
-
-
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a small file so that it is whole or absent, also after a power cut."""
-    with replacing(path) as partial:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process's number, so that a half-written file is never taken up by another.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
         partial.write_bytes(content)
+        flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush(path.parent)
 
 
 def sha256(path: Path) -> str:
@@ -100,7 +86,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Forces a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

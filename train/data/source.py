@@ -1,51 +1,165 @@
-"""Where stories come from: local parquet, JSON-lines and text files, read one text at a time."""
+"""Where stories come from: parquet, JSON-lines and text files, here or on the Hub."""
 
-import contextlib
 import fnmatch
-import gzip
-import io
-import json
+import glob
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
+from moeconv_train.data.formats import FORMATS, format_of, read_texts, some
 from moeconv_train.data.manifest import SPLITS, TRAIN, VALIDATION, Source, SourceFile
-from moeconv_train.data.records import sha256
-from moeconv_train.words import first_line
+from moeconv_train.data.options import PrepareOptions
 
-from moeconv.errors import MissingPackageError, MoeconvError, UsageError
+from moeconv.errors import MoeconvError, StorageError, UsageError
+from moeconv.untrusted.files import open_inside, open_regular
 
-# In the order of preference, where a dataset offers a split in several.
-FORMATS: Mapping[str, tuple[str, ...]] = {
-    "parquet": (".parquet",),
-    "json": (".jsonl", ".ndjson", ".json"),
-    "text": (".txt",),
-}
-_COMPRESSED = (".gz", ".zst")
 _SPLIT_WORDS = {
-    "train": TRAIN,
-    "training": TRAIN,
-    "validation": VALIDATION,
-    "valid": VALIDATION,
-    "val": VALIDATION,
-    "dev": VALIDATION,
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), VALIDATION),
     "test": "test",
 }
-_ROWS_AT_A_TIME = 4096
-_BLOCK = 1 << 20
 
 
-def format_of(name: str) -> str | None:
-    """The format that a file's name tells, compressed or not."""
-    stem = name.lower()
-    for suffix in _COMPRESSED:
-        stem = stem.removesuffix(suffix)
-    plain = stem == name.lower()
-    for format_, suffixes in FORMATS.items():
-        if stem.endswith(suffixes) and (plain or format_ != "parquet"):
-            return format_
-    return None
+@dataclass(frozen=True)
+class Found:
+    """A source on this machine."""
+
+    source: Source
+    place: Path  # file or folder; for a dataset on the Hub, its folder in the Hub's cache
+    left: tuple[str, ...]  # files that are not read
+
+    def texts(self, file: SourceFile) -> Iterator[str | None]:
+        """The texts of a file, in order; None where there is none.
+
+        Raises:
+            UsageError: It cannot be read, or has no texts under that column.
+        """
+        source = self.source
+        label = str(self.place / file.path if self.place.is_dir() else self.place)
+        if source.kind == "hub":
+            label = f"{source.name}: {file.path}"
+        with _open(self.place, file.path) as stream:
+            yield from read_texts(stream, label, column=source.column, separator=source.separator)
+
+
+def find(name: str, options: PrepareOptions, *, quiet: bool = True) -> Found:
+    """A file or folder of this machine, or else a dataset on the Hub, fetched at its commit.
+
+    Raises:
+        StorageError: The Hub does not answer, or not with this dataset.
+        UsageError: There is nothing that can be read.
+    """
+    patterns = options.splits
+    place, commit = Path(name).expanduser(), None
+    on_hub = not place.exists()
+    if on_hub and names_a_file(name):
+        raise UsageError(
+            f"{name}: no such file or folder; give one, or the id of a dataset on the Hub"
+        )
+    if on_hub:
+        names, chosen, commit, place = _fetched(name, options, quiet)
+    elif place.is_dir():
+        below = [file.relative_to(place) for file in place.rglob("*") if not file.is_dir()]
+        names = _shown(file.as_posix() for file in below)
+        chosen = choose(names, patterns, name, several=False)
+    elif format_of(name) is None:
+        raise UsageError(
+            f"{name}: is no parquet, jsonl or text file by its name; name it .parquet, .jsonl or "
+            ".txt (the last two also with .gz or .zst)"
+        )
+    else:
+        names = [place.name]
+        chosen = {TRAIN: names}
+    files = [_described(place, each, split) for split in SPLITS for each in chosen.get(split, ())]
+    source = Source(
+        kind="hub" if on_hub else "local",
+        name=name if on_hub else place.resolve().name,
+        revision=commit,
+        column=options.column,
+        separator=options.separator,
+        files=tuple(files),
+    )
+    return Found(source, place, tuple(sorted({*names}.difference(*chosen.values()))))
+
+
+def _fetched(
+    name: str, options: PrepareOptions, quiet: bool
+) -> tuple[list[str], dict[str, list[str]], str, Path]:
+    """All files of a dataset on the Hub, those to read, the commit, and the folder they are in.
+
+    Token, address and cache are huggingface_hub's (HF_TOKEN, HF_ENDPOINT, HF_HOME).
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    from moeconv.hf.hub_address import read_address
+    from moeconv.hf.hub_client import hub_client
+    from moeconv.hf.hub_trouble import hub_trouble
+
+    (disable_progress_bars if quiet else enable_progress_bars)()
+    local: str | None = "file or folder"
+    try:
+        with hub_client(read_address(None)):
+            info = HfApi().dataset_info(name, revision=options.revision)
+        local = None  # there is such a dataset
+        names = _shown(file.rfilename for file in info.siblings or ())
+        chosen = choose(names, options.splits, f"{name} on the Hub", several=True)
+        wanted = [glob.escape(each) for found in chosen.values() for each in found]
+        place = snapshot_download(
+            name, repo_type="dataset", revision=info.sha, allow_patterns=wanted
+        )
+    except MoeconvError:
+        raise
+    except Exception as error:  # its transport's own errors have no stable name to catch
+        raise StorageError(f"{name}: {hub_trouble(error, name, 'dataset', local)}") from error
+    return names, chosen, info.sha, Path(place)
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    """The names that are not hidden."""
+    return [name for name in names if "/." not in f"/{name}"]
+
+
+def choose(
+    names: Iterable[str], patterns: Mapping[str, str], source: str, *, several: bool
+) -> dict[str, list[str]]:
+    """Which files are read for which split, in the order of their names.
+
+    Without `patterns` (split to glob) their names tell format and split. On the Hub the same may be
+    there in `several` formats, of which one is read.
+
+    Raises:
+        UsageError: Nothing can be read, a pattern matches nothing, or it is not clear what to read.
+    """
+    readable = sorted(name for name in names if format_of(name))
+    chosen = {split: fnmatch.filter(readable, glob_) for split, glob_ in patterns.items()}
+    for split, found in chosen.items():
+        if not found:
+            raise UsageError(
+                f"{source}: --split {split}={patterns[split]} matches no parquet, jsonl or text "
+                f"file; there are {some(readable)}"
+            )
+    if both := {*chosen.get(TRAIN, ())} & {*chosen.get(VALIDATION, ())}:
+        raise UsageError(f"{source}: --split takes {min(both)} for train and for validation")
+    for split in () if patterns else SPLITS:
+        told = [name for name in readable if split_of(name) == split]
+        formats = [f for f in FORMATS if any(format_of(name) == f for name in told)]
+        if len(formats) > 1 and not several:
+            kinds = [next(name for name in told if format_of(name) == f) for f in formats]
+            raise UsageError(
+                f"{source}: has files of several formats for {split} ({some(kinds)}); say which "
+                f"to read, such as --split {split}='*{Path(kinds[0]).suffix}', or '*' for all"
+            )
+        chosen[split] = [name for name in told if format_of(name) in formats[:1]]
+    if not chosen.get(TRAIN):
+        there = f"; there are {some(readable)}, name them with --split train=GLOB"
+        raise UsageError(
+            f"{source}: has no parquet, jsonl or text file to train on{there * bool(readable)}"
+        )
+    return chosen
 
 
 def names_a_file(name: str) -> bool:
@@ -59,171 +173,16 @@ def split_of(name: str) -> str:
     return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), TRAIN)
 
 
-def choose(names: Iterable[str], patterns: Mapping[str, str], source: str) -> dict[str, list[str]]:
-    """Which files are read for which split, in the order of their names.
-
-    Args:
-        names: All files of the source.
-        patterns: Split to glob, as the user said it; without any, names tell format and split.
-        source: What to call it in an error.
-
-    Raises:
-        UsageError: Nothing can be read, or a pattern matches nothing.
-    """
-    readable = sorted(name for name in names if format_of(name))
-    if patterns:
-        chosen = {s: [n for n in readable if fnmatch.fnmatch(n, p)] for s, p in patterns.items()}
-        for split, pattern in patterns.items():
-            if not chosen[split]:
-                raise UsageError(
-                    f"{source}: --split {split}={pattern} matches no parquet, jsonl or text file; "
-                    f"there are {_some(readable)}"
-                )
-        both = set(chosen.get(TRAIN, ())) & set(chosen.get(VALIDATION, ()))
-        if both:
-            raise UsageError(f"{source}: --split takes {min(both)} for train and for validation")
-    else:
-        chosen = {}
-        for split in SPLITS:
-            told = [name for name in readable if split_of(name) == split]
-            best = next((f for f in FORMATS if any(format_of(n) == f for n in told)), None)
-            chosen[split] = [name for name in told if format_of(name) == best]
-    if not chosen.get(TRAIN):
-        raise UsageError(
-            f"{source}: has no parquet, jsonl or text file to train on"
-            + (f"; there are {_some(readable)}, name them with --split train=GLOB" * bool(readable))
-        )
-    return chosen
+def _open(place: Path, name: str) -> BinaryIO:
+    """A file that the user named, or one of a folder, which no link leads out of."""
+    return open_inside(place, name) if place.is_dir() else open_regular(place)
 
 
-def local_source(
-    path: Path, *, column: str, separator: str, patterns: Mapping[str, str]
-) -> tuple[Source, dict[str, Path]]:
-    """Describes a file or a folder, and where each of its files lies."""
-    root = path if path.is_dir() else path.parent
-    if path.is_dir():
-        names = [
-            file.relative_to(root).as_posix()
-            for file in path.rglob("*")
-            if file.is_file() and not any(p.startswith(".") for p in file.relative_to(root).parts)
-        ]
-        chosen = choose(names, patterns, str(path))
-    elif format_of(path.name) is None:
-        raise UsageError(
-            f"{path}: is no parquet, jsonl or text file by its name; name it .parquet, .jsonl or "
-            ".txt (the last two also with .gz or .zst)"
-        )
-    else:
-        chosen = {TRAIN: [path.name]}
-    files = tuple(
-        SourceFile(
-            path=name, size=(root / name).stat().st_size, digest=sha256(root / name), split=split
-        )
-        for split in SPLITS
-        for name in chosen.get(split, ())
-    )
-    source = Source(
-        kind="local",
-        name=path.resolve().name,
-        revision=None,
-        column=column,
-        separator=separator,
-        files=files,
-    )
-    return source, {file.path: root / file.path for file in files}
-
-
-def read_texts(path: Path, *, column: str, separator: str) -> Iterator[str | None]:
-    """The texts of a file, in order; None where there is none.
-
-    Raises:
-        UsageError: The file cannot be read, or has no texts under that column.
-    """
-    format_ = format_of(path.name)
+def _described(place: Path, name: str, split: Any) -> SourceFile:
     try:
-        if format_ == "parquet":
-            yield from _parquet(path, column)
-        elif format_ == "json":
-            yield from _json_lines(path, column)
-        else:
-            yield from _text(path, separator)
-    except MoeconvError:
-        raise
-    except (OSError, EOFError, ValueError) as error:  # pyarrow's errors are among them
-        reason = first_line(error)
-        raise UsageError(f"{path}: cannot be read as {format_} ({reason})") from error
-
-
-def _parquet(path: Path, column: str) -> Iterator[str | None]:
-    pa = _pyarrow()
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        if column not in schema.names:
-            raise UsageError(
-                f"{path}: has no column {column!r}; name one of {_some(schema.names)} with --column"
-            )
-        kind = schema.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise UsageError(f"{path}: column {column!r} holds {kind}, not text")
-        for batch in file.iter_batches(_ROWS_AT_A_TIME, columns=[column], use_threads=False):
-            yield from batch.column(0).to_pylist()
-
-
-def _json_lines(path: Path, column: str) -> Iterator[str | None]:
-    with _opened(path) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                value: Any = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{path}: line {number} is not JSON ({error})") from None
-            if not isinstance(value, dict) or column not in value:
-                raise UsageError(
-                    f"{path}: line {number} is no object with a field {column!r}"
-                    + (f"; name one of {_some(list(value))} with --column" if value else "")
-                )
-            text = value[column]
-            if text is not None and not isinstance(text, str):
-                raise UsageError(f"{path}: line {number}: {column!r} is not text")
-            # A lone surrogate, which JSON can spell and UTF-8 cannot, becomes U+FFFD.
-            yield text and text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-
-
-def _text(path: Path, separator: str) -> Iterator[str]:
-    with _opened(path) as stream:
-        rest = ""
-        while block := stream.read(_BLOCK):
-            *whole, rest = (rest + block).split(separator)
-            yield from whole
-        yield rest
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[IO[str]]:
-    with contextlib.ExitStack() as opened:
-        raw: Any = opened.enter_context(path.open("rb"))
-        if path.suffix.lower() == ".gz":
-            raw = opened.enter_context(gzip.GzipFile(fileobj=raw))
-        elif path.suffix.lower() == ".zst":
-            raw = io.BufferedReader(_pyarrow().input_stream(raw, compression="zstd"))
-        # Only "\n" ends a line, as JSON lines want it; a text keeps its "\r".
-        yield opened.enter_context(io.TextIOWrapper(raw, encoding="utf-8", newline="\n"))
-
-
-def _pyarrow() -> Any:
-    """pyarrow, which reads parquet and zstd."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise MissingPackageError(
-            'reading parquet or .zst needs pyarrow: pip install "moeconv[train]"'
-        ) from None
-    return pyarrow
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:8])
-    return f"{shown}, …" if len(names) > 8 else shown or "none"
+        with _open(place, name) as file:
+            raw: Any = file  # a BufferedReader
+            digest = hashlib.file_digest(raw, "sha256").hexdigest()
+            return SourceFile(path=name, size=file.tell(), digest=digest, split=split)
+    except OSError as error:
+        raise UsageError(f"{error.filename or place}: {error.strerror}") from None

@@ -2,17 +2,15 @@
 
 import hashlib
 import importlib.util
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from moeconv_train.data.packing import Layout
 from tokenizers import Tokenizer
 
 from moeconv.errors import TokenizerError
-from moeconv.hf.tokenizer import TokenizerFiles, read_tokenizer
+from moeconv.hf.tokenizer import read_tokenizer
 
 LLAMA3 = "llama3"
 # Ships with maxtext; the digest is of the file that Meta published and 0.2.5 holds.
@@ -24,23 +22,14 @@ _BATCH = 2048
 
 @dataclass(frozen=True)
 class DataTokenizer:
-    """A tokenizer as data is prepared with it.
+    """A tokenizer as data is prepared with it."""
 
-    Attributes:
-        source: What was asked for.
-        files: What is written into the data's directory, by name.
-        size: Rows that the model's embedding needs.
-        bos, eos: Ids around each story.
-        pad: The id that MaxText's own pipeline would pad with and mask everywhere.
-        notes: What differs from the source and why.
-    """
-
-    source: str
-    files: Mapping[str, bytes]
-    size: int
+    source: str  # what was asked for
+    files: Mapping[str, bytes]  # what is written into the data's directory
+    size: int  # rows that the model's embedding needs
     bos: int
     eos: int
-    pad: int
+    pad: int  # 0 where there is none, as for MaxText; our rows are not masked by it
     notes: tuple[str, ...] = ()
 
     @property
@@ -49,20 +38,17 @@ class DataTokenizer:
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
 
-def load(spec: str, layout: Layout) -> DataTokenizer:
-    """Reads the tokenizer that `--tokenizer` names, checked for `layout`.
+def load(spec: str) -> DataTokenizer:
+    """Reads the tokenizer that `--tokenizer` names.
 
     Args:
         spec: `llama3` (offline, from the ranks file that ships with maxtext), a directory with a
             `tokenizer.json`, a file of tiktoken ranks, or a repository on the Hub.
-        layout: What the tokens will be written as.
 
     Raises:
-        TokenizerError: It cannot be read, names no BOS or EOS, or MaxText's pipeline would mask
-            tokens of the stories as padding.
+        TokenizerError: It cannot be read, or names no BOS or EOS.
     """
     read = read_tokenizer(str(_llama3()) if spec == LLAMA3 else spec, model_max_length=None)
-    read = replace(read, source=spec)
     bos, eos = read.bos_token_id, read.eos_token_id
     if bos is None or eos is None:
         missing = [name for name, id in (("bos_token", bos), ("eos_token", eos)) if id is None]
@@ -70,71 +56,7 @@ def load(spec: str, layout: Layout) -> DataTokenizer:
             f"{spec}: tokenizer_config.json names no {' and no '.join(missing)}; stories are "
             "written as BOS story EOS, so add it"
         )
-    if layout != "packed":
-        read = _with_pad(read)
-    return DataTokenizer(
-        source=spec,
-        files=read.files,
-        size=read.size,
-        bos=bos,
-        eos=eos,
-        pad=pad_of(read),
-        notes=read.notes,
-    )
-
-
-def pad_of(tokenizer: TokenizerFiles) -> int:
-    """The id MaxText pads with: pad, else unk, else 0 (data_processing_utils.py)."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}"))
-    unk = config.get("unk_token")
-    if unk is None:
-        return 0
-    text = unk["content"] if isinstance(unk, dict) else unk
-    found = Tokenizer.from_buffer(tokenizer.files["tokenizer.json"]).token_to_id(text)
-    return 0 if found is None else int(found)
-
-
-def _with_pad(tokenizer: TokenizerFiles) -> TokenizerFiles:
-    """Gives a tokenizer without a padding token a reserved one, so that no story has it.
-
-    MaxText's pipeline masks every token that equals the pad id, as an input and as a target
-    (input_pipeline_utils.py, `PadOrTrimToMaxLength` and `shift_and_refine`). Llama-3 names none:
-    it would be 0, the exclamation mark, which a model then never learns to write.
-    """
-    source = tokenizer.source
-    if tokenizer.pad_token_id is not None:
-        if tokenizer.pad_token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-            raise TokenizerError(
-                f"{source}: pad_token is also BOS or EOS, which MaxText would then mask in every "
-                "story; give the tokenizer a pad_token of its own, or use --layout packed"
-            )
-        return tokenizer
-    content = json.loads(tokenizer.files["tokenizer.json"])
-    reserved = [
-        (token["id"], token["content"])
-        for token in content.get("added_tokens") or []
-        if token.get("special") and "reserved" in token["content"]
-    ]
-    if not reserved:
-        raise TokenizerError(
-            f"{source}: names no pad_token, and MaxText would take id 0 for it and mask that token "
-            "in every story; give the tokenizer a pad_token, or use --layout packed"
-        )
-    pad, text = min(reserved)
-    config = json.loads(tokenizer.files.get("tokenizer_config.json", b"{}")) | {"pad_token": text}
-    files = dict(tokenizer.files)
-    files["tokenizer_config.json"] = (
-        json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-    ).encode()
-    if "special_tokens_map.json" in files:
-        names = json.loads(files["special_tokens_map.json"]) | {"pad_token": text}
-        files["special_tokens_map.json"] = (
-            json.dumps(names, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
-        ).encode()
-    note = f"{source}: names no pad_token; {text} (id {pad}) written as one, as MaxText masks by id"
-    return replace(tokenizer, files=files, pad_token_id=pad, notes=(*tokenizer.notes, note))
+    return DataTokenizer(spec, read.files, read.size, bos, eos, read.pad_token_id or 0, read.notes)
 
 
 class Encoder:

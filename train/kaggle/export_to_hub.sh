@@ -9,9 +9,10 @@
 # it can be repeated: what the Hub has is not sent again.
 #
 # To verify, MaxText and torch must be in one environment, which that of a training on GPUs is not:
-# their CUDA libraries exclude each other. $PYTHON is a Python with `moeconv[train,verify]`; without
-# it that of $EXPORT_VENV (~/.moeconv-export-venv), of $VENV (~/.moeconv-venv, of kaggle_train.sh)
-# or the `python` of this shell, the first that has both; if none has, $EXPORT_VENV is made.
+# their CUDA libraries exclude each other. $PYTHON is the Python of an environment with moeconv and its
+# extras train and verify; without it that of $EXPORT_VENV (~/.moeconv-export-venv), of $VENV
+# (~/.moeconv-venv, of kaggle_train.sh) or the `python` of this shell, the first that has both; if
+# none has, $EXPORT_VENV is made.
 set -euo pipefail
 
 usage() {
@@ -50,6 +51,7 @@ export it: os.environ['HF_TOKEN'] = UserSecretsClient().get_secret('HF_TOKEN')"
 
 out=${MOECONV_OUT:-$run-hf}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+. "$here/environment.sh"
 env=${EXPORT_VENV:-$HOME/.moeconv-export-venv}
 scratch=$(mktemp -d)
 
@@ -81,7 +83,7 @@ names = "moeconv", "maxtext", "torch", "transformers"
 sys.exit(any(importlib.util.find_spec(name) is None for name in names))' 2>/dev/null
 }
 
-advice="make one, python3 -m venv DIR && DIR/bin/pip install 'moeconv[train,verify]', and set PYTHON=DIR/bin/python"
+advice="make one in a checkout of moeconv, python3 -m venv DIR && DIR/bin/pip install '.[train,verify]', and set PYTHON=DIR/bin/python"
 if [ -n "${PYTHON:-}" ]; then
   python=$PYTHON
   fits "$python" || die "PYTHON=$python is not of an environment with moeconv, MaxText, torch and transformers; $advice"
@@ -96,7 +98,6 @@ else
   if [ -z "$python" ]; then
     [ -f "$here/../../pyproject.toml" ] ||
       die "no environment has moeconv, MaxText, torch and transformers, and this script lies in no checkout to install them from; $advice"
-    . "$here/environment.sh"
     make_env "$env" train verify
     python=$env/bin/python
     fits "$python" || die "$env was made without MaxText, torch or transformers; remove it and run this again"

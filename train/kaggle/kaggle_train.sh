@@ -14,6 +14,8 @@
 #   NEW       1 begins a new run although another run's output is attached
 #   CHECK     0 leaves out `--check`, which compiles the step once more: half a minute on two
 #             cores, not timed on Kaggle (1)
+#   TRIAL     0 leaves out the trial of a new run: a few minutes in which the stock step and the
+#             patched one are timed and compared here, and the better one is kept (1)
 set -euo pipefail
 
 for word in "$@"; do
@@ -28,6 +30,13 @@ for word in "$@"; do
       ;;
   esac
 done
+
+# A notebook gives its commands a terminal, where the progress line is rewritten at every step: that
+# is megabytes of output by the end. Into a pipe it is a line every ten seconds.
+if [ -t 1 ]; then
+  bash "${BASH_SOURCE[0]}" "$@" 2>&1 | (trap '' INT; exec cat)
+  exit
+fi
 
 session=${SESSION:-11h30m}
 work=${WORK:-/kaggle/working}
@@ -59,8 +68,13 @@ words=("$@" "base_output_directory=$work/runs")
 run_name() { # of the run that these words mean, which a recipe may name
   local plan
   plan=$("$moeconv" train "${words[@]}" --dry-run --json) || return
-  python3 -c 'import json, os, sys; print(os.path.basename(json.load(sys.stdin)["plan"]["run_dir"]))' \
-    <<<"$plan"
+  # An image's sitecustomize may print before the JSON and behind it; -S runs none here.
+  python3 -I -S -c 'if True:
+    import json, os, re, sys
+    text = sys.stdin.read()
+    begin = re.search(r"\{\s*\"plan\":", text).start()
+    plan = json.JSONDecoder().raw_decode(text, begin)[0]["plan"]
+    print(os.path.basename(plan["run_dir"]))' <<<"$plan"
 }
 
 # What is attached below INPUT; at most `notebooks/OWNER/NAME/VERSION/FOLDER/runs/RUN/moeconv.json`.
@@ -72,8 +86,13 @@ attached() { # attached GLOB: sidecars of runs of that name; a model's manifest 
       [ -e "$(dirname "$found")/config.json" ] || echo "$found"
     done
 }
-last_step() { # last_step RUN: of its highest checkpoint; -1 where it has none
-  { ls "$1/checkpoints" 2>/dev/null || true; } | { grep -xE '[0-9]+' || echo -1; } | sort -n | tail -1
+last_step() { # last_step RUN: of its highest whole checkpoint; -1 where it has none
+  local each step last=-1
+  for each in "$1"/checkpoints/*/items/_METADATA; do
+    step=$(basename "${each%/items/_METADATA}")
+    [[ $step =~ ^(0|[1-9][0-9]*)$ && $step -gt $last ]] && last=$step
+  done
+  echo "$last"
 }
 # The last session's output, wherever it is attached: its runs and its prepared data. Of several
 # the one that is furthest: files that Kaggle attaches do not keep their times. What is in WORK
@@ -84,15 +103,24 @@ last_run() { # last_run NAME: that with the highest checkpoint
     printf '%s %s\n' "$(last_step "$(dirname "$sidecar")")" "$(dirname "$sidecar")"
   done | sort -n | tail -1 | cut -d' ' -f2-
 }
-take() { # take DIR...: copies in WORK/runs, all whole or none
+take() { # take DIR...: copies in WORK/runs, all whole or none; of checkpoints the last
+  local from to step
   rm -rf "$work/runs.partial"
-  mkdir -p "$work/runs.partial"
-  cp -rL "$@" "$work/runs.partial"
+  for from in "$@"; do
+    to=$work/runs.partial/$(basename "$from") step=$(last_step "$from")
+    mkdir -p "$to"
+    find -L "$from" -mindepth 1 -maxdepth 1 ! -name checkpoints -exec cp -rL -t "$to" {} +
+    if [ "$step" != -1 ]; then
+      mkdir "$to/checkpoints"
+      cp -rL "$from/checkpoints/$step" "$to/checkpoints"
+    fi
+  done
   chmod -R u+w "$work/runs.partial"
   mv "$work/runs.partial" "$work/runs"
 }
+name=$(run_name)
+run=$work/runs/$name
 if [ ! -e "$work/runs" ]; then
-  name=$(run_name)
   last=$(last_run "$name")
   data=${last:+$(dirname "$last")/data}
   if [ ! -d "$data" ]; then
@@ -127,14 +155,24 @@ if [ "${CHECK:-1}" != 0 ]; then
   "$moeconv" train "${words[@]}" --check
 fi
 
+if [ "${TRIAL:-1}" != 0 ] && [ "$(last_step "$run")" = -1 ] && [ ! -e "$run/trial.json" ]; then
+  say "trying which step is the faster one here"
+  code=0
+  "$moeconv" train "${words[@]}" --trial || code=$?
+  [ "$code" != 130 ] || exit 130
+  [ "$code" = 0 ] || say "WARNING: the trial failed (exit code $code); training as the recipe says"
+fi
+
 left=$((limit - SECONDS))
 [ "$left" -gt 0 ] || { echo "SESSION=$session is over before training began" >&2; exit 2; }
 say "training for at most $left s"
 code=0
 "$moeconv" train "${words[@]}" --time-limit "${left}s" || code=$?
 if [ "$code" = 14 ]; then
-  say "not finished: attach this notebook's output to it as an input, and run it again"
+  step=$(last_step "$run")
+  say "not finished: attach this notebook's output to it as an input, and run it again" \
+    "$([ "$step" = -1 ] || echo "with AT_LEAST=$step")"
   exit 0
 fi
-[ "$code" = 0 ] && say "finished: train/kaggle/export_to_hub.sh RUN_DIR converts, verifies and pushes"
+[ "$code" = 0 ] && say "finished: train/kaggle/export_to_hub.sh $run converts, verifies and pushes"
 exit "$code"

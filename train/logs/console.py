@@ -58,11 +58,3 @@ def _put_back(saved: dict[int, int]) -> None:
     for fd, copy in saved.items():
         os.dup2(copy, fd)
         os.close(copy)
-
-
-def last_lines(path: Path, count: int = 15) -> str:
-    """The end of a log, to look at when something went wrong."""
-    try:
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
-    except OSError:
-        return ""

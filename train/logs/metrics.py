@@ -14,6 +14,16 @@ from moeconv.arch.sidecar import METRICS_NAME, MetricsLine
 from moeconv.errors import OutputError
 from moeconv.untrusted import files, strict_json
 
+# A line's fields that MaxText, or loss scaling, has by another name.
+_FIELDS = {
+    "total_loss": "loss",
+    "learning_rate": "current_learning_rate",
+    "load_balance_loss": "moe_lb_loss",
+    "grad_norm": "raw_grad_norm",
+    "loss_scale": "loss_scale",
+    "skipped_steps": "skipped_steps",
+}
+
 
 class MetricsFile:
     """The file of a run, open for more.
@@ -43,19 +53,16 @@ class MetricsFile:
             raise OutputError(f"{self.path}: {error.strerror}; move it away") from None
         lines, damaged = _parse(before)
         kept = [line for line in lines if line.step <= start_step]
-        text = "".join(_dump(line) for line in kept).encode()
+        text = "".join(map(_dump, kept)).encode()
         if before != text:
-            copy = next(c for n in itertools.count(1) if not (c := _copy(self.path, n)).exists())
-            write_bytes(copy, before)
+            names = (f"{METRICS_NAME}.{number}" for number in itertools.count(1))
+            copy = next(name for name in names if not (run_dir / name).exists())
+            write_bytes(run_dir / copy, before)
             write_bytes(self.path, text)
             logging.warning(
-                "%s: begins anew at step %d without %d lines (%d of them cannot be read); the file "
-                "as it was is %s",
-                self.path,
-                start_step,
-                len(lines) + damaged - len(kept),
-                damaged,
-                copy.name,
+                f"{self.path}: begins anew at step {start_step}, without "
+                f"{len(lines) + damaged - len(kept)} lines ({damaged} of them cannot be read); the "
+                f"file as it was is {copy}"
             )
         trained = [line.tokens for line in kept if line.kind == "train" and line.tokens]
         self.tokens = trained[-1] if trained else 0
@@ -86,24 +93,20 @@ def train_line(
             lags behind, and has saves and evaluations in it.
     """
     weights = int(float(scalars["learning/total_weights"]))
-    scale = scalars.get("learning/loss_scale")
-    skipped = scalars.get("learning/skipped_steps")
-    extra = {
-        name: _finite(scalars.get(f"learning/{key}"))
-        for name, key in (("load_balance_loss", "moe_lb_loss"), ("grad_norm", "raw_grad_norm"))
+    found = {
+        name: float(scalars[f"learning/{key}"])
+        for name, key in _FIELDS.items()
+        if f"learning/{key}" in scalars
     }
     return MetricsLine(
         kind="train",
         step=step + 1,
         loss=float(scalars["learning/lm_loss"]),
         tokens=tokens + weights,
-        total_loss=_finite(scalars["learning/loss"]),
-        learning_rate=_finite(scalars.get("learning/current_learning_rate")),
-        loss_scale=None if scale is None else float(scale),
-        skipped_steps=None if skipped is None else int(skipped),
+        skipped_steps=int(found.pop("skipped_steps")) if "skipped_steps" in found else None,
         seconds=None if seconds is None else round(seconds, 6),
         tokens_per_second=round(weights / seconds, 3) if seconds else None,
-        **{name: value for name, value in extra.items() if value is not None},
+        **{name: value for name, value in found.items() if math.isfinite(value)},
     )
 
 
@@ -139,14 +142,5 @@ def _parse(content: bytes) -> tuple[list[MetricsLine], int]:
     return lines, damaged
 
 
-def _copy(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.{number}")
-
-
 def _dump(line: MetricsLine) -> str:
     return json.dumps(line.model_dump(exclude_none=True)) + "\n"
-
-
-def _finite(value: Any) -> float | None:
-    number = None if value is None else float(value)
-    return number if number is not None and math.isfinite(number) else None

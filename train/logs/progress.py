@@ -1,6 +1,7 @@
-"""One line that says how far a run is: rewritten on a terminal, now and then elsewhere."""
+"""How far a run is: one line that is rewritten on a terminal, now and then a line elsewhere."""
 
 import contextlib
+import datetime
 import logging
 import os
 import time
@@ -10,12 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
 from moeconv.arch.sidecar import MetricsLine
+from moeconv.untrusted.text import printable
 
 # Lines into a file or a pipe are this far apart, rewritten ones on a terminal that far.
 _LINES, _REWRITES = 10.0, 0.2
 # Steps that a rate is the mean of.
 _WINDOW = 200
+_GONE = (OSError, ValueError, RuntimeError)
 
 
 @dataclass
@@ -39,7 +46,18 @@ class Progress:
     _window: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
     _last: float | None = None
     _shown: float = float("-inf")
-    _width: int = 0
+    _live: Live | None = None
+
+    def __post_init__(self) -> None:
+        if self.stream is not None and self.stream.isatty():
+            console = Console(file=self.stream, force_terminal=True)
+            if console.is_interactive:  # not TERM=dumb
+                self._live = Live(
+                    console=console,
+                    auto_refresh=False,
+                    redirect_stdout=False,  # the log has it
+                    redirect_stderr=False,
+                )
 
     @property
     def rate(self) -> float | None:
@@ -80,37 +98,26 @@ class Progress:
         if line.seconds:
             self._window.append((line.seconds, tokens))
         self.completed = line.step
-        self._show(self._text(line), final=line.step >= self.steps or not self._window)
+        now, every = self.clock(), _REWRITES if self._live else _LINES
+        final = line.step >= self.steps or not self._window
+        if final or now - self._shown >= every:
+            self._shown = now
+            self._say(self._text(line), self._live)
 
     def evaluation(self, line: MetricsLine) -> None:
         """An evaluation is done: a line of its own."""
-        took = "" if line.seconds is None else f" in {duration(line.seconds)}"
+        took = "" if line.seconds is None else f" in {_time(line.seconds)}"
         self.note(f"step {line.step:,}: validation loss {line.loss:.4f}{took}")
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        wiped = "\r" + " " * self._width + "\r" if self._width else ""
-        self._width = 0
-        self._write(f"{wiped}{text}\n")
+        self._say(printable(text))
 
     def close(self) -> None:
-        """Leaves a rewritten line where it is."""
-        if self._width:
-            self._width = 0
-            self._write("\n")
-
-    def _write(self, text: str) -> None:
-        """Never a reason to fail: whoever listened may be gone (`moeconv train 2>&1 | head`)."""
-        if self.stream is None:
-            return
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except (OSError, ValueError, RuntimeError) as error:
-            stream, self.stream = self.stream, None
-            logging.warning("nobody reads the progress any more (%s); the run goes on", error)
-            with contextlib.suppress(OSError, ValueError, RuntimeError):
-                _forget(stream)
+        """Leaves the rewritten line where it is."""
+        if self._live:
+            with contextlib.suppress(*_GONE):
+                self._live.stop()
 
     def _text(self, line: MetricsLine) -> str:
         parts = [
@@ -125,34 +132,29 @@ class Progress:
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.1%}")
         if self.seconds_left is not None and line.step < self.steps:
-            parts.append(f"{duration(self.seconds_left)} left")
+            parts.append(f"{_time(self.seconds_left)} left")
         return "  ".join(parts)
 
-    def _show(self, text: str, *, final: bool) -> None:
-        now = self.clock()
+    def _say(self, text: str, rewritten: Live | None = None) -> None:
+        """Never a reason to fail: whoever listened may be gone (`moeconv train 2>&1 | head`)."""
         if self.stream is None:
             return
-        terminal = not self.stream.closed and self.stream.isatty()
-        if not final and now - self._shown < (_REWRITES if terminal else _LINES):
-            return
-        self._shown = now
-        if not terminal:
-            self._write(text + "\n")
-        else:
-            padded = text.ljust(self._width)
-            self._width = max(self._width, len(text))
-            self._write("\r" + padded)
+        try:
+            if rewritten:
+                rewritten.start()
+                rewritten.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+            elif self._live:
+                self._live.console.print(Text(text), soft_wrap=True)
+            else:
+                print(text, file=self.stream, flush=True)
+        except _GONE as error:
+            stream, self.stream = self.stream, None
+            logging.warning("nobody reads the progress any more (%s); the run goes on", error)
+            # It still holds what it could not write, and would fail again when it is closed.
+            with contextlib.suppress(*_GONE), Path(os.devnull).open("w") as nothing:
+                os.dup2(nothing.fileno(), stream.fileno())
 
 
-def _forget(stream: IO[str]) -> None:
-    """Points it at nothing, or what it still holds would fail again when it is closed."""
-    with Path(os.devnull).open("w", encoding="utf-8") as nothing:
-        os.dup2(nothing.fileno(), stream.fileno())
-
-
-def duration(seconds: float) -> str:
-    """Two units at most: `3 h 05 min`, `12 min`, `8.1 s`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min"
+def _time(seconds: float) -> str:
+    """As `17:05:00`; of what is short, tenths of a second."""
+    return f"{seconds:.1f} s" if seconds < 60 else str(datetime.timedelta(seconds=round(seconds)))

@@ -1,30 +1,30 @@
-"""Weights & Biases as MaxText uses it: the same run on resume, and never a reason to fail.
+"""Weights & Biases: one run for as long as the directory lives, and never a reason to fail.
 
-MaxText calls `wandb.init(project, name, resume="allow")` and `wandb.log`; entity, run id, mode and
-directory reach it through the environment.
+MaxText's own `wandb.init` (common/metric_logger.py) cannot name a run's id, entity or directory. We
+begin the run first; MaxText's call then returns the live one, as wandb does by default.
 """
 
 import contextlib
 import importlib
-import netrc
 import os
 import re
 import secrets
 import string
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from moeconv_train import seams
 from moeconv_train.data.records import write_bytes
-from moeconv_train.settings import WandbSettings
+from moeconv_train.sidecar import public_config
 from moeconv_train.words import first_line
+
+from moeconv.untrusted import files
 
 ID_NAME = "wandb-run-id.txt"
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _ALPHABET = string.ascii_lowercase + string.digits
-_FINISH_SECONDS = 60.0
+_SECONDS = 60.0  # for init, and for the upload of what is left at the end
 
 
 def missing() -> str | None:
@@ -32,7 +32,7 @@ def missing() -> str | None:
     try:
         importlib.import_module("wandb")
     except ImportError:
-        return 'wandb is not installed, so nothing is logged there: pip install "moeconv[train]"'
+        return 'wandb is not installed, so nothing is logged there: pip install ".[train]"'
     except Exception as error:  # a broken installation is no reason either
         return f"wandb cannot be imported ({type(error).__name__}), so nothing is logged there"
     return None
@@ -43,98 +43,76 @@ def run_id(run_dir: Path) -> str:
 
     WANDB_RUN_ID counts for a new run; the directory's own id for one that goes on.
     """
-    path = run_dir / ID_NAME
-    if path.is_file():
-        found = path.read_text(encoding="utf-8").strip()
+    with contextlib.suppress(FileNotFoundError):
+        found = files.read_inside(run_dir, ID_NAME).decode(errors="replace").strip()
         if _ID.fullmatch(found):
             return found
     given = os.environ.get("WANDB_RUN_ID", "")
     made = given if _ID.fullmatch(given) else "".join(secrets.choice(_ALPHABET) for _ in range(8))
-    write_bytes(path, f"{made}\n".encode())
+    write_bytes(run_dir / ID_NAME, f"{made}\n".encode())
     return made
 
 
-def environment(run_dir: Path, settings: WandbSettings) -> dict[str, str]:
-    """The variables that wandb reads; those that the user set keep their values."""
-    found = {"WANDB_RUN_ID": run_id(run_dir), "WANDB_DIR": str(run_dir)}
-    defaults = {"WANDB_SILENT": "true", "WANDB_CONSOLE": "off"}
-    if settings.entity:
-        defaults["WANDB_ENTITY"] = settings.entity
-    if not has_key():
-        defaults["WANDB_MODE"] = "offline"
-    return found | {key: value for key, value in defaults.items() if not os.environ.get(key)}
-
-
-def has_key() -> bool:
-    """Whether wandb would find a key: in the environment, or left by `wandb login`."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
-    try:
-        return bool(host and netrc.netrc(os.environ.get("NETRC")).authenticators(host))
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
 @contextlib.contextmanager
-def guarded(config: Callable[[], Mapping[str, Any]], note: Callable[[str], None]) -> Iterator[None]:
-    """While this is open, nothing that wandb does ends the run.
-
-    An `init` that fails is tried again offline, and given up if that fails too; the first `log`
-    that fails is told.
+def logged(
+    run_dir: Path, config: Any, entity: str | None, note: Callable[[str], None]
+) -> Iterator[None]:
+    """A run of W&B while this is open; nothing that wandb does ends ours.
 
     Args:
-        config: The run's config, for W&B's page of it.
+        run_dir: Keeps the run's id and what W&B writes.
+        config: MaxText's.
+        entity: Whose run it is, unless WANDB_ENTITY says so.
         note: Takes sentences for people.
     """
     wandb: Any = importlib.import_module("wandb")
-    init, log = wandb.init, wandb.log
-    state = {"alive": False}
+    run, log = _begin(wandb, run_dir, config, entity, note), wandb.log
+    failed = False
 
-    def guarded_init(*args: Any, **kwargs: Any) -> Any:
-        for mode in (None, "offline"):
-            try:
-                run = init(*args, **kwargs, **({"mode": mode} if mode else {}))
-                run.config.update(dict(config()), allow_val_change=True)
-            except Exception as error:
-                note(f"W&B: {first_line(error)}; {'not used' if mode else 'logging offline'}")
-                continue
-            state["alive"] = True
-            return run
-        return None
-
-    def guarded_log(*args: Any, **kwargs: Any) -> None:
-        if not state["alive"]:
-            return
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        nonlocal failed
         try:
-            log(*args, **kwargs)
+            if not failed:
+                log(*args, **kwargs)
         except Exception as error:
-            state["alive"] = False
+            failed = True
             note(f"W&B: {first_line(error)}; logging there ends, the run goes on")
 
-    wandb.init, wandb.log = guarded_init, guarded_log
     try:
-        yield
+        with seams.replaced(wandb, log=guarded):
+            yield
     finally:
-        wandb.init, wandb.log = init, log
-        if state["alive"]:
-            _finish(wandb, note)
-
-
-def _finish(wandb: Any, note: Callable[[str], None]) -> None:
-    """Lets wandb upload what is left, for a while."""
-    trouble: list[str] = []
-
-    def finish() -> None:
         try:
-            wandb.finish()
+            run.finish()
         except Exception as error:
-            trouble.append(first_line(error))
+            note(f"W&B: {first_line(error)}; `wandb sync {run_dir}/wandb` uploads what is left")
 
-    thread = threading.Thread(target=finish, daemon=True)
-    thread.start()
-    thread.join(_FINISH_SECONDS)
-    if thread.is_alive():
-        trouble.append(f"is still uploading after {_FINISH_SECONDS:.0f} s")
-    for text in trouble:
-        note(f"W&B: {text}; `wandb sync` uploads what is in the run's wandb folder")
+
+def _begin(
+    wandb: Any, run_dir: Path, config: Any, entity: str | None, note: Callable[[str], None]
+) -> Any:
+    """The run: online, else offline, else one that keeps nothing."""
+    wanted = os.environ.get("WANDB_MODE") or "online"
+    for mode, otherwise in ((wanted, "logging offline"), ("offline", "not used")):
+        wandb.setup(wandb.Settings(mode=mode))  # for MaxText's call too, which looks for a key
+        try:
+            return wandb.init(
+                entity=os.environ.get("WANDB_ENTITY") or entity,
+                project=config.wandb_project_name,
+                name=config.wandb_run_name,
+                id=run_id(run_dir),
+                resume="allow",
+                dir=str(run_dir),
+                config=public_config(config.get_keys()),
+                settings=wandb.Settings(
+                    silent=True,
+                    console="off",
+                    init_timeout=_SECONDS,
+                    finish_timeout=_SECONDS,
+                    finish_timeout_raises=True,
+                ),
+            )
+        except Exception as error:
+            note(f"W&B: {first_line(error).rstrip('.')}; {otherwise}")
+    wandb.setup(wandb.Settings(mode="disabled"))
+    return wandb.init()

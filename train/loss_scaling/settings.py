@@ -1,10 +1,10 @@
 """How the loss is scaled, and which settings of MaxText do not go with FP16."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from moeconv.errors import ConfigError
 
@@ -20,7 +20,9 @@ class LossScaleSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Mode | None = Field(None, description="None: dynamic for dtype float16, else off.")
+    mode: Annotated[Mode | None, BeforeValidator(lambda told: "off" if told is False else told)] = (
+        Field(None, description="None: dynamic for dtype float16, else off.")
+    )  # YAML reads the word off as false
     initial: float = Field(2.0**15, description="S of the first step.")
     growth_interval: int = Field(2000, ge=1, description="Good steps in a row before S grows.")
     growth_factor: float = Field(2.0, ge=1)

@@ -1,25 +1,29 @@
-"""Compiles MaxText's own train step ahead of time, in a process of its own; memory.py starts it.
+"""Compiles MaxText's own train and evaluation step ahead of time, in a process of its own.
 
 As MaxText's trainers/pre_train/train_compile.py does for TPUs, whose functions it uses, but for
-CUDA devices that need not be there. Reads one JSON request from stdin, writes one JSON object a
-line to the file descriptor in its argument.
+CUDA devices that need not be there. memory.py starts it: one JSON request on stdin, and for each of
+its variants one JSON object a line on stdout.
 """
 
 import contextlib
-import importlib
 import json
+import math
 import os
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from moeconv_train.preflight import patches
+from moeconv_train.preflight.report import MemoryRow
 from moeconv_train.words import first_line
 
-# What the compiled step does not depend on, and what must not touch the network or the disk.
+# What the compiled steps do not depend on, and what must not touch the network or the disk.
 _HARMLESS = {
+    "hardware": "gpu",
     "dataset_type": "synthetic",
     "eval_interval": -1,
     "skip_jax_distributed_system": True,
@@ -35,185 +39,135 @@ _HARMLESS = {
 
 
 class _RefusedError(Exception):
-    """MaxText does not take the config; its own exception is the cause."""
+    """MaxText does not take the config."""
 
 
 def main() -> None:
     """One request."""
-    request = json.load(sys.stdin)
-    with os.fdopen(int(sys.argv[1]), "w", encoding="utf-8") as out:
-        try:
-            devices, usable = _devices(request)
-        except Exception as error:
-            _say(out, kind="error", stage="devices", message=_one_line(error))
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # MaxText prints
+    serve(json.load(sys.stdin), out)
+
+
+def serve(request: Mapping[str, Any], out: IO[str]) -> None:
+    """Answers it, up to the first variant that fits if no more is asked for."""
+    devices, limit = _devices(request["target_config"], request["devices"])
+    for variant in request["variants"]:
+        answer = _answer(request, variant, devices, variant["usable"] or limit)
+        print(json.dumps(answer), file=out, flush=True)
+        if request["until_fit"] and answer.get("total", math.inf) <= answer.get("usable", 0):
             return
-        for index, variant in enumerate(request["variants"]):
-            try:
-                with tempfile.TemporaryDirectory() as scratch, _patched(variant["patch"]):
-                    config = _config(request, variant, scratch)
-                    step = _Step(config, devices)
-                    if index == 0:
-                        _say(out, kind="state", **step.state_size())
-                    if request["state_only"]:
-                        return
-                    row = step.compile(request)
-            except Exception as error:
-                refused = isinstance(error, _RefusedError)
-                message = _one_line(error.__cause__ if refused and error.__cause__ else error)
-                _say(out, kind="error", stage=variant["name"], refused=refused, message=message)
-                continue
-            _say(out, kind="row", name=variant["name"], usable=usable, **row)
-            if request["until_fit"] and row["total"] <= (usable or 0):
-                return
 
 
-def _say(out: IO[str], **what: Any) -> None:
-    out.write(json.dumps(what) + "\n")
-    out.flush()
-
-
-def _one_line(error: BaseException) -> str:
-    kind = type(error).__name__
-    text = first_line(error)
-    named = text == kind or callable(getattr(error, "errors", None))  # pydantic's names a field
-    return text if named else f"{kind}: {text}"
-
-
-def _devices(request: Mapping[str, Any]) -> tuple[list[Any], int | None]:
-    """The devices to compile for, and how many bytes of each JAX would allocate."""
+def _devices(target_config: str | None, count: int) -> tuple[list[Any], int]:
+    """The devices to compile for, and how many bytes of each JAX would allocate if it is there."""
     import jax
 
-    if request["state_only"]:
-        return jax.devices()[: request["devices"] or None], None
-    if request["target_config"] is None:
-        found = jax.devices("cuda")[: request["devices"] or None]
+    if target_config is None:
+        found = jax.devices("cuda")[:count]
         return found, int(found[0].memory_stats()["bytes_limit"])
     from jax.experimental.topologies import get_topology_desc
 
-    shape = f"1x1x{request['devices']}"
+    shape = f"1x1x{count}"
     topology = get_topology_desc(
-        platform="cuda", topology_name=shape, topology=shape, target_config=request["target_config"]
+        platform="cuda", topology_name=shape, topology=shape, target_config=target_config
     )
-    return list(topology.devices), request["usable"]
+    return list(topology.devices), 0
 
 
-@contextlib.contextmanager
-def _patched(patch: Mapping[str, Any]) -> Iterator[None]:
-    """The trainer's own changes to MaxText: a context manager by name, `module:function`."""
-    module, _, name = patch["function"].partition(":")
-    with getattr(importlib.import_module(module), name)(**patch["arguments"]):
-        yield
+def _answer(
+    request: Mapping[str, Any], variant: Mapping[str, Any], devices: list[Any], usable: int
+) -> dict[str, Any]:
+    """A `MemoryRow`, or why there is none."""
+    name, begun = variant["name"], time.perf_counter()
+    keys = {**request["config"], **variant["overrides"]}
+    change: contextlib.AbstractContextManager[None] = contextlib.nullcontext()  # stock MaxText
+    if variant["patches"] is not None:
+        change = patches.trainer(**variant["patches"])
+    try:
+        with tempfile.TemporaryDirectory() as scratch, change:
+            config = _config(request["base_yml"], keys, scratch)
+            # Autotuning would run kernels on the device.
+            options = {"xla_gpu_autotune_level": "0"} if request["target_config"] else {}
+            sizes, hlo = _compiled(config, devices, options, keys.get("eval_interval", -1) > 0)
+    except Exception as error:
+        refused = isinstance(error, _RefusedError)
+        said = first_line(error.__cause__ if refused else error)
+        kind = type(error).__name__
+        return {"name": name, "refused": refused, "error": said if refused else f"{kind}: {said}"}
+    if request["hlo"]:
+        Path(request["hlo"], f"{name}.hlo").write_text(hlo, encoding="utf-8")
+    row = MemoryRow(
+        **sizes,
+        name=name,
+        overrides=variant["overrides"],
+        usable=usable,
+        seconds=time.perf_counter() - begun,
+        xla_rematerialised=rematerialised(hlo),
+    )
+    return row.model_dump()
 
 
-def _config(request: Mapping[str, Any], variant: Mapping[str, Any], scratch: str) -> Any:
+def _config(base_yml: str, keys: Mapping[str, Any], scratch: str) -> Any:
     from maxtext.configs import pyconfig
 
-    keys = {
-        **request["config"],
-        **variant["overrides"],
-        **_HARMLESS,
-        "base_output_directory": scratch,
-    }
-    if not request["state_only"]:
-        keys["hardware"] = "gpu"
+    told = {**keys, **_HARMLESS, "base_output_directory": scratch}
     try:
-        config = pyconfig.initialize(["", request["base_yml"]], **keys)
+        return pyconfig.initialize(["", base_yml], **told)
     except SystemExit as error:  # pyconfig.py `_handle_config_exception`
-        raise _RefusedError("no reason given") from error.__context__
+        raise _RefusedError from error.__context__
     except (ValueError, TypeError) as error:  # the same, where some library has loaded unittest
-        raise _RefusedError("no reason given") from error
-    # Values that no YAML can give, such as the word "none", which pyconfig.py turns into None.
-    object.__getattribute__(config, "_flat_config").update(variant["forced"])
-    return config
+        raise _RefusedError from error
 
 
-class _Step:
-    """MaxText's train step over its abstract state, for some devices."""
+def _compiled(
+    config: Any, devices: list[Any], options: Mapping[str, str], evaluates: bool
+) -> tuple[dict[str, int], str]:
+    """XLA's numbers of both optimised executables, and the HLO of the train step."""
+    import jax
+    from flax.core.spmd import logical_axis_rules
+    from jax.sharding import AxisType, Mesh
+    from maxtext.common.common_types import ShardMode
+    from maxtext.trainers.pre_train import train, train_compile
+    from maxtext.utils import maxtext_utils, sharding, train_utils
 
-    def __init__(self, config: Any, devices: list[Any]) -> None:
-        from jax.sharding import AxisType, Mesh
-        from maxtext.common.common_types import ShardMode
-        from maxtext.trainers.pre_train import train_compile
-        from maxtext.utils import maxtext_utils
-
-        axis = AxisType.Explicit if config.shard_mode == ShardMode.EXPLICIT else AxisType.Auto
-        self.config = config
-        self.mesh = Mesh(
-            maxtext_utils.create_device_mesh(config, devices),
-            config.mesh_axes,
-            axis_types=(axis,) * len(config.mesh_axes),
-        )
-        self.arguments, self.keywords, self.shardings, _, self.model = (
-            train_compile.get_shaped_inputs(self.mesh, config)
-        )
-
-    def state_size(self) -> dict[str, int]:
-        """Parameters, and bytes of the whole train state: what a checkpoint holds."""
-        import math
-
-        from flax import nnx
-
-        leaves = [(path, v, v.get_value()) for path, v in nnx.to_flat_state(self.arguments[0])]
-        return {
-            "parameters": sum(
-                math.prod(leaf.shape)
-                for path, variable, leaf in leaves
-                if path[0] == "model" and isinstance(variable, nnx.Param)
-            ),
-            "state_bytes": sum(
-                math.prod(leaf.shape) * getattr(leaf.dtype, "itemsize", 4) for *_, leaf in leaves
-            ),
-        }
-
-    def compile(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """XLA's own numbers of the optimised executable."""
-        import jax
-        from flax.core.spmd import logical_axis_rules
-        from maxtext.trainers.pre_train import train
-        from maxtext.utils import maxtext_utils, sharding
-        from moeconv_train.preflight import hlo
-
-        begun = time.perf_counter()
-        config = self.config
-        # The rest is train_compile.py `main`, but for the compiler's options.
-        params, state = sharding.maybe_update_params_sharding_with_opt(config, self.shardings)
-        inputs = sharding.build_zero1_input_state_mesh_shardings(config, state, params)
-        data = sharding.get_input_data_sharding(config, self.mesh)
-        function, in_shard, out_shard, static, donated = (
-            maxtext_utils.get_functional_train_with_signature(
-                train.train_step, data, inputs, self.model, config, params
+    axis = AxisType.Explicit if config.shard_mode == ShardMode.EXPLICIT else AxisType.Auto
+    axes = config.mesh_axes
+    device_mesh = maxtext_utils.create_device_mesh(config, devices)
+    mesh = Mesh(device_mesh, axes, axis_types=(axis,) * len(axes))
+    (state, batch), _, shardings, _, graph = train_compile.get_shaped_inputs(mesh, config)
+    # The rest as train.py `train_loop` does it.
+    params, shardings = sharding.maybe_update_params_sharding_with_opt(config, shardings)
+    train_step, eval_step = train_utils.jit_train_and_eval_step(
+        config, graph, mesh, state, shardings, train.train_step, train.eval_step, evaluates, params
+    )
+    with jax.set_mesh(mesh), logical_axis_rules(config.logical_axis_rules):
+        compiled = train_step.lower(state, batch).compile(compiler_options=options)
+    memory, evaluation = compiled.memory_analysis(), 0
+    if evaluates:
+        rules = config.logical_axis_rules_for_eval
+        with jax.set_mesh(mesh), logical_axis_rules(rules):
+            batch_sharding = sharding.get_input_data_sharding(config, mesh, rules=rules)
+            batch = maxtext_utils.get_shaped_batch(
+                config, batch_sharding=batch_sharding, is_eval=True
             )
-        )
-        with jax.set_mesh(self.mesh), logical_axis_rules(config.logical_axis_rules):
-            lowered = jax.jit(
-                function,
-                in_shardings=in_shard,
-                out_shardings=out_shard,
-                static_argnums=static,
-                donate_argnums=donated,
-            ).lower(*self.arguments, **self.keywords)
-        # Autotuning would run kernels on the device.
-        options = {"xla_gpu_autotune_level": "0"} if request["target_config"] else {}
-        compiled = lowered.compile(compiler_options=options)
-        memory, text = compiled.memory_analysis(), compiled.as_text()
-        counts = hlo.count(text)
-        if request["hlo"]:
-            Path(request["hlo"]).write_text(text, encoding="utf-8")
-        arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
-        temporaries, aliased = memory.temp_size_in_bytes, memory.alias_size_in_bytes
-        return {
-            "arguments": arguments,
-            "outputs": outputs,
-            "temporaries": temporaries,
-            "aliased": aliased,
-            "total": arguments + outputs + temporaries - aliased,
-            "matmul_flops": sum(counts.flops.values()),
-            "matmul_flops_by_type": dict(counts.flops),
-            "uncounted": sorted(counts.unknown),
-            "traffic": counts.traffic,
-            "xla_rematerialised": hlo.xla_rematerialised(text),
-            "seconds": time.perf_counter() - begun,
-        }
+            found = eval_step.lower(state, batch).compile(compiler_options=options)
+        # Its arguments are of the state, which is there already.
+        evaluated = found.memory_analysis()
+        evaluation = evaluated.temp_size_in_bytes + evaluated.output_size_in_bytes
+    sizes = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "evaluation": evaluation,
+    }
+    return sizes, compiled.as_text()
+
+
+def rematerialised(hlo: str) -> bool:
+    """Whether XLA computes values twice to save memory (hlo_rematerialization.cc names them so)."""
+    return re.search(r"%[\w.\-]+\.remat\d* = ", hlo) is not None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ The defaults are those of the installed release's own base.yml; values read as M
 (pyconfig.py `_prepare_for_pydantic`: the word "none" is None).
 """
 
-import enum
 import importlib.util
 import math
 from collections.abc import Mapping
@@ -14,15 +13,21 @@ from typing import Any
 
 import yaml
 
-from moeconv.errors import ConfigError
+from moeconv.errors import MissingPackageError, to_install
 
-# Derived by MaxText from the machine it runs on, or lists that it merges by rules of its own.
-_NOT_TO_REPEAT = {
-    "logical_axis_rules",
-    "logical_axis_rules_for_eval",
-    "data_sharding",
-    "num_slices",
-}
+
+@cache
+def maxtext_configs() -> Path:
+    """The folder of the installed MaxText's own config files.
+
+    Raises:
+        MissingPackageError: MaxText is not installed.
+    """
+    found = importlib.util.find_spec("maxtext")
+    for place in found.submodule_search_locations or () if found else ():
+        if Path(place, "configs", "base.yml").is_file():
+            return Path(place, "configs")
+    raise MissingPackageError(f"MaxText is not installed; {to_install('train')}")
 
 
 @cache
@@ -30,22 +35,17 @@ def maxtext_defaults() -> dict[str, Any]:
     """What base.yml says.
 
     Raises:
-        ConfigError: MaxText is not installed.
+        MissingPackageError: MaxText is not installed.
     """
-    found = importlib.util.find_spec("maxtext")
-    places = list(found.submodule_search_locations or []) if found else []
-    for place in places:
-        base = Path(place) / "configs" / "base.yml"
-        if base.is_file():
-            loaded: dict[str, Any] = yaml.safe_load(base.read_text(encoding="utf-8"))
-            return {key: _none(value) for key, value in loaded.items()}
-    raise ConfigError('MaxText is not installed; pip install "moeconv[train]"')
+    text = (maxtext_configs() / "base.yml").read_text(encoding="utf-8")
+    loaded: dict[str, Any] = yaml.safe_load(text)
+    return {key: _none(value) for key, value in loaded.items()}
 
 
 def value_of(text: Any) -> Any:
     """A value as from the command line (`key=value`), or one that is read already."""
     if not isinstance(text, str):
-        return plain(text)
+        return text
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -58,35 +58,9 @@ def value_of(text: Any) -> Any:
     return text if value is None or not isinstance(value, (bool, int, float, list)) else value
 
 
-def plain(value: Any) -> Any:
-    """A value of a resolved config (dtypes, enums, tuples) as YAML has it."""
-    match value:
-        case enum.Enum():
-            return plain(value.value)
-        case tuple() | list():
-            return [plain(item) for item in value]
-        case None | bool() | int() | float() | str() | Mapping():
-            return _none(value)
-        case _:
-            return str(value)  # a dtype
-
-
 def resolve(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Every key of base.yml and those given, which win."""
     return {**maxtext_defaults(), **{key: value_of(value) for key, value in keys.items()}}
-
-
-def overrides(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `keys` differs from base.yml: enough to build the same config anew.
-
-    A resolved config (`config.get_keys()`) has derived keys too; MaxText derives them again.
-    """
-    defaults = maxtext_defaults()
-    return {
-        key: value
-        for key, value in resolve(keys).items()
-        if key in defaults and key not in _NOT_TO_REPEAT and value != defaults[key]
-    }
 
 
 def mesh_axes(config: Mapping[str, Any]) -> dict[str, int]:

@@ -35,9 +35,3 @@ def trainer(
         settings = loss_scaling.LossScaleSettings.model_validate(dict(loss_scale or {}))
         stack.enter_context(loss_scaling.install(settings))
         yield
-
-
-@contextlib.contextmanager
-def stock() -> Iterator[None]:
-    """Unmodified MaxText."""
-    yield

@@ -1,7 +1,6 @@
 """Whether what the run needs from the network is there: dataset, tokenizer, Hub and W&B accounts.
 
-Only questions are asked, nothing is downloaded; every refusal is one sentence with the fix. Tokens
-come from the environment and are never shown.
+Only questions are asked, nothing is downloaded; every refusal is one sentence with the fix.
 """
 
 import base64
@@ -12,156 +11,141 @@ import urllib.request
 from collections.abc import Iterator
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeconv_train.data.source import names_a_file
-from moeconv_train.preflight.case import Case
 from moeconv_train.preflight.report import Finding
+from moeconv_train.settings import EMBEDDED
+
+from moeconv.errors import HubError, MoeconvError
+
+if TYPE_CHECKING:
+    from moeconv_train.plan import Plan
 
 _TIMEOUT = 15
+_ACCOUNT = "query { viewer { username teams { edges { node { name } } } } }"
 
 
-def check_reach(case: Case, *, online: bool) -> Iterator[Finding]:
+def check_reach(plan: "Plan", *, online: bool) -> Iterator[Finding]:
     """Dataset, tokenizer, Hub repository and W&B, in this order."""
-    settings = case.settings
-    dataset = settings.dataset or _streamed(case)
-    tokenizer = settings.tokenizer or case["tokenizer_path"]
-    if dataset:
-        yield _source("dataset", str(dataset), "dataset", online)
+    feed, config = plan.feed, plan.config
+    data, dataset, tokenizer = feed.settings, None, str(config["tokenizer_path"] or "")
+    if feed.dataset is None and feed.kind != "maxtext":
+        dataset = feed.named or data.source
+        tokenizer = tokenizer if data.tokenizer in ("llama3", EMBEDDED) else data.tokenizer
+    if config["hf_train_files"] and feed.kind == "hf" and "://" not in config["hf_train_files"]:
+        files = str(config["hf_train_files"])
+        dataset = next(iter(glob(files)), files)  # noqa: PTH207 (may be absolute)
+    if dataset and dataset != EMBEDDED:
+        yield _source("dataset", dataset, online)
     if tokenizer:
-        yield _source("tokenizer", str(tokenizer), "model", online)
-    if settings.hub_repo:
-        yield _target_repository(settings.hub_repo, online)
-    if settings.wandb:
-        yield _wandb(online)
+        yield _source("tokenizer", tokenizer, online)
+    if plan.run.hub_repo:
+        yield _target_repository(plan.run.hub_repo, online)
+    if config["enable_wandb"]:
+        yield _wandb(plan.run.wandb.entity, online)
 
 
-def _streamed(case: Case) -> Any:
-    """What MaxText streams: local files, where `hf_path` is their format, or a dataset."""
-    if case["dataset_type"] != "hf" or "://" in str(case["hf_train_files"]):
-        return None
-    files = str(case["hf_train_files"] or "")
-    return next(iter(glob(files)), files) or case["hf_path"]  # noqa: PTH207 (may be absolute)
-
-
-def _source(check: str, name: str, kind: str, online: bool) -> Finding:
+def _source(check: str, name: str, online: bool) -> Finding:
     """A local path, or a repository of the Hub that must be readable."""
     if Path(name).expanduser().exists():
         return Finding(check=check, status="ok", message=f"{name} is a local path.")
-    parts = name.split("/")
-    if name.startswith((".", "/", "~")) or len(parts) > 2 or "" in parts:
-        message = f"There is no {check} {name}; give an existing path, or a Hub id owner/name."
-        return Finding(check=check, status="refused", message=message)
-    if kind == "dataset" and names_a_file(name):
+    parts, file = name.split("/"), check == "dataset" and names_a_file(name)
+    if file or name.startswith((".", "/", "~")) or len(parts) > 2 or "" in parts:
         message = f"{name}: there is no such file; give an existing path, or a Hub id owner/name."
         return Finding(check=check, status="refused", message=message)
     if not online:
         message = f"{name} was not asked for: no network checks."
         return Finding(check=check, status="skipped", message=message)
-    trouble = _ask_hub(name, kind)
-    if trouble:
-        return Finding(check=check, status="refused", message=trouble)
-    return Finding(check=check, status="ok", message=f"{name} on the Hub can be read.")
+    from moeconv.hf.hub_trouble import hub_trouble
+
+    kind: Literal["dataset", "model"] = "dataset" if check == "dataset" else "model"
+    error = _asked(name, kind)
+    if error is None:
+        return Finding(check=check, status="ok", message=f"{name} on the Hub can be read.")
+    why = str(error)
+    if not isinstance(error, MoeconvError):
+        why = hub_trouble(error, name, kind, "file or folder")
+        why = why.replace("check the network", "check the network (on Kaggle: Settings, Internet)")
+    code = HubError.exit_code
+    return Finding(check=check, status="refused", message=f"{name}: {why}.", exit_code=code)
 
 
-def _ask_hub(name: str, kind: str, *, write: bool = False) -> str | None:
-    """What stands between us and a repository, as one sentence; None for nothing."""
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
+def _asked(name: str, kind: str, *, write: bool = False) -> Exception | None:
+    """What comes of asking the Hub for a repository; None if it may be read, or written to."""
+    from huggingface_hub import HfApi
 
-    endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
-    token = os.environ.get("HF_TOKEN") or None
-    page = f"{endpoint}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    from moeconv.hf.hub_address import read_address
+    from moeconv.hf.hub_client import hub_client
+
     try:
-        HfApi(endpoint=endpoint, token=token or False).auth_check(name, repo_type=kind, write=write)
-    except GatedRepoError:
-        if token is None:
-            return (
-                f"{name} is gated and HF_TOKEN is not set; accept its terms at {page} and set it."
-            )
-        return (
-            f"{name} is gated and HF_TOKEN's account has no access; accept its terms at {page} "
-            "and wait for the approval."
-        )
-    except OfflineModeIsEnabled:
-        return f"{name} cannot be reached because HF_HUB_OFFLINE is set; unset it."
-    except RepositoryNotFoundError as error:
-        if error.response.status_code == 401 and token is None:
-            return f"{name} does not exist or is private; check the name, or set HF_TOKEN."
-        return f"{name} does not exist, or HF_TOKEN's account cannot see it; check the name."
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status == 401:
-            return f"The Hub does not know HF_TOKEN; make a new one at {endpoint}/settings/tokens."
-        if status == 403:
-            what = "write to" if write else "read"
-            return f"HF_TOKEN may not {what} {name}; give it the permission, or use another token."
-        return f"The Hub answered {status} for {name}; try again later."
-    except Exception as error:  # the HTTP client's own, whichever it is
-        if not _is_connection(error):
-            raise
-        return (
-            f"{endpoint} cannot be reached for {name} ({type(error).__name__}); turn the network "
-            "on (on Kaggle: Settings, Internet), or give a local path."
-        )
+        address = read_address(None)
+        with hub_client(address):
+            HfApi(endpoint=address.url).auth_check(name, repo_type=kind, write=write)
+    except Exception as error:  # its transport's own errors have no stable name to catch
+        return error
     return None
-
-
-def _is_connection(error: Exception) -> bool:
-    """Whether an exception is the transport's (httpx in huggingface_hub 1, httpx2 in 2)."""
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0].startswith("httpx")
 
 
 def _target_repository(name: str, online: bool) -> Finding:
     """Where the model goes in the end; a run without it is still a run."""
-    if not os.environ.get("HF_TOKEN"):
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if get_token() is None:
         message = f"HF_TOKEN is not set, so the model will not be pushed to {name}; set it to push."
         return Finding(check="hub", status="warn", message=message)
     if not online:
         message = f"{name} was not asked for: no network checks."
         return Finding(check="hub", status="skipped", message=message)
-    trouble = _ask_hub(name, "model", write=True)
-    if trouble is None:
+    from moeconv.hub.failures import explain
+
+    error = _asked(name, "model", write=True)
+    if error is None:
         return Finding(check="hub", status="ok", message=f"HF_TOKEN may write to {name}.")
-    if "does not exist" in trouble:
+    if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         message = f"{name} does not exist yet; moeconv push makes it."
         return Finding(check="hub", status="note", message=message)
-    return Finding(check="hub", status="warn", message=trouble)
+    message = f"{explain(error, 'asking whether the model can be pushed', name)}."
+    return Finding(check="hub", status="warn", message=message)
 
 
-def _wandb(online: bool) -> Finding:
+def _wandb(entity: str | None, online: bool) -> Finding:
     """Weights & Biases is a convenience: it never keeps a run from starting."""
-    key = os.environ.get("WANDB_API_KEY")
+    key, entity = os.environ.get("WANDB_API_KEY"), os.environ.get("WANDB_ENTITY") or entity
     if not key:
         message = "WANDB_API_KEY is not set: W&B logs offline into the run's directory."
         return Finding(check="wandb", status="note", message=message)
     if not online:
         return Finding(check="wandb", status="skipped", message="W&B was not asked for.")
     host = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+    unknown = "W&B does not know WANDB_API_KEY: it will log offline; get a new key."
     try:
-        answer = _graphql(f"{host.rstrip('/')}/graphql", key)
-    except (OSError, ValueError) as error:
+        viewer = (_graphql(f"{host.rstrip('/')}/graphql", key).get("data") or {}).get("viewer")
+        teams = {edge["node"]["name"] for edge in viewer["teams"]["edges"]} if viewer else set()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        message = f"{host} cannot be asked ({type(error).__name__}): W&B will log offline."
         if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
-            message = "W&B does not know WANDB_API_KEY: it will log offline; get a new key."
-        else:
-            message = f"{host} cannot be reached ({type(error).__name__}): W&B will log offline."
+            message = unknown
         return Finding(check="wandb", status="warn", message=message)
-    if not (answer.get("data") or {}).get("viewer"):
-        message = "W&B does not know WANDB_API_KEY: it will log offline; get a new key."
+    if not viewer:
+        return Finding(check="wandb", status="warn", message=unknown)
+    if entity and entity not in {viewer.get("username"), *teams}:
+        message = (
+            f"WANDB_API_KEY's account is neither {entity} nor in a team of that name: W&B will log "
+            "offline; set run.wandb.entity to an account or a team of yours, or to none."
+        )
         return Finding(check="wandb", status="warn", message=message)
-    return Finding(check="wandb", status="ok", message="WANDB_API_KEY is known to W&B.")
+    where = f" and may log to {entity}" if entity else ""
+    message = f"WANDB_API_KEY is known to W&B{where}."
+    return Finding(check="wandb", status="ok", message=message)
 
 
 def _graphql(url: str, key: str) -> dict[str, Any]:
     basic = base64.b64encode(f"api:{key}".encode()).decode()
     request = urllib.request.Request(
         url,
-        data=json.dumps({"query": "query { viewer { username } }"}).encode(),
+        data=json.dumps({"query": _ACCOUNT}).encode(),
         headers={"Content-Type": "application/json", "Authorization": f"Basic {basic}"},
     )
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as response:

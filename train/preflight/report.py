@@ -1,23 +1,18 @@
-"""What the checks found: a pydantic model, printed as a table or as JSON."""
+"""What the checks found: pydantic models, printed as tables or as JSON."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+from moeconv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.table import Table
 
 Status = Literal["ok", "note", "mended", "warn", "refused", "skipped"]
 
-_COLOURS: dict[Status, str] = {
-    "ok": "green",
-    "note": "cyan",
-    "mended": "yellow",
-    "warn": "yellow",
-    "refused": "red",
-    "skipped": "dim",
-}
+_COLOURS = {"ok": "green", "mended": "yellow", "warn": "yellow", "refused": "red"}
 
 
 class Finding(BaseModel):
@@ -28,51 +23,50 @@ class Finding(BaseModel):
     check: str = Field(description="Its short name, such as `mesh` or `tokenizer`.")
     status: Status
     message: str = Field(description="One sentence that names the key and the fix.")
-    mended: dict[str, Any] = Field(
-        default_factory=dict, description="MaxText settings that put it right; apply them."
+    mended: dict[str, Any] = Field({}, description="MaxText settings that put it right.")
+    exit_code: int = Field(
+        ConfigError.exit_code, description="What a run that is refused for it ends with."
     )
 
 
 class MemoryRow(BaseModel):
-    """One compiled train step, in bytes of one device."""
+    """One compiled run, in bytes of one device."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")  # what is computed is written too
 
     name: str
     overrides: dict[str, Any]
-    arguments: int
+    arguments: int = Field(description="Of the train step: the state and a batch.")
     outputs: int
     temporaries: int
     aliased: int
-    total: int = Field(description="arguments + outputs + temporaries - aliased: XLA's own peak.")
+    evaluation: int = Field(description="What an evaluation needs beside the state; 0 if none is.")
     usable: int = Field(description="What the target leaves to JAX.")
-    matmul_flops: int = Field(description="Of one step on one device, in the optimised HLO.")
-    matmul_flops_by_type: dict[str, int]
-    uncounted: list[str] = Field(description="Custom calls whose FLOPs are not in that number.")
-    traffic: int = Field(description="Bytes that its kernels read and write, at most.")
     seconds: float = Field(description="Lowering and compiling.")
     xla_rematerialised: bool = Field(
         description="XLA itself recomputed values to save memory, which no setting asked for."
     )
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def total(self) -> int:
+        """The larger of the train step's peak, by XLA, and the state with an evaluation."""
+        train = self.outputs + self.temporaries - self.aliased
+        return self.arguments + max(train, self.evaluation)
+
     @property
     def fits(self) -> bool:
-        """Whether the step can run."""
+        """Whether the run has room."""
         return self.total <= self.usable
 
 
 class MemoryReport(BaseModel):
-    """The compiled step of the run, and what would need less."""
+    """The compiled run, and what would need less."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(extra="forbid")
 
-    target: str
-    parameters: int
-    state_bytes: int
-    rows: list[MemoryRow] = Field(default_factory=list)
-    failed: dict[str, str] = Field(
-        default_factory=dict, description="Variants that do not compile, and why."
-    )
+    rows: list[MemoryRow] = []
+    failed: dict[str, str] = Field({}, description="Variants that do not compile, and why.")
 
 
 class PreflightReport(BaseModel):
@@ -81,18 +75,13 @@ class PreflightReport(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     target: str
-    findings: list[Finding] = Field(default_factory=list)
+    findings: list[Finding] = []
     memory: MemoryReport | None = None
 
     @property
     def refused(self) -> list[Finding]:
         """What must be put right before the run may start."""
         return [finding for finding in self.findings if finding.status == "refused"]
-
-    @property
-    def ok(self) -> bool:
-        """Whether the run may start."""
-        return not self.refused
 
     @property
     def mended(self) -> dict[str, Any]:
@@ -103,67 +92,43 @@ class PreflightReport(BaseModel):
         """The finding of one check."""
         return next(finding for finding in self.findings if finding.check == check)
 
-    def table(self) -> "Group":
-        """For people; for machines there is `model_dump(mode="json")`."""
-        from rich.console import Group
+    def tables(self) -> Iterable["Table"]:
+        """For people; what is refused has its sentence in the error that follows."""
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=f"preflight for {self.target}", title_justify="left", box=None)
-        for heading in ("check", "", "finding"):
-            table.add_column(heading, overflow="fold")
-        for finding in self.findings:
-            text = finding.message
-            if finding.mended:
-                text += " -> " + " ".join(f"{k}={word(v)}" for k, v in finding.mended.items())
+        table = Table("check", "", "finding", box=None)
+        table.title, table.title_justify = f"preflight for {self.target}", "left"
+        for each in self.findings:
+            text = "see below" if each.status == "refused" else each.message
+            text += " -> " * bool(each.mended) + name_of(each.mended)
             table.add_row(
-                finding.check, Text(finding.status, style=_COLOURS[finding.status]), Text(text)
+                each.check, Text(each.status, _COLOURS.get(each.status, "dim")), Text(text)
             )
-        parts: list[Any] = [table]
-        if self.memory and self.memory.rows:
-            parts += ["", memory_table(self.memory.rows)]
-        return Group(*parts)
+        yield table
+        if self.memory:
+            sizes = Table(*MEMORY_HEADINGS, title_justify="left")
+            sizes.title = "memory of the compiled steps, GiB per device"
+            for row in self.memory.rows:
+                sizes.add_row(*memory_cells(row))
+            yield sizes
 
 
-def memory_table(rows: Iterable[MemoryRow]) -> Any:
-    """GiB and TFLOP of each compiled step."""
-    from rich.table import Table
-
-    table = Table(title="memory of the compiled train step, GiB per device", title_justify="left")
-    for heading in MEMORY_HEADINGS:
-        table.add_column(heading, justify="left" if heading == "configuration" else "right")
-    for row in rows:
-        table.add_row(*memory_cells(row))
-    return table
-
-
-MEMORY_HEADINGS = (
-    "configuration",
-    "arguments",
-    "temporaries",
-    "outputs - aliased",
-    "total",
-    "usable",
-    "fits",
-    "matmul TFLOP",
-    "traffic GB",
-)
+MEMORY_HEADINGS = ("configuration", "state", "train step", "evaluation", "total", "usable", "fits")
 
 
 def memory_cells(row: MemoryRow) -> tuple[str, ...]:
     """One line of the table."""
+    train = row.outputs + row.temporaries - row.aliased
+    sizes = (row.arguments, train, row.evaluation, row.total, row.usable)
     fits = "yes" if row.fits else "no"
-    return (
-        row.name,
-        f"{row.arguments / 2**30:.2f}",
-        f"{row.temporaries / 2**30:.2f}",
-        f"{(row.outputs - row.aliased) / 2**30:.2f}",
-        f"{row.total / 2**30:.2f}",
-        f"{row.usable / 2**30:.2f}",
-        f"{fits} (XLA remat)" if row.xla_rematerialised else fits,
-        f"{row.matmul_flops / 1e12:.2f}",
-        f"{row.traffic / 1e9:.0f}",
-    )
+    remat = " (XLA remat)" * row.xla_rematerialised
+    return (row.name, *(f"{size / 2**30:.2f}" for size in sizes), fits + remat)
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """Settings as MaxText's command line takes them."""
+    return " ".join(f"{key}={word(value)}" for key, value in settings.items())
 
 
 def word(value: Any) -> str:

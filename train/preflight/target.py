@@ -1,29 +1,33 @@
-"""Which GPUs a run is for: two T4s that need not be there, or whatever CUDA devices are."""
+"""Which GPUs a run is for, and how JAX uses them: two T4s that need not be there, or what is."""
 
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from moeconv.errors import ConfigError
 
-# JAX takes 75 % of a GPU unless told otherwise; the trainer sets this.
-MEMORY_FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-DEFAULT_FRACTION = 0.92
+# jaxlib/xla_client.py `generate_pjrt_gpu_plugin_options`: the second is deprecated, both together
+# an error, which jax's discovery of plugins swallows.
+MEMORY_FRACTION, DEFAULT_FRACTION = "XLA_CLIENT_MEM_FRACTION", 0.88
+_FRACTIONS = (MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
 
 
 @dataclass(frozen=True)
 class Target:
-    """Devices to check for.
+    """Devices of one kind.
 
     Attributes:
         name: For people.
-        devices: How many; 0 means all that are there.
-        compute_capability: Of each, None where only the devices know.
-        memory: Bytes of each, None likewise.
-        config_file: XLA's description of the device in data_files/, for compiling without one.
+        devices: How many.
+        compute_capability: Of each; None where it is not known, as of a CPU.
+        memory: Bytes of each, where they are not here to be asked.
+        config_file: XLA's description of them in data_files/, to compile without one, likewise.
     """
 
     name: str
@@ -31,11 +35,6 @@ class Target:
     compute_capability: tuple[int, int] | None = None
     memory: int | None = None
     config_file: str | None = None
-
-    @property
-    def usable(self) -> int | None:
-        """Bytes of each device that JAX allocates to itself."""
-        return None if self.memory is None else int(self.memory * memory_fraction())
 
     @property
     def target_config(self) -> str | None:
@@ -52,64 +51,68 @@ class Target:
 
 # device_memory_size of the target config: what CUDA reports of a T4's 16 GB.
 T4X2 = Target("2xT4", 2, (7, 5), 15_642_329_088, "t4_target_config.txtpb")
-LOCAL = Target("the GPUs of this machine", 0)
 
 
-def memory_fraction() -> float:
-    """The part of a GPU that JAX will take."""
-    return float(os.environ.get(MEMORY_FRACTION) or DEFAULT_FRACTION)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU as nvidia-smi describes it; None for what it does not know."""
-
-    name: str
-    memory: int | None
-    compute_capability: tuple[int, int] | None
-
-
-def gpus() -> list[Gpu]:
-    """The GPUs of this machine; none where there is no driver.
+def gpus() -> Target | None:
+    """The GPUs of this machine that CUDA would show, as the first is; None without a driver.
 
     Raises:
         ConfigError: The driver hangs.
     """
-    program = shutil.which("nvidia-smi")
-    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "-1":
-        return []
-    query = ["--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    program, shown = shutil.which("nvidia-smi"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if program is None or shown in ("", "-1"):
+        return None
+    command = [program, "--query-gpu=name,compute_cap", "--format=csv,noheader"]
+    if shown and not shown.startswith("MIG"):  # which it lists with their GPU only
+        command.append(f"--id={shown}")
     try:
-        result = subprocess.run([program, *query], capture_output=True, text=True, timeout=30)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(
             f"{program}: gives no answer about the GPUs ({type(error).__name__}); restart the "
             "machine if it hangs, or set CUDA_VISIBLE_DEVICES=-1 to do without them"
         ) from None
-    found: list[Gpu] = []
-    for line in result.stdout.splitlines() if result.returncode == 0 else []:
-        name, memory, capability = (part.strip() for part in line.rsplit(",", 2))
-        # "[N/A]" where the driver does not know, as of memory that is shared with the CPU.
-        size = int(memory) * 2**20 if memory.isdigit() else None
-        digits = re.fullmatch(r"(\d+)\.(\d+)", capability)
-        found.append(Gpu(name, size, (int(digits[1]), int(digits[2])) if digits else None))
-    return _visible(found)
+    lines = result.stdout.splitlines() if result.returncode == 0 else []
+    if not lines:
+        return None
+    name, _, capability = lines[0].rpartition(",")
+    digits = re.fullmatch(r"(\d+)\.(\d+)", capability.strip())  # "[N/A]" of some old ones
+    known = (int(digits[1]), int(digits[2])) if digits else None
+    return Target(f"{len(lines)}x{name.strip()}", len(lines), known)
 
 
-def _visible(found: list[Gpu]) -> list[Gpu]:
-    """Those that CUDA shows to a process: up to the first of CUDA_VISIBLE_DEVICES that is none."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if shown is None or "-" in shown.removeprefix("-1"):  # not said, or by UUID
-        return found
-    indices = []
-    for word in shown.split(","):
-        if not (word.strip().isdigit() and int(word) < len(found)):
-            break
-        indices.append(int(word))
-    return [found[index] for index in indices]
+def memory_fraction(patches: Mapping[str, Any]) -> float:
+    """The part of a GPU that JAX takes: what the user says, else ours (JAX's own is 0.75).
+
+    CUDA, NCCL, cuBLAS and CUDA graphs live in the rest. With both patches a step needs so much less
+    (docs/memory.md) that they get more.
+
+    Raises:
+        ConfigError: It is no number, or is said in both of JAX's ways.
+    """
+    told = {name: os.environ[name] for name in _FRACTIONS if os.environ.get(name)}
+    if len(told) > 1:
+        raise ConfigError(f"{' and '.join(told)} are both set, which JAX refuses; unset the latter")
+    for name, text in told.items():
+        try:
+            return float(text)
+        except ValueError:
+            raise ConfigError(f"{name}={text}: must be a number, such as 0.88") from None
+    cheaper = patches.get("expert_tiles") and patches.get("attention_blocks")
+    return 0.80 if cheaper else DEFAULT_FRACTION
 
 
-def local(found: list[Gpu]) -> Target:
-    """The target that the GPUs of this machine are: as many as there are of the first kind."""
-    first = found[0]
-    return Target(f"{len(found)}x{first.name}", len(found), first.compute_capability, first.memory)
+def gpu_environment(patches: Mapping[str, Any]) -> dict[str, str]:
+    """What JAX and XLA read of the environment on a GPU; what the user has set stays.
+
+    The scheduler hides the gradients' all-reduce behind the backward pass. MaxText's own way to say
+    so, `compile_xla_flags`, has no effect on the step that runs (traps.py).
+
+    Raises:
+        ConfigError: See `memory_fraction`.
+    """
+    fraction, flags = memory_fraction(patches), os.environ.get("XLA_FLAGS", "")
+    found = {} if any(map(os.environ.get, _FRACTIONS)) else {MEMORY_FRACTION: str(fraction)}
+    if _SCHEDULER not in flags:
+        found["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=true".strip()
+    return found

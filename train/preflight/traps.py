@@ -1,24 +1,26 @@
 """Settings that MaxText takes without a word and that spoil the run: one table of them.
 
-Each was seen or read in MaxText 0.2.5; the place is named. docs/memory.md and the tests use the
-names.
+Each was seen or read in MaxText 0.2.5; the place is named.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from moeconv_train.preflight.case import Case
+from moeconv_train.preflight.config import mesh_axes, mesh_devices
 from moeconv_train.preflight.report import Finding, Status
 
-Severity = Literal["refuse", "mend", "warn", "note"]
+from moeconv.errors import TokenizerError
+from moeconv.hf.tokenizer import read_tokenizer
+from moeconv.untrusted import strict_json
 
-_STATUS: dict[Severity, Status] = {
-    "refuse": "refused",
-    "mend": "mended",
-    "warn": "warn",
-    "note": "note",
-}
+if TYPE_CHECKING:
+    from moeconv_train.plan import Plan
+
+# MaxText's settings, and what `_facts` adds.
+Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,61 +29,94 @@ class Trap:
 
     Attributes:
         name: Of the finding.
-        severity: Whether the run is refused, mended aloud, warned about, or only told.
+        status: Whether the run is refused, mended aloud, or warned about.
         fires: Whether a run is in it.
-        says: The sentence; `{key}` is a MaxText key or one of `Case.words`.
+        says: The sentence, with `{key}` for a setting or fact.
         mends: The settings that put it right.
     """
 
     name: str
-    severity: Severity
-    fires: Callable[[Case], bool]
+    status: Status
+    fires: Callable[[Config], bool]
     says: str
-    mends: Mapping[str, Any] | Callable[[Case], Mapping[str, Any]] = field(default_factory=dict)
-
-    def finding(self, case: Case) -> Finding:
-        """What to tell of a run that is in it."""
-        mends = self.mends(case) if callable(self.mends) else self.mends
-        return Finding(
-            check=self.name,
-            status=_STATUS[self.severity],
-            message=self.says.format_map(case.words()),
-            mended=dict(mends),
-        )
+    mends: Callable[[Config], Config] = lambda _: {}
 
 
-def find(case: Case) -> list[Finding]:
+def find(plan: "Plan") -> list[Finding]:
     """Every trap that a run is in, in the order of the table."""
-    return [trap.finding(case) for trap in TRAPS if trap.fires(case)]
+    config = {**plan.config, **_facts(plan)}
+    return [
+        Finding(
+            check=trap.name,
+            status=trap.status,
+            message=trap.says.format_map(config),
+            mended=dict(trap.mends(config)),
+        )
+        for trap in TRAPS
+        if trap.fires(config)
+    ]
+
+
+def _facts(plan: "Plan") -> Config:
+    """What the traps look at besides MaxText's settings."""
+    config, feed = plan.config, plan.feed
+    size, pads = None, True
+    path = config["tokenizer_path"] or ("" if feed.kind == "maxtext" else feed.settings.tokenizer)
+    if feed.dataset is not None:
+        size = feed.dataset.manifest.request.tokenizer.size
+    elif path == "llama3" or str(path).endswith("tokenizer_llama3.tiktoken"):
+        size = 128_256
+    elif path and Path(path).is_dir():
+        with contextlib.suppress(TokenizerError):  # such as others than Hugging Face's
+            read = read_tokenizer(str(path), model_max_length=None)
+            size = read.size
+            told = strict_json.loads(read.files.get("tokenizer_config.json", b"{}"))
+            pads = read.pad_token_id is not None or bool(told.get("unk_token"))
+    precise = ["float32_logits", "cast_logits_to_fp32"]
+    precise += ["float32_gate_logits", "float32_weight_sum"] * _moe(config)
+    return {
+        "target": plan.target.name,
+        "devices": plan.target.devices,
+        "has_bf16": plan.target.has_bf16,
+        "halved": ", ".join(key for key in precise if not config[key]),
+        "mesh_devices": mesh_devices(config),
+        "scales_loss": plan.scales_loss,
+        "batches": plan.available,
+        "tokenizer_size": size,
+        "masks_id_0": not pads and not feed.packed and config["dataset_type"] in ("grain", "hf"),
+    }
 
 
 # Blocks whose scanned layers are repeated groups (nnx_decoders.py: the *ScannableBlock classes).
 _CYCLES = {"envy", "llama4", "gemma3", "gemma4", "gpt_oss", "qwen3_next", "qwen3_5", "olmo3"}
 
 
-def _open_mesh(case: Case) -> bool:
+def _open_mesh(c: Config) -> bool:
     """Whether what is left goes to FSDP: base.yml's own setting."""
-    return (
-        case.target.devices > 1
-        and case.mesh_open == ["ici_fsdp_parallelism"]
-        and case.mesh_devices != case.target.devices
-    )
+    left = [key for key, axis in mesh_axes(c).items() if axis == -1]
+    return left == ["ici_fsdp_parallelism"] and c["mesh_devices"] != c["devices"] > 1
 
 
-def _wrong_mesh(case: Case) -> bool:
-    if not case.target.devices or _open_mesh(case):
-        return False
-    if case.mesh_open:
-        return case.target.devices % case.mesh_devices != 0
-    return case.mesh_devices != case.target.devices
+def _wrong_mesh(c: Config) -> bool:
+    if -1 in mesh_axes(c).values():
+        return bool(c["devices"] % c["mesh_devices"])
+    return bool(c["mesh_devices"] != c["devices"])
+
+
+def _fp16(c: Config) -> bool:
+    return bool(c["dtype"] == "float16")
+
+
+def _moe(c: Config) -> bool:
+    return int(c["num_experts"] or 1) > 1
 
 
 TRAPS: tuple[Trap, ...] = (
     # The model and its tokenizer.
     Trap(
         "vocabulary",
-        "refuse",
-        lambda c: bool(c.tokenizer_size) and c["vocab_size"] < c.tokenizer_size,
+        "refused",
+        lambda c: int(c["vocab_size"]) < (c["tokenizer_size"] or 0),
         # embeddings.py: an index past the table reads its last row; one_hot of it is all zeros.
         "vocab_size={vocab_size} has no rows for the last ids of the tokenizer, which has "
         "{tokenizer_size}, BOS and EOS among them: they would share one embedding and train to "
@@ -89,7 +124,7 @@ TRAPS: tuple[Trap, ...] = (
     ),
     Trap(
         "layer cycle",
-        "refuse",
+        "refused",
         lambda c: (
             (c["inhomogeneous_layer_cycle_interval"] or 1) != 1
             and c["decoder_block"] not in _CYCLES
@@ -109,135 +144,93 @@ TRAPS: tuple[Trap, ...] = (
         "interleave_moe_layer_step={interleave_moe_layer_step}; use decoder_block=envy, or leave "
         "the key out.",
     ),
-    Trap(
-        "token dropping",
-        "warn",
-        lambda c: c.moe and (c["capacity_factor"] or -1) > 0,
-        "capacity_factor={capacity_factor} drops tokens in training, which no converted model "
-        "does; set capacity_factor=-1.",
-    ),
     # FP16 and the GPU.
     Trap(
         "bfloat16",
-        "refuse",
-        lambda c: c.turing and c["dtype"] == "bfloat16",
+        "refused",
+        lambda c: not c["has_bf16"] and c["dtype"] == "bfloat16",
         "dtype=bfloat16 on {target}, whose tensor cores have none, computes every matmul in "
         "float32; set dtype=float16.",
     ),
     Trap(
         "loss scaling",
-        "refuse",
-        lambda c: c.fp16 and not c.settings.loss_scaling,
-        "dtype=float16 without loss scaling flushes a quarter of the gradients to zero; turn loss "
-        "scaling on (it is by default).",
+        "refused",
+        lambda c: _fp16(c) and not c["scales_loss"],
+        "dtype=float16 without loss scaling flushes a quarter of the gradients to zero; leave out "
+        "run.loss_scale.mode.",
     ),
     Trap(
         "weights in 16 bits",
-        "refuse",
+        "refused",
         lambda c: c["weight_dtype"] in ("float16", "bfloat16") or c["grad_dtype"] == "float16",
         "weight_dtype={weight_dtype} grad_dtype={grad_dtype} rounds away Adam's small steps; set "
         "both to float32 (dtype alone chooses what is computed in).",
     ),
     Trap(
-        "spikes",
-        "mend",
-        lambda c: c.fp16 and bool(c["skip_step_on_spikes"]),
-        # optimizers.py `skip_step_on_spikes`: a NaN is never above mean + 6 std.
-        "skip_step_on_spikes=true is no guard against FP16 overflows: an early NaN is applied, a "
-        "later one poisons its window; loss scaling leaves such steps out.",
-        {"skip_step_on_spikes": False},
-    ),
-    Trap(
-        "attention sums",
-        "mend",
-        lambda c: c.fp16 and c["attention"] == "dot_product" and not c["float32_logits"],
-        # attention_op.py: softmax's sums are not normalised before they meet the values.
-        "float32_logits=false lets attention overflow in FP16.",
-        {"float32_logits": True},
-    ),
-    Trap(
-        "router",
-        "mend",
-        lambda c: c.fp16 and c.moe and not c["float32_gate_logits"],
-        "float32_gate_logits=false routes by logits of 11 bits.",
-        {"float32_gate_logits": True},
-    ),
-    Trap(
-        "logits",
-        "mend",
-        lambda c: c.fp16 and not c["cast_logits_to_fp32"],
-        "cast_logits_to_fp32=false computes the loss in FP16.",
-        {"cast_logits_to_fp32": True},
-    ),
-    Trap(
-        "expert sums",
-        "mend",
-        lambda c: c.fp16 and c.moe and not c["float32_weight_sum"],
-        "float32_weight_sum=false adds up the experts in FP16.",
-        {"float32_weight_sum": True},
+        "half precision",
+        "mended",
+        lambda c: _fp16(c) and bool(c["halved"]),
+        # attention_op.py: softmax's sums are not normalised before they meet the values. moe.py:
+        # the router's logits have 11 bits, as has the sum of the chosen experts.
+        "{halved} off in FP16 lets sums overflow or rounds what decides.",
+        lambda c: dict.fromkeys(c["halved"].split(", "), True),
     ),
     Trap(
         "attention kernel",
-        "mend",
-        lambda c: c.turing and c["attention"] != "dot_product",
+        "mended",
+        lambda c: not c["has_bf16"] and c["attention"] != "dot_product",
         "attention={attention} is a kernel that {target} cannot run.",
-        {"attention": "dot_product"},
+        lambda _: {"attention": "dot_product"},
     ),
     Trap(
         "megablox",
-        "mend",
-        lambda c: c.moe and bool(c["megablox"]) and bool(c["sparse_matmul"]),
+        "mended",
+        lambda c: _moe(c) and bool(c["megablox"] and c["sparse_matmul"]),
         # moe.py: interpret = platform != "tpu".
-        "megablox=true is a TPU kernel, which GPUs run interpreted, thousands of times slower.",
-        {"megablox": False},
+        "megablox=true is a TPU kernel, which others run interpreted, thousands of times slower.",
+        lambda _: {"megablox": False},
     ),
     Trap(
         "sparse matmul",
-        "mend",
-        lambda c: c.turing and c.moe and bool(c["sparse_matmul"]),
+        "mended",
+        lambda c: not c["has_bf16"] and _moe(c) and bool(c["sparse_matmul"]),
         "sparse_matmul=true becomes masked dense matmuls on {target}, half as much again as "
         "computing every expert for every token.",
-        {"sparse_matmul": False},
+        lambda _: {"sparse_matmul": False},
     ),
     Trap(
-        "tokamax",
-        "refuse",
-        lambda c: c.turing and bool(c["use_tokamax_gmm"] or c["use_tokamax_splash"]),
-        "use_tokamax_gmm={use_tokamax_gmm} use_tokamax_splash={use_tokamax_splash} fail on "
-        "{target}; set both to false.",
+        "compiler flags",
+        "refused",
+        lambda c: bool(c["compile_xla_flags"]),
+        # train.py `train_loop` gives them to a compilation whose result it drops; the step that
+        # runs is compiled anew when it is first called, without them.
+        "compile_xla_flags={compile_xla_flags}: MaxText trains without them; put them into "
+        "XLA_FLAGS in the environment.",
     ),
     # Memory and devices.
     Trap(
         "remat",
-        "refuse",
+        "refused",
         lambda c: c["remat_policy"] in (None, "none"),
         # pyconfig.py makes None of "none"; nnx_decoders.py `get_remat_policy` makes full of None.
         "remat_policy=none means full rematerialisation to MaxText; say remat_policy=full, or "
         "minimal_with_context, which saves every matmul and costs 2 %.",
     ),
     Trap(
-        "scanned layers",
-        "note",
-        lambda c: bool(c["scan_layers"]) and c.target.config_file is not None,
-        "scan_layers=true always rematerialises and needs more memory than scan_layers=false, "
-        "which compiles slower; a run is resumed with the one it began with.",
-    ),
-    Trap(
         "data parallel",
-        "mend",
+        "mended",
         _open_mesh,
         "ici_fsdp_parallelism=-1, MaxText's default, shards the weights over the GPUs and gathers "
         "them in every layer; the model fits on each.",
         lambda c: {
-            "ici_data_parallelism": c["ici_data_parallelism"]
-            * (c.target.devices // c.mesh_devices),
+            "ici_data_parallelism": c["ici_data_parallelism"] * (c["devices"] // c["mesh_devices"]),
             "ici_fsdp_parallelism": 1,
         },
     ),
     Trap(
         "mesh",
-        "refuse",
-        _wrong_mesh,
+        "refused",
+        lambda c: not _open_mesh(c) and _wrong_mesh(c),
         "the mesh spans {mesh_devices} devices and the target has {devices}; set "
         "ici_data_parallelism={devices}, and gradient_accumulation_steps so that the batch stays.",
     ),
@@ -253,8 +246,8 @@ TRAPS: tuple[Trap, ...] = (
     ),
     Trap(
         "steps",
-        "refuse",
-        lambda c: c.settings.batches is not None and c["steps"] > c.settings.batches,
+        "refused",
+        lambda c: c["batches"] is not None and c["steps"] > c["batches"],
         # train.py: StopIteration ends the loop before the last save.
         "steps={steps} is more than the {batches} batches that the data have: the run would end "
         "without its last checkpoint; set steps={batches}.",
@@ -262,63 +255,25 @@ TRAPS: tuple[Trap, ...] = (
     Trap(
         "schedule",
         "warn",
-        lambda c: 0 < c.steps_of_schedule < c["steps"],
+        lambda c: 0 < int(c["learning_rate_schedule_steps"] or -1) < c["steps"],
         "learning_rate_schedule_steps={learning_rate_schedule_steps} ends before steps={steps}: "
         "the rest trains at a learning rate of 0; leave it out.",
     ),
     Trap(
         "pad id",
-        "refuse",
-        lambda c: (
-            c.pad_id == 0 and not c.settings.own_pipeline and c["dataset_type"] in ("grain", "hf")
-        ),
+        "refused",
+        lambda c: bool(c["masks_id_0"]),
         # data_processing_utils.py `get_tokenizer_and_pad_id`, ShiftData(ignored_ids=[pad_id]).
         "the tokenizer has no pad token, so MaxText masks every target with id 0, a common token, "
         "and it is never learnt; give the tokenizer a pad token of its own, or let moeconv data "
         "prepare the rows.",
     ),
-    # What is saved and logged.
+    # What is saved.
     Trap(
         "checkpoints kept",
-        "mend",
+        "mended",
         lambda c: bool(c["enable_checkpointing"]) and c["max_num_checkpoints_to_keep"] is None,
         "max_num_checkpoints_to_keep=None keeps every checkpoint until the disk is full.",
-        {"max_num_checkpoints_to_keep": 2},
-    ),
-    Trap(
-        "first checkpoint",
-        "mend",
-        lambda c: bool(c["enable_checkpointing"]) and bool(c["save_checkpoint_on_start"]),
-        "save_checkpoint_on_start=true saves a model that has learnt nothing.",
-        {"save_checkpoint_on_start": False},
-    ),
-    Trap(
-        "bf16 export",
-        "warn",
-        lambda c: bool(c["force_unroll"]),
-        "force_unroll=true belongs to MaxText's generate_param_only_checkpoint, which rounds the "
-        "weights to bfloat16; moeconv convert reads the run's own checkpoints.",
-    ),
-    Trap(
-        "metrics",
-        "note",
-        lambda c: c["eval_interval"] > 0 and bool(c["metrics_file"] or c["enable_wandb"]),
-        # metric_logger.py: the running-evaluation log starts at step 0 and truncates the file.
-        "MaxText truncates metrics_file and loses W&B's steps at every evaluation; moeconv train "
-        "mends both, python -m maxtext.trainers.pre_train.train does not.",
-    ),
-    Trap(
-        "no evaluation",
-        "note",
-        lambda c: c["eval_interval"] <= 0,
-        "eval_interval={eval_interval}: the run is never evaluated.",
-    ),
-    Trap(
-        "decoupled",
-        "warn",
-        lambda c: c.environment.get("DECOUPLE_GCLOUD", "").upper() == "TRUE",
-        # gcloud_stub.py; max_utils.py `initialize_summary_writer`.
-        "DECOUPLE_GCLOUD=TRUE keeps TensorBoard's logs out of the run's directory and is not "
-        "needed; unset it.",
+        lambda _: {"max_num_checkpoints_to_keep": 2},
     ),
 )

@@ -5,6 +5,7 @@ counts a loop's body once and cuBLAS calls not at all. The optimised HLO text ha
 contracted dimensions, trip counts.
 """
 
+import itertools
 import json
 import math
 import re
@@ -154,14 +155,51 @@ def matmuls(hlo: str) -> list[Matmul]:
     return found
 
 
+@dataclass(frozen=True)
+class AllReduce:
+    """One sum between devices.
+
+    Attributes:
+        bytes: That each device gives, by type.
+        behind: Kernels that XLA placed between its start and its end; None where it waits.
+    """
+
+    bytes: Counter[str]
+    behind: int | None
+
+
+def all_reduces(hlo: str) -> list[AllReduce]:
+    """Every one, in the order of the text."""
+    found = []
+    for around in _parse(hlo)[0].values():
+        instructions = list(around.values())
+        for place, each in enumerate(instructions):
+            if each.opcode not in ("all-reduce", "all-reduce-start"):
+                continue
+            sent: Counter[str] = Counter()
+            for operand in each.operands:
+                for dtype, dims in _arrays(around[operand].shape):
+                    sent[dtype] += math.prod(dims) * _bits(dtype) // 8
+            later = itertools.takewhile(
+                lambda other, name=each.name: name not in other.operands, instructions[place + 1 :]
+            )
+            behind = sum(other.opcode not in _FREE for other in later)
+            found.append(AllReduce(sent, behind if each.opcode.endswith("-start") else None))
+    return found
+
+
+def sent(hlo: str) -> str:
+    """Of all sums between devices: megabytes by type, and those that nothing hides."""
+    found = all_reduces(hlo)
+    sizes: Counter[str] = sum((each.bytes for each in found), Counter())
+    waits = sum(each.bytes.total() for each in found if not each.behind)
+    parts = [f"{size / 1e6:.0f} {dtype}" for dtype, size in sizes.most_common() if size > 5e5]
+    return f"{' + '.join(parts) or '0'}, {waits / 1e6:.0f} waits"
+
+
 def _first_array(shape: str) -> str:
     dtype, dims = next(_arrays(shape))
     return f"{dtype}[{','.join(map(str, dims))}]"
-
-
-def xla_rematerialised(hlo: str) -> bool:
-    """Whether XLA computes values twice to save memory (hlo_rematerialization.cc names them so)."""
-    return re.search(r"%[\w.\-]+\.remat\d* = ", hlo) is not None
 
 
 def _matmul(instruction: _Instruction, around: dict[str, _Instruction]) -> Counts:

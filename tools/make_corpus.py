@@ -1,7 +1,9 @@
 """Writes the embedded corpus: little stories put together from hand-written sentences.
 
-`python -m moeconv_train.make_corpus` rewrites `corpus/stories.txt`, one story a paragraph. The
-text is ours, so it can be shipped; the seed makes it the same text everywhere.
+    python tools/make_corpus.py
+
+One story a paragraph. The text is ours, so it can be shipped; the seed makes it the same text
+everywhere.
 """
 
 import random
@@ -10,7 +12,7 @@ from pathlib import Path
 
 STORIES = 400
 SEED = 20
-CORPUS = Path(__file__).parent / "corpus" / "stories.txt"
+CORPUS = Path(__file__).parent.parent / "train" / "corpus" / "stories.txt"
 
 GIRLS = ["Lily", "Mia", "Anna", "Sara", "Emma", "Rosie", "Nora", "Ella", "Lucy", "Zoe"]
 BOYS = ["Tom", "Ben", "Max", "Sam", "Leo", "Jack", "Tim", "Finn", "Oscar", "Noah"]

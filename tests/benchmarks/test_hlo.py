@@ -1,7 +1,8 @@
 """FLOPs and bytes counted in HLO: what XLA compiles here, and cuBLAS calls as it wrote them."""
 
+import _hlo as hlo
 import pytest
-from moeconv_train.preflight import hlo
+from moeconv_train.preflight.aot import rematerialised
 
 # Shortened from the train step compiled for a T4.
 CUBLAS = """\
@@ -57,8 +58,8 @@ def test_another_custom_call_is_named():
 
 
 def test_what_xla_recomputes_is_seen():
-    assert hlo.xla_rematerialised(CUBLAS)
-    assert not hlo.xla_rematerialised(CUBLAS.replace(".remat", ""))
+    assert rematerialised(CUBLAS)
+    assert not rematerialised(CUBLAS.replace(".remat", ""))
 
 
 def test_matmuls_of_a_compiled_function():
@@ -95,3 +96,29 @@ def test_traffic_is_operands_and_results():
 def test_text_that_is_not_hlo():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.count("nothing")
+
+
+SUMS = """\
+HloModule jit_step, is_scheduled=true
+
+ENTRY %main (a: f16[512], b: f32[256]) -> f32[256] {
+  %a = f16[512]{0} parameter(0)
+  %b = f32[256]{0} parameter(1)
+  %all-reduce-start.1 = ((f16[512]{0}, f32[256]{0}), (f16[512]{0}, f32[256]{0})) \
+all-reduce-start(%a, %b), channel_id=1, to_apply=%add
+  %neg.1 = f32[256]{0} negate(%b)
+  %view.1 = f32[16,16]{1,0} bitcast(%neg.1)
+  %neg.2 = f32[16,16]{1,0} negate(%view.1)
+  %all-reduce-done.1 = (f16[512]{0}, f32[256]{0}) all-reduce-done(%all-reduce-start.1)
+  %all-reduce.2 = f16[512]{0} all-reduce(%a), channel_id=2, to_apply=%add
+  ROOT %out = f32[256]{0} get-tuple-element(%all-reduce-done.1), index=1
+}
+"""
+
+
+def test_sums_between_devices():
+    """What each sends by type, and the kernels that hide it: a bitcast is none."""
+    hidden, waits = hlo.all_reduces(SUMS)
+    assert hidden.bytes == {"f16": 1024, "f32": 1024} and hidden.behind == 2
+    assert waits.bytes == {"f16": 1024} and waits.behind is None
+    assert hlo.sent(SUMS.replace("512", "5000000")) == "20 f16, 10 waits"
