@@ -61,18 +61,8 @@ def moe_parameters(module: str) -> tuple[Parameter, ...]:
 IDLE = frozenset(
     {"chunk_attn_window_size", "causal_block_size", "mtp_reuse_input_embedding"}
 )
-# The same of experts: layers/moe.py `get_topk`, `deepseek_scale_weights`, `expert_group_mask`.
-IDLE_MOE = frozenset(
-    {
-        "norm_topk_prob",
-        "routed_scaling_factor",
-        "n_routing_groups",
-        "topk_routing_group",
-        "shared_experts",
-        "mlp_activations_limit",
-        "model_call_mode",
-    }
-)
+# The same of experts: layers/moe.py `get_topk` (its softmax is over the chosen alone).
+IDLE_MOE = frozenset({"norm_topk_prob", "model_call_mode"})
 # Honoured, and what they do to a model in training is not carried over.
 DROPS_TOKENS = {
     "capacity_factor": "drops tokens over an expert's capacity (with sparse_matmul=false), also in "
