@@ -4,10 +4,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
+from typing import Any
+
+import numpy as np
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, LayerKind, Parameter
-from moeconv.arch.stacks import KeyPath, Place, Segment, Stacking, layers_of, stacked_axes
+from moeconv.arch.stacks import (
+    NESTED,
+    STACKED,
+    KeyPath,
+    Module,
+    Place,
+    Stacking,
+    axes_in,
+    layers_of,
+)
 from moeconv.errors import ConfigError, TensorError
 
 # Ten times the deepest models, and five times the most experts in all their layers: what a file
@@ -24,10 +36,11 @@ class StoredParameter:
     Attributes:
         path: Key path below `params.params`, e.g. `("decoder", "layers", "mlp", "wo", "kernel")`.
         parameter: The logical parameter.
-        axes: Names of the array's axes, `"L"` among them when layers are stacked.
+        axes: Names of the array's axes, `"L"` among them when layers are stacked, and `"l"` when
+            those of a repeated block are stacked too.
         shape: The array's shape, in the same order.
-        layers: Layers it holds, in the order of its `L` axis; one layer when unscanned; empty for
-            a global parameter.
+        layers: Layers it holds, in the order of its stacked axes; one layer when unscanned; empty
+            for a global parameter.
     """
 
     path: KeyPath
@@ -41,11 +54,18 @@ class StoredParameter:
         """Dotted key path."""
         return ".".join(self.path)
 
+    @property
+    def stacked(self) -> tuple[str, ...]:
+        """Its stacked axes, the outer one first."""
+        return tuple(axis for axis in (STACKED, NESTED) if axis in self.axes)
+
     def entry(self, layer: int | None) -> dict[str, int]:
         """The entry of each stacked axis at which a layer lies."""
-        if layer is None or "L" not in self.axes:
+        if layer is None or not self.stacked:
             return {}
-        return {"L": self.layers.index(layer)}
+        sizes = [self.shape[self.axes.index(axis)] for axis in self.stacked]
+        index = np.unravel_index(self.layers.index(layer), sizes)
+        return dict(zip(self.stacked, map(int, index), strict=True))
 
 
 @dataclass(frozen=True)
@@ -123,11 +143,14 @@ def build_layout(
             for number in range(size // len(segment.modules) if module.numbered else 1)
         ]
         cycle = size if segment.stacked else cycle
-        for (module, number), layers in zip(modules, layers_of(size, depth, first), strict=True):
+        alone = sum(not module.nested for module, _ in modules)
+        widths = [size - alone if module.nested else 1 for module, _ in modules]
+        held = layers_of(widths, depth, first)
+        for (module, number), width, layers in zip(modules, widths, held, strict=True):
+            stacks = {STACKED: depth, NESTED: width}
             for parameter in block.layers[kinds[layers[0]]]:
-                axes = stacked_axes(parameter.axes, scan_axis) if segment.stacked else ()
-                axes = axes or parameter.axes
-                shape = tuple({**sizes, "L": depth}[axis] for axis in axes)
+                axes = axes_in(module, parameter.axes, scan_axis)
+                shape = tuple({**sizes, **stacks}[axis] for axis in axes)
                 path = module.path(number, parameter.name)
                 arrays.append(_stored(path, shape, parameter, axes, layers))
         first += size * depth
@@ -213,6 +236,20 @@ def _ordered(arrays: Iterable[StoredParameter]) -> tuple[StoredParameter, ...]:
     return tuple(sorted(arrays, key=lambda array: array.path))
 
 
+# Length of a stack, by its axis, its segment and, for a nested one, its module.
+_Lengths = dict[tuple[str, int, int | None], int]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One module of a block that is repeated, or of which there is one: its parameters."""
+
+    position: int
+    module: Module
+    places: Mapping[KeyPath, Place]
+    kind: LayerKind
+
+
 class _Detection:
     """The layout of one checkpoint, as one block would have it."""
 
@@ -234,27 +271,29 @@ class _Detection:
         self._stacking = self._find_stacking()
         self._places = self._placed(self._stacking)
         slots = [self._slots(number) for number, _ in enumerate(self._stacking.segments)]
-        axis, depths = self._scan_axis(scan_axis)
-        kinds, arrays, first = [], self._outer_arrays(), 0
-        for segment, modules, depth in zip(self._stacking.segments, slots, depths, strict=True):
-            if first + len(modules) * depth > MOST_LAYERS:
+        axis, lengths = self._scan_axis(scan_axis)
+        kinds, arrays, first, cycle = [], self._outer_arrays(), 0, 1
+        for number, (segment, modules) in enumerate(
+            zip(self._stacking.segments, slots, strict=True)
+        ):
+            depth = lengths.get((STACKED, number, None), 1)
+            widths = [lengths.get((NESTED, number, each.position), 1) for each in modules]
+            if first + sum(widths) * depth > MOST_LAYERS:
                 raise TensorError(
-                    f"the shapes of the checkpoint have {first + len(modules) * depth} layers; no "
+                    f"the shapes of the checkpoint have {first + sum(widths) * depth} layers; no "
                     f"model has more than {MOST_LAYERS}"
                 )
-            kinds += [kind for _, kind in modules] * depth
-            layers = layers_of(len(modules), depth, first)
-            for (places, kind), held in zip(modules, layers, strict=True):
-                arrays += self._arrays(segment, places, kind, axis, held)
-            first += len(modules) * depth
+            block = zip(modules, widths, strict=True)
+            kinds += [each.kind for each, width in block for _ in range(width)] * depth
+            for each, held in zip(modules, layers_of(widths, depth, first), strict=True):
+                arrays += self._arrays(each, axis, held)
+            first += sum(widths) * depth
+            cycle = max(cycle, sum(widths)) if segment.stacked else cycle
         self._refuse_too_many_experts(arrays, len(kinds))
-        scanned = self._stacking.scanned
-        cycle = max(len(m) for s, m in zip(self._stacking.segments, slots, strict=True)
-                    if s.stacked) if scanned else 1  # fmt: skip
         return Layout(
             self._block,
             self._stacking,
-            axis if scanned else None,
+            axis if self._stacking.scanned else None,
             cycle,
             tuple(kinds),
             _ordered(arrays),
@@ -299,10 +338,10 @@ class _Detection:
             if path in self._shapes
         ]
 
-    def _slots(self, number: int) -> list[tuple[dict[KeyPath, Place], LayerKind]]:
-        """The modules of a segment's block in order: their parameters, and their kind."""
+    def _slots(self, number: int) -> list["_Slot"]:
+        """The modules of a segment's block in order."""
         segment = self._stacking.segments[number]
-        found = []
+        found: list[_Slot] = []
         for position, module in enumerate(segment.modules):
             groups: dict[int, dict[KeyPath, Place]] = {}
             for path, place in self._places.items():
@@ -320,10 +359,9 @@ class _Detection:
             )
             prefix = f"{'layers.' if segment.stacked else ''}{last}"
             _refuse_gaps(groups, lacks, prefix)
-            found += [
-                (groups[n], self._kind({p.name for p in groups[n].values()}, module.name(n)))
-                for n in sorted(groups)
-            ]
+            for n in sorted(groups):
+                kind = self._kind({place.name for place in groups[n].values()}, module.name(n))
+                found.append(_Slot(position, module, groups[n], kind))
         return found
 
     def _kind(self, names: set[str], where: str) -> LayerKind:
@@ -342,36 +380,31 @@ class _Detection:
         return kind
 
     def _arrays(
-        self,
-        segment: Segment,
-        places: Mapping[KeyPath, Place],
-        kind: LayerKind,
-        axis: int,
-        layers: tuple[int, ...],
+        self, slot: "_Slot", axis: int, layers: tuple[int, ...]
     ) -> Iterator[StoredParameter]:
-        for path, place in places.items():
-            parameter = self._parameter(place.name, kind)
-            axes = stacked_axes(parameter.axes, axis) if segment.stacked else parameter.axes
+        for path, place in slot.places.items():
+            parameter = self._parameter(place.name, slot.kind)
+            axes = axes_in(slot.module, parameter.axes, axis)
             yield _stored(path, self._shapes[path], parameter, axes, layers)
 
     def _parameter(self, name: str, kind: LayerKind) -> Parameter:
         return next(p for p in self._block.layers[kind] if p.name == name)
 
-    def _scan_axis(self, told: int | None) -> tuple[int, list[int]]:
-        """The layer axis and the depth of every segment: the one way that fits every shape."""
+    def _scan_axis(self, told: int | None) -> tuple[int, "_Lengths"]:
+        """The layer axis and the lengths of all stacks: the one way that fits every shape."""
         final = tuple(FINAL_NORM.name.split("."))
         if len(self._shapes[final]) != 1:
             raise TensorError(
                 f"{FINAL_NORM.name} has shape {list(self._shapes[final])}, not one axis"
             )
         if not self._stacking.scanned:
-            return 0, [1] * len(self._stacking.segments)
-        fits: dict[int, list[int]] = {}
+            return 0, {}
+        fits: dict[int, _Lengths] = {}
         problem = ""
         for axis in (1, 0, 2, 3):
-            depths, misfit = self._depths(axis, self._shapes[final][0])
+            lengths, misfit = self._lengths(axis, self._shapes[final][0])
             if misfit is None:
-                fits[axis] = depths
+                fits[axis] = lengths
             problem = problem or (misfit or "")
         if not fits:
             raise TensorError(
@@ -392,24 +425,26 @@ class _Detection:
             )
         return axis, fits[axis]
 
-    def _depths(self, axis: int, width: int) -> tuple[list[int], str | None]:
-        """How often each segment is repeated if layers lie on an axis, and what does not fit."""
-        sizes = {"D": width}
-        depths = [1] * len(self._stacking.segments)
+    def _lengths(self, axis: int, width: int) -> tuple["_Lengths", str | None]:
+        """The lengths of all stacks if layers lie on an axis, and what does not fit."""
+        sizes: dict[Any, int] = {"D": width}
         for path, place in self._places.items():
-            if not self._stacking.segments[place.segment].stacked:
+            module = self._stacking.segments[place.segment].modules[place.module]
+            if not module.stacked:
                 continue
-            shape = self._shapes[path]
-            kind = self._block.kinds_of(place.name)[0]
-            axes = stacked_axes(self._parameter(place.name, kind).axes, axis)
-            names = [f"L{place.segment}" if a == "L" else a for a in axes]
+            shape, kind = self._shapes[path], self._block.kinds_of(place.name)[0]
+            axes = axes_in(module, self._parameter(place.name, kind).axes, axis)
+            stacks = {
+                STACKED: (STACKED, place.segment, None),
+                NESTED: (NESTED, place.segment, place.module),
+            }
             fits = len(axes) == len(shape) and all(
-                sizes.setdefault(name, n) == n for name, n in zip(names, shape, strict=True)
+                sizes.setdefault(stacks.get(name, name), n) == n
+                for name, n in zip(axes, shape, strict=True)
             )
             if not fits:
-                return depths, f"{'.'.join(path)} {list(shape)}"
-            depths[place.segment] = sizes[f"L{place.segment}"]
-        return depths, None
+                return {}, f"{'.'.join(path)} {list(shape)}"
+        return {name: n for name, n in sizes.items() if isinstance(name, tuple)}, None
 
     @staticmethod
     def _refuse_too_many_experts(arrays: Sequence[StoredParameter], layers: int) -> None:

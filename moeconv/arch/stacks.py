@@ -9,6 +9,9 @@ is a block of modules, repeated along the stacked axis of their arrays where the
     cycled      layers.layers_{}      C modules: entry i of module j is layer C·i + j
     prefixed    dense_layers, moe_layers         one segment after the other
     remainder   layers.layers_{}, layers_remainder.layers_{}     what does not fill a block
+    nested      layers.local_layers, layers.global_layer         a block of several layers in one
+                module, on a second stacked axis, and one layer in another
+    paired      layers, names with _local and _global            two layers in one module
 
 In the stacked layouts the layer axis stands at `param_scan_axis` (MaxText's default 1) of every
 parameter that has so many axes, and at 0 of the others (layers/nnx_decoders.py
@@ -24,6 +27,9 @@ from moeconv.arch.parameters import LayerKind
 
 KeyPath = tuple[str, ...]
 
+# The axis of repeated blocks, and that of a block's layers in one module.
+STACKED, NESTED = "L", "l"
+
 # One way to write each number, so that no two names mean the same layer.
 _NUMBER = "(0|[1-9][0-9]{0,8})"
 
@@ -35,6 +41,7 @@ class Module:
     Attributes:
         pattern: Their dotted name; `{}` is a number from 0 on.
         stacked: True if their arrays have a layer axis.
+        nested: True if they have another one inside of it, for the block's layers in this module.
         suffix: Behind the first word of every name in them, where one module holds two layers
             (`self_attention_local`).
         kind: Of all its layers, where that is what tells segments apart.
@@ -42,6 +49,7 @@ class Module:
 
     pattern: str
     stacked: bool = False
+    nested: bool = False
     suffix: str = ""
     kind: LayerKind | None = None
 
@@ -149,22 +157,33 @@ SCANNED = Stacking("scanned", (Segment((Module("layers", stacked=True),)),))
 CYCLED = Stacking("cycled", (Segment((Module("layers.layers_{}", stacked=True),)),))
 
 
-def stacked_axes(axes: tuple[str, ...], scan_axis: int) -> tuple[str, ...]:
+def stacked_axes(axes: tuple[str, ...], scan_axis: int, axis: str) -> tuple[str, ...]:
     """Axes of a stacked parameter: those with too few axes for `scan_axis` are stacked first.
 
     Source: MaxText layers/nnx_scan.py, which moves the layer axis only where the rank allows it.
     """
     at = scan_axis if len(axes) + 1 > scan_axis else 0
-    return (*axes[:at], "L", *axes[at:])
+    return (*axes[:at], axis, *axes[at:])
 
 
-def layers_of(slots: int, depth: int, first: int) -> Iterator[tuple[int, ...]]:
-    """The layers of each module of a segment, in the order of its stacked axis.
+def axes_in(module: Module, axes: tuple[str, ...], scan_axis: int) -> tuple[str, ...]:
+    """Axes of a parameter as a module keeps it: the inner stack is made before the outer."""
+    if module.nested:
+        axes = stacked_axes(axes, scan_axis, NESTED)
+    return stacked_axes(axes, scan_axis, STACKED) if module.stacked else axes
+
+
+def layers_of(widths: Sequence[int], depth: int, first: int) -> Iterator[tuple[int, ...]]:
+    """The layers of each module of a segment, in the order of its stacked axes.
 
     Args:
-        slots: Modules of the block.
+        widths: Layers of the block in each of its modules, one but for nested ones.
         depth: Repetitions.
         first: Number of the segment's first layer.
     """
-    for slot in range(slots):
-        yield tuple(first + slots * entry + slot for entry in range(depth))
+    offset = first
+    for width in widths:
+        yield tuple(
+            offset + sum(widths) * entry + inner for entry in range(depth) for inner in range(width)
+        )
+        offset += width

@@ -8,6 +8,8 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -283,23 +285,25 @@ def _check_totality(edges: list[Edge], layout: Layout) -> None:
     twice = [name for name, n in Counter(e.target for e in edges).items() if n > 1]
     if twice:
         raise TensorError(f"the rules would write these tensors twice:{listing(twice)}")
-    consumed: dict[tuple[str, int | None], list[int | None]] = {}
+    consumed: dict[tuple[Any, ...], list[int | None]] = {}
     for edge in edges:
         for part in edge.parts:
             if edge.is_first_copy and not edge.rule.again:
-                key = part.source.name, part.form.take.get("L")
-                consumed.setdefault(key, []).append(part.form.take.get("E"))
+                entry = tuple(part.form.take[axis] for axis in part.source.stacked)
+                found = consumed.setdefault((part.source.name, *entry), [])
+                found.append(part.form.take.get("E"))
     holes = [edge.target for edge in edges if edge.parts and not _is_covered(edge)]
     if holes:
         raise TensorError(f"the rules do not write all of these tensors:{listing(holes)}")
     wrong = []
     for array in layout.arrays:
-        depth = array.shape[array.axes.index("L")] if "L" in array.axes else None
-        experts = array.shape[array.axes.index("E")] if "E" in array.axes else 0
-        for entry in [None] if depth is None else range(depth):
-            taken = consumed.get((array.name, entry), [])
+        sizes = dict(zip(array.axes, array.shape, strict=True))
+        experts = sizes.get("E", 0)
+        for entry in product(*(range(sizes[axis]) for axis in array.stacked)):
+            taken = consumed.get((array.name, *entry), [])
             if taken != [None] and taken != list(range(experts)):
-                wrong.append(array.name if entry is None else f"{array.name} [L={entry}]")
+                places = [f" [{a}={i}]" for a, i in zip(array.stacked, entry, strict=True)]
+                wrong.append(array.name + "".join(places))
     if wrong:
         raise TensorError(
             f"the rules do not consume these parameters exactly once:{listing(wrong)}"
