@@ -137,11 +137,14 @@ def build_layout(
     ]
     first, cycle = 0, 1
     for segment, (size, depth) in zip(stacking.segments, blocks, strict=True):
-        modules = [
-            (module, number)
-            for module in segment.modules
-            for number in range(size // len(segment.modules) if module.numbered else 1)
+        each = size // len(segment.modules)
+        places = [
+            (position, number)
+            for position, module in enumerate(segment.modules)
+            for number in range(each if module.numbered else 1)
         ]
+        places.sort(key=lambda place: segment.order(*place))
+        modules = [(segment.modules[position], number) for position, number in places]
         cycle = size if segment.stacked else cycle
         alone = sum(not module.nested for module, _ in modules)
         widths = [size - alone if module.nested else 1 for module, _ in modules]
@@ -245,6 +248,7 @@ class _Slot:
     """One module of a block that is repeated, or of which there is one: its parameters."""
 
     position: int
+    number: int
     module: Module
     places: Mapping[KeyPath, Place]
     kind: LayerKind
@@ -271,7 +275,7 @@ class _Detection:
         self._stacking = self._find_stacking()
         self._places = self._placed(self._stacking)
         slots = [self._slots(number) for number, _ in enumerate(self._stacking.segments)]
-        axis, lengths = self._scan_axis(scan_axis)
+        axis, lengths = self._scan_axis(scan_axis, slots)
         kinds, arrays, first, cycle = [], self._outer_arrays(), 0, 1
         for number, (segment, modules) in enumerate(
             zip(self._stacking.segments, slots, strict=True)
@@ -361,8 +365,8 @@ class _Detection:
             _refuse_gaps(groups, lacks, prefix)
             for n in sorted(groups):
                 kind = self._kind({place.name for place in groups[n].values()}, module.name(n))
-                found.append(_Slot(position, module, groups[n], kind))
-        return found
+                found.append(_Slot(position, n, module, groups[n], kind))
+        return sorted(found, key=lambda slot: segment.order(slot.position, slot.number))
 
     def _kind(self, names: set[str], where: str) -> LayerKind:
         """The kind of layer with these parameters; the nearest, where there is none, says why."""
@@ -390,7 +394,9 @@ class _Detection:
     def _parameter(self, name: str, kind: LayerKind) -> Parameter:
         return next(p for p in self._block.layers[kind] if p.name == name)
 
-    def _scan_axis(self, told: int | None) -> tuple[int, "_Lengths"]:
+    def _scan_axis(
+        self, told: int | None, slots: Sequence[Sequence["_Slot"]]
+    ) -> tuple[int, "_Lengths"]:
         """The layer axis and the lengths of all stacks: the one way that fits every shape."""
         final = tuple(FINAL_NORM.name.split("."))
         if len(self._shapes[final]) != 1:
@@ -402,7 +408,7 @@ class _Detection:
         fits: dict[int, _Lengths] = {}
         problem = ""
         for axis in (1, 0, 2, 3):
-            lengths, misfit = self._lengths(axis, self._shapes[final][0])
+            lengths, misfit = self._lengths(axis, self._shapes[final][0], slots)
             if misfit is None:
                 fits[axis] = lengths
             problem = problem or (misfit or "")
@@ -425,25 +431,24 @@ class _Detection:
             )
         return axis, fits[axis]
 
-    def _lengths(self, axis: int, width: int) -> tuple["_Lengths", str | None]:
+    def _lengths(
+        self, axis: int, width: int, slots: Sequence[Sequence["_Slot"]]
+    ) -> tuple["_Lengths", str | None]:
         """The lengths of all stacks if layers lie on an axis, and what does not fit."""
         sizes: dict[Any, int] = {"D": width}
-        for path, place in self._places.items():
-            module = self._stacking.segments[place.segment].modules[place.module]
-            if not module.stacked:
+        for number, slot in ((n, slot) for n, segment in enumerate(slots) for slot in segment):
+            if not slot.module.stacked:
                 continue
-            shape, kind = self._shapes[path], self._block.kinds_of(place.name)[0]
-            axes = axes_in(module, self._parameter(place.name, kind).axes, axis)
-            stacks = {
-                STACKED: (STACKED, place.segment, None),
-                NESTED: (NESTED, place.segment, place.module),
-            }
-            fits = len(axes) == len(shape) and all(
-                sizes.setdefault(stacks.get(name, name), n) == n
-                for name, n in zip(axes, shape, strict=True)
-            )
-            if not fits:
-                return {}, f"{'.'.join(path)} {list(shape)}"
+            stacks = {STACKED: (STACKED, number, None), NESTED: (NESTED, number, slot.position)}
+            for path, place in slot.places.items():
+                shape = self._shapes[path]
+                axes = axes_in(slot.module, self._parameter(place.name, slot.kind).axes, axis)
+                fits = len(axes) == len(shape) and all(
+                    sizes.setdefault(stacks.get(name, name), n) == n
+                    for name, n in zip(axes, shape, strict=True)
+                )
+                if not fits:
+                    return {}, f"{'.'.join(path)} {list(shape)}"
         return {name: n for name, n in sizes.items() if isinstance(name, tuple)}, None
 
     @staticmethod

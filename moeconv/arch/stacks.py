@@ -98,6 +98,11 @@ class Segment:
         """True if the block is repeated."""
         return self.modules[0].stacked
 
+    def order(self, position: int, number: int) -> tuple[int, int, int]:
+        """Sorts modules by their layers; those of one name that hold several stay together."""
+        paired = len({module.pattern for module in self.modules}) == 1
+        return (number if paired else position, position, number)
+
 
 @dataclass(frozen=True)
 class Stacking:
@@ -120,7 +125,7 @@ class Stacking:
         """The module of each layer below `decoder`, for a way that stacks none."""
         names: list[str] = []
         for segment in self.segments:
-            (module,) = segment.modules
+            module = segment.modules[0]
             first = len(names)
             while len(names) < len(kinds) and module.kind in (None, kinds[len(names)]):
                 names.append(module.pattern.format(len(names) - first))

@@ -8,7 +8,7 @@ each chunk read once.
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from types import TracebackType
@@ -103,7 +103,7 @@ class LayerReader:
         info, entry = self._arrays.info[stored.name], stored.entry(layer)
         if self._spans_layers(stored, info):
             self.lay_out()
-            value = self._from_scratch(stored, info, entry["L"])
+            value = self._from_scratch(stored, info, entry)
         else:
             box = tuple(
                 entry[axis] if axis in entry else slice(0, n)
@@ -118,23 +118,25 @@ class LayerReader:
 
     @staticmethod
     def _spans_layers(stored: StoredParameter, info: ArrayInfo) -> bool:
-        return "L" in stored.axes and info.chunk[stored.axes.index("L")] > 1
+        return any(info.chunk[stored.axes.index(axis)] > 1 for axis in stored.stacked)
 
-    def _axis(self, name: str) -> int:
-        return next(s.axes.index("L") for s in self._held.values() if s.name == name)
+    def _axes(self, name: str) -> list[int]:
+        """Positions of an array's stacked axes."""
+        stored = next(stored for stored in self._held.values() if stored.name == name)
+        return [stored.axes.index(axis) for axis in stored.stacked]
 
     def _path(self, name: str) -> Path:
         assert self._folder is not None
         return self._folder / name
 
     def _lay_out(self, name: str) -> None:
-        info, axis = self._arrays.info[name], self._axis(name)
-        plain = [n for i, n in enumerate(info.shape) if i != axis]
-        shape = (info.shape[axis], *plain)
+        info, axes = self._arrays.info[name], self._axes(name)
+        order = [*axes, *(i for i in range(len(info.shape)) if i not in axes)]
+        shape = tuple(info.shape[i] for i in order)
         reader = self._arrays.reader(name)
         for box in _chunks(info):
-            chunk = np.moveaxis(reader.read(box), axis, 0)
-            place = (box[axis], *(s for i, s in enumerate(box) if i != axis))
+            chunk = reader.read(box).transpose(order)
+            place = tuple(box[i] for i in order)
             # Mapped anew each time, so that written pages do not count as ours for long.
             file = np.memmap(
                 self._path(name),
@@ -142,19 +144,24 @@ class LayerReader:
                 "r+" if self._path(name).exists() else "w+",
                 shape=shape,
             )
-            for row in range(len(chunk)):
-                file[(place[0].start + row, *place[1:])] = chunk[row]
+            file[place] = chunk
             file.flush()
             del file
             self._progress(chunk.nbytes)
         self._laid.add(name)
 
-    def _from_scratch(self, stored: StoredParameter, info: ArrayInfo, entry: int) -> Array:
-        axis = stored.axes.index("L")
-        plain = tuple(n for i, n in enumerate(info.shape) if i != axis)
+    def _from_scratch(
+        self, stored: StoredParameter, info: ArrayInfo, entry: Mapping[str, int]
+    ) -> Array:
+        sizes = dict(zip(stored.axes, info.shape, strict=True))
+        plain = tuple(size for axis, size in sizes.items() if axis not in entry)
+        number = 0
+        for axis in stored.stacked:
+            number = number * sizes[axis] + entry[axis]
         count, dtype = math.prod(plain), DTYPES[info.dtype]
-        offset = entry * count * dtype.itemsize
-        data = np.fromfile(self._path(info.name), dtype, count, offset=offset)
+        data = np.fromfile(
+            self._path(info.name), dtype, count, offset=number * count * dtype.itemsize
+        )
         return data.reshape(plain)
 
 
