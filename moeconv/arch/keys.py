@@ -41,7 +41,14 @@ class Key:
     visible: bool = False
 
     def is_neutral(self, value: Any) -> bool:
-        """True if a value leaves the model a plain one."""
+        """True if a value leaves the model a plain one; a section does if its settings do."""
+        if isinstance(value, Mapping):
+            known = [keys().get(name) for name in value]
+            return all(key is not None for key in known) and not [
+                name
+                for name, key in zip(value, known, strict=True)
+                if key and key.kind == "function" and not key.is_neutral(value[name])
+            ]
         return _among(value, self.neutral)
 
 

@@ -7,6 +7,8 @@ import pytest
 from moeconv_train import recipe
 from moeconv_train.preflight.config import maxtext_defaults
 
+from moeconv.arch.keys import keys
+
 ENTRIES = tool.read()
 FUNCTION = {key: entry for key, entry in ENTRIES.items() if entry["class"] == "function"}
 
@@ -78,3 +80,10 @@ def test_a_new_key_must_be_classified():
 
 def test_the_text_reads_back():
     assert json.loads(tool.text(OLD)) == OLD
+
+
+def test_a_section_is_neutral_if_its_settings_are():
+    lora = keys()["lora"]
+    assert lora.is_neutral({"enable_lora": False, "lora_rank": 0, "lora_module_path": "x.*y"})
+    assert not lora.is_neutral({"enable_lora": True, "lora_rank": 8})
+    assert not lora.is_neutral({"enable_lora": False, "lora_of_tomorrow": 0})

@@ -45,6 +45,9 @@ UNSAFE = {
 # Modules by a name that is not written out: (file, source of the name) and whose it is.
 IMPORTS = {
     ("moeconv/cli/main.py", "COMMANDS[cmd_name][0]"),  # a table of ours
+    ("moeconv/families/__init__.py", "f'{__name__}.{name}'"),  # our own modules
+    ("moeconv/families/__init__.py", "entry.value"),  # of a package that the user installed
+    ("train/seams.py", "f'maxtext.{module}'"),  # a table of ours
     ("moeconv/hf/hub_client.py", "HttpError.__module__.split('.')[0]"),  # the hub library's own
 }
 
