@@ -34,10 +34,10 @@ class Compiled(MaxTextLayers):
 
     _made: ClassVar[dict[str, MaxTextLayers]] = {}
 
-    def __init__(self, config, read, *, dtype="float32"):
+    def __init__(self, config, read, layout, *, dtype="float32"):
         key = repr((sorted(config.items()), dtype))
         if key not in self._made:
-            super().__init__(config, read, dtype=dtype)
+            super().__init__(config, read, layout, dtype=dtype)
             self._made[key] = self
         self.__dict__ |= self._made[key].__dict__ | {"_read": read, "_globals": None}
 
