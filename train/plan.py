@@ -214,7 +214,7 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
         derived["skip_jax_distributed_system"] = True  # one host
     derived["base_output_directory"] = str(output.absolute())
     target = target_of(config, found)
-    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
+    feed = feed or feeds.find(config, recipe, output.absolute())
     plan = Plan(recipe, target, feed, derived, notes=tuple(notes))
     if plan.scales_loss:
         # Such a step is the loss scale's to leave out; MaxText would end the run at it

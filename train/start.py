@@ -10,7 +10,6 @@ from moeconv_train import feed as feeds
 from moeconv_train import plan as plans
 from moeconv_train import recipe as recipes
 from moeconv_train import streaming
-from moeconv_train.data import Progress
 from moeconv_train.plan import Plan
 from moeconv_train.preflight.check import preflight
 from moeconv_train.preflight.report import PreflightReport
@@ -69,7 +68,7 @@ def with_data(
     start: Start,
     *,
     note: Callable[[str], None],
-    progress: Callable[[Progress], None],
+    progress: Callable[[str], None],
     quiet: bool,
 ) -> Start:
     """The same run with its data, prepared now where they are not there, and its steps counted.

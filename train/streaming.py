@@ -4,14 +4,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from glob import glob
 from pathlib import Path
 from typing import Any
 
 from moeconv_train.data import tokens
-from moeconv_train.data.formats import format_of
 from moeconv_train.data.records import write_bytes
-from moeconv_train.feed import embedded_tokenizer
 from moeconv_train.settings import EMBEDDED, DataSettings
 
 from moeconv.errors import UsageError
@@ -47,65 +44,45 @@ def hf_settings(config: Mapping[str, Any], settings: DataSettings) -> dict[str, 
     source = settings.source
     if not source:
         return {}
-    path = Path(source).expanduser()
-    if source == EMBEDDED or path.is_dir():
+    if source == EMBEDDED or Path(source).expanduser().exists():
         raise UsageError(
-            "dataset_type=hf: streams from the Hub or from one local file; use dataset_type=grain "
-            f"for {source}"
+            f"dataset_type=hf: run.data.source={source} is no dataset on the Hub; use "
+            "dataset_type=grain, or name your files with hf_path and hf_train_files"
         )
-    local = {
-        "hf_path": format_of(path.name),
-        "hf_train_files": str(path.absolute()),
-        "eval_interval": -1,
-    }
     return {
         **_TOKENISING,
+        "hf_path": source,
+        "hf_eval_split": "validation",
         "train_split": "train",
         "train_data_columns": [settings.column],
         "eval_data_columns": [settings.column],
-        **(local if path.exists() else {"hf_path": source, "hf_eval_split": "validation"}),
     }
 
 
 def tokenizer_for(settings: DataSettings, output: Path) -> str:
     """The tokenizer for streaming: what comes with moeconv or MaxText becomes a directory."""
     name = settings.tokenizer
+    if name not in (EMBEDDED, tokens.LLAMA3):
+        return name
     directory = output / "data" / f"tokenizer-{name}"
-    if name == EMBEDDED:
-        with embedded_tokenizer() as made:
-            files = dict(tokens.load(str(made)).files)
-    elif name == tokens.LLAMA3:
-        files = dict(tokens.load(name).files)
+    files = dict(tokens.load(name).files)
+    if name == tokens.LLAMA3:
         # MaxText masks its pad token wherever it stands (input_pipeline_utils.py,
         # `shift_and_refine`), and would take id 0, the exclamation mark, for want of one.
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             told = {**json.loads(files[file]), "pad_token": "<|reserved_special_token_0|>"}
             files[file] = strict_json.dumps(told)
-    else:
-        return name
     for file, content in files.items():
         write_bytes(directory / file, content)
     return str(directory)
 
 
 def source_digest(config: Mapping[str, Any]) -> str:
-    """What MaxText's settings say of the data: names, and of local files their sizes.
+    """What MaxText's settings say of the data, by the names of files; folders may move.
 
-    Only the digest is kept beside a run: paths of this machine are nobody else's business. Folders
-    may move, so they do not count.
+    Only the digest is kept beside a run: paths of this machine are nobody else's business.
     """
     told: dict[str, Any] = {key: config[key] for key in _NAMES}
     for key in _PLACES:
-        told[key] = [_place(place) for place in re.split("[,;]", str(config[key] or ""))]
+        told[key] = [Path(place).name for place in re.split("[,;]", str(config[key] or ""))]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _place(place: str) -> Any:
-    """Local files as names and sizes; anything else as it is said."""
-    found = [] if "://" in place else glob(str(Path(place).expanduser()))  # noqa: PTH207
-    files = [
-        file
-        for path in map(Path, found if place else [])
-        for file in ([path] if path.is_file() else path.rglob("*"))
-    ]
-    return sorted([file.name, file.stat().st_size] for file in files if file.is_file()) or place
