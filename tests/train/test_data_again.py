@@ -141,7 +141,7 @@ def test_a_dataset_that_lost_a_shard_is_not_taken_for_whole(tmp_path, options):
     dataset = prepare_dataset(str(source), tmp_path / "out", options())
     shard = next(dataset.shards("train"))
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ConfigError, match=r"has \d+ bytes, not the \d+ that data.json says"):
+    with pytest.raises(ConfigError, match=r"has not the \d+ bytes that data.json says"):
         DataSet.read(tmp_path / "out")
     told = tmp_path / "out" / "data.json"
     manifest = json.loads(told.read_text())

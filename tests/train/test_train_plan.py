@@ -153,7 +153,7 @@ def test_a_damaged_dataset_is_refused(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "copy")
     shard = next(copy.glob("train-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match=r"has \d+ bytes, not the"):
+    with pytest.raises(ConfigError, match=r"has not the \d+ bytes"):
         tiny(copy)
 
 

@@ -158,7 +158,14 @@ class DataSet:
         except ValidationError as error:
             raise ConfigError(f"{path}: {first_line(error)}; {_ANEW}") from None
         for shard in manifest.shards:
-            _check_size(directory, shard)
+            try:
+                with open_inside(directory, shard.name) as file:
+                    if os.fstat(file.fileno()).st_size == shard.bytes:
+                        continue
+                reason = f"has not the {shard.bytes} bytes that {NAME} says"
+            except OSError as error:
+                reason = str(error.strerror)
+            raise ConfigError(f"{directory / shard.name}: {reason}; {_ANEW}")
         named = {shard.name for shard in manifest.shards}
         # MaxText reads whatever has such a name.
         if strange := sorted({file.name for file in directory.glob("*.array_record")} - named):
@@ -241,16 +248,3 @@ class DataSet:
         for shard in self.manifest.shards:
             if shard.split == split:
                 yield self.directory / shard.name
-
-
-def _check_size(directory: Path, shard: Shard) -> None:
-    try:
-        with open_inside(directory, shard.name) as file:
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise ConfigError(f"{directory / shard.name}: {error.strerror}; {_ANEW}") from None
-    if size != shard.bytes:
-        raise ConfigError(
-            f"{directory / shard.name}: has {size} bytes, not the {shard.bytes} that {NAME} says; "
-            f"{_ANEW}"
-        )

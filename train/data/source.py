@@ -197,9 +197,7 @@ def format_of(name: str) -> str | None:
     return None if suffix == ".parquet" else _FORMATS.get(suffix)
 
 
-def _read_texts(
-    stream: BinaryIO, name: str, *, column: str, separator: str
-) -> Iterator[str | None]:
+def _read_texts(stream: BinaryIO, name: str, column: str, separator: str) -> Iterator[str | None]:
     """The texts of a file, whose name tells the format, in order; None where there is none.
 
     Raises:
