@@ -150,7 +150,7 @@ class Data:
 
     Attributes:
         digest: Of prepared data.
-        source_digest: Of what MaxText's own settings name (streaming.py).
+        source_digest: Of what MaxText's own settings name (feed.py).
     """
 
     digest: str | None = None

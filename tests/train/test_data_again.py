@@ -188,3 +188,14 @@ def test_a_full_disk_is_one_sentence(tmp_path, options, monkeypatch):
     ):
         prepare_dataset(str(source), tmp_path / "out", options())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl"]
+
+
+def test_stories_that_an_earlier_version_truncated_are_read(tmp_path, options):
+    source, out = jsonl(tmp_path / "a.jsonl", STORIES[:40]), tmp_path / "out"
+    prepare_dataset(str(source), out, options())
+    told = json.loads((out / "data.json").read_text())
+    told["request"]["too_long"] = "truncate"
+    (out / "data.json").write_text(json.dumps(told))
+    assert DataSet.read(out).counts().stories
+    with pytest.raises(OutputError, match="prepared with another too_long;"):
+        prepare_dataset(str(source), out, options())

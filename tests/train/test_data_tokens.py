@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from moeconv_train import streaming
+from moeconv_train import feed
 from moeconv_train.data import tokens
 from moeconv_train.settings import DataSettings
 from moeconv_train.tokenizer import read_stories, save_tokenizer, train_tokenizer
@@ -56,7 +56,7 @@ def test_what_maxtext_streams_is_not_padded_with_an_exclamation_mark(llama3, tmp
     assert (
         llama3.record.pad_token_id == 0 and not llama3.notes
     )  # of prepared rows nothing is masked by its id
-    path = Path(streaming.tokenizer_for(DataSettings(tokenizer="llama3"), tmp_path))
+    path = Path(feed.tokenizer_for(DataSettings(tokenizer="llama3"), tmp_path))
     assert tokenizer.HFTokenizer(str(path), True, True, None).pad_id == 128002
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         assert json.loads((path / name).read_text())["pad_token"] == "<|reserved_special_token_0|>"

@@ -229,11 +229,6 @@ def _shard(
 
 def _request(found: Source, tokenizer: TokenizerRecord, options: PrepareOptions) -> Request:
     split_off = not any(file.split == VALIDATION for file in found.files)
-    return Request(
-        source=found,
-        tokenizer=tokenizer,
-        sequence_length=options.sequence_length,
-        validation_fraction=options.validation_fraction if split_off else 0.0,
-        seed=options.seed,
-        shard_characters=options.shard_characters,
-    )
+    kept = options.model_dump(include={"sequence_length", "seed", "shard_characters"})
+    fraction = options.validation_fraction if split_off else 0.0
+    return Request(source=found, tokenizer=tokenizer, validation_fraction=fraction, **kept)
