@@ -107,6 +107,8 @@ def find(config: Mapping[str, Any], recipe: Recipe, output: Path) -> Feed:
             "grain_train_files"
         )
     length = int(config["max_target_length"])
+    if length < 2:
+        raise UsageError(f"max_target_length={length}: a row needs at least 2 tokens")
     directory = Path(settings.directory or output / "data" / _slug(settings, length))
     directory = directory.expanduser().absolute()
     there = (directory / NAME).exists() or not settings.source

@@ -149,6 +149,11 @@ def test_a_run_without_data_is_refused(tmp_path):
         planned("tiny_cpu", "run.data.source=none", f"run.data.directory={tmp_path}")
 
 
+def test_rows_of_one_token_are_refused():
+    with pytest.raises(UsageError, match="max_target_length=1: a row needs at least 2 tokens"):
+        planned("tiny_cpu", "max_target_length=1")
+
+
 def test_a_damaged_dataset_is_refused(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "copy")
     shard = next(copy.glob("train-*"))
