@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from moeconv.errors import UnsupportedError
+from moeconv.errors import ConfigError, UnsupportedError
 
 RELEASE = "0.2.5"
 
@@ -91,3 +91,23 @@ def replaced(owner: Any, **functions: Any) -> Iterator[None]:
     finally:
         for name, function in before.items():
             setattr(owner, name, function)
+
+
+def value(setting: Any) -> Any:
+    """A setting of MaxText's, of an enum its value."""
+    return getattr(setting, "value", setting)
+
+
+def refuse(wrong: Mapping[str, Any], what: str, off: str) -> None:
+    """Refuses settings under which MaxText's own function does something that ours does not.
+
+    Args:
+        wrong: By name, whether a setting is such a one.
+        what: Ours.
+        off: The words that turn it off.
+
+    Raises:
+        ConfigError: One of them is.
+    """
+    if names := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise ConfigError(f"{', '.join(names)} does not go with {what}; change it, or set {off}")

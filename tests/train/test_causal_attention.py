@@ -142,7 +142,7 @@ def layer(**other):
         (
             layer(config=SimpleNamespace(moba=False, float32_logits=False)),
             {},
-            "float32_logits: attention in blocks has its softmax in fp32",
+            "^float32_logits=false does not go with attention in blocks; change it, or set run",
         ),
     ],
 )

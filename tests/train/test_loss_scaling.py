@@ -230,7 +230,7 @@ def test_a_loss_that_is_not_finite_has_no_gradient_that_is():
     import jax
     import jax.numpy as jnp
     from flax import nnx
-    from moeconv_train.loss_scaling.seam import _scaled_loss_fn
+    from moeconv_train.loss_scaling import _scaled_loss_fn
 
     class Model(nnx.Module):
         def __init__(self):

@@ -6,7 +6,7 @@ import fp16_lab
 import numpy as np
 import pytest
 from moeconv_train import fp16_head, loss_scaling
-from moeconv_train.logs import logger
+from moeconv_train.logs import metrics
 from moeconv_train.loss_scaling import LossScaleSettings
 
 from moeconv.errors import ConfigError
@@ -127,7 +127,7 @@ def loop(keys, directory, run, settings):
 
     config = fp16_lab.resolve({**keys, "enable_checkpointing": True}, directory, run)
     rows = Rows()
-    with loss_scaling.install(settings), fp16_head.install(), logger.install(rows):
+    with loss_scaling.install(settings), fp16_head.install(), metrics.install(rows):
         train.train_loop(config, None)
     return rows
 

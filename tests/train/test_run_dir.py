@@ -8,7 +8,6 @@ import pytest
 from cli_runner import environment
 from moeconv_train import run_dir
 from moeconv_train.explain import explained
-from moeconv_train.run_dir import Data
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, MoeconvError, OutputError, TrainingError
@@ -23,16 +22,19 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     before = sidecar(steps=10, log_period=1, eval_interval=5, checkpoint_period=2, vocab_size=9)
     now = {**before.config, "steps": 20, "log_period": 3, "eval_interval": 7, "new_key": 1}
     now |= {"checkpoint_period": 4, "enable_wandb": True}
-    assert run_dir.check_same(tmp_path, before, now, Data("d" * 64)) == []
+    assert run_dir.check_same(tmp_path, before, now, RunFacts(dataset_digest="d" * 64)) == []
     before = sidecar(remat_policy="full", vocab_size=9)
     (note,) = run_dir.check_same(
-        tmp_path, before, {"remat_policy": "minimal", "vocab_size": 9}, Data("d" * 64)
+        tmp_path,
+        before,
+        {"remat_policy": "minimal", "vocab_size": 9},
+        RunFacts(dataset_digest="d" * 64),
     )
     facts = RunFacts(patches={"fp16_head": True})
     before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
-    (other,) = run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": False})
+    (other,) = run_dir.check_same(tmp_path, before, {}, RunFacts(patches={"fp16_head": False}))
     assert "loss scale and patches were" in other and other.endswith("not to the bit")
-    assert run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": True}) == []
+    assert run_dir.check_same(tmp_path, before, {}, facts) == []
     assert note == "remat_policy was full and is minimal: the same model, but not to the bit"
 
 
@@ -40,7 +42,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     before = sidecar(vocab_size=9, learning_rate_schedule_steps=10)
     now = {"vocab_size": 8, "learning_rate_schedule_steps": 20}
     with pytest.raises(ConfigError) as raised:
-        run_dir.check_same(tmp_path, before, now, Data("e" * 64))
+        run_dir.check_same(tmp_path, before, now, RunFacts(dataset_digest="e" * 64))
     for text in (
         "vocab_size was 9 and is 8",
         "learning_rate_schedule_steps was 10 and is 20",
@@ -49,7 +51,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     ):
         assert text in str(raised.value)
     with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv\.json"):
-        run_dir.check_same(tmp_path, None, now, Data())
+        run_dir.check_same(tmp_path, None, now, RunFacts())
 
 
 def test_a_directory_is_one_processs(tmp_path):
