@@ -31,13 +31,9 @@ def install(block: int = BLOCK) -> Iterator[None]:
 
     Args:
         block: Queries of a block.
-
-    Raises:
-        UnsupportedError: MaxText is not the one that this was written for.
     """
     from maxtext.layers.attention_op import AttentionOp
 
-    seams.check("layers.attention_op")
     blocks = _replacement(AttentionOp.apply_attention_dot, block)
     with seams.replaced(AttentionOp, apply_attention_dot=blocks):
         yield

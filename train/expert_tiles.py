@@ -43,13 +43,9 @@ def install(tile: int | None = None) -> Iterator[None]:
 
     Args:
         tile: Rows of a tile; None for a quarter of an expert's share (`tile_for`).
-
-    Raises:
-        UnsupportedError: MaxText is not the one that this was written for.
     """
     from maxtext.layers.moe import RoutedMoE
 
-    seams.check("layers.moe")
     with seams.replaced(RoutedMoE, dense_matmul=_replacement(RoutedMoE.dense_matmul, tile)):
         yield
 

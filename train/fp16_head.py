@@ -25,15 +25,11 @@ def install() -> Iterator[None]:
     """While this is open, MaxText traces a tied head of `dtype: float16` this way, others as ever.
 
     The logits have the type that MaxText gives them: fp16, or fp32 with `logits_dot_in_fp32`.
-
-    Raises:
-        UnsupportedError: MaxText is not the one that this was written for.
     """
     from maxtext.layers import nnx_decoders
     from maxtext.layers.embeddings import Embed
     from maxtext.trainers.pre_train import train
 
-    seams.check("layers.embeddings", "layers.nnx_decoders", "trainers.pre_train.train:loss_fn")
     with (
         seams.replaced(nnx_decoders, attend_on_embedding=_head(nnx_decoders.attend_on_embedding)),
         seams.replaced(Embed, __call__=_lookup(Embed.__call__)),

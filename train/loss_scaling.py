@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from moeconv.errors import ConfigError, MoeconvError
 from moeconv.untrusted import files
 
-Mode = Literal["dynamic", "static", "off"]
+Mode = Literal["dynamic", "off"]
 # Settings of MaxText that must be wide (fp16 flushes there what the scale saved), or must be off.
 _WIDE = ("weight_dtype", "grad_dtype")
 _OFF = (
@@ -62,9 +62,9 @@ class LossScaleSettings(BaseModel):
             raise ValueError(f"initial must lie between min and max, {self.min:g} and {self.max:g}")
         return self
 
-    def mode_for(self, dtype: Any) -> Mode:
-        """The mode for a run whose MaxText `dtype` is this."""
-        return self.mode or ("dynamic" if np.dtype(dtype) == np.float16 else "off")
+    def scales(self, dtype: Any) -> bool:
+        """Whether the loss of a run is scaled whose MaxText `dtype` is this."""
+        return self.mode == "dynamic" if self.mode else np.dtype(dtype) == np.float16
 
 
 def check_config(config: Any) -> None:
@@ -86,17 +86,11 @@ def install(settings: LossScaleSettings) -> Iterator[None]:
 
     It must be open when MaxText builds the optimizer and when it traces the step: keep it open
     around all of a run, or of an ahead-of-time compile.
-
-    Raises:
-        UnsupportedError: MaxText is not the release that this fits into.
     """
     from maxtext.common.metric_logger import MetricLogger
     from maxtext.optimizers import optimizers
     from maxtext.trainers.pre_train import train
 
-    seams.check(
-        "trainers.pre_train.train:", "optimizers", "utils.train_utils", "common.metric_logger"
-    )
     optimizer = _scaled_optimizer(optimizers.get_optimizer, settings)
     abort = _give_up(MetricLogger._maybe_abort_after_write_metrics, settings.patience)
     with (
@@ -115,7 +109,7 @@ class LossScaleState(NamedTuple):
     skipped_steps: Any  # int32: since the run began
 
 
-def with_loss_scale(inner: Any, settings: LossScaleSettings, mode: Mode = "dynamic") -> Any:
+def with_loss_scale(inner: Any, settings: LossScaleSettings) -> Any:
     """The optax optimizer `inner`, leaving out steps whose gradients are not finite.
 
     Such a step changes neither parameters nor anything of `inner`'s state, so Adam's count and the
@@ -146,26 +140,25 @@ def with_loss_scale(inner: Any, settings: LossScaleSettings, mode: Mode = "dynam
             return jax.tree.map(lambda x: jnp.full(x.shape, -0.0, x.dtype), shapes), inner_state
 
         changes, inner_state = jax.lax.cond(finite, apply, skip)
-        return changes, _append(inner_state, _next(scaling, finite, settings, mode))
+        return changes, _append(inner_state, _next(scaling, finite, settings))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _next(
-    state: LossScaleState, finite: Any, settings: LossScaleSettings, mode: Mode
-) -> LossScaleState:
+def _next(state: LossScaleState, finite: Any, settings: LossScaleSettings) -> LossScaleState:
     """The state after a step."""
     import jax.numpy as jnp
 
     scale, good, skipped = state
     good = jnp.where(finite, good + 1, 0)
-    if mode == "dynamic":
-        grows = good >= settings.growth_interval
-        larger = jnp.minimum(scale * settings.growth_factor, settings.max)
-        smaller = jnp.maximum(scale * settings.backoff_factor, settings.min)
-        scale = jnp.where(finite, jnp.where(grows, larger, scale), smaller)
-        good = jnp.where(grows, 0, good)
-    return LossScaleState(scale, good, skipped + jnp.logical_not(finite))
+    grows = good >= settings.growth_interval
+    larger = jnp.minimum(scale * settings.growth_factor, settings.max)
+    smaller = jnp.maximum(scale * settings.backoff_factor, settings.min)
+    return LossScaleState(
+        jnp.where(finite, jnp.where(grows, larger, scale), smaller),
+        jnp.where(grows, 0, good),
+        skipped + jnp.logical_not(finite),
+    )
 
 
 def _append(inner: Any, scaling: LossScaleState) -> tuple[Any, ...]:
@@ -184,18 +177,18 @@ def _scaled_optimizer(stock: Callable[..., Any], settings: LossScaleSettings) ->
 
     @functools.wraps(stock)
     def get_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-        mode = settings.mode_for(config.dtype)
-        _check_resume(config, mode)
+        scales = settings.scales(config.dtype)
+        _check_resume(config, scales)
         optimizer = stock(config, *args, **kwargs)
-        if mode == "off":
+        if not scales:
             return optimizer
         check_config(config)
-        return with_loss_scale(optimizer, settings, mode)
+        return with_loss_scale(optimizer, settings)
 
     return get_optimizer
 
 
-def _check_resume(config: Any, mode: Mode) -> None:
+def _check_resume(config: Any, scales: bool) -> None:
     """Says in words what Orbax would say in pages: the states with and without a scale differ."""
     directory = Path(config.checkpoint_dir or "")
     steps = directory.iterdir() if config.enable_checkpointing and directory.is_dir() else ()
@@ -203,10 +196,10 @@ def _check_resume(config: Any, mode: Mode) -> None:
         if not (step.name.isdecimal() and (step / "items" / "_METADATA").exists()):
             continue
         has = b"'loss_scale'" in files.read_inside(step / "items", "_METADATA")
-        if has != (mode != "off"):
+        if has != scales:
             raise ConfigError(
-                f"{step} was saved {'with' if has else 'without'} a loss scale, and this run's is "
-                f"{mode}: set its mode to {'dynamic' if has else 'off'}, or begin a new run_name."
+                f"{step} was saved {'with' if has else 'without'} a loss scale: set "
+                f"run.loss_scale.mode={'dynamic' if has else 'off'}, or begin a new run_name"
             )
 
 
@@ -225,7 +218,7 @@ def _scaled_train_step(train: Any, settings: LossScaleSettings) -> Callable[...,
         dropout_rng: Any = None,
     ) -> Any:
         arguments = (model, config, state_mesh_shardings, params_shardings)
-        if settings.mode_for(config.dtype) == "off":
+        if not settings.scales(config.dtype):
             return stock(*arguments, state, data, dropout_rng)
         before = _scaling(state)
         with seams.replaced(train, loss_fn=_scaled_loss_fn(train.loss_fn, before.loss_scale)):

@@ -1,7 +1,6 @@
 """The directory of a run: who may write to it, whether it goes on, whether it is the same run."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -65,7 +64,7 @@ def may_change(key: str) -> bool:
 def locked(run_dir: Path) -> Iterator[None]:
     """Makes the directory and holds it for this process.
 
-    A new one goes again if nothing was put there, or the run was refused before its first save.
+    A new one goes again if the run was refused before its first save.
 
     Raises:
         OutputError: Another process holds it, or it cannot be made.
@@ -82,7 +81,6 @@ def locked(run_dir: Path) -> Iterator[None]:
             raise OutputError(f"{run_dir}: another process is training there") from None
         except OSError as error:
             raise OutputError(f"{run_dir}: cannot be written ({error.strerror})") from None
-        stack.callback(_remove_empty, run_dir, made)
         stack.callback(lock.release)
         try:
             yield
@@ -90,12 +88,6 @@ def locked(run_dir: Path) -> Iterator[None]:
             if made and saved_step(run_dir) is None:
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
-
-
-def _remove_empty(run_dir: Path, made: bool) -> None:
-    with contextlib.suppress(OSError):
-        if made:
-            run_dir.rmdir()
 
 
 def saved_step(run_dir: Path) -> int | None:
@@ -165,7 +157,6 @@ def check_same(
             f"{run_dir}: has checkpoints but no {SIDECAR_NAME}, so nothing says that this is the "
             "same run; begin a new run_name, or train it on with MaxText itself"
         )
-    config = json.loads(json.dumps(dict(config)))
     told: list[str] = []
     rounding: list[str] = []
     for key in sorted(before.config.keys() & config.keys()):

@@ -49,10 +49,10 @@ SOURCES: Mapping[str, str] = {
 
 
 def check(*modules: str) -> None:
-    """Refuses a MaxText whose functions are not those that `SOURCES` has of these modules.
+    """Refuses a MaxText whose functions are not those that `SOURCES` has.
 
     Args:
-        modules: `layers.moe`, or `layers.moe:RoutedMoE.dense_matmul` for one function.
+        modules: Where they are, such as `layers.moe`; by default all.
 
     Raises:
         UnsupportedError: One of them is another, or is gone.
@@ -60,7 +60,7 @@ def check(*modules: str) -> None:
     changed = [
         name
         for name, digest in SOURCES.items()
-        if name.startswith(modules) and digest_of(name) != digest
+        if name.startswith(modules or "") and digest_of(name) != digest
     ]
     if changed:
         raise UnsupportedError(

@@ -93,11 +93,6 @@ def install(stopper: Stopper) -> Iterator[None]:
     from maxtext.trainers.pre_train import train
     from maxtext.utils import exceptions
 
-    seams.check(
-        "trainers.pre_train.train:train",  # train_loop, and what it calls for each step
-        "common.data_loader",
-        "common.checkpointing",
-    )
     stock = train.training_loop_iteration
 
     @functools.wraps(stock)

@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from moeconv_train.data.records import write_bytes
 from moeconv_train.words import first_line
 from pydantic import BaseModel, ConfigDict
 
@@ -51,9 +52,7 @@ class Trial(BaseModel):
 
     def write(self, run_dir: Path) -> None:
         """Into the run's folder, whole or not at all."""
-        part = run_dir / f"{FILE}.part"
-        part.write_bytes(strict_json.dumps(self.model_dump()))
-        part.replace(run_dir / FILE)
+        write_bytes(run_dir / FILE, strict_json.dumps(self.model_dump()))
 
 
 def judge(patches: Mapping[str, bool], stock: Side, patched: Side, device: str) -> Trial:

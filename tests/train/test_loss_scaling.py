@@ -10,7 +10,7 @@ from moeconv_train import fp16_head, loss_scaling
 from moeconv_train.loss_scaling import LossScaleSettings
 from pydantic import ValidationError
 
-from moeconv.errors import ConfigError, MoeconvError, UnsupportedError
+from moeconv.errors import ConfigError, MoeconvError
 
 pytestmark = pytest.mark.maxtext
 
@@ -209,22 +209,6 @@ def test_everything_is_put_back():
     assert names() == stock
 
 
-def test_another_maxtext_is_refused(monkeypatch):
-    from maxtext.layers import embeddings
-    from maxtext.trainers.pre_train import train
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "loss_fn", lambda model, config, batch: None)
-        refused = pytest.raises(UnsupportedError, match=r"another trainers\.\S+:loss_fn")
-        with refused, loss_scaling.install(SETTINGS):
-            pass
-    with monkeypatch.context() as patch:
-        patch.setattr(embeddings, "attend_on_embedding", lambda *_: None)
-        refused = pytest.raises(UnsupportedError, match="embeddings:attend_on_embedding")
-        with refused, fp16_head.install():
-            pass
-
-
 def test_a_loss_that_is_not_finite_has_no_gradient_that_is():
     """Its step is left out, also where the backward pass does not notice."""
     import jax
@@ -284,9 +268,23 @@ def test_wrong_settings_are_named(fields, message):
 
 
 def test_the_mode_follows_the_dtype():
-    assert LossScaleSettings().mode_for("float16") == "dynamic"
-    assert LossScaleSettings().mode_for("float32") == "off"
-    assert LossScaleSettings(mode="static").mode_for("float32") == "static"
+    assert LossScaleSettings().scales("float16") and not LossScaleSettings().scales("float32")
+    assert LossScaleSettings(mode="dynamic").scales("float32")
+    assert not LossScaleSettings(mode="off").scales("float16")
+
+
+def test_a_scale_can_be_told_to_stay():
+    """Overflows are left out all the same."""
+    import jax.numpy as jnp
+    import optax
+
+    settings = LossScaleSettings(initial=8, min=8, max=8, growth_interval=1)
+    optimizer = loss_scaling.with_loss_scale(optax.sgd(1.0), settings)
+    state = optimizer.init(jnp.zeros(2))
+    for gradient, change in (([1.0, 2.0], [-1, -2]), ([1.0, np.inf], [0, 0])):
+        changes, state = optimizer.update(jnp.asarray(gradient), state)
+        np.testing.assert_array_equal(changes, change)
+    assert (state[-1].loss_scale, state[-1].skipped_steps) == (8, 1)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,12 @@ def test_a_directory_is_one_processs(tmp_path):
         run_dir.locked(run),
     ):
         pass
-    assert not run.exists()  # nothing was put there
+    assert os.listdir(run) == []
+    new = tmp_path / "new"
+    with pytest.raises(ConfigError), run_dir.locked(new):
+        (new / "training.log").touch()
+        raise ConfigError("refused")
+    assert not new.exists()
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OutputError, match="cannot be written"), run_dir.locked(blocked / "run"):

@@ -2,6 +2,7 @@
 
 import pytest
 from moeconv_train import seams
+from moeconv_train.preflight import patches
 
 from moeconv.errors import UnsupportedError
 
@@ -18,6 +19,18 @@ def test_another_function_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, na
     seams.check("layers.attention_op", "optimizers")
     with pytest.raises(UnsupportedError, match=f"another {name} than 0.2.5.*install maxtext"):
         seams.check("layers.moe")
+
+
+def test_a_run_needs_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is not patched in it: the trainer relies on the rest."""
+    from maxtext.common.data_loader import DataLoader
+
+    with patches.trainer():
+        pass
+    monkeypatch.setattr(DataLoader, "load_next_batch", lambda self: None)
+    refused = pytest.raises(UnsupportedError, match=r"DataLoader\.load_next_batch than 0\.2\.5")
+    with refused, patches.trainer():
+        pass
 
 
 def test_a_wrapper_of_ours_does_not_hide_the_source() -> None:

@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from moeconv_train import seams, stopping
+from moeconv_train import stopping
 from moeconv_train.logs import metrics, plots
 from moeconv_train.logs.console import logged
 from moeconv_train.logs.metrics import Metrics, read_metrics, train_line
@@ -126,11 +126,6 @@ def test_a_loss_that_is_no_number_is_no_line(tmp_path):
     assert (file.completed, file.tokens, file.loss) == (2, 20, None)
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 class Clock:
     def __init__(self):
         self.now = 100.0
@@ -213,7 +208,6 @@ def test_a_step_is_late_around_saves_and_evaluations_and_at_the_end(monkeypatch)
 
     name = "maxtext.common.metric_logger"
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(MetricLogger=Logger))
-    monkeypatch.setattr(seams, "check", lambda *_: None)
     stock = Logger.buffer_and_write_metrics
     with metrics.install(Recorder()):
         maxtexts = Logger()
@@ -245,31 +239,6 @@ def test_without_a_known_peak_there_is_no_mfu():
     run_steps(progress, clock, 10)
     assert "tokens/s" in stream.getvalue() and "MFU" not in stream.getvalue()
     assert "step 10 of 10 (100.0%)" in stream.getvalue()  # the last step is always shown
-
-
-def test_a_terminal_has_one_line_that_is_rewritten():
-    clock, stream = Clock(), Terminal()
-    progress = Progress(stream, 10, clock=clock)
-    progress.note("[before] a step")
-    run_steps(progress, clock, 5)
-    progress.note("a \x1b[31mnote")
-    progress.close()
-    text = stream.getvalue()
-    assert text.startswith("[before] a step\n")  # no markup
-    assert text.count("\r\x1b[2K") >= 5 and "a \\x1b[31mnote\n" in text
-    # The last step below the note, and nothing behind it that hides the cursor.
-    last = text.rsplit("note\n", 1)[1]
-    assert "step 5 of 10" in last and last.endswith("\n\x1b[?25h")
-    progress.close()
-    assert stream.getvalue() == text
-
-
-def test_a_terminal_that_knows_no_escapes_has_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    clock, stream = Clock(), Terminal()
-    run_steps(Progress(stream, 10, clock=clock), clock, 10)
-    assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
-    assert stream.getvalue().splitlines()[-1].startswith("step 10 of 10")
 
 
 @pytest.mark.parametrize(
@@ -350,7 +319,6 @@ def test_nobody_has_to_read_the_progress():
         progress.note("nor this")
         progress.step(train_line(scalars(), 0, 0, 0.5), 10)
         progress.step(train_line(scalars(), 9, 0, 0.5), 10)
-        progress.close()
     closed = Progress(io.StringIO(), 10)
     closed.stream.close()
     closed.step(train_line(scalars(), 0, 0, 0.5), 10)

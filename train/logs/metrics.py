@@ -125,7 +125,6 @@ class Metrics:
 
     def close(self) -> None:
         """No more metrics."""
-        self._progress.close()
         if self._file is not None:
             self._file.close()
 
@@ -189,7 +188,6 @@ def install(metrics: Metrics) -> Iterator[None]:
     """While this is open, MaxText's metrics also go to `metrics`, and evaluations harm no log."""
     from maxtext.common.metric_logger import MetricLogger
 
-    seams.check("common.metric_logger")
     init, write = MetricLogger.__init__, MetricLogger.write_metrics
     buffer = MetricLogger.buffer_and_write_metrics
     # The step that is logged next is on time only if MaxText logs it in the regular way: right

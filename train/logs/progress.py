@@ -1,4 +1,4 @@
-"""How far a run is: one line that is rewritten on a terminal, now and then a line elsewhere."""
+"""How far a run is: now and then a line."""
 
 import contextlib
 import datetime
@@ -10,18 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
-
 from moeconv.arch.sidecar import MetricsLine
 from moeconv.untrusted.text import printable
 
-# Lines into a file or a pipe are this far apart, rewritten ones on a terminal that far.
-_LINES, _REWRITES = 10.0, 0.2
+_SECONDS = 10.0  # between two lines
 # Steps that a rate is the mean of.
 _WINDOW = 200
-_GONE = (OSError, ValueError, RuntimeError)
+_GONE = (OSError, ValueError)
 
 
 class Progress:
@@ -44,16 +39,6 @@ class Progress:
         self._window: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
         self._last: float | None = None
         self._shown = float("-inf")
-        self._live: Live | None = None
-        if stream is not None and stream.isatty():
-            console = Console(file=stream, force_terminal=True)
-            if console.is_interactive:  # not TERM=dumb
-                self._live = Live(
-                    console=console,
-                    auto_refresh=False,
-                    redirect_stdout=False,  # the log has it
-                    redirect_stderr=False,
-                )
 
     def lap(self, late: bool = False) -> float | None:
         """Seconds from the step before's result to this one's; None where that is not known.
@@ -72,11 +57,10 @@ class Progress:
         """A training step is done; `tokens` are its targets."""
         if line.seconds:
             self._window.append((line.seconds, tokens))
-        now, every = self._clock(), _REWRITES if self._live else _LINES
-        final = line.step >= self._steps or not self._window
-        if final or now - self._shown >= every:
+        now = self._clock()
+        if line.step >= self._steps or not self._window or now - self._shown >= _SECONDS:
             self._shown = now
-            self._say(self._text(line), self._live)
+            self.note(self._text(line))
 
     def evaluation(self, line: MetricsLine) -> None:
         """An evaluation is done: a line of its own."""
@@ -84,14 +68,17 @@ class Progress:
         self.note(f"step {line.step:,}: validation loss {line.loss:.4f}{took}")
 
     def note(self, text: str) -> None:
-        """A line that stays."""
-        self._say(printable(text))
-
-    def close(self) -> None:
-        """Leaves the rewritten line where it is."""
-        if self._live:
-            with contextlib.suppress(*_GONE):
-                self._live.stop()
+        """A line; whoever listened may be gone (`moeconv train 2>&1 | head`), no reason to fail."""
+        if self.stream is None:
+            return
+        try:
+            print(printable(text), file=self.stream, flush=True)
+        except _GONE as error:
+            stream, self.stream = self.stream, None
+            logging.warning("nobody reads the progress any more (%s); the run goes on", error)
+            # It still holds what it could not write, and would fail again when it is closed.
+            with contextlib.suppress(*_GONE), Path(os.devnull).open("w") as nothing:
+                os.dup2(nothing.fileno(), stream.fileno())
 
     def _text(self, line: MetricsLine) -> str:
         parts = [
@@ -111,25 +98,6 @@ class Progress:
                 left = seconds / len(self._window) * (self._steps - line.step)
                 parts.append(f"{_time(left)} left")
         return "  ".join(parts)
-
-    def _say(self, text: str, rewritten: Live | None = None) -> None:
-        """Never a reason to fail: whoever listened may be gone (`moeconv train 2>&1 | head`)."""
-        if self.stream is None:
-            return
-        try:
-            if rewritten:
-                rewritten.start()
-                rewritten.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
-            elif self._live:
-                self._live.console.print(Text(text), soft_wrap=True)
-            else:
-                print(text, file=self.stream, flush=True)
-        except _GONE as error:
-            stream, self.stream = self.stream, None
-            logging.warning("nobody reads the progress any more (%s); the run goes on", error)
-            # It still holds what it could not write, and would fail again when it is closed.
-            with contextlib.suppress(*_GONE), Path(os.devnull).open("w") as nothing:
-                os.dup2(nothing.fileno(), stream.fileno())
 
 
 def _time(seconds: float) -> str:

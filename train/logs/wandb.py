@@ -7,9 +7,7 @@ begin the run first; MaxText's call then returns the live one, as wandb does by 
 import contextlib
 import importlib
 import os
-import re
 import secrets
-import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from moeconv_train.words import first_line
 from moeconv.untrusted import files
 
 ID_NAME = "wandb-run-id.txt"
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_ALPHABET = string.ascii_lowercase + string.digits
 _SECONDS = 60.0  # for init, and for the upload of what is left at the end
 
 
@@ -39,18 +35,13 @@ def missing() -> str | None:
 
 
 def run_id(run_dir: Path) -> str:
-    """The id of a run, the same for as long as its directory lives.
-
-    WANDB_RUN_ID counts for a new run; the directory's own id for one that goes on.
-    """
-    with contextlib.suppress(FileNotFoundError):
-        found = files.read_inside(run_dir, ID_NAME).decode(errors="replace").strip()
-        if _ID.fullmatch(found):
-            return found
-    given = os.environ.get("WANDB_RUN_ID", "")
-    made = given if _ID.fullmatch(given) else "".join(secrets.choice(_ALPHABET) for _ in range(8))
-    write_bytes(run_dir / ID_NAME, f"{made}\n".encode())
-    return made
+    """The id of a run, the same for as long as its directory lives; WANDB_RUN_ID if it is new."""
+    try:
+        return files.read_inside(run_dir, ID_NAME).decode(errors="replace").strip()
+    except FileNotFoundError:
+        made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+        write_bytes(run_dir / ID_NAME, f"{made}\n".encode())
+        return made
 
 
 @contextlib.contextmanager
