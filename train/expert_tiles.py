@@ -38,15 +38,11 @@ class Layout(NamedTuple):
 
 
 @contextlib.contextmanager
-def install(tile: int | None = None) -> Iterator[None]:
-    """While this is open, MaxText's dense MoE path (`sparse_matmul: false`) is traced in tiles.
-
-    Args:
-        tile: Rows of a tile; None for a quarter of an expert's share (`tile_for`).
-    """
+def install() -> Iterator[None]:
+    """While this is open, MaxText's dense MoE path (`sparse_matmul: false`) is traced in tiles."""
     from maxtext.layers.moe import RoutedMoE
 
-    with seams.replaced(RoutedMoE, dense_matmul=_replacement(RoutedMoE.dense_matmul, tile)):
+    with seams.replaced(RoutedMoE, dense_matmul=_replacement(RoutedMoE.dense_matmul)):
         yield
 
 
@@ -103,7 +99,7 @@ def moe(
         indices: Of each token's experts.
         kernels: wi_0 and wi_1 [E, D, F], wo [E, F, D].
         activation: Of both hidden layers.
-        tile: Rows of a tile.
+        tile: Rows of a tile; by default `tile_for`.
         sum_dtype: In which experts are added up; by default that of x.
         precision: Of the matmuls.
     """
@@ -182,7 +178,7 @@ def _matmul_backward(precision: Any, saved: Any, cotangent: Any) -> tuple[Any, A
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
+def _replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`RoutedMoE.dense_matmul`: MaxText's own routing and balance loss, matmuls in tiles."""
 
     @functools.wraps(stock)
@@ -194,11 +190,7 @@ def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., A
         w0_kernel: Any,
         w1_kernel: Any,
         wo_kernel: Any,
-        w0_bias: Any,
-        w1_bias: Any,
-        wo_bias: Any,
-        input_ids: Any = None,
-        forced_routed_experts: Any = None,
+        *_: Any,
     ) -> tuple[Any, Any, None]:
         config = self.config
         _check(config, self.mesh)
@@ -216,7 +208,6 @@ def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., A
                 chosen,
                 kernels,
                 self.apply_ffn_activation,
-                tile=tile,
                 sum_dtype=jnp.float32 if config.float32_weight_sum else None,
                 precision=jax.lax.Precision(config.matmul_precision),
             )

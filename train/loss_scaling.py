@@ -17,7 +17,7 @@ import numpy as np
 from moeconv_train import seams
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from moeconv.errors import ConfigError, MoeconvError
+from moeconv.errors import ConfigError, TrainingError
 from moeconv.untrusted import files
 
 Mode = Literal["dynamic", "off"]
@@ -290,7 +290,7 @@ def _give_up(stock: Callable[..., None], patience: int) -> Callable[..., None]:
         scalars = metrics["scalar"]
         skips = skips + 1 if scalars.get("learning/overflow", 0) else 0
         if skips >= patience:
-            raise MoeconvError(
+            raise TrainingError(
                 f"the loss or the gradients of {skips} steps in a row were not finite, in the end "
                 f"at a loss scale of {float(scalars['learning/loss_scale']):g}: FP16 itself "
                 "overflows in this model (see docs/fp16.md); begin a new run_name with a lower "

@@ -27,6 +27,8 @@ from pydantic import BaseModel
 from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, MissingPackageError, TrainingError
 
+_TOLD = {"language", "license", "tokenizer_license", "data_license", "hub_repo"}
+
 Status = Literal["finished", "interrupted", "time limit", "stopped"]
 
 
@@ -175,10 +177,10 @@ def initialize(plan: Plan) -> tuple[Any, Any]:
         # MaxText sets XLA's flags before the first look at the devices; JAX reads them once.
         with on_gpu() if plan.config["hardware"] == "gpu" else contextlib.nullcontext():
             config, recorder = maxtext.initialize(plan.argv())
-    except SystemExit as error:  # pyconfig.py `_handle_config_exception`
-        raise ConfigError(f"MaxText refuses this config: {first_line(error.__context__)}") from None
-    except (ValueError, TypeError) as error:  # the same, where unittest is loaded
-        raise ConfigError(f"MaxText refuses this config: {first_line(error)}") from None
+    # pyconfig.py `_handle_config_exception` exits, or raises on where unittest is loaded.
+    except (SystemExit, ValueError, TypeError) as error:
+        why = error.__context__ if isinstance(error, SystemExit) else error
+        raise ConfigError(f"MaxText refuses this config: {first_line(why)}") from None
     counted = int(config.global_batch_size_to_load)
     if plan.steps_per_epoch and counted != plan.batch:
         raise ConfigError(
@@ -230,15 +232,11 @@ def _platform() -> str:
 
 def _facts(plan: Plan) -> RunFacts:
     """What the sidecar says of a run."""
-    dataset, run = plan.feed.dataset, plan.run
+    dataset = plan.feed.dataset
     return RunFacts(
         dataset=feeds.hub_id(plan.feed),
         dataset_digest=dataset.digest if dataset else None,
-        language=run.language,
-        license=run.license,
-        tokenizer_license=run.tokenizer_license,
-        data_license=run.data_license,
-        hub_repo=run.hub_repo,
+        **plan.run.model_dump(include=_TOLD),
         epochs=round(plan.epochs, 6) if plan.epochs else None,
         steps=plan.steps,
         tokens_per_step=plan.tokens_per_step,
@@ -290,7 +288,5 @@ def _plot(directory: Path, note: Callable[[str], None]) -> None:
     """Never a reason to fail."""
     try:
         write_plot(directory)
-    except ImportError:
-        note('no plot: matplotlib is not installed (pip install ".[train]")')
     except Exception as error:
         note(f"no plot: {first_line(error)}")

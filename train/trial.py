@@ -25,7 +25,7 @@ from moeconv_train.preflight import patches
 from moeconv_train.run_dir import saved_step
 from moeconv_train.trial_file import FILE, Side, Trial, chosen, judge
 
-from moeconv.errors import MoeconvError
+from moeconv.errors import MoeconvError, TrainingError
 
 LOG = "trial.log"
 STEPS = 20
@@ -75,7 +75,10 @@ def begin(
             alone["run.data.directory"] = plan.feed.directory
         stock = alone | {f"run.patches.{name}": False for name in patched}
         truth, _ = gradient(_over(words, stock | _GRADIENT | {"dtype": "float32"}))
-        theirs, device = _side(words, stock, truth, steps), _device()
+        theirs = _side(words, stock, truth, steps)
+        import jax  # not before its environment is set
+
+        device = jax.devices()[0].device_kind
         ours = alone | {f"run.patches.{name}": True for name in patched}
         try:
             with explained(log, run):
@@ -87,12 +90,6 @@ def begin(
     trial.write(run)
     note(f"trial: {trial.reason}; the numbers are in {run / FILE}")
     return trial
-
-
-def _device() -> str:
-    import jax
-
-    return str(jax.devices()[0].device_kind)
 
 
 def _over(words: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
@@ -134,23 +131,21 @@ def gradient(words: Sequence[str]) -> tuple[dict[str, Any], int]:
     Raises:
         MoeconvError: No loss scale fits, or the optimizer is not Adam.
     """
-    import jax
-    import numpy as np
-    from flax import nnx
-
     with contextlib.closing(_steps(words)) as steps:
         skipped, (state, scalars, config) = 0, next(steps)
         while scalars.get("learning/overflow", 0):
             skipped, (state, scalars, config) = skipped + 1, next(steps)
             if skipped == _HALVINGS:
-                raise MoeconvError("no loss scale is small enough for this gradient")
+                raise TrainingError("no loss scale is small enough for this gradient")
+    import numpy as np
+    from flax import nnx  # and with it jax, not before its environment is set
+
     found = {}
     for path, variable in nnx.to_flat_state(state):
         if moment := _MOMENT.fullmatch(".".join(map(str, path))):
-            value = np.asarray(jax.device_get(variable.get_value()))
-            found[moment[1]] = value / (1 - config.adam_b1)
+            found[moment[1]] = np.asarray(variable.get_value()) / (1 - config.adam_b1)
     if not found:
-        raise MoeconvError(f"opt_type={config.opt_type}: a trial reads gradients in Adam's moment")
+        raise TrainingError(f"opt_type={config.opt_type}: a trial reads gradients in Adam's moment")
     return found, skipped
 
 

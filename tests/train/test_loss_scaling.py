@@ -10,7 +10,7 @@ from moeconv_train import fp16_head, loss_scaling
 from moeconv_train.loss_scaling import LossScaleSettings
 from pydantic import ValidationError
 
-from moeconv.errors import ConfigError, MoeconvError
+from moeconv.errors import ConfigError, TrainingError
 
 pytestmark = pytest.mark.maxtext
 
@@ -245,7 +245,7 @@ def test_a_run_that_only_skips_is_ended():
     with loss_scaling.install(LossScaleSettings(patience=3)):
         for overflow in (1, 1, 0, 1, 1):
             step(overflow)
-        with pytest.raises(MoeconvError, match=r"of 3 steps in a row were not finite.* run_name"):
+        with pytest.raises(TrainingError, match=r"of 3 steps in a row were not finite.* run_name"):
             step(1, loss=float("nan"))
 
 

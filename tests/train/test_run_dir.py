@@ -10,7 +10,7 @@ from moeconv_train import run_dir
 from moeconv_train.explain import explained
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
-from moeconv.errors import ConfigError, MoeconvError, OutputError, TrainingError
+from moeconv.errors import ConfigError, OutputError, TrainingError
 
 
 def sidecar(**config):
@@ -130,7 +130,7 @@ OUTSIDE = (
         (SystemExit(1), TrainingError, "the loss is no number any more"),
         (SystemExit(1), TrainingError, "abort_on_nan_loss=false"),
         (SystemExit(3), TrainingError, "MaxText ended the process"),
-        (MoeconvError("gave up"), TrainingError, "gave up"),
+        (TrainingError("gave up"), TrainingError, "gave up"),
         (ConfigError("as it is"), ConfigError, "as it is"),
         (KeyboardInterrupt(), KeyboardInterrupt, ""),
     ],

@@ -12,9 +12,6 @@ def write_plot(run_dir: Path) -> Path | None:
 
     Returns:
         The file; None where there is nothing to show.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     import numpy as np
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
