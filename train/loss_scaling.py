@@ -10,15 +10,13 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 from moeconv_train import seams
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from moeconv.errors import ConfigError, TrainingError
-from moeconv.untrusted import files
+from moeconv.errors import TrainingError
 
 Mode = Literal["dynamic", "off"]
 # Settings of MaxText that must be wide (fp16 flushes there what the scale saved), or must be off.
@@ -177,30 +175,13 @@ def _scaled_optimizer(stock: Callable[..., Any], settings: LossScaleSettings) ->
 
     @functools.wraps(stock)
     def get_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-        scales = settings.scales(config.dtype)
-        _check_resume(config, scales)
         optimizer = stock(config, *args, **kwargs)
-        if not scales:
+        if not settings.scales(config.dtype):
             return optimizer
         check_config(config)
         return with_loss_scale(optimizer, settings)
 
     return get_optimizer
-
-
-def _check_resume(config: Any, scales: bool) -> None:
-    """Says in words what Orbax would say in pages: the states with and without a scale differ."""
-    directory = Path(config.checkpoint_dir or "")
-    steps = directory.iterdir() if config.enable_checkpointing and directory.is_dir() else ()
-    for step in steps:
-        if not (step.name.isdecimal() and (step / "items" / "_METADATA").exists()):
-            continue
-        has = b"'loss_scale'" in files.read_inside(step / "items", "_METADATA")
-        if has != scales:
-            raise ConfigError(
-                f"{step} was saved {'with' if has else 'without'} a loss scale: set "
-                f"run.loss_scale.mode={'dynamic' if has else 'off'}, or begin a new run_name"
-            )
 
 
 def _scaled_train_step(train: Any, settings: LossScaleSettings) -> Callable[..., Any]:

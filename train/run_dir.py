@@ -175,9 +175,13 @@ def check_same(
         told.append(
             f"the data's digest was {then.dataset_digest:.12} and is {(digest or 'none'):.12}"
         )
-    source = getattr(then, "source_digest", None)
+    source, scaled = (getattr(then, name, None) for name in ("source_digest", "loss_scaled"))
     if source not in (None, getattr(now, "source_digest", None)):
         told.append("the data or the tokenizer had other names or sizes when it began")
+    if scaled not in (None, getattr(now, "loss_scaled", None)):
+        # The scale is part of the optimizer's state; Orbax says in pages that it is not the same.
+        mode = "dynamic" if scaled else "off"
+        told.append(f"run.loss_scale.mode was {mode}, as the checkpoints are")
     if told:
         more = f" and {len(told) - 8} more" if len(told) > 8 else ""
         raise ConfigError(

@@ -241,6 +241,7 @@ def _facts(plan: Plan) -> RunFacts:
         steps=plan.steps,
         tokens_per_step=plan.tokens_per_step,
         patches=plan.patches,
+        loss_scaled=plan.scales_loss,
         source_digest=plan.source_digest,
     )
 

@@ -118,11 +118,6 @@ def test_a_checkpoint_resumes_to_the_bit(scaled, directory):
     leaves = resumed.leaves()
     assert {name for name in whole if whole[name].tobytes() != leaves[name].tobytes()} == set()
 
-    # Orbax would say it in pages.
-    off = loss_scaling.install(LossScaleSettings(mode="off"))
-    with off, pytest.raises(ConfigError, match=r"scaled/checkpoints/\d+ was saved with a loss sc"):
-        fp16_lab.Stepper.make(dict(scaled.keys), directory, "scaled")
-
 
 def test_the_head_multiplies_fp16_and_adds_up_in_fp32(scaled):
     """In the train step as lowered, where nothing depends on what a compiler makes of it."""

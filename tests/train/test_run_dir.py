@@ -50,6 +50,9 @@ def test_another_run_is_refused_by_name(tmp_path):
         "begin a new run_name",
     ):
         assert text in str(raised.value)
+    before = RunSidecar(format="moeconv-run", version=1, config={}, run=RunFacts(loss_scaled=True))
+    with pytest.raises(ConfigError, match=r"run\.loss_scale\.mode was dynamic, as the checkpoints"):
+        run_dir.check_same(tmp_path, before, {}, RunFacts(loss_scaled=False))
     with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv\.json"):
         run_dir.check_same(tmp_path, None, now, RunFacts())
 
