@@ -16,8 +16,6 @@ import numpy as np
 from moeconv_train import seams
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from moeconv.errors import TrainingError
-
 Mode = Literal["dynamic", "off"]
 # Settings of MaxText that must be wide (fp16 flushes there what the scale saved), or must be off.
 _WIDE = ("weight_dtype", "grad_dtype")
@@ -79,22 +77,18 @@ def install(settings: LossScaleSettings) -> Iterator[None]:
     """While this is open, MaxText trains with loss scaling where `settings` say so for its dtype.
 
     It replaces `train.train_step`, which `train_loop` and train_compile.py hand to jit, and while
-    that is traced `train.loss_fn`, so that evaluation keeps the stock one; `get_optimizer`; and
-    `MetricLogger._maybe_abort_after_write_metrics`, MaxText's own place to end a broken run.
+    that is traced `train.loss_fn`, so that evaluation keeps the stock one; and `get_optimizer`.
 
     It must be open when MaxText builds the optimizer and when it traces the step: keep it open
     around all of a run, or of an ahead-of-time compile.
     """
-    from maxtext.common.metric_logger import MetricLogger
     from maxtext.optimizers import optimizers
     from maxtext.trainers.pre_train import train
 
     optimizer = _scaled_optimizer(optimizers.get_optimizer, settings)
-    abort = _give_up(MetricLogger._maybe_abort_after_write_metrics, settings.patience)
     with (
         seams.replaced(train, train_step=_scaled_train_step(train, settings)),
         seams.replaced(optimizers, get_optimizer=optimizer),
-        seams.replaced(MetricLogger, _maybe_abort_after_write_metrics=abort),
     ):
         yield
 
@@ -258,24 +252,3 @@ def _scaling(state: Any) -> LossScaleState:
             if path[0] == "optimizer" and path[-1] in LossScaleState._fields
         }
     )
-
-
-def _give_up(stock: Callable[..., None], patience: int) -> Callable[..., None]:
-    """MaxText's check of each step's metrics, which also ends a run that only skips."""
-    skips = 0
-
-    @functools.wraps(stock)
-    def check(self: Any, metrics: Any) -> None:
-        nonlocal skips
-        stock(self, metrics)
-        scalars = metrics["scalar"]
-        skips = skips + 1 if scalars.get("learning/overflow", 0) else 0
-        if skips >= patience:
-            raise TrainingError(
-                f"the loss or the gradients of {skips} steps in a row were not finite, in the end "
-                f"at a loss scale of {float(scalars['learning/loss_scale']):g}: FP16 itself "
-                "overflows in this model (see docs/fp16.md); begin a new run_name with a lower "
-                "learning_rate or dtype=float32"
-            )
-
-    return check

@@ -112,7 +112,7 @@ def train(
                 progress.note(f"going on after step {saved + 1:,} of {plan.steps:,}")
             _write_sidecar(plan, config)
             progress.peak = _peak(plan)
-            metrics = Metrics(directory, progress)
+            metrics = Metrics(directory, progress, plan.run.loss_scale.patience)
             stack.callback(metrics.close)
             try:
                 _run(plan, config, recorder, metrics, stopper, progress.note)

@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from moeconv_train.logs.metrics import Metrics, read_metrics, train_line
 from moeconv_train.logs.progress import Progress
 
 from moeconv.arch.sidecar import MetricsLine
-from moeconv.errors import OutputError
+from moeconv.errors import OutputError, TrainingError
 
 
 def scalars(loss=2.0, weights=10, **extra):
@@ -124,6 +125,21 @@ def test_a_loss_that_is_no_number_is_no_line(tmp_path):
     assert file.path.read_text() == before and before.count("\n") == 1
     # It was trained on, and the loss to tell at the end is that of the step before.
     assert (file.completed, file.tokens, file.loss) == (2, 20, None)
+
+
+def test_a_run_that_only_skips_is_ended(tmp_path):
+    file = Metrics(tmp_path, Progress(None, 99), patience=3)
+    file.begin(0)
+
+    def step(number, overflow, loss=1.0):
+        extra = {"learning/overflow": overflow, "learning/loss_scale": 1.0}
+        file.train(scalars(loss=loss, **extra), number, 0.0)
+
+    for number, overflow in enumerate((1, 1, 0, 1, 1)):
+        step(number, overflow)
+    with pytest.raises(TrainingError, match=r"of 3 steps in a row were not finite.* run_name"):
+        step(5, 1, loss=float("nan"))
+    assert len(read_metrics(tmp_path)) == 5
 
 
 class Clock:
@@ -326,11 +342,8 @@ def test_nobody_has_to_read_the_progress():
 
 
 def test_the_time_limit_counts_from_the_beginning():
-    clock = Clock()
-    stopper = stopping.Stopper(60, print, clock)
-    assert stopper.due() is None
-    clock.now += 59
-    assert stopper.due() is None
-    clock.now += 1
-    assert stopper.due() == "time limit"
-    assert stopping.Stopper(60, print, clock, begun=clock.now - 60).due() == "time limit"
+    now = time.monotonic()
+    assert stopping.Stopper(60, print, begun=now).due() is None
+    assert stopping.Stopper(60, print, begun=now - 60).due() == "time limit"
+    assert stopping.Stopper(60, print).due() is None
+    assert stopping.Stopper(None, print, begun=0.0).due() is None

@@ -21,7 +21,7 @@ from moeconv_train.data.records import write_bytes
 from moeconv_train.logs.progress import Progress
 
 from moeconv.arch.sidecar import METRICS_NAME, MetricsLine
-from moeconv.errors import OutputError
+from moeconv.errors import OutputError, TrainingError
 from moeconv.untrusted import files, strict_json
 
 # A line's fields that MaxText, or loss scaling, has by another name.
@@ -48,10 +48,10 @@ class Metrics:
         eval_loss: Of the last evaluation.
     """
 
-    def __init__(self, run_dir: Path, progress: Progress) -> None:
-        self.path, self._progress = run_dir / METRICS_NAME, progress
+    def __init__(self, run_dir: Path, progress: Progress, patience: int = 50) -> None:
+        self.path, self._progress, self._patience = run_dir / METRICS_NAME, progress, patience
         self._file: IO[str] | None = None
-        self._paused = 0.0
+        self._paused, self._skips = 0.0, 0
         self.start_step = self.completed = self.tokens = 0
         self.loss: float | None = None
         self.eval_loss: float | None = None
@@ -93,6 +93,9 @@ class Metrics:
         """A step's metrics, after which `paused` seconds went into an evaluation.
 
         `late`: They were there before now, nobody knows since when.
+
+        Raises:
+            TrainingError: Loss scaling has left out nothing but steps for some time.
         """
         float(scalars["learning/lm_loss"])  # waits for the device
         line = train_line(scalars, step, self.tokens, self._progress.lap(late))
@@ -102,6 +105,14 @@ class Metrics:
         if math.isfinite(line.loss):  # else loss scaling leaves the step out
             self.loss = line.loss
         self._progress.step(line, tokens)
+        self._skips = self._skips + 1 if scalars.get("learning/overflow", 0) else 0
+        if self._skips >= self._patience:
+            raise TrainingError(
+                f"{self.path.parent}: the loss or the gradients of {self._skips} steps in a row "
+                f"were not finite, in the end at a loss scale of {line.loss_scale:g}: FP16 itself "
+                "overflows in this model (see docs/fp16.md); begin a new run_name with a lower "
+                "learning_rate or dtype=float32"
+            )
 
     def evaluation(self, scalars: Any, step: int) -> None:
         """The means of a whole evaluation after step `step` (from 0)."""
