@@ -190,7 +190,8 @@ def _replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
         w0_kernel: Any,
         w1_kernel: Any,
         wo_kernel: Any,
-        *_: Any,
+        *_: Any,  # biases, which `_check` refuses
+        **__: Any,
     ) -> tuple[Any, Any, None]:
         config = self.config
         _check(config, self.mesh)

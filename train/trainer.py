@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from moeconv_train import feed as feeds
 from moeconv_train import run_dir, stopping
+from moeconv_train.data.records import write_bytes
 from moeconv_train.environment import environment
 from moeconv_train.explain import explained
 from moeconv_train.logs import wandb
 from moeconv_train.logs.console import LOG_NAME, logged
 from moeconv_train.logs.metrics import Metrics, install
-from moeconv_train.logs.plots import write_plot
 from moeconv_train.logs.progress import Progress
 from moeconv_train.model_size import peak
 from moeconv_train.plan import Plan
@@ -25,8 +25,12 @@ from moeconv_train.words import first_line
 from pydantic import BaseModel
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
+from moeconv.convert.run_record import read_run
 from moeconv.errors import ConfigError, MissingPackageError, TrainingError
+from moeconv.hub.plot import draw_losses
+from moeconv.orbax.locate import locate
 
+PLOT = "loss.png"
 _TOLD = {"language", "license", "tokenizer_license", "data_license", "hub_repo"}
 
 Status = Literal["finished", "interrupted", "time limit", "stopped"]
@@ -286,8 +290,11 @@ def _run(
 
 
 def _plot(directory: Path, note: Callable[[str], None]) -> None:
-    """Never a reason to fail."""
+    """The losses up to the last checkpoint, as a model card has them; never a reason to fail."""
     try:
-        write_plot(directory)
+        if run_dir.saved_step(directory) is not None:
+            record, _ = read_run(locate(str(directory)), None)
+            if plot := draw_losses(record):
+                write_bytes(directory / PLOT, plot)
     except Exception as error:
         note(f"no plot: {first_line(error)}")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from cli_runner import environment
-from moeconv_train import run_dir
+from moeconv_train import run_dir, trainer
 from moeconv_train.explain import explained
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
@@ -165,3 +165,12 @@ def test_a_plugin_that_does_not_load_is_quoted(tmp_path):
         "does not load: Unable to load cuSPARSE.; leave JAX_PLATFORMS unset, and in the checkout "
         'pip install ".[train,cuda12]"'
     )
+
+
+def test_a_plot_is_no_reason_to_fail(tmp_path, monkeypatch):
+    notes = []
+    trainer._plot(tmp_path, notes.append)
+    assert notes == [] == os.listdir(tmp_path)  # nothing was saved
+    monkeypatch.setattr(run_dir, "saved_step", lambda _: 3)
+    trainer._plot(tmp_path, notes.append)
+    assert notes[0].startswith("no plot: ") and os.listdir(tmp_path) == []

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 from moeconv_train import stopping
-from moeconv_train.logs import metrics, plots
+from moeconv_train.logs import metrics
 from moeconv_train.logs.console import logged
-from moeconv_train.logs.metrics import Metrics, read_metrics, train_line
+from moeconv_train.logs.metrics import Metrics, train_line
 from moeconv_train.logs.progress import Progress
 
 from moeconv.arch.sidecar import MetricsLine
@@ -47,6 +47,11 @@ def write(directory, start, steps):
     return file
 
 
+def read(directory):
+    text = (directory / "metrics.jsonl").read_text()
+    return [MetricsLine.model_validate_json(line) for line in text.splitlines()]
+
+
 def test_a_line_is_what_the_schema_says():
     extra = {"learning/loss_scale": 2.0**15, "learning/skipped_steps": 3.0}
     line = train_line(scalars(**extra), 6, 100, 0.5)
@@ -69,9 +74,9 @@ def test_a_resumed_run_has_each_step_once(tmp_path):
         file.write('{"kind": "train", "step": 10, "lo')  # killed in the middle of a line
     write(parts, 5, 7)
     assert (parts / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    steps = [line.step for line in read_metrics(parts) if line.kind == "train"]
+    steps = [line.step for line in read(parts) if line.kind == "train"]
     assert steps == list(range(1, 13))
-    assert [line.step for line in read_metrics(parts) if line.kind == "eval"] == [4, 8, 12]
+    assert [line.step for line in read(parts) if line.kind == "eval"] == [4, 8, 12]
 
 
 def test_the_tokens_go_on_counting(tmp_path):
@@ -79,7 +84,7 @@ def test_the_tokens_go_on_counting(tmp_path):
     assert opened(tmp_path, 4).tokens == 40
     assert opened(tmp_path, 2).tokens == 20
     assert opened(tmp_path, 0).tokens == 0
-    assert read_metrics(tmp_path) == []
+    assert read(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -139,7 +144,7 @@ def test_a_run_that_only_skips_is_ended(tmp_path):
         step(number, overflow)
     with pytest.raises(TrainingError, match=r"of 3 steps in a row were not finite.* run_name"):
         step(5, 1, loss=float("nan"))
-    assert len(read_metrics(tmp_path)) == 5
+    assert len(read(tmp_path)) == 5
 
 
 class Clock:
@@ -265,21 +270,6 @@ def test_the_time_left_is_for_people(seconds, said):
     clock, stream = Clock(), io.StringIO()
     run_steps(Progress(stream, 4, clock=clock), clock, 2, seconds=seconds)
     assert stream.getvalue().splitlines()[-1].endswith(f"  {said} left")
-
-
-def test_a_plot_of_a_run(tmp_path):
-    assert plots.write_plot(tmp_path) is None
-    write(tmp_path, 0, 12)
-    plain = plots.write_plot(tmp_path).read_bytes()
-    assert plain.startswith(b"\x89PNG")
-    extra = {"learning/loss_scale": 2.0, "learning/skipped_steps": 0}
-    opened(tmp_path, 12).train(scalars(**extra), 12, 0.0)
-    scaled = plots.write_plot(tmp_path).read_bytes()
-    assert height(scaled) > height(plain)  # one axis more, though old lines have no scale
-
-
-def height(png):
-    return int.from_bytes(png[20:24])
 
 
 def test_what_anything_says_is_in_the_log(tmp_path, capfd):

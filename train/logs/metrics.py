@@ -171,14 +171,6 @@ def train_line(
     )
 
 
-def read_metrics(run_dir: Path) -> list[MetricsLine]:
-    """The lines of a run that can be read; none where there is no file."""
-    try:
-        return _parse(files.read_inside(run_dir, METRICS_NAME))[0]
-    except FileNotFoundError:
-        return []
-
-
 def _parse(content: bytes) -> tuple[list[MetricsLine], int]:
     """The lines, and how many cannot be read (the last one where a run was killed, say)."""
     lines, damaged = [], 0
