@@ -164,16 +164,12 @@ def initialize(plan: Plan) -> tuple[Any, Any]:
 
     Raises:
         ConfigError: MaxText refuses the config, or counts a step's rows in another way.
-        MissingPackageError: MaxText is not installed.
+        MissingPackageError: See `on_gpu`.
     """
-    try:
-        from absl import flags
-        from absl import logging as absl_logging
-        from maxtext.trainers.pre_train import train as maxtext
-    except ImportError as error:
-        raise MissingPackageError(
-            f'training needs {error.name}: pip install ".[train]" in the checkout'
-        ) from None
+    from absl import flags
+    from absl import logging as absl_logging
+    from maxtext.trainers.pre_train import train as maxtext
+
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["moeconv"])  # absl's, which grain's workers read
     absl_logging.set_verbosity(absl_logging.INFO)
@@ -181,7 +177,7 @@ def initialize(plan: Plan) -> tuple[Any, Any]:
         # MaxText sets XLA's flags before the first look at the devices; JAX reads them once.
         with on_gpu() if plan.config["hardware"] == "gpu" else contextlib.nullcontext():
             config, recorder = maxtext.initialize(plan.argv())
-    # pyconfig.py `_handle_config_exception` exits, or raises on where unittest is loaded.
+    # pyconfig.py `_handle_config_exception` exits; where unittest is loaded, it raises.
     except (SystemExit, ValueError, TypeError) as error:
         why = error.__context__ if isinstance(error, SystemExit) else error
         raise ConfigError(f"MaxText refuses this config: {first_line(why)}") from None
