@@ -36,12 +36,12 @@ def missing() -> str | None:
 
 def run_id(run_dir: Path) -> str:
     """The id of a run, the same for as long as its directory lives; WANDB_RUN_ID if it is new."""
-    try:
-        return files.read_inside(run_dir, ID_NAME).decode(errors="replace").strip()
-    except FileNotFoundError:
-        made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-        write_bytes(run_dir / ID_NAME, f"{made}\n".encode())
-        return made
+    with contextlib.suppress(FileNotFoundError):
+        if found := files.read_inside(run_dir, ID_NAME).decode(errors="replace").strip():
+            return found
+    made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    write_bytes(run_dir / ID_NAME, f"{made}\n".encode())
+    return made
 
 
 @contextlib.contextmanager
