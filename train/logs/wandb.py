@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -84,26 +85,29 @@ def _begin(
 ) -> Any:
     """The run: online, else offline, else one that keeps nothing."""
     wanted = os.environ.get("WANDB_MODE") or "online"
-    for mode, otherwise in ((wanted, "logging offline"), ("offline", "not used")):
-        wandb.setup(wandb.Settings(mode=mode))  # for MaxText's call too, which looks for a key
-        try:
-            return wandb.init(
-                entity=os.environ.get("WANDB_ENTITY") or entity,
-                project=config.wandb_project_name,
-                name=config.wandb_run_name,
-                id=run_id(run_dir),
-                resume="allow",
-                dir=str(run_dir),
-                config=public_config(config.get_keys()),
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    init_timeout=_SECONDS,
-                    finish_timeout=_SECONDS,
-                    finish_timeout_raises=True,
-                ),
-            )
-        except Exception as error:
-            note(f"W&B: {first_line(error).rstrip('.')}; {otherwise}")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        for mode, otherwise in ((wanted, "logging offline"), ("offline", "not used")):
+            # For MaxText's call too, which looks for a key. An init that finds none ignores its
+            # `dir`, and would leave a folder where we are.
+            wandb.setup(wandb.Settings(mode=mode, root_dir=scratch))
+            try:
+                return wandb.init(
+                    entity=os.environ.get("WANDB_ENTITY") or entity,
+                    project=config.wandb_project_name,
+                    name=config.wandb_run_name,
+                    id=run_id(run_dir),
+                    resume="allow",
+                    dir=str(run_dir),
+                    config=public_config(config.get_keys()),
+                    settings=wandb.Settings(
+                        silent=True,
+                        console="off",
+                        init_timeout=_SECONDS,
+                        finish_timeout=_SECONDS,
+                        finish_timeout_raises=True,
+                    ),
+                )
+            except Exception as error:
+                note(f"W&B: {first_line(error).rstrip('.')}; {otherwise}")
     wandb.setup(wandb.Settings(mode="disabled"))
     return wandb.init()
