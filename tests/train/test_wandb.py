@@ -121,6 +121,9 @@ def test_offline_sessions_of_a_run_are_synced_into_one(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert wandb.missing() is None
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     for start in (0, 2, 4):
         (note,) = session(tmp_path, range(start, start + 2))
         assert note.startswith("W&B: No API key configured") and note.endswith("logging offline")
@@ -129,6 +132,7 @@ def test_offline_sessions_of_a_run_are_synced_into_one(tmp_path, monkeypatch):
     made = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert not list((tmp_path / "here").iterdir())
     assert len(made) == 3 and {name.rpartition("-")[2] for name in made} == {identity}
+    assert os.listdir(here) == []  # of the init that found no key, neither
     with Server() as server:
         keys = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
         command = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
