@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from moeconv_train.data import PrepareOptions
-from moeconv_train.data.packing import TooLong
+from moeconv_train.data.manifest import PrepareOptions, StoryOptions
 from moeconv_train.loss_scaling import LossScaleSettings
+from moeconv_train.tokenizer import EMBEDDED as EMBEDDED
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -26,8 +26,6 @@ from pydantic import (
 from moeconv.errors import ConfigError, MoeconvError, UsageError
 
 PREFIX = "run."
-# The corpus and the tokenizer that come with moeconv, for runs without a network.
-EMBEDDED = "embedded"
 # What a run file says of a license, and the settings that name something else on the command line.
 _LICENSES = {
     "tokenizer_license": {"run.data.tokenizer", "run.data.directory", "tokenizer_path"},
@@ -65,7 +63,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataSettings(_Section):
+class DataSettings(StoryOptions):
     """What the rows are made of; see `moeconv data prepare` for all but the first two."""
 
     source: str | None = Field(
@@ -76,23 +74,11 @@ class DataSettings(_Section):
     directory: str | None = Field(
         None, description="Where the prepared rows lie or shall lie; default below the output."
     )
-    tokenizer: str = "llama3"
-    too_long: TooLong = "split"
-    column: str = "text"
-    separator: str = "<|endoftext|>"
-    revision: str | None = None
-    validation_fraction: float = 0.01
-    seed: int = 0
 
-    def options(self, sequence_length: int, tokenizer: str, workers: int) -> PrepareOptions:
+    def options(self, sequence_length: int) -> PrepareOptions:
         """These, as preparing takes them."""
-        kept = {"source", "directory", "tokenizer"}
-        return PrepareOptions(
-            sequence_length=sequence_length,
-            tokenizer=tokenizer,
-            workers=workers,
-            **self.model_dump(exclude=kept),
-        )
+        kept = self.model_dump(exclude={"source", "directory"})
+        return PrepareOptions(sequence_length=sequence_length, **kept)
 
 
 class WandbSettings(_Section):

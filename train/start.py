@@ -9,8 +9,6 @@ from typing import Any
 from moeconv_train import feed as feeds
 from moeconv_train import plan as plans
 from moeconv_train import recipe as recipes
-from moeconv_train import streaming
-from moeconv_train.data import Progress
 from moeconv_train.plan import Plan
 from moeconv_train.preflight.check import preflight
 from moeconv_train.preflight.report import PreflightReport
@@ -69,7 +67,7 @@ def with_data(
     start: Start,
     *,
     note: Callable[[str], None],
-    progress: Callable[[Progress], None],
+    progress: Callable[[str], None],
     quiet: bool,
 ) -> Start:
     """The same run with its data, prepared now where they are not there, and its steps counted.
@@ -97,7 +95,7 @@ def with_data(
         start.refuse()
     if start.plan.feed.kind == "hf" and not start.plan.config["tokenizer_path"]:
         output = start.plan.derived["base_output_directory"]
-        path = streaming.tokenizer_for(start.plan.run.data, Path(output))
+        path = feeds.tokenizer_for(start.plan.run.data, Path(output))
         derived = {**start.plan.derived, "tokenizer_path": path}
         start = replace(start, plan=replace(start.plan, derived=derived))
     return start

@@ -113,10 +113,13 @@ def failing_but_disabled(init):
     return failing
 
 
-def test_offline_sessions_of_a_run_are_synced_into_one(tmp_path):
+def test_offline_sessions_of_a_run_are_synced_into_one(tmp_path, monkeypatch):
     """docs/train.md: the command, and W&B's order."""
     pytest.importorskip("wandb")
     assert wandb.missing() is None
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     for start in (0, 2, 4):
         (note,) = session(tmp_path, range(start, start + 2))
         assert note.startswith("W&B: No API key configured") and note.endswith("logging offline")
@@ -124,6 +127,7 @@ def test_offline_sessions_of_a_run_are_synced_into_one(tmp_path):
     identity = wandb.run_id(tmp_path)
     made = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
     assert len(made) == 3 and {name.rpartition("-")[2] for name in made} == {identity}
+    assert os.listdir(here) == []  # of the init that found no key, neither
     with Server() as server:
         keys = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
         command = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]
