@@ -98,6 +98,12 @@ class Plan:
         return int(self.config["steps"])
 
     @property
+    def uncounted(self) -> bool:
+        """Whether `steps` are the recipe's own until the rows are there and are counted."""
+        counts = self.run.epochs is not None and "steps" not in self.recipe.given
+        return counts and self.feed.kind == "prepared" and self.feed.dataset is None
+
+    @property
     def epochs(self) -> float | None:
         """How often every row is read."""
         return self.steps / self.steps_per_epoch if self.steps_per_epoch else None

@@ -109,12 +109,11 @@ def describe(plan: Plan) -> str:
     if size := plan.size:
         active = f", {size.active:,} active" if size.active != size.total else ""
         parts.append(f"{size.total:,} parameters{active}")
-    # The recipe's own number of steps is only about right until the data are counted.
     steps = f"{plan.steps:,} steps of {plan.batch} x {plan.config['max_target_length']:,} tokens"
-    if plan.epochs is None:
-        steps += "" if plan.feed.kind == "maxtext" else ", about"
-    else:
+    if plan.epochs is not None:
         steps += f", {plan.epochs:.4g} epochs"
+    elif plan.uncounted:
+        steps += f", until they are counted for run.epochs={plan.run.epochs}"
     parts.append(steps)
     parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
     patches = {name: on for name, on in plan.patches.items() if name != "loss_scale"}

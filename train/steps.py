@@ -22,7 +22,10 @@ def counted(plan: "Plan") -> "Plan":
             f"run.epochs={given['num_epoch']} instead"
         )
     if dataset is None:
-        return replace(plan, derived={**plan.derived, **about(plan)})
+        evaluated = run.data.validation_fraction > 0 or run.data.source == EMBEDDED
+        found = evaluations(plan, evaluated, plan.steps, plan.steps / (run.epochs or 1))
+        found = {key: value for key, value in found.items() if key not in given}
+        return replace(plan, derived={**plan.derived, **found})
     config = plan.config
     dataset.check(
         max_target_length=int(config["max_target_length"]), vocab_size=int(config["vocab_size"])
@@ -61,23 +64,6 @@ def counted(plan: "Plan") -> "Plan":
         available=available,
         notes=notes,
     )
-
-
-def about(plan: "Plan") -> dict[str, Any]:
-    """Steps and evaluations before the rows are counted, by what the recipe's steps stand for."""
-    recipe, config = plan.recipe, plan.config
-    steps, epochs = int(config["steps"]), plan.run.epochs or recipe.epochs
-    found: dict[str, Any] = {}
-    if epochs and recipe.epochs and "steps" in recipe.keys:
-        epoch = int(recipe.keys["steps"]) / recipe.epochs
-        if plan.run.epochs and "steps" not in recipe.given:
-            steps = max(1, round(epoch * epochs))
-            found = {"steps": steps, "num_epoch": epochs}
-    else:
-        epoch = steps / (epochs or 1)
-    possible = plan.run.data.validation_fraction > 0 or plan.run.data.source == EMBEDDED
-    found |= evaluations(plan, possible, steps, epoch)
-    return {key: value for key, value in found.items() if key not in recipe.given}
 
 
 def evaluations(plan: "Plan", possible: bool, steps: int, epoch: float) -> dict[str, Any]:

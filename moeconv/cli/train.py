@@ -81,14 +81,14 @@ def command(
     begun = start.plan_run(words, memory=check, network=not dry_run, progress=output.note)
     if check or dry_run:
         report = begun.report
-        output.data({"plan": start.facts(begun.plan), "preflight": report.model_dump(mode="json")})
+        output.data({"plan": start.facts(begun.plan), "preflight": report.to_json()})
         output.print(start.describe(begun.plan))
         for text in begun.plan.notes:
             output.print(f"note: {text}")
         for setting in () if check else begun.plan.argv()[2:]:
             output.print(f"  {setting}")
-        for table in report.tables():
-            output.print(table)
+        for line in report.lines():
+            output.print(line)
         begun.refuse()
         return
     _tell(output, begun)

@@ -67,9 +67,8 @@ def compiled(plugin, tmp_path_factory):
         Variant("small and stock", SMALL, None),
         Variant("wrong", {"decoder_block": "nonsense"}),
     ]
-    report = measure(default.keys, T4X2, variants, hlo=texts)
-    rows = {row.name: (row, (texts / f"{row.name}.hlo").read_text()) for row in report.rows}
-    return rows, report.failed
+    rows, failed = measure(default.keys, T4X2, variants, hlo=texts)
+    return {row.name: (row, (texts / f"{row.name}.hlo").read_text()) for row in rows}, failed
 
 
 @pytest.mark.parametrize("name", [DEFAULT, ALL_MOE])

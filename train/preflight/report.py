@@ -1,82 +1,82 @@
-"""What the checks found: pydantic models, printed as tables or as JSON."""
+"""What the checks found, for people as lines and for machines as JSON."""
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 from moeconv.errors import ConfigError
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
 Status = Literal["ok", "note", "mended", "warn", "refused", "skipped"]
 
-_COLOURS = {"ok": "green", "mended": "yellow", "warn": "yellow", "refused": "red"}
 
+@dataclass(frozen=True)
+class Finding:
+    """One check and its outcome.
 
-class Finding(BaseModel):
-    """One check and its outcome."""
+    Attributes:
+        check: Its short name, such as `mesh` or `tokenizer`.
+        message: One sentence that names the key and the fix.
+        mended: MaxText settings that put it right.
+        exit_code: What a run that is refused for it ends with.
+    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    check: str = Field(description="Its short name, such as `mesh` or `tokenizer`.")
+    check: str
     status: Status
-    message: str = Field(description="One sentence that names the key and the fix.")
-    mended: dict[str, Any] = Field({}, description="MaxText settings that put it right.")
-    exit_code: int = Field(
-        ConfigError.exit_code, description="What a run that is refused for it ends with."
-    )
+    message: str
+    mended: Mapping[str, Any] = field(default_factory=dict)
+    exit_code: int = ConfigError.exit_code
 
 
-class MemoryRow(BaseModel):
-    """One compiled run, in bytes of one device."""
+@dataclass(frozen=True)
+class MemoryRow:
+    """One compiled run, in bytes of one device.
 
-    model_config = ConfigDict(frozen=True, extra="ignore")  # what is computed is written too
+    Attributes:
+        arguments: Of the train step: the state and a batch.
+        evaluation: What an evaluation needs beside the state; 0 if none is.
+        usable: What the target leaves to JAX.
+        seconds: Lowering and compiling.
+        xla_rematerialised: XLA itself recomputed values to save memory, which no setting asked for.
+    """
 
     name: str
-    overrides: dict[str, Any]
-    arguments: int = Field(description="Of the train step: the state and a batch.")
+    overrides: Mapping[str, Any]
+    arguments: int
     outputs: int
     temporaries: int
     aliased: int
-    evaluation: int = Field(description="What an evaluation needs beside the state; 0 if none is.")
-    usable: int = Field(description="What the target leaves to JAX.")
-    seconds: float = Field(description="Lowering and compiling.")
-    xla_rematerialised: bool = Field(
-        description="XLA itself recomputed values to save memory, which no setting asked for."
-    )
+    evaluation: int
+    usable: int
+    seconds: float
+    xla_rematerialised: bool
 
-    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def train(self) -> int:
+        """What the train step needs beside its arguments."""
+        return self.outputs + self.temporaries - self.aliased
+
     @property
     def total(self) -> int:
         """The larger of the train step's peak, by XLA, and the state with an evaluation."""
-        train = self.outputs + self.temporaries - self.aliased
-        return self.arguments + max(train, self.evaluation)
+        return self.arguments + max(self.train, self.evaluation)
 
     @property
     def fits(self) -> bool:
         """Whether the run has room."""
         return self.total <= self.usable
 
-
-class MemoryReport(BaseModel):
-    """The compiled run, and what would need less."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rows: list[MemoryRow] = []
-    failed: dict[str, str] = Field({}, description="Variants that do not compile, and why.")
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**asdict(self), "total": self.total}
 
 
-class PreflightReport(BaseModel):
+@dataclass
+class PreflightReport:
     """All findings of a run."""
 
-    model_config = ConfigDict(extra="forbid")
-
     target: str
-    findings: list[Finding] = []
-    memory: MemoryReport | None = None
+    findings: list[Finding] = field(default_factory=list)
+    memory: list[MemoryRow] = field(default_factory=list)
 
     @property
     def refused(self) -> list[Finding]:
@@ -92,38 +92,17 @@ class PreflightReport(BaseModel):
         """The finding of one check."""
         return next(finding for finding in self.findings if finding.check == check)
 
-    def tables(self) -> Iterable["Table"]:
+    def lines(self) -> Iterator[str]:
         """For people; what is refused has its sentence in the error that follows."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("check", "", "finding", box=None)
-        table.title, table.title_justify = f"preflight for {self.target}", "left"
+        yield f"preflight for {self.target}:"
         for each in self.findings:
             text = "see below" if each.status == "refused" else each.message
-            text += " -> " * bool(each.mended) + name_of(each.mended)
-            table.add_row(
-                each.check, Text(each.status, _COLOURS.get(each.status, "dim")), Text(text)
-            )
-        yield table
-        if self.memory:
-            sizes = Table(*MEMORY_HEADINGS, title_justify="left")
-            sizes.title = "memory of the compiled steps, GiB per device"
-            for row in self.memory.rows:
-                sizes.add_row(*memory_cells(row))
-            yield sizes
+            mended = f" -> {name_of(each.mended)}" if each.mended else ""
+            yield f"  {each.status:8}{each.check}: {text}{mended}"
 
-
-MEMORY_HEADINGS = ("configuration", "state", "train step", "evaluation", "total", "usable", "fits")
-
-
-def memory_cells(row: MemoryRow) -> tuple[str, ...]:
-    """One line of the table."""
-    train = row.outputs + row.temporaries - row.aliased
-    sizes = (row.arguments, train, row.evaluation, row.total, row.usable)
-    fits = "yes" if row.fits else "no"
-    remat = " (XLA remat)" * row.xla_rematerialised
-    return (row.name, *(f"{size / 2**30:.2f}" for size in sizes), fits + remat)
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**asdict(self), "memory": [row.to_json() for row in self.memory]}
 
 
 def name_of(settings: Mapping[str, Any]) -> str:
