@@ -46,8 +46,8 @@ def sizes_of(row: "MemoryRow") -> tuple[str, ...]:
 
 def main() -> None:
     """Prints the table."""
+    from moeconv_train.preflight.config import name_of
     from moeconv_train.preflight.memory import Variant, measure
-    from moeconv_train.preflight.report import name_of
     from moeconv_train.preflight.target import T4X2
     from moeconv_train.recipe import read, read_config
 

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from moeconv_train.data import PrepareOptions
@@ -32,7 +32,7 @@ _LICENSES = {
 }
 
 # Arguments of preflight/patches.py.
-Patch = Literal["fp16_head", "expert_tiles", "attention_blocks"]
+Patch = Annotated[str, Field(pattern="^(fp16_head|expert_tiles|attention_blocks)$")]
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 

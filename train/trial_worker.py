@@ -79,8 +79,8 @@ def _gradient(request: Mapping[str, Any], folder: Path) -> tuple[list[str], int]
 def _steps(request: Mapping[str, Any], which: str) -> Generator[tuple[Any, dict[str, Any], Any]]:
     """The same batch over and over: the state after each step, its metrics, MaxText's config."""
     from moeconv_train import start, trainer
-    from moeconv_train.environment import environment
     from moeconv_train.preflight import patches
+    from moeconv_train.preflight.target import environment
 
     plan = start.plan_run(request[which], network=False).plan
     given = {**plan.patches, **request["patches"]}

@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 from cli_runner import moeconv
-from moeconv_train import environment, run_dir, start
+from moeconv_train import run_dir
 from moeconv_train.preflight import aot
 from moeconv_train.preflight import memory as compiled
 from moeconv_train.preflight.check import check_disk, check_gpus, preflight
 from moeconv_train.preflight.config import maxtext_defaults, resolve
-from moeconv_train.preflight.report import Finding, MemoryRow, PreflightReport
-from moeconv_train.preflight.target import T4X2, Target, gpu_environment, gpus, memory_fraction
+from moeconv_train.preflight.report import Finding, MemoryRow, Preflight
+from moeconv_train.preflight.target import (
+    T4X2,
+    Target,
+    environment,
+    gpu_environment,
+    gpus,
+    memory_fraction,
+)
 from moeconv_train.recipe import read_config
 from plan_lab import TWO_T4S, planned
 
@@ -72,7 +79,7 @@ def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(run, tmp_path, fre
     assert finding.status == "ok" and "still to be prepared" in finding.message
     free(3 * STATE - 1)
     finding = check_disk(run())
-    assert (finding.status, finding.exit_code) == ("refused", OutputError.exit_code)
+    assert (finding.status, finding.error) == ("refused", OutputError)
     assert "10.9 GB free; 2 checkpoints of 3.65 GB and one being saved need" in finding.message
     # What a resumed run has already needs no new space.
     for step in ("200", "400", "400.orbax-checkpoint-tmp"):
@@ -125,7 +132,7 @@ def test_the_memory_fraction_leaves_room_and_is_the_users_if_said(monkeypatch):
 
 
 def test_a_gpu_run_hides_communication_unless_the_user_says_otherwise(monkeypatch, run):
-    with environment.environment(run()):
+    with environment(run()):
         assert os.environ["XLA_FLAGS"] == f"{SCHEDULER}=true"
         assert os.environ[NEW] == str(memory_fraction(run().patches))
         assert os.environ["JAX_PLATFORMS"] == "cpu"  # as this process was told
@@ -134,7 +141,7 @@ def test_a_gpu_run_hides_communication_unless_the_user_says_otherwise(monkeypatc
     assert gpu_environment({})["XLA_FLAGS"] == f"--xla_dump_to=x {SCHEDULER}=true"
     monkeypatch.setenv("XLA_FLAGS", f"{SCHEDULER}=false")
     assert "XLA_FLAGS" not in gpu_environment({})
-    with environment.environment(planned("tiny_cpu")):
+    with environment(planned("tiny_cpu")):
         assert NEW not in os.environ
 
 
@@ -165,18 +172,18 @@ def test_a_whole_report(run):
     report = checked(plan)
     statuses = {finding.check: finding.status for finding in report.findings}
     assert statuses["interleaving"] == "warn" and statuses["checkpoints kept"] == "mended"
-    assert report.mended == {"max_num_checkpoints_to_keep": 2}
+    assert report.plan.mended == {"max_num_checkpoints_to_keep": 2}
     # The other checks see the mended run: two checkpoints and one being saved.
     assert "2 checkpoints of " in report.of("disk").message
     told = json.loads(json.dumps(report.to_json()))
-    assert [Finding(**each) for each in told["findings"]] == report.findings
+    assert [each["check"] for each in told["findings"]] == list(statuses)
     text = "\n".join(report.lines())
     assert "max_num_checkpoints_to_keep=2" in text and "ignores interleave_moe" in text
 
 
 def test_a_refused_run_is_not_compiled(run):
     report = checked(run("vocab_size=128000"), memory=True)
-    assert [finding.check for finding in report.refused] == ["vocabulary"]
+    assert [each.check for each in report.findings if each.status == "refused"] == ["vocabulary"]
     assert report.of("memory").status == "skipped" and report.memory == []
 
 
@@ -212,10 +219,10 @@ def test_what_is_refused_is_told_once(tmp_path):
 def test_a_refusal_ends_with_the_code_of_its_first_reason(error):
     findings = [
         Finding("gpu", "ok", "Fine."),
-        Finding("a", "refused", "Do so.", exit_code=error.exit_code),
+        Finding("a", "refused", "Do so.", error=error),
         Finding("b", "refused", "And so."),
     ]
-    begun = start.Start(None, PreflightReport("a GPU", findings))
+    begun = Preflight(planned(), findings)
     with pytest.raises(error, match=r"^a: Do so\.\nb: And so\.$"):
         begun.refuse()
 
@@ -233,7 +240,7 @@ def test_the_compilers_own_words_where_it_fails(run, monkeypatch):
     assert finding.message == "MaxText refuses this config: dtype: no such."
     refusal["refused"] = False
     finding = checked(run(), memory=True).of("memory")
-    assert (finding.status, finding.exit_code) == ("refused", MoeconvError.exit_code)
+    assert (finding.status, finding.error) == ("refused", MoeconvError)
     assert finding.message == "the run does not compile: dtype: no such."
 
 

@@ -41,10 +41,6 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mesh": (("ici_data_parallelism=4",), ON_H200),
     "not resumable": (("dataset_type=hf",), ("dataset_type=synthetic",)),
     "steps": (("steps=57701",), ("steps=57700",)),
-    "schedule": (
-        ("steps=57700", "learning_rate_schedule_steps=50000"),
-        ("learning_rate_schedule_steps=50000",),  # of steps that are still to be counted
-    ),
     "pad id": (("dataset_type=hf", "tokenizer_path={tokenizer}"), ("tokenizer_path={tokenizer}",)),
     "checkpoints kept": (
         ("max_num_checkpoints_to_keep=None",),

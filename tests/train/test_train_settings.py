@@ -85,7 +85,7 @@ def test_words_may_come_in_any_order():
         (["run.epochs=0"], "run.epochs: Input should be greater than or equal to 1, not 0"),
         (["run.time_limit=soon"], "'soon' is no duration such as 8h30m, 45m or 90s"),
         (["run.loss_scale.initial=3"], "initial must be a power of two, not 3"),
-        (["run.patches.fp16_heat=false"], "run.patches.fp16_heat: Input should be 'fp16_head', "),
+        (["run.patches.fp16_heat=false"], "fp16_heat: String should match pattern '^(fp16_head|"),
         (["run.data.too_long=drop"], "run.data.too_long: Input should be 'split' or 'truncate'"),
     ],
 )

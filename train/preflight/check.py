@@ -12,7 +12,8 @@ from moeconv_train import run_dir
 from moeconv_train.data.source import names_a_file
 from moeconv_train.logs import wandb
 from moeconv_train.preflight import memory as compiled
-from moeconv_train.preflight.report import Finding, MemoryRow, PreflightReport, name_of
+from moeconv_train.preflight.config import name_of
+from moeconv_train.preflight.report import Finding, MemoryRow, Preflight
 from moeconv_train.preflight.target import Target, memory_fraction
 from moeconv_train.preflight.traps import TRAPS, find
 from moeconv_train.settings import EMBEDDED
@@ -30,7 +31,7 @@ def preflight(
     memory: bool = True,
     online: bool = True,
     progress: Callable[[str], None] = lambda _: None,
-) -> PreflightReport:
+) -> Preflight:
     """Checks a run before it starts.
 
     Args:
@@ -40,30 +41,31 @@ def preflight(
         progress: Told what takes time.
 
     Returns:
-        The findings; apply `mended` over the config, and do not start if any is `refused`.
+        The findings, and the plan with what was mended; nothing is raised for a refused run.
 
     Raises:
         ConfigError: MaxText is not installed, or the environment contradicts itself.
     """
     none = [Finding("config", "ok", f"None of {len(TRAPS)} known traps.")]
-    report = PreflightReport(plan.target.name, find(plan) or none)
-    refused = bool(report.refused)
+    findings = find(plan) or none
+    rows: list[MemoryRow] = []
+    refused = any(finding.status == "refused" for finding in findings)
     if plan.config["enable_wandb"] and (trouble := wandb.missing()):
-        report.findings.append(Finding("wandb", "mended", trouble, {"enable_wandb": False}))
-    plan = replace(plan, mended={**plan.mended, **report.mended})
-    report.findings += check_reach(plan, online=online)
+        findings.append(Finding("wandb", "mended", trouble, {"enable_wandb": False}))
+    mended = {key: value for each in findings for key, value in each.mended.items()}
+    plan = replace(plan, mended={**plan.mended, **mended})
+    findings += check_reach(plan, online=online)
     on_gpu = plan.config["hardware"] != "cpu"
     if on_gpu:
         memory_fraction(plan.patches)  # says what is wrong with it
-        report.findings += check_gpus(plan.target, str(plan.config["dtype"]))
+        findings += check_gpus(plan.target, str(plan.config["dtype"]))
     if memory and (refused or not on_gpu):
         why = "put right first what is refused" if refused else "this run is on the CPU"
-        report.findings.append(Finding("memory", "skipped", f"Not compiled: {why}."))
+        findings.append(Finding("memory", "skipped", f"Not compiled: {why}."))
     elif memory:
-        finding, report.memory = _memory(plan, progress)
-        report.findings.append(finding)
-    report.findings.append(check_disk(plan))
-    return report
+        finding, rows = _memory(plan, progress)
+        findings.append(finding)
+    return Preflight(plan, [*findings, check_disk(plan)], rows)
 
 
 def check_reach(plan: "Plan", *, online: bool) -> Iterator[Finding]:
@@ -85,7 +87,7 @@ def check_reach(plan: "Plan", *, online: bool) -> Iterator[Finding]:
     # Without them, or with wrong ones, a run is still a run.
     if plan.run.hub_repo and not get_token():
         message = f"HF_TOKEN is not set: moeconv push to {plan.run.hub_repo} will need it."
-        yield Finding("hub", "note", message)
+        yield Finding("hub", "warn", message)
     if config["enable_wandb"] and not os.environ.get("WANDB_API_KEY"):
         message = "WANDB_API_KEY is not set: without `wandb login` W&B logs offline."
         yield Finding("wandb", "note", message)
@@ -119,7 +121,7 @@ def _source(kind: Literal["dataset", "model"], name: str, online: bool) -> Findi
         why = why.replace("check the network", "check the network (on Kaggle: Settings, Internet)")
     else:
         return Finding(check, "ok", f"{name} on the Hub can be read.")
-    return Finding(check, "refused", f"{name}: {why}.", exit_code=HubError.exit_code)
+    return Finding(check, "refused", f"{name}: {why}.", error=HubError)
 
 
 def check_gpus(target: Target, dtype: str) -> Iterator[Finding]:
@@ -140,7 +142,7 @@ def check_gpus(target: Target, dtype: str) -> Iterator[Finding]:
     if not compiled.plugin_installed():
         why = "JAX's CUDA plugin is not installed, so it would compute on the CPU"
         message = f"{why}; {to_install('train', 'cuda12')}."
-        yield Finding("cuda", "refused", message, exit_code=MissingPackageError.exit_code)
+        yield Finding("cuda", "refused", message, error=MissingPackageError)
 
 
 def check_disk(plan: "Plan") -> Finding:
@@ -171,7 +173,7 @@ def check_disk(plan: "Plan") -> Finding:
     if needed <= free:
         return Finding("disk", "ok", f"{message}.")
     message += ": free space there, or choose another base_output_directory."
-    return Finding("disk", "refused", message, exit_code=OutputError.exit_code)
+    return Finding("disk", "refused", message, error=OutputError)
 
 
 def _memory(plan: "Plan", progress: Callable[[str], None]) -> tuple[Finding, list[MemoryRow]]:
@@ -193,7 +195,7 @@ def _memory(plan: "Plan", progress: Callable[[str], None]) -> tuple[Finding, lis
     except MissingPackageError as error:
         return Finding("memory", "warn", f"Memory was not checked: {error}."), []
     except MoeconvError as error:
-        return Finding("memory", "refused", f"{error}.", exit_code=error.exit_code), []
+        return Finding("memory", "refused", f"{error}.", error=type(error)), []
     return _verdict(rows, len(rungs)), rows
 
 

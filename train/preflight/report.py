@@ -2,9 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from moeconv.errors import ConfigError
+from moeconv_train.preflight.config import name_of
+
+from moeconv.errors import ConfigError, MoeconvError
+
+if TYPE_CHECKING:
+    from moeconv_train.plan import Plan
 
 Status = Literal["ok", "note", "mended", "warn", "refused", "skipped"]
 
@@ -17,14 +22,23 @@ class Finding:
         check: Its short name, such as `mesh` or `tokenizer`.
         message: One sentence that names the key and the fix.
         mended: MaxText settings that put it right.
-        exit_code: What a run that is refused for it ends with.
+        error: What a run that is refused for it ends with.
     """
 
     check: str
     status: Status
     message: str
     mended: Mapping[str, Any] = field(default_factory=dict)
-    exit_code: int = ConfigError.exit_code
+    error: type[MoeconvError] = ConfigError
+
+    def __str__(self) -> str:
+        return self.message + (f" -> {name_of(self.mended)}" if self.mended else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        told = {**asdict(self), "exit_code": self.error.exit_code}
+        del told["error"]
+        return told
 
 
 @dataclass(frozen=True)
@@ -71,45 +85,38 @@ class MemoryRow:
 
 
 @dataclass
-class PreflightReport:
-    """All findings of a run."""
+class Preflight:
+    """A plan, with what the checks mend in it, and what they found."""
 
-    target: str
-    findings: list[Finding] = field(default_factory=list)
+    plan: "Plan"
+    findings: list[Finding]
     memory: list[MemoryRow] = field(default_factory=list)
-
-    @property
-    def refused(self) -> list[Finding]:
-        """What must be put right before the run may start."""
-        return [finding for finding in self.findings if finding.status == "refused"]
-
-    @property
-    def mended(self) -> dict[str, Any]:
-        """The MaxText settings to apply over the given ones."""
-        return {key: value for found in self.findings for key, value in found.mended.items()}
 
     def of(self, check: str) -> Finding:
         """The finding of one check."""
         return next(finding for finding in self.findings if finding.check == check)
 
+    def refuse(self) -> None:
+        """Says why a run may not start.
+
+        Raises:
+            MoeconvError: A sentence for each reason; the first decides which.
+        """
+        if refused := [finding for finding in self.findings if finding.status == "refused"]:
+            told = "\n".join(f"{finding.check}: {finding.message}" for finding in refused)
+            raise refused[0].error(told)
+
     def lines(self) -> Iterator[str]:
         """For people; what is refused has its sentence in the error that follows."""
-        yield f"preflight for {self.target}:"
+        yield f"preflight for {self.plan.target.name}:"
         for each in self.findings:
-            text = "see below" if each.status == "refused" else each.message
-            mended = f" -> {name_of(each.mended)}" if each.mended else ""
-            yield f"  {each.status:8}{each.check}: {text}{mended}"
+            text = "see below" if each.status == "refused" else str(each)
+            yield f"  {each.status:8}{each.check}: {text}"
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""
-        return {**asdict(self), "memory": [row.to_json() for row in self.memory]}
-
-
-def name_of(settings: Mapping[str, Any]) -> str:
-    """Settings as MaxText's command line takes them."""
-    return " ".join(f"{key}={word(value)}" for key, value in settings.items())
-
-
-def word(value: Any) -> str:
-    """A value as MaxText's command line takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+        return {
+            "target": self.plan.target.name,
+            "findings": [finding.to_json() for finding in self.findings],
+            "memory": [row.to_json() for row in self.memory],
+        }

@@ -77,7 +77,6 @@ def _facts(plan: "Plan") -> Config:
         "mesh_devices": mesh_devices(config),
         "scales_loss": plan.scales_loss,
         "batches": plan.available,
-        "uncounted": plan.uncounted,
         "tokenizer_size": size,
         "masks_id_0": not pads and not feed.packed and config["dataset_type"] in ("grain", "hf"),
     }
@@ -242,15 +241,6 @@ TRAPS: tuple[Trap, ...] = (
         # train.py: StopIteration ends the loop before the last save.
         "steps={steps} is more than the {batches} batches that the data have: the run would end "
         "without its last checkpoint; set steps={batches}.",
-    ),
-    Trap(
-        "schedule",
-        "warn",
-        lambda c: (
-            0 < int(c["learning_rate_schedule_steps"] or -1) < c["steps"] and not c["uncounted"]
-        ),
-        "learning_rate_schedule_steps={learning_rate_schedule_steps} ends before steps={steps}: "
-        "the rest trains at a learning rate of 0; leave it out.",
     ),
     Trap(
         "pad id",
