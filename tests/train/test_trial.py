@@ -123,8 +123,17 @@ def test_a_side_that_cannot_be_run(tmp_path, failing):
         assert not file.exists()
 
 
+@pytest.fixture
+def compiled_quickly():
+    from fp16_lab import little_optimisation
+
+    with little_optimisation():
+        yield
+
+
 @pytest.mark.maxtext
 @pytest.mark.proof("trial of the patches")
+@pytest.mark.usefixtures("compiled_quickly")
 def test_maxtexts_steps_are_tried_and_a_wrong_patch_is_not_kept(tmp_path, monkeypatch):
     """The three real steps, in this process; then experts that give five per cent too much."""
     from moeconv_train import expert_tiles, trial_worker
