@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv_train import feed as feeds
-from moeconv_train.data.manifest import VALIDATION
+from moeconv_train.data.manifest import TRAIN, VALIDATION
 from moeconv_train.feed import Feed
 from moeconv_train.model_size import ModelSize, model_size
 from moeconv_train.preflight.config import mesh_devices, resolve, said, value_of
@@ -196,8 +196,7 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
     derived |= {key: value for key, value in defaults.items() if key not in own}
     if not config["run_name"]:
         derived["run_name"] = name
-    if not config["skip_jax_distributed_system"]:
-        derived["skip_jax_distributed_system"] = True  # one host
+    derived["skip_jax_distributed_system"] = True  # one host
     derived["base_output_directory"] = str(output.absolute())
     target = target_of(config, found)
     feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
@@ -253,18 +252,10 @@ def _counted(plan: Plan) -> Plan:
             f"per_device_batch_size={config['per_device_batch_size']}: must be a whole number, so "
             "that steps can be counted; make gradient_accumulation_steps smaller instead"
         )
-    one = dataset.steps_for_epochs(1, batch)
-    if run.epochs is not None:
-        epochs = run.epochs
-        available = dataset.steps_for_epochs(epochs, batch)
-        steps = int(value_of(given["steps"])) if "steps" in given else available
-    else:
-        steps = int(config["steps"])
-        # Not steps / one: MaxText fills an epoch's last batch with rows of the next.
-        epochs = max(1, steps // one)
-        while dataset.steps_for_epochs(epochs, batch) < steps:
-            epochs += 1
-        available = dataset.steps_for_epochs(epochs, batch)
+    # As many as the steps need: MaxText fills an epoch's last batch with rows of the next.
+    epochs = run.epochs or (plan.steps - 1) * batch // dataset.counts(TRAIN).rows + 1
+    available = dataset.steps_for_epochs(epochs, batch)
+    steps = available if run.epochs and "steps" not in given else plan.steps
     found |= {"num_epoch": epochs, "steps": steps}
     found |= evaluations(plan, dataset.eval_batches(batch) > 0, steps, available / epochs)
     kept = {key: value for key, value in found.items() if key not in given}

@@ -252,9 +252,8 @@ def test_a_compiler_that_ends_is_told(monkeypatch):
 
 
 def row(name, **sizes):
-    kept = {"overrides": {}, "outputs": 0, "aliased": 0}
-    given = {"usable": 100, "evaluation": 0, "seconds": 1, "xla_rematerialised": False, **sizes}
-    return MemoryRow(name=name, **kept, **given)
+    given = {"usable": 100, "evaluation": 0, "xla_rematerialised": False, **sizes}
+    return MemoryRow(name=name, outputs=0, aliased=0, **given)
 
 
 @pytest.mark.parametrize(("until_fit", "answered"), [(True, ["a", "?", "c"]), (False, [*"a?cd"])])

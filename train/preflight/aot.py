@@ -11,7 +11,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -89,7 +88,6 @@ def _row(
     request: Mapping[str, Any], variant: Mapping[str, Any], devices: list[Any], usable: int
 ) -> MemoryRow:
     """One variant, compiled."""
-    name, begun = variant["name"], time.perf_counter()
     keys = {**request["config"], **variant["overrides"]}
     change: contextlib.AbstractContextManager[None] = contextlib.nullcontext()  # stock MaxText
     if variant["patches"] is not None:
@@ -100,15 +98,9 @@ def _row(
         options = {"xla_gpu_autotune_level": "0"} if request["target_config"] else {}
         sizes, hlo = _compiled(config, devices, options, keys.get("eval_interval", -1) > 0)
     if request["hlo"]:
-        Path(request["hlo"], f"{name}.hlo").write_text(hlo, encoding="utf-8")
-    return MemoryRow(
-        **sizes,
-        name=name,
-        overrides=variant["overrides"],
-        usable=usable,
-        seconds=time.perf_counter() - begun,
-        xla_rematerialised=rematerialised(hlo),
-    )
+        Path(request["hlo"], f"{variant['name']}.hlo").write_text(hlo, encoding="utf-8")
+    remat = rematerialised(hlo)
+    return MemoryRow(**sizes, name=variant["name"], usable=usable, xla_rematerialised=remat)
 
 
 def _config(base_yml: str, keys: Mapping[str, Any], scratch: str) -> Any:

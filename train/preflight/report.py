@@ -49,19 +49,16 @@ class MemoryRow:
         arguments: Of the train step: the state and a batch.
         evaluation: What an evaluation needs beside the state; 0 if none is.
         usable: What the target leaves to JAX.
-        seconds: Lowering and compiling.
         xla_rematerialised: XLA itself recomputed values to save memory, which no setting asked for.
     """
 
     name: str
-    overrides: Mapping[str, Any]
     arguments: int
     outputs: int
     temporaries: int
     aliased: int
     evaluation: int
     usable: int
-    seconds: float
     xla_rematerialised: bool
 
     @property
