@@ -113,7 +113,8 @@ def test_the_default_step_is_as_cheap_as_the_docs_say(compiled):
     assert counts.flops["f16"] < 9.9e12 and counts.flops["f32"] < 0.01e12
     assert counts.traffic < 99e9 and row.total < 9.5 * 2**30
     assert 2 * 303_787_776 <= sum(each.bytes.total() for each in sums) < 610e6
-    assert all(each.behind for each in sums)
+    # Nothing waits but four scalars.
+    assert sum(each.bytes.total() for each in sums if not each.behind) <= 16
 
 
 def test_what_maxtext_refuses_is_one_sentence_that_names_the_field(compiled):
