@@ -55,10 +55,12 @@ def explained(log: Path, directory: Path) -> Iterator[None]:
 
 def _sentence(error: Exception, log: Path) -> str:
     if _OUTSIDE.search(str(error)):
-        fraction = os.environ.get(MEMORY_FRACTION, DEFAULT_FRACTION)
+        names = (MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")
+        name = next(filter(os.environ.get, names), MEMORY_FRACTION)
+        fraction = os.environ.get(name, DEFAULT_FRACTION)
         return (
             f"CUDA, NCCL or cuBLAS found no memory beside JAX's ({first_line(error)}); set "
-            f"{MEMORY_FRACTION} lower than {fraction}, and look with nvidia-smi for other processes"
+            f"{name} lower than {fraction}, and look with nvidia-smi for other processes"
         )
     if "RESOURCE_EXHAUSTED" in str(error):
         return (

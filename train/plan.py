@@ -14,7 +14,6 @@ from moeconv_train.preflight.config import mesh_devices, resolve, said, value_of
 from moeconv_train.preflight.target import T4X2, Target
 from moeconv_train.recipe import Recipe
 from moeconv_train.settings import EMBEDDED, RunFile
-from moeconv_train.streaming import hf_settings, source_digest
 from moeconv_train.trial_file import chosen
 
 from moeconv.errors import ConfigError, UsageError
@@ -114,7 +113,7 @@ class Plan:
     @property
     def source_digest(self) -> str | None:
         """Of the data that MaxText reads by itself; prepared ones have a digest of their own."""
-        return None if self.feed.dataset else source_digest(self.config)
+        return None if self.feed.dataset else feeds.source_digest(self.config)
 
     @property
     def size(self) -> ModelSize | None:
@@ -199,7 +198,7 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
     derived["skip_jax_distributed_system"] = True  # one host
     derived["base_output_directory"] = str(output.absolute())
     target = target_of(config, found)
-    feed = feed or feeds.find(config, given, recipe.run.data, output.absolute(), recipe.told)
+    feed = feed or feeds.find(config, recipe, output.absolute())
     plan = Plan(recipe, target, feed, derived, notes=tuple(notes))
     if plan.scales_loss:
         # Such a step is the loss scale's to leave out; MaxText would end the run at it
@@ -215,7 +214,7 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
 def _streamed(plan: Plan) -> dict[str, Any]:
     """What MaxText needs to tokenise while it trains."""
     data = plan.feed.settings
-    found = hf_settings(plan.config, data)
+    found = feeds.hf_settings(plan.config, data)
     if not found:
         return {}
     if plan.recipe.keys.get("dataset_type") == "hf" and data.source is None:

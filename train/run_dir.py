@@ -150,7 +150,7 @@ class Data:
 
     Attributes:
         digest: Of prepared data.
-        source_digest: Of what MaxText's own settings name (streaming.py).
+        source_digest: Of what MaxText's own settings name (feed.py).
     """
 
     digest: str | None = None
@@ -204,7 +204,7 @@ def check_same(
     if then is not None and then != data.digest:
         told.append(f"the data's digest was {then[:12]} and is {(data.digest or 'none')[:12]}")
     if extra.get("source_digest") not in (None, data.source_digest):
-        told.append("the data or the tokenizer had other names or sizes when it began")
+        told.append("the data or the tokenizer had other names when it began")
     if told:
         more = f" and {len(told) - 8} more" if len(told) > 8 else ""
         raise ConfigError(

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from moeconv_train.data import PrepareOptions
-from moeconv_train.data.packing import TooLong
+from moeconv_train.data.manifest import PrepareOptions, StoryOptions
 from moeconv_train.loss_scaling import LossScaleSettings
 from moeconv_train.preflight.config import value_of
+from moeconv_train.tokenizer import EMBEDDED as EMBEDDED
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moeconv.errors import ConfigError, MoeconvError, UsageError
 
 PREFIX = "run."
-# The corpus and the tokenizer that come with moeconv, for runs without a network.
-EMBEDDED = "embedded"
 # What a run file says of a license, and the settings that name something else on the command line.
 _LICENSES = {
     "tokenizer_license": {"run.data.tokenizer", "run.data.directory", "tokenizer_path"},
@@ -56,7 +54,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DataSettings(_Section):
+class DataSettings(StoryOptions):
     """What the rows are made of; see `moeconv data prepare` for all but the first two."""
 
     source: str | None = Field(
@@ -67,23 +65,11 @@ class DataSettings(_Section):
     directory: str | None = Field(
         None, description="Where the prepared rows lie or shall lie; default below the output."
     )
-    tokenizer: str = "llama3"
-    too_long: TooLong = "split"
-    column: str = "text"
-    separator: str = "<|endoftext|>"
-    revision: str | None = None
-    validation_fraction: float = 0.01
-    seed: int = 0
 
-    def options(self, sequence_length: int, tokenizer: str, workers: int) -> PrepareOptions:
+    def options(self, sequence_length: int) -> PrepareOptions:
         """These, as preparing takes them."""
-        kept = {"source", "directory", "tokenizer"}
-        return PrepareOptions(
-            sequence_length=sequence_length,
-            tokenizer=tokenizer,
-            workers=workers,
-            **self.model_dump(exclude=kept),
-        )
+        kept = self.model_dump(exclude={"source", "directory"})
+        return PrepareOptions(sequence_length=sequence_length, **kept)
 
 
 class WandbSettings(_Section):

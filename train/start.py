@@ -9,8 +9,6 @@ from typing import Any
 from moeconv_train import feed as feeds
 from moeconv_train import plan as plans
 from moeconv_train import recipe as recipes
-from moeconv_train import streaming
-from moeconv_train.data import Progress
 from moeconv_train.plan import Plan
 from moeconv_train.preflight.check import preflight
 from moeconv_train.preflight.report import Preflight
@@ -46,7 +44,7 @@ def with_data(
     begun: Preflight,
     *,
     note: Callable[[str], None],
-    progress: Callable[[Progress], None],
+    progress: Callable[[str], None],
     quiet: bool,
 ) -> Preflight:
     """The same run with its data, prepared now where they are not there, and its steps counted.
@@ -73,7 +71,7 @@ def with_data(
         begun.refuse()
         plan = begun.plan
     if plan.feed.kind == "hf" and not plan.config["tokenizer_path"]:
-        path = streaming.tokenizer_for(plan.run.data, Path(plan.derived["base_output_directory"]))
+        path = feeds.tokenizer_for(plan.run.data, Path(plan.derived["base_output_directory"]))
         begun = replace(begun, plan=replace(plan, derived={**plan.derived, "tokenizer_path": path}))
     return begun
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+# How settings call both.
+EMBEDDED = "embedded"
 BOS = "<|begin_of_text|>"
 EOS = "<|end_of_text|>"
 # MaxText masks every token that equals the pad id, and without a pad token takes id 0 for it.
@@ -40,13 +42,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Token
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Writes the files of a Hugging Face tokenizer; no transformers needed.
+def tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The files of a Hugging Face tokenizer; no transformers needed.
 
     The class is named by hand: transformers 5 would write one that 4.x does not know.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
@@ -55,5 +55,14 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
-    text = json.dumps(config, indent=2) + "\n"
-    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    return {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),
+    }
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes these files."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in tokenizer_files(tokenizer).items():
+        (directory / name).write_bytes(content)

@@ -6,6 +6,6 @@ def first_line(error: BaseException | None) -> str:
     details = getattr(error, "errors", None)
     if callable(details):
         first = details()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'config'}: {first['msg']}"
+        return ": ".join(filter(None, (".".join(map(str, first["loc"])), first["msg"])))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

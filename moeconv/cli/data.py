@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ import click
 from moeconv.cli.options import JSON, QUIET, LocalPath, Revision, Text, output_of
 from moeconv.cli.output import Output
 from moeconv.cli.streams import say
-from moeconv.errors import MissingPackageError, UsageError, to_install
+from moeconv.errors import MissingPackageError, to_install
 
 _REPORT_EVERY = 5.0
 
@@ -24,7 +23,7 @@ def command() -> None:
 
 
 @command.command("prepare")
-@click.argument("source", required=False)
+@click.argument("source", default="roneneldan/TinyStories")
 @click.option(
     "--out",
     required=True,
@@ -43,29 +42,15 @@ def command() -> None:
 @click.option(
     "--seq-length",
     "sequence_length",
-    type=int,
+    type=click.IntRange(2),
     default=2048,
     show_default=True,
     metavar="N",
     help="Tokens of a row: MaxText's max_target_length.",
 )
 @click.option(
-    "--too-long",
-    type=click.Choice(["split", "truncate"]),
-    default="split",
-    show_default=True,
-    help="What becomes of a story that is longer than a row.",
-)
-@click.option(
-    "--split",
-    "splits",
-    multiple=True,
-    metavar="train=GLOB|validation=GLOB",
-    help="Which files of SOURCE are which split; default: what their names say.",
-)
-@click.option(
     "--validation-fraction",
-    type=float,
+    type=click.FloatRange(0, 1, max_open=True),
     default=0.01,
     show_default=True,
     metavar="F",
@@ -102,21 +87,11 @@ def command() -> None:
     help="Fixes the order of the rows in training (data_shuffle_seed) and which stories are held "
     "out.",
 )
-@click.option(
-    "--workers",
-    type=int,
-    default=lambda: os.cpu_count() or 1,
-    show_default="number of processors",
-    metavar="N",
-    help="Processes; 0 works in this one. The bytes written do not depend on it.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace the dataset that is in DIR.")
 @JSON
 @QUIET
 def prepare(
-    source: str | None,
+    source: str,
     out: Path,
-    splits: tuple[str, ...],
     separator: str,
     json_mode: bool,
     quiet: bool,
@@ -132,25 +107,19 @@ def prepare(
         raise MissingPackageError(f"preparing data needs array_record; {to_install('train')}")
     data = importlib.import_module("moeconv_train.data")
     output = output_of(json_mode, quiet)
-    settings = data.PrepareOptions(
-        splits=_patterns(splits),
-        separator=separator.replace("\\n", "\n").replace("\\t", "\t"),
-        **options,
-    )
-    report = _Report(output)
+    separator = separator.replace("\\n", "\n").replace("\\t", "\t")
     try:
         dataset = data.prepare_dataset(
-            source or data.DEFAULT_SOURCE,
+            source,
             out,
-            settings,
-            progress=report,
+            data.PrepareOptions(separator=separator, **options),
+            progress=_Report(output),
             note=output.note,
             quiet=quiet or json_mode,
         )
     except KeyboardInterrupt:
         say("interrupted: nothing was written")
         sys.exit(130)
-    report.last()
     output.data(describe(dataset))
     _print(output, dataset)
 
@@ -179,36 +148,11 @@ class _Report:
     def __init__(self, output: Output) -> None:
         self._output = output
         self._last = time.monotonic()
-        self._state: Any = None
 
-    def __call__(self, state: Any) -> None:
-        self._state = state
+    def __call__(self, text: str) -> None:
         if time.monotonic() - self._last > _REPORT_EVERY:
             self._last = time.monotonic()
-            self._line(state)
-
-    def last(self) -> None:
-        """The final count, if anything was done."""
-        if self._state is not None and self._state.tokens:
-            self._line(self._state)
-
-    def _line(self, state: Any) -> None:
-        self._output.note(
-            f"{state.files} of {state.of_files} files, {state.stories:,} stories, "
-            f"{state.tokens:,} tokens ({state.rate:,.0f} tokens/s)"
-        )
-
-
-def _patterns(splits: tuple[str, ...]) -> dict[str, str]:
-    patterns = {}
-    for text in splits:
-        name, equals, pattern = text.partition("=")
-        if not equals or not pattern or name in patterns:
-            raise UsageError(
-                f"--split {text}: give train=GLOB and, if there is one, validation=GLOB, each once"
-            )
-        patterns[name] = pattern
-    return patterns
+            self._output.note(text)
 
 
 def _print(output: Output, dataset: Any) -> None:
@@ -229,8 +173,6 @@ def _print(output: Output, dataset: Any) -> None:
         )
         if counts.cut:
             line += f"; {counts.cut:,} stories were longer than a row"
-        if counts.dropped:
-            line += f" and lost {counts.dropped:,} tokens"
         if counts.empty:
             line += f"; {counts.empty:,} empty ones left out"
         output.print(line)

@@ -86,7 +86,7 @@ def write(folder, stories, *, files=1):
     """Shards of these stories; gives the number of rows."""
     for old in folder.glob("train-*"):
         old.unlink()
-    rows = pack(stories, LENGTH).rows
+    rows = pack(stories, LENGTH)
     bounds = [len(rows) * i // files for i in range(files + 1)]
     for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         write_shard(folder / f"train-{i:05d}.array_record", rows[begin:end])

@@ -22,10 +22,10 @@ def numbered(lengths):
 @settings(max_examples=200, deadline=None)
 def test_packed_rows_predict_every_token_but_bos_once_from_the_one_before(lengths):
     stories = numbered(lengths)
-    packed = pack(stories, LENGTH)
+    rows = pack(stories, LENGTH)
     story_of = np.repeat(np.arange(len(lengths)), lengths)
     targets = []
-    for row in packed.rows:
+    for row in rows:
         columns = unpack({name: np.asarray(values) for name, values in row.items()}, LENGTH)
         assert {values.shape for values in columns.values()} == {(LENGTH,)}
         assert {values.dtype for values in columns.values()} == {np.dtype(np.int32)}
@@ -47,18 +47,6 @@ def test_packed_rows_predict_every_token_but_bos_once_from_the_one_before(length
         targets += columns["targets"][used].tolist()
     expected = [token for story in stories for token in story[1:].tolist()]
     assert sorted(targets) == expected
-    assert packed.targets == len(expected)
-    assert packed.cut == sum(n - 1 > LENGTH for n in lengths)
-    assert packed.dropped == 0
-
-
-@given(LENGTHS_OF_STORIES)
-@settings(max_examples=100, deadline=None)
-def test_truncated_stories_lose_what_is_counted(lengths):
-    packed = pack(numbered(lengths), LENGTH, "truncate")
-    assert packed.dropped == sum(max(0, n - LENGTH - 1) for n in lengths)
-    assert packed.targets == sum(min(n, LENGTH + 1) - 1 for n in lengths)
-    assert packed.cut == sum(n - 1 > LENGTH for n in lengths)
 
 
 @given(st.lists(st.integers(1, LENGTH), max_size=200))
@@ -91,4 +79,4 @@ def test_a_row_that_is_too_long_for_the_model_is_refused():
 
 
 def test_no_stories_make_no_rows():
-    assert pack([], LENGTH).rows == []
+    assert pack([], LENGTH) == []

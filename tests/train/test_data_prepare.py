@@ -5,7 +5,7 @@ from pathlib import Path
 import cli_runner
 import pytest
 from data_lab import STORIES, files_of, jsonl, texts_of
-from moeconv_train.data import DataSet, prepare_dataset
+from moeconv_train.data import DataSet, packed, prepare_dataset
 from moeconv_train.data.packing import unpack
 from moeconv_train.data.records import parse, read_shard
 
@@ -44,10 +44,10 @@ def test_every_story_arrives_whole_and_is_counted(tmp_path, options):
     assert str(tmp_path) not in (tmp_path / "out" / "data.json").read_text()
 
 
-def test_the_same_bytes_whatever_the_workers(tmp_path, options):
+def test_the_same_bytes_for_the_same_input(tmp_path, options):
     source = str(jsonl(tmp_path / "stories.jsonl", STORIES))
     here = prepare_dataset(source, tmp_path / "a", options(shard_characters=20_000))
-    there = prepare_dataset(source, tmp_path / "b", options(shard_characters=20_000, workers=2))
+    there = prepare_dataset(source, tmp_path / "b", options(shard_characters=20_000))
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
     assert here.digest == there.digest
     other = prepare_dataset(source, tmp_path / "c", options(shard_characters=30_000))
@@ -73,9 +73,7 @@ def test_formats_give_the_same_stories(tmp_path, options, suffix):
             stream.write(plain)
     else:
         jsonl(path, stories)
-    dataset = prepare_dataset(
-        str(path.parent), tmp_path / "out", options(validation_fraction=0.0, workers=0)
-    )
+    dataset = prepare_dataset(str(path.parent), tmp_path / "out", options(validation_fraction=0.0))
     assert sorted(texts_of(dataset)) == sorted(stories)
     assert "grain_eval_files" not in dataset.overrides()
 
@@ -85,7 +83,7 @@ def test_a_text_file_is_split_where_the_user_says(tmp_path, tokenizer):
     out = tmp_path / "out"
     ran = cli_runner.moeconv(
         *("data", "prepare", tmp_path / "tale.txt", "--out", out, "--tokenizer", tokenizer),
-        *("--separator", r"\n\n", "--validation-fraction", 0, "--workers", 0, "--seq-length", 64),
+        *("--separator", r"\n\n", "--validation-fraction", 0, "--seq-length", 64),
     )
     assert ran.code == 0, ran.err
     assert sorted(texts_of(DataSet.read(out))) == ["one", "three", "two"]
@@ -103,46 +101,30 @@ def test_tinystories_own_text_is_read_story_by_story(tmp_path, options):
 def test_a_folder_of_several_formats_is_not_read_in_part(tmp_path, options):
     jsonl(tmp_path / "s" / "a.jsonl", STORIES[:20])
     (tmp_path / "s" / "c.txt").write_text("<|endoftext|>".join(STORIES[20:30]))
-    jsonl(tmp_path / "s" / "validation.jsonl", STORIES[30:40])
-    source, notes = str(tmp_path / "s"), []
     with pytest.raises(
-        UsageError, match=r"several formats for train \(a.jsonl, c.txt\); say which"
+        UsageError, match=r"several formats for train \(c.txt, a.jsonl\); keep those that"
     ):
-        prepare_dataset(source, tmp_path / "out", options())
-    splits = {"train": "[ac].*", "validation": "v*"}
-    every = prepare_dataset(source, tmp_path / "a", options(splits=splits), note=notes.append)
-    assert sorted(texts_of(every)) == sorted(STORIES[:30])
-    assert not [note for note in notes if "not read" in note]
-    splits = {"train": "*.txt"}
-    some = options(splits=splits, validation_fraction=0.0)
-    part = prepare_dataset(source, tmp_path / "b", some, note=notes.append)
-    assert sorted(texts_of(part)) == sorted(STORIES[20:30])
-    assert "not read: a.jsonl, validation.jsonl" in notes
+        prepare_dataset(str(tmp_path / "s"), tmp_path / "out", options())
 
 
-def test_names_tell_the_splits_and_patterns_overrule_them(tmp_path, options):
+def test_names_tell_the_splits(tmp_path, options):
     jsonl(tmp_path / "s" / "data" / "train-0.jsonl", STORIES[:40])
     jsonl(tmp_path / "s" / "data" / "train-1.jsonl", STORIES[40:80])
     jsonl(tmp_path / "s" / "data" / "validation-0.jsonl", STORIES[80:90])
     jsonl(tmp_path / "s" / "data" / "test-0.jsonl", STORIES[90:95])
-    told = prepare_dataset(str(tmp_path / "s"), tmp_path / "a", options())
+    notes = []
+    told = prepare_dataset(str(tmp_path / "s"), tmp_path / "a", options(), note=notes.append)
     assert sorted(texts_of(told)) == sorted(STORIES[:80])
     assert sorted(texts_of(told, "validation")) == sorted(STORIES[80:90])
-    splits = {"train": "data/train-1*", "validation": "data/test-*"}
-    said = prepare_dataset(str(tmp_path / "s"), tmp_path / "b", options(splits=splits))
-    assert sorted(texts_of(said)) == sorted(STORIES[40:80])
-    assert sorted(texts_of(said, "validation")) == sorted(STORIES[90:95])
+    assert notes == ["not read: data/test-0.jsonl"]
 
 
 def test_stories_longer_than_a_row_are_counted(tmp_path, options):
     source = str(jsonl(tmp_path / "stories.jsonl", STORIES[:40]))
     keys = {"sequence_length": 32, "validation_fraction": 0.0}
-    split = prepare_dataset(source, tmp_path / "a", options(**keys)).counts()
-    short = prepare_dataset(source, tmp_path / "b", options(**keys, too_long="truncate")).counts()
-    assert split.stories == short.stories == split.cut == short.cut == 40
-    assert (split.tokens, split.dropped) == (short.tokens, 0)
-    assert split.targets == split.tokens - 40
-    assert short.targets == split.targets - short.dropped == 40 * 32
+    counts = prepare_dataset(source, tmp_path / "a", options(**keys)).counts()
+    assert counts.stories == counts.cut == 40
+    assert counts.targets == counts.tokens - 40
 
 
 def test_a_model_that_the_rows_do_not_fit_is_refused(tmp_path, options):
@@ -165,16 +147,25 @@ def test_overrides_are_keys_of_maxtext_and_read_the_data(tmp_path, options):
     source = str(jsonl(tmp_path / "a.jsonl", STORIES))
     dataset = prepare_dataset(source, tmp_path / "out", options())
     base = str(Path(pyconfig.__file__).with_name("base.yml"))
-    argv = [f"{key}={value}" for key, value in dataset.overrides(epochs=2).items()]
+    argv = [f"{key}={value}" for key, value in dataset.overrides().items()]
     config = pyconfig.initialize(
-        ["", base, *argv, "run_name=r", "vocab_size=1024", "hardware=cpu", "jax_cache_dir="],
+        [
+            "",
+            base,
+            *argv,
+            "run_name=r",
+            "vocab_size=1024",
+            "hardware=cpu",
+            "jax_cache_dir=",
+        ],
+        num_epoch=2,
         skip_jax_distributed_system=True,
         enable_checkpointing=False,
         base_output_directory=str(tmp_path),
         log_config=False,
         per_device_batch_size=2,
     )
-    with dataset.reading():
+    with packed.reading():
         data = pipeline.get_datasets(
             *(config.grain_train_files, config.grain_file_type, True, config.data_shuffle_seed),
             *(1, config.num_epoch, 0, 1, config.grain_worker_count, 1, 1, 1),

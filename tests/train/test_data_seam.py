@@ -52,7 +52,7 @@ def test_a_packed_story_has_the_logits_that_it_has_alone(maxtext_lab):
     stories = [
         np.random.default_rng(i).integers(0, 160, n) for i, n in enumerate((20, 12, 12, 12))
     ]  # two lengths: each compiles anew
-    (row,) = pack(stories, 64).rows
+    (row,) = pack(stories, 64)
     columns = unpack({name: np.asarray(values) for name, values in row.items()}, 64)
     forward = jax.jit(
         lambda state, batch: nnx.merge(model._graph, state)(

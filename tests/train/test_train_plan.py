@@ -16,7 +16,7 @@ from moeconv_train.preflight.target import T4X2
 from plan_lab import TWO_T4S, planned, tiny
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
-from moeconv.errors import ConfigError, TimeLimitError, UsageError
+from moeconv.errors import ConfigError, OutputError, TimeLimitError, UsageError
 
 
 def test_the_default_run_is_for_two_t4s_wherever_it_is_planned():
@@ -149,11 +149,16 @@ def test_a_run_without_data_is_refused(tmp_path):
         planned("tiny_cpu", "run.data.source=none", f"run.data.directory={tmp_path}")
 
 
+def test_rows_of_one_token_are_refused():
+    with pytest.raises(UsageError, match="max_target_length=1: a row needs at least 2 tokens"):
+        planned("tiny_cpu", "max_target_length=1")
+
+
 def test_a_damaged_dataset_is_refused(prepared, tmp_path):
     copy = shutil.copytree(prepared, tmp_path / "copy")
     shard = next(copy.glob("train-*"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(ConfigError, match="absent or not of the"):
+    with pytest.raises(ConfigError, match=r"has not the \d+ bytes"):
         tiny(copy)
 
 
@@ -166,11 +171,9 @@ def test_data_that_are_there_are_those_that_are_asked_for(prepared, tmp_path):
     assert ready(start.plan_run(words, network=False)).plan.steps == 188
     stories = tmp_path / "stories.txt"
     stories.write_text("another story")
-    for other in (f"run.data.source={stories}", "run.data.too_long=truncate", "run.data.seed=1"):
+    for other in (f"run.data.source={stories}", "run.data.column=story", "run.data.seed=1"):
         begun = start.plan_run([*words, other], network=False)
-        with pytest.raises(
-            ConfigError, match=r"with another .*; give another run\.data\.directory"
-        ):
+        with pytest.raises(OutputError, match=r"with another .*; choose another folder"):
             ready(begun)
 
 
@@ -214,7 +217,7 @@ def test_a_local_source_may_be_gone_once_it_is_prepared(tmp_path):
     stories.unlink()
     assert ready(start.plan_run(words, network=False)).plan.steps == first.steps
     other = ["tiny_cpu", "run.data.source=gone.jsonl", f"run.data.directory={tmp_path}/rows"]
-    with pytest.raises(ConfigError, match=r"prepared with another source \(name\)"):
+    with pytest.raises(OutputError, match="prepared with another source;"):
         ready(start.plan_run(other, network=False))
 
 
@@ -226,11 +229,12 @@ def test_streaming_sets_what_maxtext_needs(tmp_path):
     assert config["packing"] and config["tokenize_train_data"] and config["grain_worker_count"] == 1
     local = tmp_path / "stories.jsonl"
     local.write_text('{"text": "a"}\n')
-    config = planned("dataset_type=hf", f"run.data.source={local}").config
-    assert (config["hf_path"], config["hf_train_files"]) == ("json", str(local))
-    tiny = planned("tiny_cpu", "dataset_type=hf", f"run.data.source={local}", "run.epochs=1").config
+    with pytest.raises(UsageError, match=r"stories.jsonl is no dataset on the Hub; use dataset_t"):
+        planned("dataset_type=hf", f"run.data.source={local}")
+    named = ["dataset_type=hf", "hf_path=json", f"hf_train_files={local}"]
+    assert planned(*named).config["eval_interval"] == -1
+    tiny = planned("tiny_cpu", *named, "run.epochs=1").config
     assert tiny["num_epoch"] == 1, "not the recipe's, which stands for prepared rows"
-    assert config["eval_interval"] == -1
 
 
 def test_a_stream_that_maxtexts_settings_name_is_that_and_no_other(tmp_path):
@@ -269,8 +273,7 @@ def test_other_data_of_maxtexts_own_are_another_run(tmp_path):
     shutil.copy(tmp_path / "rows.jsonl", tmp_path / "moved")
     moved = run_dir.Data(source_digest=digest(tmp_path / "moved"))
     assert run_dir.check_same(tmp_path, before, {}, moved) == []
-    (tmp_path / "rows.jsonl").write_text('{"text": "other"}\n')
-    for other in (digest(tmp_path), digest(tmp_path / "moved", "train_split=x"), None):
+    for other in (digest(tmp_path, "hf_name=x"), digest(tmp_path, "train_split=x"), None):
         with pytest.raises(ConfigError, match=r"the data or the tokenizer ha(ve|d) other names"):
             run_dir.check_same(tmp_path, before, {}, run_dir.Data(source_digest=other))
     assert planned("dataset_type=synthetic").source_digest != begun
@@ -287,5 +290,5 @@ def test_other_releases_are_told(tmp_path):
 
 
 def test_what_a_stream_cannot_read():
-    with pytest.raises(UsageError, match="streams from the Hub or from one local file"):
+    with pytest.raises(UsageError, match="source=embedded is no dataset on the Hub"):
         planned("tiny_cpu", "dataset_type=hf")

@@ -14,7 +14,7 @@ def test_the_default_recipe_is_the_reference_run():
     run = found.run
     assert (run.epochs, run.evaluations_per_epoch) == (2, 1)
     assert run.data.source == "roneneldan/TinyStories"
-    assert (run.data.tokenizer, run.data.too_long, run.data.seed) == ("llama3", "split", 0)
+    assert (run.data.tokenizer, run.data.seed) == ("llama3", 0)
     assert (run.wandb.entity, run.wandb.project, run.wandb.enabled) == (
         "gwhwh153td-china-times-org",
         "moe-llama3-200m",
@@ -86,7 +86,7 @@ def test_words_may_come_in_any_order():
         (["run.time_limit=soon"], "'soon' is no duration such as 8h30m, 45m or 90s"),
         (["run.loss_scale.initial=3"], "initial must be a power of two, not 3"),
         (["run.patches.fp16_heat=false"], "fp16_heat: String should match pattern '^(fp16_head|"),
-        (["run.data.too_long=drop"], "run.data.too_long: Input should be 'split' or 'truncate'"),
+        (["run.data.validation_fraction=1"], "run.data.validation_fraction: Input should be less"),
     ],
 )
 def test_what_is_wrong_is_named(words, message):

@@ -26,7 +26,7 @@ def stories(tmp_path):
 
 
 def test_a_streamed_source_trains_and_saves_when_its_data_end(train, stories, tmp_path):
-    ran, run = train(**{"dataset_type": "hf", "run.data.source": stories, "steps": 1000})
+    ran, run = train(dataset_type="hf", hf_path="json", hf_train_files=stories, steps=1000)
     assert ran.code == 0, ran.err
     outcome = json.loads(ran.out)
     assert outcome["status"] == "stopped" and 0 < outcome["completed"] < 100

@@ -81,10 +81,7 @@ class Wandb:
 
     def __init__(self, trouble=(), log=None, finish=None):
         self.trouble, self.failing = list(trouble), {"log": log, "finish": finish}
-        self.modes, self.calls, self.logged, self.finished = [], [], [], 0
-
-    def setup(self, settings):
-        self.modes.append(settings["mode"])
+        self.calls, self.logged, self.finished = [], [], 0
 
     def init(self, **kwargs):
         self.calls.append(kwargs)

@@ -3,17 +3,16 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moeconv_train.data.packing import TooLong
-from pydantic import BaseModel, ConfigDict, ValidationError
+from moeconv_train.words import first_line
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeconv.errors import ConfigError
-from moeconv.untrusted.files import UnsafeFileError, open_inside, read_inside
+from moeconv.untrusted.files import open_inside, read_inside
 
 NAME = "data.json"
 TOKENIZER = "tokenizer"
@@ -22,13 +21,31 @@ TRAIN: Split = "train"
 VALIDATION: Split = "validation"
 SPLITS = (TRAIN, VALIDATION)
 
-_ANEW = "prepare the data anew with --overwrite"
+_ANEW = "remove the folder and prepare the data anew"
 
 
 class Record(BaseModel):
     """Read and written whole: nothing unknown, nothing changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StoryOptions(Record):
+    """Which stories are taken, and with which tokenizer (`moeconv data prepare --help`)."""
+
+    tokenizer: str = "llama3"
+    column: str = "text"
+    separator: str = "<|endoftext|>"
+    revision: str | None = None
+    validation_fraction: float = Field(0.01, ge=0, lt=1)
+    seed: int = 0
+
+
+class PrepareOptions(StoryOptions):
+    """How they become rows and shards; by default as the reference run's."""
+
+    sequence_length: int = Field(2048, ge=2)
+    shard_characters: int = 1 << 25  # text that goes into a shard, about
 
 
 class SourceFile(Record):
@@ -69,7 +86,7 @@ class Request(Record):
     tokenizer: TokenizerRecord
     layout: Literal["packed"] = "packed"  # 0.1.0 had others
     sequence_length: int
-    too_long: TooLong
+    too_long: Literal["split", "truncate"] = "split"  # 0.1.0 had both
     validation_fraction: float
     seed: int
     shard_characters: int
@@ -83,12 +100,14 @@ class Counts(Record):
     tokens: int = 0  # of the stories, BOS and EOS counted
     targets: int = 0  # positions that count in the loss, once an epoch
     cut: int = 0  # stories longer than a row
-    dropped: int = 0  # tokens that truncating them left out
+    dropped: int = 0  # tokens that 0.1.0 left out where it truncated them
     empty: int = 0  # texts that were null or white space
 
-    def __add__(self, other: "Counts") -> "Counts":
-        names = Counts.model_fields
-        return Counts(**{name: getattr(self, name) + getattr(other, name) for name in names})
+
+def total(counts: Iterable[Counts]) -> Counts:
+    """Their sum."""
+    every = [each.model_dump() for each in counts]
+    return Counts(**{name: sum(each[name] for each in every) for name in Counts.model_fields})
 
 
 class Shard(Record):
@@ -137,11 +156,16 @@ class DataSet:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the file"
-            raise ConfigError(f"{path}: {where}: {first['msg']}; {_ANEW}") from None
+            raise ConfigError(f"{path}: {first_line(error)}; {_ANEW}") from None
         for shard in manifest.shards:
-            _check_size(directory, shard)
+            try:
+                with open_inside(directory, shard.name) as file:
+                    if os.fstat(file.fileno()).st_size == shard.bytes:
+                        continue
+                reason = f"has not the {shard.bytes} bytes that {NAME} says"
+            except OSError as error:
+                reason = str(error.strerror)
+            raise ConfigError(f"{directory / shard.name}: {reason}; {_ANEW}")
         named = {shard.name for shard in manifest.shards}
         # MaxText reads whatever has such a name.
         if strange := sorted({file.name for file in directory.glob("*.array_record")} - named):
@@ -165,7 +189,7 @@ class DataSet:
         counts = self.counts(split)
         return counts.targets / max(1, counts.rows * self.manifest.request.sequence_length)
 
-    def overrides(self, epochs: int | None = None) -> dict[str, str]:
+    def overrides(self) -> dict[str, str]:
         """The MaxText settings that read this dataset; the rows' order is fixed by the seed."""
         request = self.manifest.request
         settings = {
@@ -185,15 +209,7 @@ class DataSet:
         }
         if self.counts(VALIDATION).rows:
             settings["grain_eval_files"] = str(self.directory / f"{VALIDATION}-*.array_record")
-        if epochs is not None:
-            settings["num_epoch"] = str(epochs)
         return settings
-
-    def reading(self) -> AbstractContextManager[None]:
-        """The block in which MaxText must create its iterators; see packed.py."""
-        from moeconv_train.data.packed import reading
-
-        return reading()
 
     def check(self, *, max_target_length: int, vocab_size: int) -> None:
         """Refuses a model that these rows do not fit.
@@ -232,16 +248,3 @@ class DataSet:
         for shard in self.manifest.shards:
             if shard.split == split:
                 yield self.directory / shard.name
-
-
-def _check_size(directory: Path, shard: Shard) -> None:
-    reason = f"absent or not of the {shard.bytes} bytes that {NAME} says; {_ANEW}"
-    try:
-        with open_inside(directory, shard.name) as file:
-            if os.fstat(file.fileno()).st_size == shard.bytes:
-                return
-    except UnsafeFileError as error:
-        reason = str(error.strerror)
-    except OSError:
-        pass
-    raise ConfigError(f"{directory / shard.name}: {reason}")

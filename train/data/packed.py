@@ -13,7 +13,6 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 from moeconv_train import seams
 from moeconv_train.data.packing import unpack
 from moeconv_train.data.records import parse
@@ -46,21 +45,21 @@ def reading() -> Iterator[None]:
 
     seams.check("input_pipeline")
     stock_find = pipeline.find_data_files
-    asked = set()
+    asked = False
 
     def find_data_files(*args: Any, **kwargs: Any) -> list[str]:
-        asked.add("files")
         return sorted(stock_find(*args, **kwargs))
 
     def stage(*args: Any, **kwargs: Any) -> Any:
-        asked.add("rows")
+        nonlocal asked
+        asked = True
         return packed_stage(*args, **kwargs)
 
     with seams.replaced(
         pipeline, find_data_files=find_data_files, pretrain_preprocessing_pipeline=stage
     ):
         yield
-    if len(asked) < 2:
+    if not asked:
         raise UnsupportedError(
             "MaxText read no prepared rows (grain_data_processing.py): it may read other data than "
             f"it was told to; install maxtext=={seams.RELEASE}"
@@ -86,13 +85,9 @@ def packed_stage(
         if getattr(config, key) != wanted:
             said = str(wanted).lower()
             raise UsageError(f"{key}={getattr(config, key)}: prepared rows need {key}={said}")
-    dataset = dataset.map(functools.partial(_row, length=config.max_target_length))
+    dataset = dataset.map(lambda record: unpack(parse(record), config.max_target_length))
     size = data_processing_utils.get_local_batch_size(config)
     fill = functools.partial(grain.experimental.batch_and_pad, batch_size=size, pad_value=0)
     return data_processing_utils.apply_multiprocessing_and_prefetch(
         dataset.batch(size, batch_fn=fill), config, grain_worker_count, grain_per_worker_buffer_size
     )
-
-
-def _row(record: bytes, length: int) -> dict[str, np.ndarray]:
-    return unpack(parse(record), length)

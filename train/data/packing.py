@@ -4,52 +4,29 @@ A story is `BOS … EOS`; each of its tokens but BOS is to be a training target 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from moeconv_train.data.records import LENGTHS, TOKENS, Row
-
-TooLong = Literal["split", "truncate"]
 
 # How many of the next stories a gap at a row's end may be filled from. 1024 leave 0.3 % of the
 # positions empty on TinyStories' lengths, 4096 hardly less.
 LOOK_AHEAD = 1024
 
 
-@dataclass(frozen=True)
-class Packed:
-    """Rows, and what became of the stories."""
-
-    rows: list[Row]
-    targets: int  # positions of all rows that count in the loss
-    cut: int  # stories longer than a row, which were split or truncated
-    dropped: int  # tokens that truncating left out
-
-
-def pack(stories: Sequence[np.ndarray], length: int, too_long: TooLong = "split") -> Packed:
+def pack(stories: Sequence[np.ndarray], length: int) -> list[Row]:
     """Puts `stories` (`BOS … EOS` each) into rows of `length` positions.
 
     A story of n tokens takes n - 1 positions: inputs are all but EOS, targets all but BOS.
     """
-    pieces: list[np.ndarray] = []
-    cut = dropped = 0
-    for story in stories:
-        if len(story) - 1 > length:
-            cut += 1
-            if too_long == "truncate":
-                dropped += len(story) - 1 - length
-                story = story[: length + 1]
-        pieces += windows(story, length)
+    pieces = [piece for story in stories for piece in windows(story, length)]
     sizes = np.array([len(piece) - 1 for piece in pieces], np.int64)
-    rows: list[Row] = [
+    return [
         {
             TOKENS: np.concatenate([pieces[i] for i in row]),
             LENGTHS: np.array([len(pieces[i]) for i in row]),
         }
         for row in fill_rows(sizes, length)
     ]
-    return Packed(rows, int(sizes.sum()), cut, dropped)
 
 
 def windows(tokens: np.ndarray, inputs: int) -> Iterator[np.ndarray]:
@@ -116,20 +93,19 @@ def unpack(row: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
     last = np.cumsum(lengths) - 1
     first = last - lengths + 1
     begins = np.cumsum(lengths - 1) - (lengths - 1)
-    columns = {
-        "inputs": np.delete(tokens, last),
-        "targets": np.delete(tokens, first),
-        "segmentation": np.repeat(np.arange(1, len(lengths) + 1), lengths - 1),
-        "position": np.arange(used) - np.repeat(begins, lengths - 1),
-    }
-    padded = {name: np.zeros(length, np.int32) for name in columns}
-    for name, values in columns.items():
-        padded[name][:used] = values
-    segmentation, position = padded.pop("segmentation"), padded.pop("position")
+    segments = np.repeat(np.arange(1, len(lengths) + 1), lengths - 1)
+    positions = np.arange(used) - np.repeat(begins, lengths - 1)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        column = np.zeros(length, np.int32)
+        column[:used] = values
+        return column
+
     return {
-        **padded,
-        "inputs_segmentation": segmentation,
-        "targets_segmentation": segmentation.copy(),
-        "inputs_position": position,
-        "targets_position": position.copy(),
+        "inputs": padded(np.delete(tokens, last)),
+        "inputs_segmentation": padded(segments),
+        "inputs_position": padded(positions),
+        "targets": padded(np.delete(tokens, first)),
+        "targets_segmentation": padded(segments),
+        "targets_position": padded(positions),
     }

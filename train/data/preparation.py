@@ -1,12 +1,15 @@
 """`prepare_dataset`: stories from a source to tokenised shards and `data.json`."""
 
+import contextlib
+import hashlib
 import importlib.metadata
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from moeconv_train.data import folder, records, source, tokens
+import numpy as np
+from moeconv_train.data import records, source, tokens
 from moeconv_train.data.manifest import (
     NAME,
     SPLITS,
@@ -16,35 +19,18 @@ from moeconv_train.data.manifest import (
     Counts,
     DataSet,
     Manifest,
-    Record,
+    PrepareOptions,
     Request,
     Shard,
     Source,
+    Split,
     TokenizerRecord,
+    total,
 )
-from moeconv_train.data.options import PrepareOptions
-from moeconv_train.data.work import Chunk, Job, chunks, write_all
+from moeconv_train.data.packing import pack
 
 from moeconv.errors import OutputError, UsageError
 from moeconv.untrusted.text import printable
-
-DEFAULT_SOURCE = "roneneldan/TinyStories"
-
-
-@dataclass
-class Progress:
-    """How far a preparation is."""
-
-    files: int = 0
-    of_files: int = 0
-    stories: int = 0
-    tokens: int = 0
-    begun: float = field(default_factory=time.monotonic)
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second."""
-        return self.tokens / max(1e-6, time.monotonic() - self.begun)
 
 
 def _ignore(_: object) -> None:
@@ -56,7 +42,7 @@ def prepare_dataset(
     out: Path,
     options: PrepareOptions,
     *,
-    progress: Callable[[Progress], None] = _ignore,
+    progress: Callable[[str], None] = _ignore,
     note: Callable[[str], None] = _ignore,
     quiet: bool = True,
 ) -> DataSet:
@@ -68,7 +54,7 @@ def prepare_dataset(
         name: A file or folder, or else the id of a dataset on the Hub.
         out: Becomes the dataset's directory.
         options: How.
-        progress: Is told after each shard.
+        progress: Is told how far it is, in a sentence, after each chunk.
         note: Takes sentences for people.
         quiet: Without the progress bars of downloads.
 
@@ -81,31 +67,45 @@ def prepare_dataset(
     out = out.absolute()
     try:
         # Nothing is written, so it may lie where nothing can be, as Kaggle's inputs do.
-        if (out / NAME).exists() and not options.overwrite:
-            dataset = _existing(name, out, options)
-            note(f"{out}: is prepared already")
-            return dataset
-        folder.check(out, overwrite=options.overwrite)
+        if (out / NAME).exists():
+            return _existing(name, out, options)
+        if out.exists() and (there := sorted(file.name for file in out.iterdir())):
+            raise OutputError(
+                f"{out}: is not empty (it holds {there[0]}); choose a new or empty folder"
+            )
         found = source.find(name, options, quiet=quiet)
         tokenizer = tokens.load(options.tokenizer)
-        request = _request(found.source, _record(tokenizer), options)
-        for text in (*tokenizer.notes, *_remarks(found, request)):
+        request = _request(found.source, tokenizer.record, options)
+        for text in tokenizer.notes:
             note(text)
-        with folder.becoming(out, overwrite=options.overwrite) as new:
-            job = Job(new, request, tokenizer)
-            manifest = _write(job, found, options.workers, progress)
-            local = found.source.kind == "local"
-            if local and source.find(name, options).source != found.source:
+        if found.left:
+            note(printable(f"not read: {source.some(found.left)}"))
+        if request.validation_fraction:
+            note(
+                f"{name}: has no validation split; holding out {request.validation_fraction:.2%} "
+                "of the stories (--validation-fraction)"
+            )
+        with _becoming(out) as new:
+            for file, content in tokenizer.files.items():
+                records.write_bytes(new / TOKENIZER / file, content)
+            shards = _shards(new, request, tokenizer, found, progress)
+            if found.source.kind == "local" and source.find(name, options).source != found.source:
                 raise UsageError(f"{name}: changed while it was read; run again once it is whole")
-            if not manifest.splits[TRAIN].rows:
+            if not any(shard.split == TRAIN for shard in shards):
                 raise UsageError(f"{name}: holds no story to train on")
+            manifest = Manifest(
+                moeconv_version=importlib.metadata.version("moeconv"),
+                request=request,
+                splits={
+                    s: total(each.counts for each in shards if each.split == s) for s in SPLITS
+                },
+                shards=tuple(sorted(shards, key=lambda shard: shard.name)),
+            )
             records.write_bytes(new / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
     except OSError as error:
         raise OutputError(
             f"{error.filename or out}: cannot be written or read ({error.strerror or error})"
         ) from error
-    if not manifest.splits[VALIDATION].rows:
-        note(f"{name}: no story is left for validation, so there is no such split")
     return DataSet.read(out)
 
 
@@ -125,93 +125,110 @@ def _existing(name: str, out: Path, options: PrepareOptions) -> DataSet:
         now = then.source.model_copy(update=same)
     tokenizer = then.tokenizer
     if options.tokenizer != tokenizer.source or Path(options.tokenizer).exists():
-        tokenizer = _record(tokens.load(options.tokenizer))
+        tokenizer = tokens.load(options.tokenizer).record
     asked = _request(now, tokenizer, options)
-    if other := _differences(asked, then):
-        if "source" in other:
-            other[0] = f"source ({', '.join(_differences(asked.source, then.source))})"
+    other = [key for key in Request.model_fields if getattr(asked, key) != getattr(then, key)]
+    if other:
         raise OutputError(
-            f"{out}: holds data that was prepared with another {', '.join(other)}; "
-            "choose another --out, or pass --overwrite"
+            f"{out}: holds data that was prepared with another {', '.join(other)}; choose another "
+            "folder, or remove it"
         )
     return dataset
 
 
-def _differences[R: Record](one: R, other: R) -> list[str]:
-    return [key for key in type(one).model_fields if getattr(one, key) != getattr(other, key)]
+@contextlib.contextmanager
+def _becoming(out: Path) -> Iterator[Path]:
+    """A new folder beside `out`, which becomes it when the block ends well and else is removed.
+
+    Raises:
+        OSError: It cannot be written, or is not empty by now.
+    """
+    out = out.resolve()  # what a link leads to
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as work:
+        new = Path(work, "new")
+        new.mkdir()
+        yield new
+        records.flush(new)
+        new.rename(out)
+        records.flush(out.parent)
 
 
-def _write(
-    job: Job, found: source.Found, workers: int, progress: Callable[[Progress], None]
-) -> Manifest:
-    """Writes tokenizer and shards."""
-    request, files = job.request, job.request.source.files
-    for file, content in job.tokenizer.files.items():
-        records.write_bytes(job.folder / TOKENIZER / file, content)
-
-    def texts() -> Iterator[Chunk]:
-        for index, file in enumerate(files):
-            yield from chunks(index, found.texts(file), request.shard_characters)
-
-    state = Progress(of_files=len(files))
+def _shards(
+    folder: Path,
+    request: Request,
+    tokenizer: tokens.DataTokenizer,
+    found: source.Found,
+    progress: Callable[[str], None],
+) -> list[Shard]:
+    """Writes them: of each chunk of texts one for each split that it has stories of."""
+    files, begun = request.source.files, time.monotonic()
     shards: list[Shard] = []
-    for state.files, shard in write_all(job, texts(), workers):
-        shards.append(shard)
-        state.stories += shard.counts.stories
-        state.tokens += shard.counts.tokens
-        progress(state)
-    state.files = state.of_files
-    progress(state)
-    counts = {
-        split: sum((s.counts for s in shards if s.split == split), Counts()) for split in SPLITS
-    }
-    return Manifest(
-        moeconv_version=importlib.metadata.version("moeconv"),
-        request=request,
-        splits=counts,
-        shards=tuple(sorted(shards, key=lambda shard: shard.name)),
-    )
+    for index, file in enumerate(files):
+        for number, chunk in enumerate(_chunks(found.texts(file), index, request)):
+            for split in SPLITS:
+                texts = [text for home, text in chunk if home == split]
+                if stories := [text for text in texts if text and text.strip()]:
+                    # The name sorts as the source is ordered.
+                    path = folder / f"{split}-{index:04d}-{number:05d}.array_record"
+                    encoded, empty = tokenizer.encode(stories), len(texts) - len(stories)
+                    shards.append(_shard(path, split, encoded, empty, request))
+            now = total(shard.counts for shard in shards)
+            progress(
+                f"file {index + 1} of {len(files)}: {now.stories:,} stories, {now.tokens:,} tokens "
+                f"({now.tokens / (time.monotonic() - begun):,.0f} tokens/s)"
+            )
+    return shards
 
 
-def _record(tokenizer: tokens.DataTokenizer) -> TokenizerRecord:
-    """A tokenizer; of a local one the name only."""
-    path = Path(tokenizer.source)
-    return TokenizerRecord(
-        source=path.name if path.exists() else tokenizer.source,
-        digest=tokenizer.digest,
-        size=tokenizer.size,
-        bos_token_id=tokenizer.bos,
-        eos_token_id=tokenizer.eos,
-        pad_token_id=tokenizer.pad,
+def _chunks(
+    texts: Iterable[str | None], file: int, request: Request
+) -> Iterator[list[tuple[Split, str | None]]]:
+    """A file's texts, each with its split, in chunks that end once the size of a shard is reached.
+
+    Of the train files some are held out for validation, where nothing else is for that.
+    """
+    held: list[tuple[Split, str | None]] = []
+    size = 0
+    for number, text in enumerate(texts):
+        key = f"{request.seed}:{file}:{number}".encode()
+        drawn = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest()) / 2**64
+        home = request.source.files[file].split
+        held.append((VALIDATION if drawn < request.validation_fraction else home, text))
+        size += len(text or "")
+        if size >= request.shard_characters:
+            yield held
+            held, size = [], 0
+    if held:
+        yield held
+
+
+def _shard(
+    path: Path, split: Split, stories: list[np.ndarray], empty: int, request: Request
+) -> Shard:
+    rows = pack(stories, request.sequence_length)
+    records.write_shard(path, rows)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    size = sum(map(len, stories))
+    return Shard(
+        name=path.name,
+        split=split,
+        bytes=path.stat().st_size,
+        sha256=digest,
+        counts=Counts(
+            rows=len(rows),
+            stories=len(stories),
+            tokens=size,
+            targets=size - len(stories),  # all but BOS
+            cut=sum(len(story) - 1 > request.sequence_length for story in stories),
+            empty=empty,
+        ),
     )
 
 
 def _request(found: Source, tokenizer: TokenizerRecord, options: PrepareOptions) -> Request:
     split_off = not any(file.split == VALIDATION for file in found.files)
-    return Request(
-        source=found,
-        tokenizer=tokenizer,
-        sequence_length=options.sequence_length,
-        too_long=options.too_long,
-        validation_fraction=options.validation_fraction if split_off else 0.0,
-        seed=options.seed,
-        shard_characters=options.shard_characters,
-    )
-
-
-def _remarks(found: source.Found, request: Request) -> Iterator[str]:
-    """What is read and what is not, for people."""
-    for split in SPLITS:
-        if names := [file.path for file in found.source.files if file.split == split]:
-            yield printable(f"{split}: {', '.join(names[:3])}") + _more(names[3:])
-    if found.left:
-        yield printable(f"not read: {', '.join(found.left[:3])}") + _more(found.left[3:])
-    if request.validation_fraction:
-        yield (
-            f"{found.source.name}: has no validation split; holding out "
-            f"{request.validation_fraction:.2%} of the stories (--validation-fraction)"
-        )
-
-
-def _more(rest: Sequence[str]) -> str:
-    return f" and {len(rest)} more" if rest else ""
+    kept = options.model_dump(include={"sequence_length", "seed", "shard_characters"})
+    fraction = options.validation_fraction if split_off else 0.0
+    return Request(source=found, tokenizer=tokenizer, validation_fraction=fraction, **kept)

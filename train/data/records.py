@@ -1,7 +1,6 @@
 """Shards on disk: ArrayRecord files of `tf.train.Example`."""
 
 import errno
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,7 @@ def write_shard(path: Path, rows: Iterable[Row]) -> None:
         for row in rows:
             example = example_pb2.Example()
             for column, values in row.items():
-                numbers = values.tolist() if isinstance(values, np.ndarray) else values
+                numbers = np.asarray(values).tolist()
                 example.features.feature[column].int64_list.value.extend(numbers)
             writer.write(example.SerializeToString(deterministic=True))
         writer.close()
@@ -78,12 +77,6 @@ def write_bytes(path: Path, content: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     flush(path.parent)
-
-
-def sha256(path: Path) -> str:
-    """The file's digest, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush(path: Path) -> None:

@@ -1,7 +1,8 @@
 """Weights & Biases: one run for as long as the directory lives, and never a reason to fail.
 
 MaxText's own `wandb.init` (common/metric_logger.py) cannot name a run's id, entity or directory. We
-begin the run first; MaxText's call then returns the live one, as wandb does by default.
+begin the run, and give it to MaxText: wandb would return the live one too, but only after it has
+asked for a key again and made another folder for its log, in the current directory.
 """
 
 import contextlib
@@ -79,7 +80,7 @@ def logged(
             note(f"W&B: {first_line(error)}; logging there ends, the run goes on")
 
     try:
-        with seams.replaced(wandb, log=guarded):
+        with seams.replaced(wandb, init=lambda **_: run, log=guarded):
             yield
     finally:
         try:
@@ -92,9 +93,7 @@ def _begin(
     wandb: Any, run_dir: Path, config: Any, entity: str | None, note: Callable[[str], None]
 ) -> Any:
     """The run: online, else offline, else one that keeps nothing."""
-    wanted = os.environ.get("WANDB_MODE") or "online"
-    for mode, otherwise in ((wanted, "logging offline"), ("offline", "not used")):
-        wandb.setup(wandb.Settings(mode=mode))  # for MaxText's call too, which looks for a key
+    for mode, otherwise in ((None, "logging offline"), ("offline", "not used")):
         try:
             return wandb.init(
                 entity=os.environ.get("WANDB_ENTITY") or entity,
@@ -103,6 +102,7 @@ def _begin(
                 id=run_id(run_dir),
                 resume="allow",
                 dir=str(run_dir),
+                mode=mode,
                 config=public_config(config.get_keys()),
                 settings=wandb.Settings(
                     silent=True,
@@ -114,5 +114,4 @@ def _begin(
             )
         except Exception as error:
             note(f"W&B: {first_line(error).rstrip('.')}; {otherwise}")
-    wandb.setup(wandb.Settings(mode="disabled"))
-    return wandb.init()
+    return wandb.init(mode="disabled")
