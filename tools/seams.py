@@ -6,10 +6,10 @@ from moeconv_train.seams import SOURCES, digest_of
 
 
 def main() -> None:
-    """One line a function; one that is gone ends with 1."""
-    found = {name: digest_of(name) for name in SOURCES}
-    for name, digest in found.items():
-        print(f'    "{name}": "{digest}",')
+    """One line a file; one that is gone ends with 1."""
+    found = {path: digest_of(path) for path in SOURCES}
+    for path, digest in found.items():
+        print(f'    "{path}": "{digest}",')
     sys.exit(None in found.values())
 
 

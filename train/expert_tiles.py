@@ -12,21 +12,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from moeconv_train import seams
 from moeconv_train.fp16_head import dot as rounded_dot
 
-from moeconv.errors import ConfigError
-
-# Keys under which `dense_matmul` does something else; the value that goes with tiles.
-_NEEDS: dict[str, Callable[[Any], bool]] = {
-    "capacity_factor": lambda value: value <= 0,
-    "mlp_bias": lambda value: not value,
-    "quantization": lambda value: not value,
-    "use_random_routing": lambda value: not value,
-    "routed_bias": lambda value: not value,
-    "shard_mode": lambda value: getattr(value, "value", value) == "auto",
-    "decoder_block": lambda value: getattr(value, "value", value) in ("mixtral", "envy"),
-}
 # Mesh axes that split the batch; any other would split an expert.
 _BATCH_AXES = ("data", "fsdp")
 
@@ -46,19 +38,11 @@ class Layout(NamedTuple):
 
 
 @contextlib.contextmanager
-def install(tile: int | None = None) -> Iterator[None]:
-    """While this is open, MaxText's dense MoE path (`sparse_matmul: false`) is traced in tiles.
-
-    Args:
-        tile: Rows of a tile; None for a quarter of an expert's share (`tile_for`).
-
-    Raises:
-        UnsupportedError: MaxText is not the one that this was written for.
-    """
+def install() -> Iterator[None]:
+    """While this is open, MaxText's dense MoE path (`sparse_matmul: false`) is traced in tiles."""
     from maxtext.layers.moe import RoutedMoE
 
-    seams.check("layers.moe")
-    with seams.replaced(RoutedMoE, dense_matmul=_replacement(RoutedMoE.dense_matmul, tile)):
+    with seams.replaced(RoutedMoE, dense_matmul=_replacement(RoutedMoE.dense_matmul)):
         yield
 
 
@@ -82,8 +66,6 @@ def tiles_for(choices: int, experts: int, tile: int) -> int:
 
 def layout(chosen: Any, experts: int, tile: int) -> Layout:
     """The rows of choices [A], expert by expert in their own order."""
-    import jax.numpy as jnp
-
     count = chosen.shape[0]
     number = tiles_for(count, experts, tile)
     mine = (chosen[:, None] == jnp.arange(experts)).astype(jnp.int32)
@@ -117,90 +99,86 @@ def moe(
         indices: Of each token's experts.
         kernels: wi_0 and wi_1 [E, D, F], wo [E, F, D].
         activation: Of both hidden layers.
-        tile: Rows of a tile.
+        tile: Rows of a tile; by default `tile_for`.
         sum_dtype: In which experts are added up; by default that of x.
         precision: Of the matmuls.
     """
-    import jax.numpy as jnp
-    from jax.ad_checkpoint import checkpoint_name
-
     gate, up, down = kernels
     (tokens, k), experts = indices.shape, gate.shape[0]
     tile = tile or tile_for(tokens * k, experts)
     places = layout(indices.reshape(-1), experts, tile)
-    ops = _ops(precision)
 
     def named(value: Any, name: str) -> Any:
         """As in `dense_matmul`, for remat_policy."""
         return checkpoint_name(checkpoint_name(value, name), f"moe_{name}")
 
-    rows = ops.spread(x, places, k).reshape(-1, tile, x.shape[-1])
+    rows = _spread(x, places, k).reshape(-1, tile, x.shape[-1])
     hidden = activation(
-        named(ops.matmul(rows, gate, places.experts), "mlpwi_0"),
-        named(ops.matmul(rows, up, places.experts), "mlpwi_1"),
+        named(_matmul(rows, gate, places.experts, precision), "mlpwi_0"),
+        named(_matmul(rows, up, places.experts, precision), "mlpwi_1"),
     )
-    rows = named(ops.matmul(hidden, down, places.experts), "mlpwo")
-    results = ops.collect(rows.reshape(-1, x.shape[-1]), places).reshape(tokens, k, -1)
+    rows = named(_matmul(hidden, down, places.experts, precision), "mlpwo")
+    results = _collect(rows.reshape(-1, x.shape[-1]), places).reshape(tokens, k, -1)
     dtype = sum_dtype or x.dtype
     total = jnp.einsum("nkd,nk->nd", results.astype(dtype), weights.astype(dtype))
     return total.astype(x.dtype)
 
 
-class _Ops(NamedTuple):
-    spread: Callable[[Any, Layout, int], Any]
-    collect: Callable[[Any, Layout], Any]
-    matmul: Callable[[Any, Any, Any], Any]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _spread(x: Any, places: Layout, k: int) -> Any:
+    """Tokens [N, D] to rows [R, D]; those that only fill up are zero, which cannot overflow."""
+    return x.at[places.choices // k].get(mode="fill", fill_value=0)
 
 
-@functools.cache
-def _ops(precision: Any) -> _Ops:
-    """The three differentiable parts, whose gradients are gathers and matmuls too."""
-    import jax
-    import jax.numpy as jnp
+def _spread_backward(k: int, places: Layout, cotangent: Any) -> tuple[Any, None]:
+    parts = cotangent[places.rows].reshape(-1, k, cotangent.shape[-1])
+    return parts.astype(jnp.float32).sum(1).astype(cotangent.dtype), None
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-    def spread(x: Any, places: Layout, k: int) -> Any:
-        """Tokens [N, D] to rows [R, D]; those that only fill up are zero, which cannot overflow."""
-        return x.at[places.choices // k].get(mode="fill", fill_value=0)
 
-    def spread_backward(k: int, places: Layout, cotangent: Any) -> tuple[Any, None]:
-        parts = cotangent[places.rows].reshape(-1, k, cotangent.shape[-1])
-        return parts.astype(jnp.float32).sum(1).astype(cotangent.dtype), None
+_spread.defvjp(lambda x, places, k: (_spread(x, places, k), places), _spread_backward)
 
-    @jax.custom_vjp
-    def collect(rows: Any, places: Layout) -> Any:
-        """Rows [R, D] to choices [A, D]."""
-        return rows[places.rows]
 
-    def collect_backward(places: Layout, cotangent: Any) -> tuple[Any, None]:
-        return cotangent.at[places.choices].get(mode="fill", fill_value=0), None
+@jax.custom_vjp
+def _collect(rows: Any, places: Layout) -> Any:
+    """Rows [R, D] to choices [A, D]."""
+    return rows[places.rows]
 
+
+def _collect_backward(places: Layout, cotangent: Any) -> tuple[Any, None]:
+    return cotangent.at[places.choices].get(mode="fill", fill_value=0), None
+
+
+_collect.defvjp(lambda rows, places: (_collect(rows, places), places), _collect_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(rows: Any, kernel: Any, experts: Any, precision: Any) -> Any:
+    """[T, t, D] and [E, D, F] to [T, t, F]."""
+    return jnp.einsum("tnd,tdf->tnf", rows, kernel[experts], precision=precision)
+
+
+def _matmul_forward(rows: Any, kernel: Any, experts: Any, precision: Any) -> tuple[Any, Any]:
+    return _matmul(rows, kernel, experts, precision), (rows, kernel, experts)
+
+
+def _matmul_backward(precision: Any, saved: Any, cotangent: Any) -> tuple[Any, Any, None]:
+    rows, kernel, experts = saved
     dot = functools.partial(jnp.einsum, precision=precision)
-
-    @jax.custom_vjp
-    def matmul(rows: Any, kernel: Any, experts: Any) -> Any:
-        """[T, t, D] and [E, D, F] to [T, t, F]."""
-        return dot("tnd,tdf->tnf", rows, kernel[experts])
-
-    def matmul_backward(saved: tuple[Any, Any, Any], cotangent: Any) -> tuple[Any, Any, None]:
-        rows, kernel, experts = saved
-        before = dot("tnf,tdf->tnd", cotangent, kernel[experts])
-        # Each tile's share in its expert's gradient, added up as one more matmul.
-        shares = dot("tnd,tnf->tdf", rows, cotangent)
-        mine = (experts == jnp.arange(kernel.shape[0])[:, None]).astype(shares.dtype)
-        if kernel.dtype == jnp.float16:
-            total = rounded_dot(mine, shares, (((1,), (0,)), ((), ())), kernel.dtype)
-        else:
-            total = dot("et,tdf->edf", mine, shares, preferred_element_type=jnp.float32)
-        return before, total.astype(kernel.dtype), None
-
-    spread.defvjp(lambda x, places, k: (spread(x, places, k), places), spread_backward)
-    collect.defvjp(lambda rows, places: (collect(rows, places), places), collect_backward)
-    matmul.defvjp(lambda *saved: (matmul(*saved), saved), matmul_backward)
-    return _Ops(spread, collect, matmul)
+    before = dot("tnf,tdf->tnd", cotangent, kernel[experts])
+    # Each tile's share in its expert's gradient, added up as one more matmul.
+    shares = dot("tnd,tnf->tdf", rows, cotangent)
+    mine = (experts == jnp.arange(kernel.shape[0])[:, None]).astype(shares.dtype)
+    if kernel.dtype == jnp.float16:
+        total = rounded_dot(mine, shares, (((1,), (0,)), ((), ())), kernel.dtype)
+    else:
+        total = dot("et,tdf->edf", mine, shares, preferred_element_type=jnp.float32)
+    return before, total.astype(kernel.dtype), None
 
 
-def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _replacement(stock: Callable[..., Any]) -> Callable[..., Any]:
     """`RoutedMoE.dense_matmul`: MaxText's own routing and balance loss, matmuls in tiles."""
 
     @functools.wraps(stock)
@@ -212,15 +190,9 @@ def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., A
         w0_kernel: Any,
         w1_kernel: Any,
         wo_kernel: Any,
-        w0_bias: Any,
-        w1_bias: Any,
-        wo_bias: Any,
-        input_ids: Any = None,
-        forced_routed_experts: Any = None,
+        *_: Any,  # biases, which `_check` refuses
+        **__: Any,
     ) -> tuple[Any, Any, None]:
-        import jax
-        import jax.numpy as jnp
-
         config = self.config
         _check(config, self.mesh)
         weights, indices = self.get_topk(gate_logits, pre_bias_logits, self.rngs)
@@ -237,7 +209,6 @@ def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., A
                 chosen,
                 kernels,
                 self.apply_ffn_activation,
-                tile=tile,
                 sum_dtype=jnp.float32 if config.float32_weight_sum else None,
                 precision=jax.lax.Precision(config.matmul_precision),
             )
@@ -251,9 +222,6 @@ def _replacement(stock: Callable[..., Any], tile: int | None) -> Callable[..., A
 
 def _on_each_device(function: Callable[..., Any], mesh: Any) -> Callable[..., Any]:
     """Each device lays out its own tokens: three arrays split by batch, then whole kernels."""
-    import jax
-    from jax.sharding import PartitionSpec
-
     axes = tuple(axis for axis in _BATCH_AXES if mesh.shape.get(axis, 1) > 1)
     if not axes:
         return function
@@ -269,16 +237,18 @@ def _on_each_device(function: Callable[..., Any], mesh: Any) -> Callable[..., An
 
 def _check(config: Any, mesh: Any) -> None:
     """Refuses what tiles would compute differently."""
-    for key, fits in _NEEDS.items():
-        value = getattr(config, key)
-        if not fits(value):
-            raise ConfigError(
-                f"{key}: {getattr(value, 'value', value)} does not go with expert tiles; change "
-                "it, or turn the tiles off."
-            )
-    for axis, size in mesh.shape.items():
-        if size > 1 and axis not in _BATCH_AXES:
-            raise ConfigError(
-                f"Expert tiles split the batch only, and the mesh has {size} devices along "
-                f"{axis!r}: use ici_data_parallelism, or turn the tiles off."
-            )
+    wrong = {
+        "capacity_factor": config.capacity_factor > 0,
+        "mlp_bias": config.mlp_bias,
+        "quantization": config.quantization,
+        "use_random_routing": config.use_random_routing,
+        "routed_bias": config.routed_bias,
+        "shard_mode": seams.value(config.shard_mode) != "auto",
+        "decoder_block": seams.value(config.decoder_block) not in ("mixtral", "envy"),
+    }
+    split = {
+        f"ici_{axis}_parallelism": size > 1
+        for axis, size in mesh.shape.items()
+        if axis not in _BATCH_AXES
+    }
+    seams.refuse(wrong | split, "expert tiles", "run.patches.expert_tiles=false")

@@ -31,11 +31,7 @@ def explained(log: Path, directory: Path) -> Iterator[None]:
     """
     try:
         yield
-    except KeyboardInterrupt:
-        raise
-    except MoeconvError as error:
-        if type(error) is MoeconvError:  # loss scaling gave up
-            raise TrainingError(f"{directory}: {error}") from error
+    except (KeyboardInterrupt, MoeconvError):
         raise
     except SystemExit as error:
         if error.code != 1:  # metric_logger.py `_maybe_abort_after_write_metrics`

@@ -13,9 +13,11 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 from moeconv_train import seams
-
-from moeconv.errors import ConfigError
 
 
 @contextlib.contextmanager
@@ -23,15 +25,11 @@ def install() -> Iterator[None]:
     """While this is open, MaxText traces a tied head of `dtype: float16` this way, others as ever.
 
     The logits have the type that MaxText gives them: fp16, or fp32 with `logits_dot_in_fp32`.
-
-    Raises:
-        UnsupportedError: MaxText is not the one that this was written for.
     """
     from maxtext.layers import nnx_decoders
     from maxtext.layers.embeddings import Embed
     from maxtext.trainers.pre_train import train
 
-    seams.check("layers.embeddings", "layers.nnx_decoders", "trainers.pre_train.train:loss_fn")
     with (
         seams.replaced(nnx_decoders, attend_on_embedding=_head(nnx_decoders.attend_on_embedding)),
         seams.replaced(Embed, __call__=_lookup(Embed.__call__)),
@@ -47,16 +45,13 @@ def _head(stock: Callable[..., Any]) -> Callable[..., Any]:
     def attend_on_embedding(
         query: Any, embedding_table: Any, attend_dtype: Any, config: Any, out_sharding: Any = None
     ) -> Any:
-        import numpy as np
-        from maxtext.common.common_types import ShardMode
-
         if np.dtype(config.dtype) != np.float16:
             return stock(query, embedding_table, attend_dtype, config, out_sharding)
-        if config.shard_mode == ShardMode.EXPLICIT or config.parameter_memory_host_offload:
-            raise ConfigError(
-                "The FP16 head supports neither shard_mode: explicit nor "
-                "parameter_memory_host_offload: true; unset it."
-            )
+        wrong = {
+            "shard_mode": seams.value(config.shard_mode) != "auto",
+            "parameter_memory_host_offload": config.parameter_memory_host_offload,
+        }
+        seams.refuse(wrong, "the FP16 head", "run.patches.fp16_head=false")
         return attend(query, embedding_table, attend_dtype)
 
     return attend_on_embedding
@@ -67,8 +62,6 @@ def _with_one_table(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)  # nnx.value_and_grad reads the signature
     def loss_fn(model: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
-        import numpy as np
-
         if np.dtype(config.dtype) != np.float16 or not config.logits_via_embedding:
             return stock(model, config, *args, **kwargs)
         with _replaced(model.token_embedder.embedding, lambda table: table.astype(np.float16)):
@@ -86,10 +79,6 @@ def _lookup(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def lookup(self: Any, *args: Any, **kwargs: Any) -> Any:
-        import jax
-        import numpy as np
-        from jax.sharding import PartitionSpec
-
         if self.embedding.get_value().dtype != np.float16:
             return stock(self, *args, **kwargs)
         any_sharding = PartitionSpec(PartitionSpec.UNCONSTRAINED, PartitionSpec.UNCONSTRAINED)
@@ -116,9 +105,7 @@ def attend(y: Any, table: Any, dtype: Any) -> Any:
 
     Gradients are added up in fp32 and rounded to fp16.
     """
-    import numpy as np
-
-    return _matmul()(y.astype(np.float16), table.astype(np.float16), np.dtype(dtype))
+    return _matmul(y.astype(np.float16), table.astype(np.float16), np.dtype(dtype))
 
 
 def dot(left: Any, right: Any, dimensions: Any, dtype: Any) -> Any:
@@ -128,9 +115,6 @@ def dot(left: Any, right: Any, dimensions: Any, dtype: Any) -> Any:
     once: half of the memory (3.9 GiB instead of 6.1 for the reference model's logits) and, as XLA
     sums between devices right behind a matmul, half of what crosses.
     """
-    import jax
-    import jax.numpy as jnp
-
     matmul = functools.partial(jax.lax.dot_general, dimension_numbers=dimensions)
 
     def named(left: Any, right: Any) -> Any:
@@ -143,23 +127,20 @@ def dot(left: Any, right: Any, dimensions: Any, dtype: Any) -> Any:
     return jax.lax.platform_dependent(left, right, cuda=named, default=widened)
 
 
-@functools.cache
-def _matmul() -> Callable[[Any, Any, Any], Any]:
-    import jax
-    import jax.numpy as jnp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(y: Any, table: Any, dtype: Any) -> Any:
+    return dot(y, table, (((y.ndim - 1,), (1,)), ((), ())), dtype)
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-    def matmul(y: Any, table: Any, dtype: Any) -> Any:
-        return dot(y, table, (((y.ndim - 1,), (1,)), ((), ())), dtype)
 
-    def forward(y: Any, table: Any, dtype: Any) -> tuple[Any, Any]:
-        return matmul(y, table, dtype), (y, table)
+def _forward(y: Any, table: Any, dtype: Any) -> tuple[Any, Any]:
+    return _matmul(y, table, dtype), (y, table)
 
-    def backward(dtype: Any, saved: tuple[Any, Any], cotangent: Any) -> tuple[Any, Any]:
-        y, table = saved
-        cotangent, batch = cotangent.astype(jnp.float16), tuple(range(y.ndim - 1))
-        dy = dot(cotangent, table, (((y.ndim - 1,), (0,)), ((), ())), y.dtype)
-        return dy, dot(cotangent, y, ((batch, batch), ((), ())), table.dtype)
 
-    matmul.defvjp(forward, backward)
-    return matmul
+def _backward(dtype: Any, saved: tuple[Any, Any], cotangent: Any) -> tuple[Any, Any]:
+    y, table = saved
+    cotangent, batch = cotangent.astype(jnp.float16), tuple(range(y.ndim - 1))
+    dy = dot(cotangent, table, (((y.ndim - 1,), (0,)), ((), ())), y.dtype)
+    return dy, dot(cotangent, y, ((batch, batch), ((), ())), table.dtype)
+
+
+_matmul.defvjp(_forward, _backward)

@@ -139,7 +139,7 @@ class Plan:
     @property
     def scales_loss(self) -> bool:
         """Whether the loss is scaled."""
-        # As `mode_for`, which wants a dtype that numpy knows.
+        # As `LossScaleSettings.scales`, which wants a dtype that numpy knows.
         default = "dynamic" if self.config["dtype"] == "float16" else "off"
         return (self.run.loss_scale.mode or default) != "off"
 

@@ -1,11 +1,9 @@
 """The directory of a run: who may write to it, whether it goes on, whether it is the same run."""
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +12,7 @@ from moeconv_train.sidecar import versions
 from moeconv_train.words import first_line
 
 import moeconv
-from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.arch.sidecar import SIDECAR_NAME, RunFacts, RunSidecar
 from moeconv.convert.lock import Lock
 from moeconv.errors import (
     ConfigError,
@@ -66,7 +64,7 @@ def may_change(key: str) -> bool:
 def locked(run_dir: Path) -> Iterator[None]:
     """Makes the directory and holds it for this process.
 
-    A new one goes again if nothing was put there, or the run was refused before its first save.
+    A new one goes again if the run was refused before its first save.
 
     Raises:
         OutputError: Another process holds it, or it cannot be made.
@@ -83,7 +81,6 @@ def locked(run_dir: Path) -> Iterator[None]:
             raise OutputError(f"{run_dir}: another process is training there") from None
         except OSError as error:
             raise OutputError(f"{run_dir}: cannot be written ({error.strerror})") from None
-        stack.callback(_remove_empty, run_dir, made)
         stack.callback(lock.release)
         try:
             yield
@@ -91,12 +88,6 @@ def locked(run_dir: Path) -> Iterator[None]:
             if made and saved_step(run_dir) is None:
                 shutil.rmtree(run_dir, ignore_errors=True)
             raise
-
-
-def _remove_empty(run_dir: Path, made: bool) -> None:
-    with contextlib.suppress(OSError):
-        if made:
-            run_dir.rmdir()
 
 
 def saved_step(run_dir: Path) -> int | None:
@@ -144,25 +135,8 @@ def read_sidecar(run_dir: Path) -> RunSidecar | None:
         raise ConfigError(f"{path}: {first_line(error)}; begin a new run_name") from None
 
 
-@dataclass(frozen=True)
-class Data:
-    """What tells a run's data from others.
-
-    Attributes:
-        digest: Of prepared data.
-        source_digest: Of what MaxText's own settings name (feed.py).
-    """
-
-    digest: str | None = None
-    source_digest: str | None = None
-
-
 def check_same(
-    run_dir: Path,
-    before: RunSidecar | None,
-    config: Mapping[str, Any],
-    data: Data,
-    patches: Mapping[str, Any] | None = None,
+    run_dir: Path, before: RunSidecar | None, config: Mapping[str, Any], now: RunFacts
 ) -> list[str]:
     """Refuses to go on with another model, optimizer, schedule or other data.
 
@@ -170,8 +144,7 @@ def check_same(
         run_dir: For the message.
         before: The sidecar of the run so far.
         config: MaxText's resolved config now, as the sidecar holds it.
-        data: Now.
-        patches: How MaxText's step is computed now.
+        now: What the sidecar would say of the data and of how a step is computed.
 
     Returns:
         What changes nothing but the last bits, one sentence each.
@@ -184,27 +157,31 @@ def check_same(
             f"{run_dir}: has checkpoints but no {SIDECAR_NAME}, so nothing says that this is the "
             "same run; begin a new run_name, or train it on with MaxText itself"
         )
-    config = json.loads(json.dumps(dict(config)))
-    differing = {
-        key: f"{key} was {before.config[key]} and is {config[key]}"
-        for key in sorted(before.config.keys() & config.keys())
-        if before.config[key] != config[key]
-        and not any(fnmatchcase(key, pattern) for pattern in _FREE)
-    }
-    told = [text for key, text in differing.items() if key not in _ROUNDING]
-    rounding = [text for key, text in differing.items() if key in _ROUNDING]
-    extra = (before.run.model_extra or {}) if before.run else {}
-    computed = extra.get("patches")
-    if patches is not None and computed is not None and computed != dict(patches):
-        rounding.append(f"loss scale and patches were {computed} and are {dict(patches)}")
+    told: list[str] = []
+    rounding: list[str] = []
+    for key in sorted(before.config.keys() & config.keys()):
+        if before.config[key] != config[key] and (key in _ROUNDING or not may_change(key)):
+            text = f"{key} was {before.config[key]} and is {config[key]}"
+            (rounding if key in _ROUNDING else told).append(text)
+    then = before.run or RunFacts()
+    patches, others = (getattr(facts, "patches", None) for facts in (then, now))
+    if None not in (patches, others) and patches != others:
+        rounding.append(f"loss scale and patches were {patches} and are {others}")
     notes = [f"{text}: the same model, but not to the bit" for text in rounding]
     if releases := _other_versions(before):
         notes.append(f"{releases}: the same run, but the last bits may differ")
-    then = before.run.dataset_digest if before.run else None
-    if then is not None and then != data.digest:
-        told.append(f"the data's digest was {then[:12]} and is {(data.digest or 'none')[:12]}")
-    if extra.get("source_digest") not in (None, data.source_digest):
+    digest = now.dataset_digest
+    if then.dataset_digest not in (None, digest):
+        told.append(
+            f"the data's digest was {then.dataset_digest:.12} and is {(digest or 'none'):.12}"
+        )
+    source, scaled = (getattr(then, name, None) for name in ("source_digest", "loss_scaled"))
+    if source not in (None, getattr(now, "source_digest", None)):
         told.append("the data or the tokenizer had other names when it began")
+    if scaled not in (None, getattr(now, "loss_scaled", None)):
+        # The scale is part of the optimizer's state; Orbax says in pages that it is not the same.
+        mode = "dynamic" if scaled else "off"
+        told.append(f"run.loss_scale.mode was {mode}, as the checkpoints are")
     if told:
         more = f" and {len(told) - 8} more" if len(told) > 8 else ""
         raise ConfigError(

@@ -14,10 +14,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import moeconv
-from moeconv.arch.sidecar import RunFacts
+from moeconv_train.data.records import write_bytes
 
-SIDECAR = "moeconv.json"
+import moeconv
+from moeconv.arch.sidecar import SIDECAR_NAME, RunFacts
+
 TOKENIZER = "tokenizer"
 SAMPLE = "sample.txt"
 _PACKAGES = ("maxtext", "jax", "jaxlib", "flax", "optax", "grain", "orbax-checkpoint", "numpy")
@@ -28,26 +29,27 @@ _PRIVATE_KEY = re.compile(
 _PRIVATE_VALUE = re.compile(r"^[/~]|://")
 
 
-def plain(value: Any) -> Any:
-    """A config value as JSON can hold it."""
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The resolved config as JSON has it, without secrets and without this machine's paths."""
+    text = json.dumps(dict(config), default=_plain, sort_keys=True)
+    found: dict[str, Any] = json.loads(text, object_hook=_public)
+    return found
+
+
+def _plain(value: Any) -> Any:
     match value:
         case enum.Enum():
-            return plain(value.value)
-        case None | bool() | int() | float() | str():
-            return value
+            return value.value
         case Mapping():
-            return public_config(value)
-        case list() | tuple():
-            return [plain(item) for item in value]
+            return dict(value)
         case _:
             return str(value)  # a dtype
 
 
-def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved config without secrets and without this machine's paths."""
+def _public(found: dict[str, Any]) -> dict[str, Any]:
     return {
-        key: plain(value)
-        for key, value in sorted(config.items())
+        key: value
+        for key, value in found.items()
         if not _PRIVATE_KEY.search(key)
         and not (isinstance(value, str) and _PRIVATE_VALUE.search(value))
     }
@@ -97,7 +99,6 @@ def write_sidecar(
         "data": data,
         "versions": versions(),
     }
-    path = directory / SIDECAR
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-    return partial.replace(path)
+    path = directory / SIDECAR_NAME
+    write_bytes(path, f"{json.dumps(sidecar, indent=1)}\n".encode())
+    return path

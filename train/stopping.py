@@ -36,11 +36,10 @@ class Stopper:
         self,
         limit: float | None,
         note: Callable[[str], None],
-        clock: Callable[[], float] = time.monotonic,
         begun: float | None = None,
     ) -> None:
-        self._limit, self._note, self._clock = limit, note, clock
-        self._begun = clock() if begun is None else begun
+        self._limit, self._note = limit, note
+        self._begun = time.monotonic() if begun is None else begun
         self._signal: int | None = None
         self.stepping = False
         self.reason: Reason | None = None
@@ -58,7 +57,7 @@ class Stopper:
             number, self._signal = self._signal, None
             name = signal.Signals(number).name
             self._note(f"{name}: saving a checkpoint, then leaving; again to not save")
-        over = self._limit is not None and self._clock() - self._begun >= self._limit
+        over = self._limit is not None and time.monotonic() - self._begun >= self._limit
         if self.reason is None and over:
             self.reason = "time limit"
         return self.reason
@@ -93,11 +92,6 @@ def install(stopper: Stopper) -> Iterator[None]:
     from maxtext.trainers.pre_train import train
     from maxtext.utils import exceptions
 
-    seams.check(
-        "trainers.pre_train.train:train",  # train_loop, and what it calls for each step
-        "common.data_loader",
-        "common.checkpointing",
-    )
     stock = train.training_loop_iteration
 
     @functools.wraps(stock)

@@ -4,16 +4,16 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from moeconv_train import feed as feeds
 from moeconv_train import run_dir, stopping
+from moeconv_train.data.records import write_bytes
 from moeconv_train.explain import explained
-from moeconv_train.logs import logger, wandb
+from moeconv_train.logs import wandb
 from moeconv_train.logs.console import LOG_NAME, logged
-from moeconv_train.logs.plots import write_plot
+from moeconv_train.logs.metrics import Metrics, install
 from moeconv_train.logs.progress import Progress
 from moeconv_train.model_size import peak
 from moeconv_train.plan import Plan
@@ -22,15 +22,21 @@ from moeconv_train.preflight.target import environment
 from moeconv_train.run_dir import Resume
 from moeconv_train.sidecar import public_config, write_sidecar
 from moeconv_train.words import first_line
+from pydantic import BaseModel
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
+from moeconv.convert.run_record import read_run
 from moeconv.errors import ConfigError, MissingPackageError, TrainingError
+from moeconv.hub.plot import draw_losses
+from moeconv.orbax.locate import locate
+
+PLOT = "loss.png"
+_TOLD = {"language", "license", "tokenizer_license", "data_license", "hub_repo"}
 
 Status = Literal["finished", "interrupted", "time limit", "stopped"]
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(BaseModel):
     """How a run went.
 
     Attributes:
@@ -51,10 +57,6 @@ class Outcome:
     eval_loss: float | None = None
     tokens: int | None = None
     message: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For machines."""
-        return asdict(self)
 
 
 def train(
@@ -88,8 +90,15 @@ def train(
             for text in _check_finished(plan, before, done):
                 note(f"note: {text}")
             note(f"{directory}: all {plan.steps:,} steps are trained already")
-            seconds = time.monotonic() - begun
-            return Outcome("finished", str(directory), done, done, plan.steps, saved, seconds)
+            return Outcome(
+                status="finished",
+                run_dir=str(directory),
+                start_step=done,
+                completed=done,
+                steps=plan.steps,
+                saved_step=saved,
+                seconds=time.monotonic() - begun,
+            )
         stack.enter_context(environment(plan))
         log = directory / LOG_NAME
         note(f"log: {log}")
@@ -102,23 +111,36 @@ def train(
             config, recorder = initialize(plan)
             if saved is not None:
                 now = public_config(config.get_keys())
-                notes = run_dir.check_same(directory, before, now, _data(plan), plan.patches)
-                for text in notes:
+                for text in run_dir.check_same(directory, before, now, _facts(plan)):
                     progress.note(f"note: {text}")
                 progress.note(f"going on after step {saved + 1:,} of {plan.steps:,}")
             _write_sidecar(plan, config)
-            records = _records(plan, progress)
-            stack.callback(records.close)
+            progress.peak = _peak(plan)
+            metrics = Metrics(directory, progress, plan.run.loss_scale.patience)
+            stack.callback(metrics.close)
             try:
-                _run(plan, config, recorder, records, stopper, progress.note)
+                _run(plan, config, recorder, metrics, stopper, progress.note)
             finally:
                 _plot(directory, progress.note)
         if stopper.no_batch and (plan.feed.kind, stopper.no_batch) != ("hf", "ended"):
             raise TrainingError(
-                f"{directory}: the data ended after {records.completed:,} of {plan.steps:,} steps "
-                f"({stopper.message}); set steps={records.completed}"
+                f"{directory}: the data ended after {metrics.completed:,} of {plan.steps:,} steps "
+                f"({stopper.message}); set steps={metrics.completed}"
             )
-        return _outcome(plan, records, stopper, begun)
+        early = metrics.completed < plan.steps
+        return Outcome(
+            status=(stopper.reason or "stopped") if early else "finished",
+            run_dir=str(directory),
+            start_step=metrics.start_step,
+            completed=metrics.completed,
+            steps=plan.steps,
+            saved_step=run_dir.saved_step(directory),
+            seconds=round(time.monotonic() - begun, 3),
+            loss=metrics.loss,
+            eval_loss=metrics.eval_loss,
+            tokens=metrics.tokens,
+            message=stopper.message if early else None,
+        )
 
 
 def _check_finished(plan: Plan, before: RunSidecar | None, done: int) -> list[str]:
@@ -128,7 +150,7 @@ def _check_finished(plan: Plan, before: RunSidecar | None, done: int) -> list[st
         ConfigError: It is another run, or a shorter one.
     """
     asked = public_config(plan.told)
-    notes = run_dir.check_same(plan.run_dir, before, asked, _data(plan), plan.patches)
+    notes = run_dir.check_same(plan.run_dir, before, asked, _facts(plan))
     if done > plan.steps:
         raise ConfigError(
             f"{plan.run_dir}: has {done:,} steps already, more than steps={plan.steps}; "
@@ -137,44 +159,17 @@ def _check_finished(plan: Plan, before: RunSidecar | None, done: int) -> list[st
     return notes
 
 
-def _data(plan: Plan) -> run_dir.Data:
-    return run_dir.Data(plan.feed.dataset.digest if plan.feed.dataset else None, plan.source_digest)
-
-
-def _outcome(
-    plan: Plan, records: logger.Records, stopper: stopping.Stopper, begun: float
-) -> Outcome:
-    early = records.completed < plan.steps
-    return Outcome(
-        status=(stopper.reason or "stopped") if early else "finished",
-        run_dir=str(plan.run_dir),
-        start_step=records.start_step,
-        completed=records.completed,
-        steps=plan.steps,
-        saved_step=run_dir.saved_step(plan.run_dir),
-        seconds=round(time.monotonic() - begun, 3),
-        loss=records.loss,
-        eval_loss=records.eval_loss,
-        tokens=records.file.tokens if records.file else None,
-        message=stopper.message if early else None,
-    )
-
-
 def initialize(plan: Plan) -> tuple[Any, Any]:
     """MaxText's config and recorder, as its own `main` makes them.
 
     Raises:
         ConfigError: MaxText refuses the config, or counts a step's rows in another way.
-        MissingPackageError: MaxText is not installed.
+        MissingPackageError: See `on_gpu`.
     """
-    try:
-        from absl import flags
-        from absl import logging as absl_logging
-        from maxtext.trainers.pre_train import train as maxtext
-    except ImportError as error:
-        raise MissingPackageError(
-            f'training needs {error.name}: pip install ".[train]" in the checkout'
-        ) from None
+    from absl import flags
+    from absl import logging as absl_logging
+    from maxtext.trainers.pre_train import train as maxtext
+
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["moeconv"])  # absl's, which grain's workers read
     absl_logging.set_verbosity(absl_logging.INFO)
@@ -182,10 +177,10 @@ def initialize(plan: Plan) -> tuple[Any, Any]:
         # MaxText sets XLA's flags before the first look at the devices; JAX reads them once.
         with on_gpu() if plan.config["hardware"] == "gpu" else contextlib.nullcontext():
             config, recorder = maxtext.initialize(plan.argv())
-    except SystemExit as error:  # pyconfig.py `_handle_config_exception`
-        raise ConfigError(f"MaxText refuses this config: {first_line(error.__context__)}") from None
-    except (ValueError, TypeError) as error:  # the same, where unittest is loaded
-        raise ConfigError(f"MaxText refuses this config: {first_line(error)}") from None
+    # pyconfig.py `_handle_config_exception` exits; where unittest is loaded, it raises.
+    except (SystemExit, ValueError, TypeError) as error:
+        why = error.__context__ if isinstance(error, SystemExit) else error
+        raise ConfigError(f"MaxText refuses this config: {first_line(why)}") from None
     counted = int(config.global_batch_size_to_load)
     if plan.steps_per_epoch and counted != plan.batch:
         raise ConfigError(
@@ -235,47 +230,44 @@ def _platform() -> str:
         return f"none ({first_line(error)})"
 
 
-def _write_sidecar(plan: Plan, config: Any) -> None:
-    dataset, run = plan.feed.dataset, plan.run
-    facts = RunFacts(
+def _facts(plan: Plan) -> RunFacts:
+    """What the sidecar says of a run."""
+    dataset = plan.feed.dataset
+    return RunFacts(
         dataset=feeds.hub_id(plan.feed),
         dataset_digest=dataset.digest if dataset else None,
-        language=run.language,
-        license=run.license,
-        tokenizer_license=run.tokenizer_license,
-        data_license=run.data_license,
-        hub_repo=run.hub_repo,
+        **plan.run.model_dump(include=_TOLD),
         epochs=round(plan.epochs, 6) if plan.epochs else None,
         steps=plan.steps,
         tokens_per_step=plan.tokens_per_step,
         patches=plan.patches,
+        loss_scaled=plan.scales_loss,
         source_digest=plan.source_digest,
     )
+
+
+def _write_sidecar(plan: Plan, config: Any) -> None:
     data = None
-    if dataset is not None:
-        data = {
-            "digest": dataset.digest,
-            **dataset.manifest.model_dump(mode="json", exclude={"shards"}),
-        }
-    write_sidecar(config.get_keys(), feeds.sample(plan.feed), run=facts, data=data)
+    if dataset := plan.feed.dataset:
+        manifest = dataset.manifest.model_dump(mode="json", exclude={"shards"})
+        data = {"digest": dataset.digest, **manifest}
+    write_sidecar(config.get_keys(), feeds.sample(plan.feed), run=_facts(plan), data=data)
 
 
-def _records(plan: Plan, progress: Progress) -> logger.Records:
-    """Metrics and progress, with the devices' peak where it is known."""
+def _peak(plan: Plan) -> float | None:
+    """Tokens a second at the peak of the devices; None where model or devices are not known."""
     import jax
 
     size, devices = plan.size, jax.devices()
     each = peak(devices[0].device_kind, str(plan.config["dtype"]))
-    if size is not None and each is not None:
-        progress.flops_per_token, progress.peak = size.flops, each * len(devices)
-    return logger.Records(plan.run_dir, progress)
+    return None if size is None or each is None else each * len(devices) / size.flops
 
 
 def _run(
     plan: Plan,
     config: Any,
     recorder: Any,
-    records: logger.Records,
+    metrics: Metrics,
     stopper: stopping.Stopper,
     note: Callable[[str], None],
 ) -> None:
@@ -285,7 +277,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(patches.trainer(**plan.patches))
         stack.enter_context(stopping.install(stopper))
-        stack.enter_context(logger.install(records))
+        stack.enter_context(install(metrics))
         stack.enter_context(plan.feed.reading())
         if config.enable_wandb:
             entity = plan.run.wandb.entity
@@ -294,10 +286,11 @@ def _run(
 
 
 def _plot(directory: Path, note: Callable[[str], None]) -> None:
-    """Never a reason to fail."""
+    """The losses up to the last checkpoint, as a model card has them; never a reason to fail."""
     try:
-        write_plot(directory)
-    except ImportError:
-        note('no plot: matplotlib is not installed (pip install ".[train]")')
+        if run_dir.saved_step(directory) is not None:
+            record, _ = read_run(locate(str(directory)), None)
+            if plot := draw_losses(record):
+                write_bytes(directory / PLOT, plot)
     except Exception as error:
         note(f"no plot: {first_line(error)}")

@@ -95,7 +95,7 @@ def command(
     if trial:
         output.data({"trial": outcome and outcome.model_dump()})
         return
-    output.data(outcome.to_json())
+    output.data(outcome.model_dump())
     _end(output, outcome)
 
 

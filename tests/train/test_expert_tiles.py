@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from moeconv_train import expert_tiles
 
-from moeconv.errors import ConfigError, UnsupportedError
+from moeconv.errors import ConfigError
 
 pytestmark = [pytest.mark.maxtext, pytest.mark.proof("expert tiles")]
 
@@ -100,7 +100,7 @@ def test_a_part_of_the_work_is_left_out():
     import jax
     import jax.numpy as jnp
 
-    tokens, tile = 128, 16
+    tokens, tile = 256, 16
     shapes = ((tokens, D), (tokens, K), (E, D, F), (E, D, F), (E, F, D))
     x, weights, *kernels = (jnp.ones(shape, jnp.float32) for shape in shapes)
     indices = jnp.zeros((tokens, K), jnp.int32)
@@ -116,7 +116,7 @@ def test_a_part_of_the_work_is_left_out():
     assert tiles * tile < 0.7 * tokens * E
 
 
-def test_it_is_put_back_and_another_maxtext_is_refused(monkeypatch):
+def test_it_is_put_back():
     from maxtext.layers.moe import RoutedMoE
 
     stock = RoutedMoE.dense_matmul
@@ -124,9 +124,6 @@ def test_it_is_put_back_and_another_maxtext_is_refused(monkeypatch):
         assert RoutedMoE.dense_matmul is not stock
         raise KeyError
     assert RoutedMoE.dense_matmul is stock
-    monkeypatch.setattr(RoutedMoE, "dense_matmul", lambda self, inputs: None)
-    with pytest.raises(UnsupportedError, match=r"maxtext==0\.2\.5"), expert_tiles.install():
-        pass
 
 
 def fits(**other):
@@ -161,9 +158,9 @@ def test_what_does_not_go_with_tiles_is_refused(key, value):
 
     with expert_tiles.install():
         tiled = RoutedMoE.dense_matmul
-    with pytest.raises(ConfigError, match=f"{key}: {value} does not go"):
+    with pytest.raises(ConfigError, match=f"^{key} does not go with expert tiles; "):
         tiled(fits(**{key: value}), *[None] * 9)
     wrong = fits()
     wrong.mesh.shape["tensor"] = 2
-    with pytest.raises(ConfigError, match="2 devices along 'tensor'"):
+    with pytest.raises(ConfigError, match=r"^ici_tensor_parallelism does not go"):
         tiled(wrong, *[None] * 9)

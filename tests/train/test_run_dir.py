@@ -6,12 +6,11 @@ import sys
 
 import pytest
 from cli_runner import environment
-from moeconv_train import run_dir
+from moeconv_train import run_dir, trainer
 from moeconv_train.explain import explained
-from moeconv_train.run_dir import Data
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
-from moeconv.errors import ConfigError, MoeconvError, OutputError, TrainingError
+from moeconv.errors import ConfigError, OutputError, TrainingError
 
 
 def sidecar(**config):
@@ -23,16 +22,19 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     before = sidecar(steps=10, log_period=1, eval_interval=5, checkpoint_period=2, vocab_size=9)
     now = {**before.config, "steps": 20, "log_period": 3, "eval_interval": 7, "new_key": 1}
     now |= {"checkpoint_period": 4, "enable_wandb": True}
-    assert run_dir.check_same(tmp_path, before, now, Data("d" * 64)) == []
+    assert run_dir.check_same(tmp_path, before, now, RunFacts(dataset_digest="d" * 64)) == []
     before = sidecar(remat_policy="full", vocab_size=9)
     (note,) = run_dir.check_same(
-        tmp_path, before, {"remat_policy": "minimal", "vocab_size": 9}, Data("d" * 64)
+        tmp_path,
+        before,
+        {"remat_policy": "minimal", "vocab_size": 9},
+        RunFacts(dataset_digest="d" * 64),
     )
     facts = RunFacts(patches={"fp16_head": True})
     before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
-    (other,) = run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": False})
+    (other,) = run_dir.check_same(tmp_path, before, {}, RunFacts(patches={"fp16_head": False}))
     assert "loss scale and patches were" in other and other.endswith("not to the bit")
-    assert run_dir.check_same(tmp_path, before, {}, Data(), {"fp16_head": True}) == []
+    assert run_dir.check_same(tmp_path, before, {}, facts) == []
     assert note == "remat_policy was full and is minimal: the same model, but not to the bit"
 
 
@@ -40,7 +42,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     before = sidecar(vocab_size=9, learning_rate_schedule_steps=10)
     now = {"vocab_size": 8, "learning_rate_schedule_steps": 20}
     with pytest.raises(ConfigError) as raised:
-        run_dir.check_same(tmp_path, before, now, Data("e" * 64))
+        run_dir.check_same(tmp_path, before, now, RunFacts(dataset_digest="e" * 64))
     for text in (
         "vocab_size was 9 and is 8",
         "learning_rate_schedule_steps was 10 and is 20",
@@ -48,8 +50,11 @@ def test_another_run_is_refused_by_name(tmp_path):
         "begin a new run_name",
     ):
         assert text in str(raised.value)
+    before = RunSidecar(format="moeconv-run", version=1, config={}, run=RunFacts(loss_scaled=True))
+    with pytest.raises(ConfigError, match=r"run\.loss_scale\.mode was dynamic, as the checkpoints"):
+        run_dir.check_same(tmp_path, before, {}, RunFacts(loss_scaled=False))
     with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv\.json"):
-        run_dir.check_same(tmp_path, None, now, Data())
+        run_dir.check_same(tmp_path, None, now, RunFacts())
 
 
 def test_a_directory_is_one_processs(tmp_path):
@@ -60,7 +65,12 @@ def test_a_directory_is_one_processs(tmp_path):
         run_dir.locked(run),
     ):
         pass
-    assert not run.exists()  # nothing was put there
+    assert os.listdir(run) == []
+    new = tmp_path / "new"
+    with pytest.raises(ConfigError), run_dir.locked(new):
+        (new / "training.log").touch()
+        raise ConfigError("refused")
+    assert not new.exists()
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(OutputError, match="cannot be written"), run_dir.locked(blocked / "run"):
@@ -123,7 +133,7 @@ OUTSIDE = (
         (SystemExit(1), TrainingError, "the loss is no number any more"),
         (SystemExit(1), TrainingError, "abort_on_nan_loss=false"),
         (SystemExit(3), TrainingError, "MaxText ended the process"),
-        (MoeconvError("gave up"), TrainingError, "gave up"),
+        (TrainingError("gave up"), TrainingError, "gave up"),
         (ConfigError("as it is"), ConfigError, "as it is"),
         (KeyboardInterrupt(), KeyboardInterrupt, ""),
     ],
@@ -155,3 +165,12 @@ def test_a_plugin_that_does_not_load_is_quoted(tmp_path):
         "does not load: Unable to load cuSPARSE.; leave JAX_PLATFORMS unset, and in the checkout "
         'pip install ".[train,cuda12]"'
     )
+
+
+def test_a_plot_is_no_reason_to_fail(tmp_path, monkeypatch):
+    notes = []
+    trainer._plot(tmp_path, notes.append)
+    assert notes == [] == os.listdir(tmp_path)  # nothing was saved
+    monkeypatch.setattr(run_dir, "saved_step", lambda _: 3)
+    trainer._plot(tmp_path, notes.append)
+    assert notes[0].startswith("no plot: ") and os.listdir(tmp_path) == []

@@ -45,20 +45,20 @@ def jax_as_it_was():
 @contextlib.contextmanager
 def at_step(step, action):
     """Calls `action` while that step's metrics are written."""
-    from moeconv_train.logs.logger import Records
+    from moeconv_train.logs.metrics import Metrics
 
-    stock = Records.train
+    stock = Metrics.train
 
     def train(self, scalars, number, paused, late=False):
         stock(self, scalars, number, paused, late)
         if number == step:
             action()
 
-    Records.train = train
+    Metrics.train = train
     try:
         yield
     finally:
-        Records.train = stock
+        Metrics.train = stock
 
 
 @pytest.fixture(scope="module")

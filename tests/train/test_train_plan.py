@@ -271,11 +271,11 @@ def test_other_data_of_maxtexts_own_are_another_run(tmp_path):
     facts = RunFacts(source_digest=begun)
     before = RunSidecar(format="moeconv-run", version=1, config={}, run=facts)
     shutil.copy(tmp_path / "rows.jsonl", tmp_path / "moved")
-    moved = run_dir.Data(source_digest=digest(tmp_path / "moved"))
+    moved = RunFacts(source_digest=digest(tmp_path / "moved"))
     assert run_dir.check_same(tmp_path, before, {}, moved) == []
     for other in (digest(tmp_path, "hf_name=x"), digest(tmp_path, "train_split=x"), None):
         with pytest.raises(ConfigError, match=r"the data or the tokenizer ha(ve|d) other names"):
-            run_dir.check_same(tmp_path, before, {}, run_dir.Data(source_digest=other))
+            run_dir.check_same(tmp_path, before, {}, RunFacts(source_digest=other))
     assert planned("dataset_type=synthetic").source_digest != begun
 
 
@@ -284,7 +284,7 @@ def test_other_releases_are_told(tmp_path):
     before = RunSidecar(
         format="moeconv-run", version=1, config={}, moeconv_version="0.0.9", versions=then
     )
-    (note,) = run_dir.check_same(tmp_path, before, {}, run_dir.Data())
+    (note,) = run_dir.check_same(tmp_path, before, {}, RunFacts())
     assert note.startswith("moeconv was 0.0.9 and is ") and ", jax was 0.1 and is " in note
     assert note.endswith("the last bits may differ") and "grain" not in note
 

@@ -1,11 +1,11 @@
 """A run's trial: which step it keeps, what it writes, and that later plans go by it."""
 
 import json
-import shutil
 
+import numpy as np
 import pytest
 from moeconv_train import trial, trial_file
-from moeconv_train.trial_file import Gradient
+from moeconv_train.trial_file import Side
 from plan_lab import planned
 from train_lab import FP16, words
 
@@ -15,57 +15,57 @@ BOTH = {"expert_tiles": True, "attention_blocks": True}
 NEITHER = dict.fromkeys(BOTH, False)
 
 
-def gradient(distance, norm=1.0):
-    return Gradient(norm=norm, distance=distance, cosine=1.0)
+def side(seconds=1.0, skipped=0, overflows=0, whole=0.002, a=0.002, b=0.002):
+    return Side(
+        skipped=skipped,
+        distance=whole,
+        distances={"a": a, "b": b},
+        seconds=[seconds, 2 * seconds, seconds],
+        overflows=overflows,
+    )
 
 
-def told(seconds=1.0, skipped=0, overflows=0, losses=(2.0,)):
-    return {
-        "parameters": ["a", "b"],
-        "seconds": [seconds, 2 * seconds, seconds],
-        "losses": list(losses),
-        "skipped": skipped,
-        "overflows": overflows,
-        "device": "Tesla T4",
-    }
-
-
-def judged(patched, a=0.002, b=0.002):
-    sides = {"fp32": told(), "stock": told(1.0), "patched": patched}
-    stock = {"a": gradient(0.002), "b": gradient(0.002, norm=10)}
-    ours = {"a": gradient(a), "b": gradient(b, norm=10)}
-    return trial.judge(BOTH, sides, {"stock": stock, "patched": ours})
+def judged(patched):
+    return trial_file.judge(BOTH, side(), patched, "Tesla T4")
 
 
 def test_a_right_and_faster_step_is_kept():
-    found = judged(told(0.5), a=0.0039, b=0.0024)
+    found = judged(side(0.5, a=0.0039, whole=0.0024))
     assert found.chosen == BOTH
     assert found.reason.startswith("the patches are kept: 0.500 s a step against 1.000 s")
-    assert found.sides["patched"].distance == pytest.approx(0.0024, rel=0.02)
 
 
 @pytest.mark.parametrize(
-    ("patched", "distances", "why"),
+    ("patched", "why"),
     [
-        (told(1.0), {}, "is not faster (1.000 s a step against 1.000 s)"),
-        (told(0.5, skipped=1), {}, "skips others"),
-        (told(0.5, overflows=1), {}, "skips others"),
-        (told(0.5), {"a": 0.0041}, "too far from fp32's (a)"),  # one parameter of a hundredth
-        (told(0.5), {"b": 0.0026}, "too far from fp32's (in all)"),
-        (told(0.5), {"b": None}, "too far from fp32's (b)"),  # not finite
+        (side(1.0), "is not faster (1.000 s a step against 1.000 s)"),
+        (side(0.5, skipped=1), "skips others"),
+        (side(0.5, overflows=1), "skips others"),
+        (side(0.5, a=0.0041), "too far from fp32's (a)"),
+        (side(0.5, whole=0.0026), "too far from fp32's (in all)"),
+        (side(0.5, b=None, whole=None), "too far from fp32's (b)"),  # not finite
     ],
 )
-def test_else_maxtexts_own_is(patched, distances, why):
-    found = judged(patched, **distances)
+def test_else_maxtexts_own_is(patched, why):
+    found = judged(patched)
     assert found.chosen == NEITHER
     assert found.reason.startswith("MaxText's own step is kept: ") and why in found.reason
 
 
 def test_what_is_below_fp16s_rounding_is_near():
     """As in fp32, where MaxText's own is the truth."""
-    sides = {"fp32": told(), "stock": told(1.0), "patched": told(0.5)}
-    both = {"stock": {"a": gradient(0.0)}, "patched": {"a": gradient(5e-6)}}
-    assert trial.judge(BOTH, sides, both).chosen == BOTH
+    stock, ours = side(whole=0.0, a=0.0, b=0.0), side(0.5, whole=5e-6, a=5e-6, b=5e-6)
+    assert trial_file.judge(BOTH, stock, ours, "cpu").chosen == BOTH
+
+
+def test_a_distance_is_relative_to_the_truth_and_finite_or_none():
+    truth = {"a": np.float32([3, 0]), "b": np.float32([[0, 4]]), "zero": np.zeros(2, np.float32)}
+    found = {**truth, "a": np.float32([3, 1])}
+    assert trial._distance(found, truth) == pytest.approx(1 / 5)
+    assert trial._distance({"a": found["a"]}, truth) == pytest.approx(1 / 3)
+    assert trial._distance({"zero": truth["zero"]}, truth) == 0
+    for wrong in ({"zero": found["a"]}, {"a": np.float32([np.inf, 0])}):
+        assert trial._distance(wrong, truth) is None
 
 
 def test_later_plans_go_by_it_and_the_command_line_above_it(tmp_path):
@@ -77,7 +77,7 @@ def test_later_plans_go_by_it_and_the_command_line_above_it(tmp_path):
 
     assert patches() == BOTH
     (tmp_path / "x").mkdir()
-    judged(told(2.0)).write(tmp_path / "x")
+    judged(side(2.0)).write(tmp_path / "x")
     assert sorted(each.name for each in (tmp_path / "x").iterdir()) == ["trial.json"]
     assert trial_file.chosen(tmp_path / "x") == NEITHER == patches()
     assert patches("run.patches.expert_tiles=true") == {**NEITHER, "expert_tiles": True}
@@ -90,7 +90,7 @@ def test_another_file_of_that_name_is_refused(tmp_path, content):
         trial_file.chosen(tmp_path)
 
 
-def tried(tmp_path, launch):
+def tried(tmp_path):
     """The tiny recipe in fp16, tried; and what was said."""
     given = words(
         tmp_path / "runs",
@@ -101,26 +101,35 @@ def tried(tmp_path, launch):
     )
     said = []
     given = [word for word in given if not word.startswith("run.epochs")] + ["run.epochs=none"]
-    found = trial.begin(planned(*given), given, said.append, launch=launch, steps=1)
-    return found, said
+    return trial.begin(planned(*given), given, said.append, steps=1), said
+
+
+def kind(given):
+    """Which of the three steps a command line asks for."""
+    if "dtype=float32" in given:
+        return "fp32"
+    return "patched" if "run.patches.expert_tiles=true" in given else "stock"
 
 
 @pytest.mark.parametrize("failing", ["fp32", "patched"])
-def test_a_side_that_cannot_be_run(tmp_path, failing):
-    def launch(request, folder, log):
-        if folder.name == failing:
-            raise TrainingError("its process ended with 1")
-        return told()
+@pytest.mark.parametrize("error", [RuntimeError("no kernel"), SystemExit(3)])
+def test_a_side_that_cannot_be_run(tmp_path, monkeypatch, failing, error):
+    def gradient(given):
+        if kind(given) == failing:
+            raise error
+        return {"a": np.ones(3, np.float32)}, 0
 
-    file = tmp_path / "runs" / "x" / "trial.json"
+    monkeypatch.setattr(trial, "gradient", gradient)
+    monkeypatch.setattr(trial, "timed", lambda given, steps: ([1.0], 0))
+    why = "no kernel" if isinstance(error, RuntimeError) else "MaxText ended the process"
     if failing == "patched":
-        found, said = tried(tmp_path, launch)
-        assert found.chosen == NEITHER == trial_file.chosen(file.parent)
-        assert "the patched one cannot be run (its process ended with 1)" in said[-1]
+        found, said = tried(tmp_path)
+        assert found.chosen == NEITHER == trial_file.chosen(tmp_path / "runs" / "x")
+        assert "the patched one cannot be run (" in said[-1] and why in said[-1]
     else:
-        with pytest.raises(TrainingError, match="x: fp32 cannot be tried: its process ended"):
-            tried(tmp_path, launch)
-        assert not file.exists()
+        with pytest.raises(TrainingError, match=f"x: .*{why}.*trial\\.log"):
+            tried(tmp_path)
+        assert not (tmp_path / "runs" / "x" / "trial.json").exists()
 
 
 @pytest.fixture
@@ -135,51 +144,48 @@ def compiled_quickly():
 @pytest.mark.proof("trial of the patches")
 @pytest.mark.usefixtures("compiled_quickly")
 def test_maxtexts_steps_are_tried_and_a_wrong_patch_is_not_kept(tmp_path, monkeypatch):
-    """The three real steps, in this process; then experts that give five per cent too much."""
-    from moeconv_train import expert_tiles, trial_worker
+    """The three real steps; then experts that give five per cent too much."""
+    import jax
+    from moeconv_train import expert_tiles
 
-    requests, done = {}, {}
+    asked, done, left = {}, {}, []
+    real, measured, plan_run = trial.gradient, trial.timed, trial.start.plan_run
 
-    def launch(request, folder, log):
-        """The patched side is said to be faster; the others are measured once."""
-        kept = tmp_path / folder.name
-        if folder.name in done and folder.name != "patched":
-            shutil.copytree(kept, folder, dirs_exist_ok=True)
-            return done[folder.name]
-        requests[folder.name] = request
-        found = trial_worker.measure(request, folder)
-        shutil.copytree(folder, kept, dirs_exist_ok=True)
-        done[folder.name] = {**found, "seconds": [0.5 if folder.name == "patched" else 1.0]}
-        return done[folder.name]
+    def gradient(given):
+        """The others are measured once."""
+        asked.setdefault(kind(given), given)
+        if kind(given) == "patched" or kind(given) not in done:
+            done[kind(given)] = real(given)
+        return done[kind(given)]
 
-    first, said = tried(tmp_path, launch)
-    sides = first.sides
+    def timed(given, count):
+        """The patched side is said to be faster."""
+        _, overflows = measured(given, count)
+        return [0.5 if kind(given) == "patched" else 1.0], overflows
+
+    def begun(given, **kwargs):
+        left.append(len(jax.live_arrays()))
+        return plan_run(given, **kwargs)
+
+    monkeypatch.setattr(trial, "gradient", gradient)
+    monkeypatch.setattr(trial, "timed", timed)
+    monkeypatch.setattr(trial.start, "plan_run", begun)
+    first, said = tried(tmp_path)
+    assert left == 5 * [left[0]]  # nothing of the steps before is on the devices
     assert first.chosen == BOTH, first.reason
     # 2^24 overflows at first, in both alike; fp32 has no scale.
-    assert sides["stock"].skipped == sides["patched"].skipped > 0 == sides["fp32"].skipped
-    assert 0 < sides["stock"].distance < 0.01 and 0 < sides["patched"].distance < 0.01
-    names = set(sides["patched"].gradients)
+    assert first.stock.skipped == first.patched.skipped > 0 == done["fp32"][1]
+    assert 0 < first.stock.distance < 0.01 and 0 < first.patched.distance < 0.01
+    names = set(first.patched.distances)
     assert {"token_embedder.embedding", "decoder.layers.layers_1.MoeBlock_0.wo"} <= names
-    assert all(each.cosine > 0.9999 for each in sides["patched"].gradients.values())
-    assert sides["patched"].losses == pytest.approx(sides["stock"].losses, rel=1e-3)
-    assert "dtype=float32" in requests["fp32"]["gradient"]
-    assert "dtype=float16" in requests["patched"]["gradient"]
-    assert "per_device_batch_size=1" in requests["patched"]["gradient"]
+    assert "dtype=float16" in asked["patched"] and "per_device_batch_size=1" in asked["patched"]
     assert json.loads((tmp_path / "runs" / "x" / "trial.json").read_text())["chosen"] == BOTH
     # A run that was tried is not tried again.
-    again, said = tried(tmp_path, launch)
+    again, said = tried(tmp_path)
     assert again is None and "nothing to try" in said[-1]
 
     stock = expert_tiles.moe
     monkeypatch.setattr(expert_tiles, "moe", lambda *a, **k: 1.05 * stock(*a, **k))
-    wrong, said = tried(tmp_path / "wrong", launch)
+    wrong, said = tried(tmp_path / "wrong")
     assert wrong.chosen == NEITHER
     assert "too far from fp32's (" in said[-1]
-
-
-@pytest.mark.proof("trial of the patches")
-def test_a_side_is_a_process_of_its_own(tmp_path):
-    with pytest.raises(TrainingError, match=r"ended with 1; .*trial\.log says why"):
-        trial._process({"gradient": ["no_recipe"], "timed": [], "patches": {}, "steps": 0},
-                       tmp_path, tmp_path / "trial.log")  # fmt: skip
-    assert "'no_recipe' is no recipe" in (tmp_path / "trial.log").read_text()

@@ -53,13 +53,12 @@ def test_a_run_is_begun_with_all_that_maxtext_cannot_say(tmp_path, monkeypatch):
     assert (given["id"], given["resume"]) == (wandb.run_id(tmp_path), "allow")
     assert given["dir"] == str(tmp_path) and given["config"] == {"steps": 3}
     monkeypatch.setenv("WANDB_ENTITY", "mine")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     session(tmp_path, [], entity="some-org")
-    # MaxText is given that run: two sessions, two calls.
-    assert [call["entity"] for call in module.calls] == ["some-org", "mine"]
+    assert module.calls[2]["entity"] == "mine" and module.modes == ["online", "offline"]
 
 
-# The modes that are tried; None is what the environment says, or online.
-ONLINE, OFFLINE, NONE = [None], [None, "offline"], [None, "offline", "disabled"]
+ONLINE, OFFLINE, NONE = ["online"], ["online", "offline"], ["online", "offline", "disabled"]
 
 
 @pytest.mark.parametrize(
@@ -89,12 +88,11 @@ ONLINE, OFFLINE, NONE = [None], [None, "offline"], [None, "offline", "disabled"]
 )
 def test_nothing_of_wandb_ends_the_run(monkeypatch, tmp_path, module, modes, logged, told):
     monkeypatch.setitem(sys.modules, "wandb", module)
-    stock = module.init, module.log
+    stock = module.log
     notes = session(tmp_path, [1, 2])
     assert [note.replace(str(tmp_path), "RUN") for note in notes] == told
-    assert [call["mode"] for call in module.calls] == modes
-    assert [step for step, _ in module.logged] == logged
-    assert (module.init, module.log) == stock and module.finished == 1
+    assert module.modes == modes and [step for step, _ in module.logged] == logged
+    assert module.log == stock and module.finished == 1
 
 
 def test_wandb_itself_without_anything(tmp_path, monkeypatch):
@@ -118,17 +116,18 @@ def failing_but_disabled(init):
 def test_offline_sessions_of_a_run_are_synced_into_one(tmp_path, monkeypatch):
     """docs/train.md: the command, and W&B's order."""
     pytest.importorskip("wandb")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
     assert wandb.missing() is None
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     for start in (0, 2, 4):
         (note,) = session(tmp_path, range(start, start + 2))
         assert note.startswith("W&B: No API key configured") and note.endswith("logging offline")
         time.sleep(1.1 - time.time() % 1)  # folders are named by the second
     identity = wandb.run_id(tmp_path)
     made = sorted(path.name for path in (tmp_path / "wandb").glob("offline-run-*"))
-    assert not list((tmp_path / "here").iterdir())
     assert len(made) == 3 and {name.rpartition("-")[2] for name in made} == {identity}
+    assert os.listdir(here) == []  # of the init that found no key, neither
     with Server() as server:
         keys = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.address}
         command = [sys.executable, "-m", "wandb", "sync", str(tmp_path / "wandb")]

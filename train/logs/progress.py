@@ -1,4 +1,4 @@
-"""How far a run is: one line that is rewritten on a terminal, now and then a line elsewhere."""
+"""How far a run is: now and then a line."""
 
 import contextlib
 import datetime
@@ -7,78 +7,38 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
-
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from moeconv.arch.sidecar import MetricsLine
 from moeconv.untrusted.text import printable
 
-# Lines into a file or a pipe are this far apart, rewritten ones on a terminal that far.
-_LINES, _REWRITES = 10.0, 0.2
+_SECONDS = 10.0  # between two lines
 # Steps that a rate is the mean of.
 _WINDOW = 200
-_GONE = (OSError, ValueError, RuntimeError)
+_GONE = (OSError, ValueError)
 
 
-@dataclass
 class Progress:
     """Counts target tokens (padding is none) over the steps whose time is known.
 
     Attributes:
         stream: Where to; None once nobody reads it.
-        steps: Of the whole run.
-        completed: Steps that were done before this process.
-        flops_per_token: Of training, by the model's active parameters; None if not known.
-        peak: FLOP/s of all devices together; None if not known.
+        peak: Tokens a second if the model's own FLOPs (its active parameters') were the devices'
+            peak; None if not known.
     """
 
-    stream: IO[str] | None
-    steps: int
-    completed: int = 0
-    flops_per_token: float | None = None
-    peak: float | None = None
-    clock: Callable[[], float] = time.monotonic
-    _window: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_WINDOW))
-    _last: float | None = None
-    _shown: float = float("-inf")
-    _live: Live | None = None
-
-    def __post_init__(self) -> None:
-        if self.stream is not None and self.stream.isatty():
-            console = Console(file=self.stream, force_terminal=True)
-            if console.is_interactive:  # not TERM=dumb
-                self._live = Live(
-                    console=console,
-                    auto_refresh=False,
-                    redirect_stdout=False,  # the log has it
-                    redirect_stderr=False,
-                )
-
-    @property
-    def rate(self) -> float | None:
-        """Tokens a second."""
-        seconds = sum(taken for taken, _ in self._window)
-        return sum(tokens for _, tokens in self._window) / seconds if seconds else None
-
-    @property
-    def mfu(self) -> float | None:
-        """The share of the devices' peak that the model's own FLOPs are."""
-        if not (self.rate and self.flops_per_token and self.peak):
-            return None
-        return self.rate * self.flops_per_token / self.peak
-
-    @property
-    def seconds_left(self) -> float | None:
-        """At the pace of the last steps."""
-        if not self._window:
-            return None
-        mean = sum(taken for taken, _ in self._window) / len(self._window)
-        return mean * (self.steps - self.completed)
+    def __init__(
+        self,
+        stream: IO[str] | None,
+        steps: int,
+        peak: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stream, self.peak, self._steps, self._clock = stream, peak, steps, clock
+        self._window: deque[tuple[float, int]] = deque(maxlen=_WINDOW)
+        self._last: float | None = None
+        self._shown = float("-inf")
 
     def lap(self, late: bool = False) -> float | None:
         """Seconds from the step before's result to this one's; None where that is not known.
@@ -89,7 +49,7 @@ class Progress:
             late: The result was there for longer than since now: neither this step nor the next
                 one has a known time.
         """
-        now = self.clock()
+        now = self._clock()
         begun, self._last = self._last, None if late else now
         return None if begun is None or late else now - begun
 
@@ -97,12 +57,10 @@ class Progress:
         """A training step is done; `tokens` are its targets."""
         if line.seconds:
             self._window.append((line.seconds, tokens))
-        self.completed = line.step
-        now, every = self.clock(), _REWRITES if self._live else _LINES
-        final = line.step >= self.steps or not self._window
-        if final or now - self._shown >= every:
+        now = self._clock()
+        if line.step >= self._steps or not self._window or now - self._shown >= _SECONDS:
             self._shown = now
-            self._say(self._text(line), self._live)
+            self.note(self._text(line))
 
     def evaluation(self, line: MetricsLine) -> None:
         """An evaluation is done: a line of its own."""
@@ -110,49 +68,36 @@ class Progress:
         self.note(f"step {line.step:,}: validation loss {line.loss:.4f}{took}")
 
     def note(self, text: str) -> None:
-        """A line that stays."""
-        self._say(printable(text))
-
-    def close(self) -> None:
-        """Leaves the rewritten line where it is."""
-        if self._live:
-            with contextlib.suppress(*_GONE):
-                self._live.stop()
-
-    def _text(self, line: MetricsLine) -> str:
-        parts = [
-            f"step {line.step:,} of {self.steps:,} ({line.step / self.steps:.1%})",
-            f"loss {line.loss:.4f}",
-        ]
-        if line.loss_scale is not None:
-            skipped = f" ({line.skipped_steps} skipped)" if line.skipped_steps else ""
-            parts.append(f"scale {line.loss_scale:g}{skipped}")
-        if self.rate:
-            parts.append(f"{self.rate:,.0f} tokens/s")
-        if self.mfu is not None:
-            parts.append(f"MFU {self.mfu:.1%}")
-        if self.seconds_left is not None and line.step < self.steps:
-            parts.append(f"{_time(self.seconds_left)} left")
-        return "  ".join(parts)
-
-    def _say(self, text: str, rewritten: Live | None = None) -> None:
-        """Never a reason to fail: whoever listened may be gone (`moeconv train 2>&1 | head`)."""
+        """A line; whoever listened may be gone (`moeconv train 2>&1 | head`), no reason to fail."""
         if self.stream is None:
             return
         try:
-            if rewritten:
-                rewritten.start()
-                rewritten.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
-            elif self._live:
-                self._live.console.print(Text(text), soft_wrap=True)
-            else:
-                print(text, file=self.stream, flush=True)
+            print(printable(text), file=self.stream, flush=True)
         except _GONE as error:
             stream, self.stream = self.stream, None
             logging.warning("nobody reads the progress any more (%s); the run goes on", error)
             # It still holds what it could not write, and would fail again when it is closed.
             with contextlib.suppress(*_GONE), Path(os.devnull).open("w") as nothing:
                 os.dup2(nothing.fileno(), stream.fileno())
+
+    def _text(self, line: MetricsLine) -> str:
+        parts = [
+            f"step {line.step:,} of {self._steps:,} ({line.step / self._steps:.1%})",
+            f"loss {line.loss:.4f}",
+        ]
+        if line.loss_scale is not None:
+            skipped = f" ({line.skipped_steps} skipped)" if line.skipped_steps else ""
+            parts.append(f"scale {line.loss_scale:g}{skipped}")
+        if self._window:
+            seconds = sum(taken for taken, _ in self._window)
+            rate = sum(tokens for _, tokens in self._window) / seconds
+            parts.append(f"{rate:,.0f} tokens/s")
+            if self.peak:
+                parts.append(f"MFU {rate / self.peak:.1%}")
+            if line.step < self._steps:
+                left = seconds / len(self._window) * (self._steps - line.step)
+                parts.append(f"{_time(left)} left")
+        return "  ".join(parts)
 
 
 def _time(seconds: float) -> str:

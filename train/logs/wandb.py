@@ -8,9 +8,8 @@ asked for a key again and made another folder for its log, in the current direct
 import contextlib
 import importlib
 import os
-import re
 import secrets
-import string
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from moeconv_train.words import first_line
 from moeconv.untrusted import files
 
 ID_NAME = "wandb-run-id.txt"
-_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_ALPHABET = string.ascii_lowercase + string.digits
 _SECONDS = 60.0  # for init, and for the upload of what is left at the end
 
 
@@ -40,16 +37,11 @@ def missing() -> str | None:
 
 
 def run_id(run_dir: Path) -> str:
-    """The id of a run, the same for as long as its directory lives.
-
-    WANDB_RUN_ID counts for a new run; the directory's own id for one that goes on.
-    """
+    """The id of a run, the same for as long as its directory lives; WANDB_RUN_ID if it is new."""
     with contextlib.suppress(FileNotFoundError):
-        found = files.read_inside(run_dir, ID_NAME).decode(errors="replace").strip()
-        if _ID.fullmatch(found):
+        if found := files.read_inside(run_dir, ID_NAME).decode(errors="replace").strip():
             return found
-    given = os.environ.get("WANDB_RUN_ID", "")
-    made = given if _ID.fullmatch(given) else "".join(secrets.choice(_ALPHABET) for _ in range(8))
+    made = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     write_bytes(run_dir / ID_NAME, f"{made}\n".encode())
     return made
 
@@ -93,25 +85,30 @@ def _begin(
     wandb: Any, run_dir: Path, config: Any, entity: str | None, note: Callable[[str], None]
 ) -> Any:
     """The run: online, else offline, else one that keeps nothing."""
-    for mode, otherwise in ((None, "logging offline"), ("offline", "not used")):
-        try:
-            return wandb.init(
-                entity=os.environ.get("WANDB_ENTITY") or entity,
-                project=config.wandb_project_name,
-                name=config.wandb_run_name,
-                id=run_id(run_dir),
-                resume="allow",
-                dir=str(run_dir),
-                mode=mode,
-                config=public_config(config.get_keys()),
-                settings=wandb.Settings(
-                    silent=True,
-                    console="off",
-                    init_timeout=_SECONDS,
-                    finish_timeout=_SECONDS,
-                    finish_timeout_raises=True,
-                ),
-            )
-        except Exception as error:
-            note(f"W&B: {first_line(error).rstrip('.')}; {otherwise}")
-    return wandb.init(mode="disabled")
+    wanted = os.environ.get("WANDB_MODE") or "online"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        for mode, otherwise in ((wanted, "logging offline"), ("offline", "not used")):
+            # For MaxText's call too, which looks for a key. An init that finds none ignores its
+            # `dir`, and would leave a folder where we are.
+            wandb.setup(wandb.Settings(mode=mode, root_dir=scratch))
+            try:
+                return wandb.init(
+                    entity=os.environ.get("WANDB_ENTITY") or entity,
+                    project=config.wandb_project_name,
+                    name=config.wandb_run_name,
+                    id=run_id(run_dir),
+                    resume="allow",
+                    dir=str(run_dir),
+                    config=public_config(config.get_keys()),
+                    settings=wandb.Settings(
+                        silent=True,
+                        console="off",
+                        init_timeout=_SECONDS,
+                        finish_timeout=_SECONDS,
+                        finish_timeout_raises=True,
+                    ),
+                )
+            except Exception as error:
+                note(f"W&B: {first_line(error).rstrip('.')}; {otherwise}")
+    wandb.setup(wandb.Settings(mode="disabled"))
+    return wandb.init()

@@ -20,11 +20,15 @@ def trainer(
         fp16_head: Whether the tied head is computed in FP16.
         expert_tiles: Whether tokens pass their own experts only (expert_tiles.py).
         attention_blocks: Whether attention leaves out the future (causal_attention.py).
+
+    Raises:
+        UnsupportedError: MaxText is not the one that was read.
     """
-    from moeconv_train import causal_attention, loss_scaling
+    from moeconv_train import causal_attention, loss_scaling, seams
     from moeconv_train import expert_tiles as tiles
     from moeconv_train import fp16_head as head
 
+    seams.check()
     with contextlib.ExitStack() as stack:
         changes = {head: fp16_head, tiles: expert_tiles, causal_attention: attention_blocks}
         for change in (module for module, on in changes.items() if on):
