@@ -81,7 +81,10 @@ class Wandb:
 
     def __init__(self, trouble=(), log=None, finish=None):
         self.trouble, self.failing = list(trouble), {"log": log, "finish": finish}
-        self.calls, self.logged, self.finished = [], [], 0
+        self.modes, self.calls, self.logged, self.finished = [], [], [], 0
+
+    def setup(self, settings):
+        self.modes.append(settings["mode"])
 
     def init(self, **kwargs):
         self.calls.append(kwargs)

@@ -1,8 +1,7 @@
 """Weights & Biases: one run for as long as the directory lives, and never a reason to fail.
 
 MaxText's own `wandb.init` (common/metric_logger.py) cannot name a run's id, entity or directory. We
-begin the run, and give it to MaxText: wandb would return the live one too, but only after it has
-asked for a key again and made another folder for its log, in the current directory.
+begin the run first; MaxText's call then returns the live one, as wandb does by default.
 """
 
 import contextlib
@@ -72,7 +71,7 @@ def logged(
             note(f"W&B: {first_line(error)}; logging there ends, the run goes on")
 
     try:
-        with seams.replaced(wandb, init=lambda **_: run, log=guarded):
+        with seams.replaced(wandb, log=guarded):
             yield
     finally:
         try:
