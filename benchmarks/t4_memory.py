@@ -9,11 +9,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _hlo
 from _measure import table
 
 from moeconv.errors import MissingPackageError
+
+if TYPE_CHECKING:
+    from moeconv_train.preflight.report import MemoryRow
 
 # Settings over the recipe.
 CONFIGURATIONS: tuple[dict[str, object], ...] = (
@@ -29,11 +33,21 @@ CONFIGURATIONS: tuple[dict[str, object], ...] = (
     {"dtype": "float32"},
 )
 
+_SIZES = ("configuration", "state", "train step", "evaluation", "total", "usable", "fits")
+HEADINGS = (*_SIZES, "TFLOP", "GB moved", "MB all-reduced")
+
+
+def sizes_of(row: "MemoryRow") -> tuple[str, ...]:
+    """XLA's part of a line: GiB, and whether it fits."""
+    sizes = (row.arguments, row.train, row.evaluation, row.total, row.usable)
+    fits = ("yes" if row.fits else "no") + " (XLA remat)" * row.xla_rematerialised
+    return (row.name, *(f"{size / 2**30:.2f}" for size in sizes), fits)
+
 
 def main() -> None:
     """Prints the table."""
+    from moeconv_train.preflight.config import name_of
     from moeconv_train.preflight.memory import Variant, measure
-    from moeconv_train.preflight.report import MEMORY_HEADINGS, memory_cells, name_of
     from moeconv_train.preflight.target import T4X2
     from moeconv_train.recipe import read, read_config
 
@@ -55,39 +69,33 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as texts:
         try:
-            report = measure(
-                recipe,
-                T4X2,
-                configurations,
-                hlo=Path(texts),
-                progress=lambda text: print(text, file=sys.stderr, flush=True),
-            )
+            rows, failed = measure(recipe, T4X2, configurations, hlo=Path(texts))
         except MissingPackageError as error:
             sys.exit(f"{error}")
-        written = {row.name: Path(texts, f"{row.name}.hlo").read_text() for row in report.rows}
+        written = {row.name: Path(texts, f"{row.name}.hlo").read_text() for row in rows}
     counted = {name: _hlo.count(text) for name, text in written.items()}
     sent = {name: _hlo.sent(text) for name, text in written.items()}
     how = "stock MaxText" if args.stock else f"with its patches {patches}"
     print(f"{args.recipe.name} on {T4X2.name}, {how}; GiB a device")
     cells = [
         (
-            *memory_cells(row),
+            *sizes_of(row),
             f"{sum(counted[row.name].flops.values()) / 1e12:.2f}",
             f"{counted[row.name].traffic / 1e9:.0f}",
             sent[row.name],
         )
-        for row in report.rows
+        for row in rows
     ]
-    print(table([(*MEMORY_HEADINGS, "TFLOP", "GB moved", "MB all-reduced"), *cells]))
-    for name, why in report.failed.items():
+    print(table([HEADINGS, *cells]))
+    for name, why in failed.items():
         print(f"{name} does not compile: {why}")
-    print(f"{len(report.rows)} configurations in {time.perf_counter() - begun:.0f} s")
+    print(f"{len(rows)} configurations in {time.perf_counter() - begun:.0f} s")
     if args.json:
         numbers = {
             name: {"flops": dict(counts.flops), "traffic": counts.traffic, "sent": sent[name]}
             for name, counts in counted.items()
         }
-        told = {**report.model_dump(mode="json"), "counted": numbers}
+        told = {"rows": [row.to_json() for row in rows], "failed": failed, "counted": numbers}
         args.json.write_text(json.dumps(told, indent=1) + "\n")
 
 

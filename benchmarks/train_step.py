@@ -188,25 +188,25 @@ def for_t4s(keys: dict[str, Any]) -> list[dict[str, Any]]:
 
     variants = [Variant(name, {}, patches) for name, patches in VARIANTS.items()]
     with tempfile.TemporaryDirectory() as texts:
-        report = measure(
+        rows, failed = measure(
             {**keys, "eval_interval": -1},  # the train step alone
             T4X2,
             variants,
             hlo=Path(texts),
         )
-        if report.failed:
-            sys.exit(f"not every variant compiles: {report.failed}")
-        written = [Path(texts, f"{row.name}.hlo").read_text() for row in report.rows]
+        if failed:
+            sys.exit(f"not every variant compiles: {failed}")
+        written = [Path(texts, f"{row.name}.hlo").read_text() for row in rows]
     return [
         {
-            **row.model_dump(),
+            **row.to_json(),
             "matmul_flops_by_type": dict(counts.flops),
             "traffic": counts.traffic,
             "matmul_seconds": sum(count / T4[kind] for kind, count in counts.flops.items()),
             "memory_seconds": counts.traffic / T4["bytes"],
             "sent": _hlo.sent(text),
         }
-        for row, text in zip(report.rows, written, strict=True)
+        for row, text in zip(rows, written, strict=True)
         for counts in [_hlo.count(text)]
     ]
 

@@ -1,22 +1,19 @@
 """What is decided about a run before MaxText is imported: its settings, data and steps."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from moeconv_train import feed as feeds
+from moeconv_train.data.manifest import TRAIN, VALIDATION
 from moeconv_train.feed import Feed
 from moeconv_train.model_size import ModelSize, model_size
-from moeconv_train.preflight.config import mesh_devices, resolve
-from moeconv_train.preflight.report import word
+from moeconv_train.preflight.config import mesh_devices, resolve, said, value_of
 from moeconv_train.preflight.target import T4X2, Target
 from moeconv_train.recipe import Recipe
-from moeconv_train.settings import RunFile
-from moeconv_train.steps import counted
+from moeconv_train.settings import EMBEDDED, RunFile
 from moeconv_train.trial_file import chosen
 
 from moeconv.errors import ConfigError, UsageError
@@ -147,17 +144,6 @@ class Plan:
         return (self.run.loss_scale.mode or default) != "off"
 
 
-def said(value: Any) -> str:
-    """A value as MaxText's command line (OmegaConf) reads it."""
-    if value is None:
-        return "none"
-    if isinstance(value, list):
-        return json.dumps(value)
-    if isinstance(value, str) and yaml.safe_load(value) != value:
-        return json.dumps(value)  # what YAML would take for a number, a comment, a mapping …
-    return word(value)
-
-
 def target_of(config: Mapping[str, Any], found: Target | None) -> Target:
     """The devices of a config: this machine's GPUs, two T4s where it has none, or the CPU."""
     if config["hardware"] == "cpu":
@@ -209,8 +195,7 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
     derived |= {key: value for key, value in defaults.items() if key not in own}
     if not config["run_name"]:
         derived["run_name"] = name
-    if not config["skip_jax_distributed_system"]:
-        derived["skip_jax_distributed_system"] = True  # one host
+    derived["skip_jax_distributed_system"] = True  # one host
     derived["base_output_directory"] = str(output.absolute())
     target = target_of(config, found)
     feed = feed or feeds.find(config, recipe, output.absolute())
@@ -223,7 +208,7 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
         plan = replace(plan, derived=derived)
     if feed.kind == "hf":
         return replace(plan, derived={**plan.derived, **_streamed(plan)})
-    return counted(plan) if feed.kind == "prepared" else plan
+    return _counted(plan) if feed.kind == "prepared" else plan
 
 
 def _streamed(plan: Plan) -> dict[str, Any]:
@@ -238,3 +223,67 @@ def _streamed(plan: Plan) -> dict[str, Any]:
     if plan.run.epochs is not None:
         found |= {"num_epoch": plan.run.epochs}
     return {key: value for key, value in found.items() if key not in plan.recipe.given}
+
+
+def _counted(plan: Plan) -> Plan:
+    """Steps and evaluations of prepared rows; the recipe's own are only about right."""
+    run, given, dataset = plan.run, plan.recipe.given, plan.feed.dataset
+    if "num_epoch" in given:
+        raise UsageError(
+            f"num_epoch={given['num_epoch']}: steps and evaluations are counted by run.epochs; set "
+            f"run.epochs={given['num_epoch']} instead"
+        )
+    if dataset is None:
+        evaluated = run.data.validation_fraction > 0 or run.data.source == EMBEDDED
+        found = evaluations(plan, evaluated, plan.steps, plan.steps / (run.epochs or 1))
+        found = {key: value for key, value in found.items() if key not in given}
+        return replace(plan, derived={**plan.derived, **found})
+    config = plan.config
+    dataset.check(
+        max_target_length=int(config["max_target_length"]), vocab_size=int(config["vocab_size"])
+    )
+    found = {key: value_of(text) for key, text in dataset.overrides().items()}
+    for key in ("max_target_length", "enable_data_shuffling", "data_shuffle_seed"):
+        del found[key]  # the model's, and the run's own
+    batch = plan.batch
+    if batch < 1 or float(config["per_device_batch_size"]) % 1:
+        raise ConfigError(
+            f"per_device_batch_size={config['per_device_batch_size']}: must be a whole number, so "
+            "that steps can be counted; make gradient_accumulation_steps smaller instead"
+        )
+    # As many as the steps need: MaxText fills an epoch's last batch with rows of the next.
+    epochs = run.epochs or (plan.steps - 1) * batch // dataset.counts(TRAIN).rows + 1
+    available = dataset.steps_for_epochs(epochs, batch)
+    steps = available if run.epochs and "steps" not in given else plan.steps
+    found |= {"num_epoch": epochs, "steps": steps}
+    found |= evaluations(plan, dataset.eval_batches(batch) > 0, steps, available / epochs)
+    kept = {key: value for key, value in found.items() if key not in given}
+    notes = plan.notes
+    if not dataset.counts(VALIDATION).rows:
+        notes += (f"{dataset.directory}: has no validation split: the run is never evaluated",)
+    return replace(
+        plan,
+        derived={**plan.derived, **kept},
+        steps_per_epoch=available / epochs,
+        available=available,
+        notes=notes,
+    )
+
+
+def evaluations(plan: Plan, possible: bool, steps: int, epoch: float) -> dict[str, Any]:
+    """`eval_interval` and `eval_start_step`, so that the last evaluation is of the last step.
+
+    MaxText evaluates after step s (from 0) where s >= start and (s - start) % interval == 0.
+    """
+    if "eval_interval" in plan.recipe.given:
+        return {}
+    wanted = round(plan.run.evaluations_per_epoch * steps / epoch)
+    if not possible or plan.run.evaluations_per_epoch == 0 or steps < 1:
+        return {"eval_interval": -1, "eval_start_step": 0}
+    count = min(steps, max(1, wanted))
+    interval = steps // count
+    return {
+        "eval_interval": interval,
+        "eval_start_step": steps - 1 - (count - 1) * interval,
+        "eval_steps": -1,
+    }

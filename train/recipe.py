@@ -30,7 +30,6 @@ class Recipe:
         given: The command line's MaxText settings, each the text that was given.
         run: What is not MaxText's.
         told: The `run.…` settings of the command line.
-        epochs: Of the run file itself, which the config's `steps` are about.
     """
 
     name: str
@@ -39,7 +38,6 @@ class Recipe:
     given: Mapping[str, str]
     run: RunFile
     told: frozenset[str]
-    epochs: int | None = None
 
 
 def recipes() -> list[str]:
@@ -85,7 +83,6 @@ def read(words: Iterable[str]) -> Recipe:
         given=maxtext,
         run=read_settings(run_file, ours, maxtext),
         told=frozenset(key.removeprefix(PREFIX) for key in ours),
-        epochs=read_settings(run_file, {}).epochs,
     )
 
 

@@ -13,15 +13,9 @@ from typing import Annotated, Any
 import yaml
 from moeconv_train.data.manifest import PrepareOptions, StoryOptions
 from moeconv_train.loss_scaling import LossScaleSettings
+from moeconv_train.preflight.config import value_of
 from moeconv_train.tokenizer import EMBEDDED as EMBEDDED
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moeconv.errors import ConfigError, MoeconvError, UsageError
 
@@ -36,7 +30,7 @@ _LICENSES = {
 }
 
 # Arguments of preflight/patches.py.
-_PATCHES = {"fp16_head", "expert_tiles", "attention_blocks"}
+Patch = Annotated[str, Field(pattern="^(fp16_head|expert_tiles|attention_blocks)$")]
 
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
@@ -49,14 +43,11 @@ def seconds_of(text: Any) -> Any:
     """
     if not isinstance(text, str):
         return text
-    found = _DURATION.fullmatch(text.strip())
-    if found and found[0]:
-        hours, minutes, seconds = (int(part or 0) for part in found.groups())
-        return float(3600 * hours + 60 * minutes + seconds)
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is no duration such as 8h30m, 45m or 90s") from None
+    found = _DURATION.fullmatch(text)
+    if not (found and found[0]):
+        raise ValueError(f"{text!r} is no duration such as 8h30m, 45m or 90s")
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(3600 * hours + 60 * minutes + seconds)
 
 
 class _Section(BaseModel):
@@ -102,20 +93,13 @@ class RunFile(_Section):
     )
     data: DataSettings = DataSettings()
     loss_scale: LossScaleSettings = LossScaleSettings()
-    patches: dict[str, bool] = Field({}, description="How MaxText's step is computed.")
+    patches: dict[Patch, bool] = Field({}, description="How MaxText's step is computed.")
     wandb: WandbSettings = WandbSettings()
     hub_repo: str | None = Field(None, description="Where `moeconv push` is to bring the model.")
     language: str | None = None
     license: str | None = Field(None, description="Of the model, a Hub id.")
     tokenizer_license: str | None = Field(None, description="By its name, for the model card.")
     data_license: str | None = Field(None, description="By its name, for the model card.")
-
-    @field_validator("patches")
-    @classmethod
-    def _check_patches(cls, value: dict[str, bool]) -> dict[str, bool]:
-        for name in value.keys() - _PATCHES:
-            raise ValueError(f"{name} is none{nearest(name, _PATCHES)}")
-        return value
 
 
 def run_file_of(config: Path) -> Path:
@@ -149,7 +133,7 @@ def read_settings(
             if not isinstance(inner.get(section), dict):
                 inner[section] = {}
             inner = inner[section]
-        inner[name] = _value(text)
+        inner[name] = value_of(text)
     return _validate(content, PREFIX, UsageError)
 
 
@@ -169,22 +153,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return content or {}
 
 
-def _value(text: str) -> Any:
-    """A value as YAML reads it; `none` is nothing, as for MaxText."""
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return None if isinstance(value, str) and value.lower() == "none" else value
-
-
 def _validate(content: Mapping[str, Any], where: str, kind: type[MoeconvError]) -> RunFile:
     filled = {key: value for key, value in content.items() if value is not None}
     try:
         return RunFile.model_validate(filled)
     except ValidationError as error:
         first = error.errors()[0]
-        name, reason = ".".join(map(str, first["loc"])), first["msg"]
+        name, reason = ".".join(map(str, first["loc"])).removesuffix(".[key]"), first["msg"]
         if first["type"] == "extra_forbidden":
             section: Any = RunFile
             for part in first["loc"][:-1]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,10 @@ from moeconv_train import plan as plans
 from moeconv_train import recipe as recipes
 from moeconv_train.plan import Plan
 from moeconv_train.preflight.check import preflight
-from moeconv_train.preflight.report import PreflightReport
+from moeconv_train.preflight.report import Preflight
 from moeconv_train.preflight.target import gpus
 
-from moeconv.errors import ConfigError, HubError, MissingPackageError, OutputError
-
-_ERRORS = {
-    error.exit_code: error for error in (ConfigError, HubError, MissingPackageError, OutputError)
-}
-
-
-@dataclass(frozen=True)
-class Start:
-    """A plan with what the checks found; what they mend is in the plan."""
-
-    plan: Plan
-    report: PreflightReport
-
-    def refuse(self) -> None:
-        """Says why a run may not start.
-
-        Raises:
-            MoeconvError: A sentence for each reason; the first decides which.
-        """
-        if refused := self.report.refused:
-            told = "\n".join(f"{finding.check}: {finding.message}" for finding in refused)
-            raise _ERRORS.get(refused[0].exit_code, ConfigError)(told)
+from moeconv.errors import ConfigError
 
 
 def plan_run(
@@ -45,7 +23,7 @@ def plan_run(
     memory: bool = False,
     network: bool = True,
     progress: Callable[[str], None] = lambda _: None,
-) -> Start:
+) -> Preflight:
     """Reads and checks a run; writes nothing.
 
     Args:
@@ -59,23 +37,22 @@ def plan_run(
     """
     online = network and os.environ.get("HF_HUB_OFFLINE", "").lower() not in ("1", "true", "yes")
     plan = plans.make(recipes.read(words), gpus())
-    report = preflight(plan, memory=memory, online=online, progress=progress)
-    return Start(replace(plan, mended=report.mended), report)
+    return preflight(plan, memory=memory, online=online, progress=progress)
 
 
 def with_data(
-    start: Start,
+    begun: Preflight,
     *,
     note: Callable[[str], None],
     progress: Callable[[str], None],
     quiet: bool,
-) -> Start:
+) -> Preflight:
     """The same run with its data, prepared now where they are not there, and its steps counted.
 
     Raises:
         MoeconvError: The data cannot be had, do not fit, or are less than the steps given.
     """
-    plan = start.plan
+    plan = begun.plan
     if plan.target.config_file is not None:
         raise ConfigError(
             f"hardware={plan.config['hardware']}: there is no NVIDIA GPU here (nvidia-smi finds "
@@ -90,15 +67,13 @@ def with_data(
     )
     if plan.feed.dataset is None and feed.dataset is not None:
         counted = plans.make(plan.recipe, gpus(), feed)
-        report = preflight(counted, memory=False, online=False)
-        start = Start(replace(counted, mended=report.mended), report)
-        start.refuse()
-    if start.plan.feed.kind == "hf" and not start.plan.config["tokenizer_path"]:
-        output = start.plan.derived["base_output_directory"]
-        path = feeds.tokenizer_for(start.plan.run.data, Path(output))
-        derived = {**start.plan.derived, "tokenizer_path": path}
-        start = replace(start, plan=replace(start.plan, derived=derived))
-    return start
+        begun = preflight(counted, memory=False, online=False)
+        begun.refuse()
+        plan = begun.plan
+    if plan.feed.kind == "hf" and not plan.config["tokenizer_path"]:
+        path = feeds.tokenizer_for(plan.run.data, Path(plan.derived["base_output_directory"]))
+        begun = replace(begun, plan=replace(plan, derived={**plan.derived, "tokenizer_path": path}))
+    return begun
 
 
 def describe(plan: Plan) -> str:
@@ -107,12 +82,11 @@ def describe(plan: Plan) -> str:
     if size := plan.size:
         active = f", {size.active:,} active" if size.active != size.total else ""
         parts.append(f"{size.total:,} parameters{active}")
-    # The recipe's own number of steps is only about right until the data are counted.
     steps = f"{plan.steps:,} steps of {plan.batch} x {plan.config['max_target_length']:,} tokens"
-    if plan.epochs is None:
-        steps += "" if plan.feed.kind == "maxtext" else ", about"
-    else:
+    if plan.epochs is not None:
         steps += f", {plan.epochs:.4g} epochs"
+    elif plan.feed.kind == "prepared" and plan.run.epochs and "steps" not in plan.recipe.given:
+        steps += f", until they are counted for run.epochs={plan.run.epochs}"
     parts.append(steps)
     parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
     patches = {name: on for name, on in plan.patches.items() if name != "loss_scale"}

@@ -10,7 +10,6 @@ from typing import Any, Literal
 from moeconv_train import feed as feeds
 from moeconv_train import run_dir, stopping
 from moeconv_train.data.records import write_bytes
-from moeconv_train.environment import environment
 from moeconv_train.explain import explained
 from moeconv_train.logs import wandb
 from moeconv_train.logs.console import LOG_NAME, logged
@@ -19,6 +18,7 @@ from moeconv_train.logs.progress import Progress
 from moeconv_train.model_size import peak
 from moeconv_train.plan import Plan
 from moeconv_train.preflight import patches
+from moeconv_train.preflight.target import environment
 from moeconv_train.run_dir import Resume
 from moeconv_train.sidecar import public_config, write_sidecar
 from moeconv_train.words import first_line

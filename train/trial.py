@@ -17,11 +17,12 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 from moeconv_train import start, trainer
-from moeconv_train.environment import environment
 from moeconv_train.explain import explained
 from moeconv_train.logs.console import logged
-from moeconv_train.plan import Plan, said
+from moeconv_train.plan import Plan
 from moeconv_train.preflight import patches
+from moeconv_train.preflight.config import said
+from moeconv_train.preflight.target import environment
 from moeconv_train.run_dir import saved_step
 from moeconv_train.trial_file import FILE, Side, Trial, chosen, judge
 

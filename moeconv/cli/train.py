@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import importlib.util
-import json
 import sys
 import time
 from collections.abc import Collection
@@ -26,7 +25,7 @@ INTERRUPTED = 130
 @click.option(
     "--check",
     is_flag=True,
-    help="Only check: settings, dataset, tokenizer, accounts, disk, GPUs, and the memory of the "
+    help="Only check: settings, dataset, tokenizer, disk, GPUs, and the memory of the "
     "compiled train and evaluation step (about a minute; needs no GPU). Trains nothing.",
 )
 @click.option("--dry-run", is_flag=True, help="Only show what would be trained. Writes nothing.")
@@ -80,15 +79,14 @@ def command(
         words = (*words, f"run.time_limit={time_limit}")
     begun = start.plan_run(words, memory=check, network=not dry_run, progress=output.note)
     if check or dry_run:
-        report = begun.report
-        output.data({"plan": start.facts(begun.plan), "preflight": report.model_dump(mode="json")})
+        output.data({"plan": start.facts(begun.plan), "preflight": begun.to_json()})
         output.print(start.describe(begun.plan))
         for text in begun.plan.notes:
             output.print(f"note: {text}")
         for setting in () if check else begun.plan.argv()[2:]:
             output.print(f"  {setting}")
-        for table in report.tables():
-            output.print(table)
+        for line in begun.lines():
+            output.print(line)
         begun.refuse()
         return
     _tell(output, begun)
@@ -126,7 +124,7 @@ def _train(
 
     try:
         ready = start.with_data(begun, note=output.note, progress=prepared, quiet=quiet)
-        _tell(output, ready, begun.report.findings)
+        _tell(output, ready, begun.findings)
         for text in ready.plan.notes:
             output.note(f"note: {text}")
         if trial is not None:
@@ -169,11 +167,10 @@ def _end(output: "Output", outcome: Any) -> None:
 
 def _tell(output: "Output", begun: Any, told: Collection[Any] = ()) -> None:
     """What was mended, and what should be known, before the run starts; nothing twice."""
-    for finding in begun.report.findings:
+    for finding in begun.findings:
         if finding in told:
             continue
         if finding.status == "mended":
-            mended = " ".join(f"{key}={json.dumps(value)}" for key, value in finding.mended.items())
-            output.note(f"mended: {finding.check}: {finding.message} -> {mended}")
+            output.note(f"mended: {finding.check}: {finding}")
         elif finding.status == "warn":
             output.warn(f"{finding.check}: {finding.message}")

@@ -7,10 +7,9 @@ import sys
 
 import pytest
 from moeconv_train import recipe, start, trainer
-from moeconv_train.environment import environment
 from moeconv_train.model_size import model_size, peak
 from moeconv_train.preflight import memory
-from moeconv_train.preflight.target import gpus
+from moeconv_train.preflight.target import environment, gpus
 from plan_lab import TWO_T4S, planned
 
 from moeconv.errors import ConfigError, MissingPackageError

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from moeconv_train import plan, recipe, run_dir, trainer
+from moeconv_train import recipe, run_dir, trainer
+from moeconv_train.preflight.config import said
 from moeconv_train.sidecar import public_config
 from plan_lab import planned, tiny
 
@@ -114,6 +115,6 @@ def test_the_command_line_for_maxtext_has_each_key_once(prepared):
 def test_what_we_say_is_read_as_it_is_meant(value, text):
     from omegaconf import OmegaConf
 
-    assert plan.said(value) == text
+    assert said(value) == text
     read = OmegaConf.from_dotlist([f"key={text}"]).key
     assert read == ("none" if value is None else value)

@@ -1,6 +1,5 @@
 """Disk, GPUs, targets and the report as a whole; nothing here compiles or needs a network."""
 
-import io
 import json
 import os
 from dataclasses import replace
@@ -8,14 +7,20 @@ from pathlib import Path
 
 import pytest
 from cli_runner import moeconv
-from moeconv_train import environment, run_dir, start
+from moeconv_train import run_dir
 from moeconv_train.preflight import aot
 from moeconv_train.preflight import memory as compiled
-from moeconv_train.preflight.check import check_gpus, preflight
+from moeconv_train.preflight.check import check_disk, check_gpus, preflight
 from moeconv_train.preflight.config import maxtext_defaults, resolve
-from moeconv_train.preflight.disk import check_disk
-from moeconv_train.preflight.report import MemoryReport, MemoryRow, PreflightReport
-from moeconv_train.preflight.target import T4X2, Target, gpu_environment, gpus, memory_fraction
+from moeconv_train.preflight.report import Finding, MemoryRow, Preflight
+from moeconv_train.preflight.target import (
+    T4X2,
+    Target,
+    environment,
+    gpu_environment,
+    gpus,
+    memory_fraction,
+)
 from moeconv_train.recipe import read_config
 from plan_lab import TWO_T4S, planned
 
@@ -63,7 +68,7 @@ def free(monkeypatch):
 
     def make(count):
         usage = type("usage", (), {"free": count})
-        monkeypatch.setattr("moeconv_train.preflight.disk.shutil.disk_usage", lambda _: usage)
+        monkeypatch.setattr("moeconv_train.preflight.check.shutil.disk_usage", lambda _: usage)
 
     return make
 
@@ -74,7 +79,7 @@ def test_the_disk_must_hold_one_checkpoint_more_than_are_kept(run, tmp_path, fre
     assert finding.status == "ok" and "still to be prepared" in finding.message
     free(3 * STATE - 1)
     finding = check_disk(run())
-    assert (finding.status, finding.exit_code) == ("refused", OutputError.exit_code)
+    assert (finding.status, finding.error) == ("refused", OutputError)
     assert "10.9 GB free; 2 checkpoints of 3.65 GB and one being saved need" in finding.message
     # What a resumed run has already needs no new space.
     for step in ("200", "400", "400.orbax-checkpoint-tmp"):
@@ -94,12 +99,12 @@ def test_disks_that_are_not_measured(run):
     ("target", "dtype", "status", "says"),
     [
         (T4X2, "float16", "note", "No NVIDIA GPU"),
-        (TWO_T4S, "float16", "ok", "no bfloat16"),
+        (TWO_T4S, "float16", "ok", "2xTesla T4"),
         (Target("1xTesla P100", 1, (6, 0)), "float16", "warn", "no tensor cores"),
-        (Target("1xTesla V100", 1, (7, 0)), "float16", "ok", "no bfloat16"),
+        (Target("1xTesla V100", 1, (7, 0)), "float16", "ok", "V100"),
         (Target("1xNVIDIA H200", 1, (9, 0)), "float16", "note", "dtype=bfloat16"),
-        (Target("1xNVIDIA H200", 1, (9, 0)), "bfloat16", "ok", "has bfloat16"),
-        (Target("1xOld", 1), "float16", "warn", "does not know what it can compute"),
+        (Target("1xNVIDIA H200", 1, (9, 0)), "bfloat16", "ok", "H200"),
+        (Target("1xOld", 1), "float16", "warn", "no tensor cores that nvidia-smi knows of"),
     ],
 )
 def test_what_there_is_against_what_the_run_is_for(monkeypatch, target, dtype, status, says):
@@ -127,7 +132,7 @@ def test_the_memory_fraction_leaves_room_and_is_the_users_if_said(monkeypatch):
 
 
 def test_a_gpu_run_hides_communication_unless_the_user_says_otherwise(monkeypatch, run):
-    with environment.environment(run()):
+    with environment(run()):
         assert os.environ["XLA_FLAGS"] == f"{SCHEDULER}=true"
         assert os.environ[NEW] == str(memory_fraction(run().patches))
         assert os.environ["JAX_PLATFORMS"] == "cpu"  # as this process was told
@@ -136,7 +141,7 @@ def test_a_gpu_run_hides_communication_unless_the_user_says_otherwise(monkeypatc
     assert gpu_environment({})["XLA_FLAGS"] == f"--xla_dump_to=x {SCHEDULER}=true"
     monkeypatch.setenv("XLA_FLAGS", f"{SCHEDULER}=false")
     assert "XLA_FLAGS" not in gpu_environment({})
-    with environment.environment(planned("tiny_cpu")):
+    with environment(planned("tiny_cpu")):
         assert NEW not in os.environ
 
 
@@ -145,14 +150,14 @@ def test_the_compiler_sees_the_flags_and_memory_of_the_run(monkeypatch):
 
     def answers(request, environment):
         asked.update(request=request, environment=environment)
-        yield from ()
+        return []
 
     monkeypatch.setattr(compiled, "plugin_environment", lambda: {})
     monkeypatch.setattr(compiled, "_answers", answers)
     both = {"expert_tiles": True, "attention_blocks": True}
     compiled.measure(RECIPE, T4X2, [compiled.Variant("as given", {}, both)])
     (variant,) = asked["request"]["variants"]
-    assert variant["usable"] == int(0.80 * T4X2.memory) and variant["patches"] == both
+    assert asked["request"]["usable"] == int(0.80 * T4X2.memory) and variant["patches"] == both
     flags = asked["environment"]["XLA_FLAGS"].split()
     assert flags == [f"{SCHEDULER}=true", "--xla_force_host_platform_device_count=2"]
     # What MaxText's base.yml says itself is not repeated.
@@ -167,27 +172,19 @@ def test_a_whole_report(run):
     report = checked(plan)
     statuses = {finding.check: finding.status for finding in report.findings}
     assert statuses["interleaving"] == "warn" and statuses["checkpoints kept"] == "mended"
-    assert report.mended == {"max_num_checkpoints_to_keep": 2}
+    assert report.plan.mended == {"max_num_checkpoints_to_keep": 2}
     # The other checks see the mended run: two checkpoints and one being saved.
     assert "2 checkpoints of " in report.of("disk").message
-    assert PreflightReport.model_validate(json.loads(report.model_dump_json())) == report
-    text = shown(report)
+    told = json.loads(json.dumps(report.to_json()))
+    assert [each["check"] for each in told["findings"]] == list(statuses)
+    text = "\n".join(report.lines())
     assert "max_num_checkpoints_to_keep=2" in text and "ignores interleave_moe" in text
-
-
-def shown(report):
-    from rich.console import Console
-
-    console = Console(width=240, record=True, file=io.StringIO())
-    for table in report.tables():
-        console.print(table)
-    return console.export_text()
 
 
 def test_a_refused_run_is_not_compiled(run):
     report = checked(run("vocab_size=128000"), memory=True)
-    assert [finding.check for finding in report.refused] == ["vocabulary"]
-    assert report.of("memory").status == "skipped" and report.memory is None
+    assert [each.check for each in report.findings if each.status == "refused"] == ["vocabulary"]
+    assert report.of("memory").status == "skipped" and report.memory == []
 
 
 def test_without_the_plugin_there_is_a_sentence_and_no_guess(run, tmp_path, monkeypatch):
@@ -196,7 +193,7 @@ def test_without_the_plugin_there_is_a_sentence_and_no_guess(run, tmp_path, monk
     said = []
     report = checked(run(), memory=True, progress=said.append)
     finding = report.of("memory")
-    assert finding.status == "warn" and report.memory is None
+    assert finding.status == "warn" and report.memory == []
     assert finding.message.startswith("Memory was not checked: ")
     assert finding.message.endswith('pip install ".[train,cuda12]".')
     assert said == []  # that it compiles
@@ -221,11 +218,11 @@ def test_what_is_refused_is_told_once(tmp_path):
 @pytest.mark.parametrize("error", [ConfigError, HubError, MissingPackageError, OutputError])
 def test_a_refusal_ends_with_the_code_of_its_first_reason(error):
     findings = [
-        {"check": "gpu", "status": "ok", "message": "Fine."},
-        {"check": "a", "status": "refused", "message": "Do so.", "exit_code": error.exit_code},
-        {"check": "b", "status": "refused", "message": "And so."},
+        Finding("gpu", "ok", "Fine."),
+        Finding("a", "refused", "Do so.", error=error),
+        Finding("b", "refused", "And so."),
     ]
-    begun = start.Start(None, PreflightReport(target="a GPU", findings=findings))
+    begun = Preflight(planned(), findings)
     with pytest.raises(error, match=r"^a: Do so\.\nb: And so\.$"):
         begun.refuse()
 
@@ -237,13 +234,13 @@ def test_a_run_on_the_cpu_says_why_memory_is_not_checked(tmp_path):
 
 def test_the_compilers_own_words_where_it_fails(run, monkeypatch):
     monkeypatch.setattr(compiled, "plugin_environment", lambda: {})
-    monkeypatch.setattr(compiled, "_answers", lambda *_: iter([refusal]))
-    refusal = {"name": "as given", "refused": True, "error": "dtype: no such"}
+    monkeypatch.setattr(compiled, "_answers", lambda *_: [refusal])
+    refusal = {"refused": True, "error": "dtype: no such"}
     finding = checked(run(), memory=True).of("memory")
     assert finding.message == "MaxText refuses this config: dtype: no such."
     refusal["refused"] = False
     finding = checked(run(), memory=True).of("memory")
-    assert (finding.status, finding.exit_code) == ("refused", MoeconvError.exit_code)
+    assert (finding.status, finding.error) == ("refused", MoeconvError)
     assert finding.message == "the run does not compile: dtype: no such."
 
 
@@ -255,27 +252,31 @@ def test_a_compiler_that_ends_is_told(monkeypatch):
 
 
 def row(name, **sizes):
-    kept = {"overrides": {}, "outputs": 0, "aliased": 0}
-    given = {"usable": 100, "evaluation": 0, "seconds": 1, "xla_rematerialised": False, **sizes}
-    return MemoryRow(name=name, **kept, **given)
+    given = {"usable": 100, "evaluation": 0, "xla_rematerialised": False, **sizes}
+    return MemoryRow(name=name, outputs=0, aliased=0, **given)
 
 
-@pytest.mark.parametrize(("until_fit", "answered"), [(True, ["a", "b", "c"]), (False, [*"abcd"])])
+@pytest.mark.parametrize(("until_fit", "answered"), [(True, ["a", "?", "c"]), (False, [*"a?cd"])])
 def test_what_is_compiled_ends_with_the_first_that_fits(monkeypatch, until_fit, answered):
     sizes = {"a": 90, "b": None, "c": 20, "d": 10}
 
-    def answer(request, variant, devices, usable):
-        size = sizes[variant["name"]]
-        found = {"error": "?"} if size is None else {"total": size, "usable": usable}
-        return {"name": variant["name"], **found}
+    def compiled_row(request, variant, devices, usable):
+        if (size := sizes[variant["name"]]) is None:
+            raise ValueError("?")
+        return row(variant["name"], arguments=size, temporaries=0, usable=usable)
 
     monkeypatch.setattr(aot, "_devices", lambda config, count: ([], 0))
-    monkeypatch.setattr(aot, "_answer", answer)
-    variants = [{"name": name, "usable": 50} for name in sizes]
-    request = {"target_config": "", "devices": 2, "variants": variants, "until_fit": until_fit}
-    out = io.StringIO()
-    aot.serve(request, out)
-    assert [json.loads(line)["name"] for line in out.getvalue().splitlines()] == answered
+    monkeypatch.setattr(aot, "_row", compiled_row)
+    request = {
+        "target_config": "",
+        "devices": 2,
+        "usable": 50,
+        "variants": [{"name": name} for name in sizes],
+        "until_fit": until_fit,
+    }
+    answers = json.loads(json.dumps(aot.serve(request)))
+    found = [each["row"]["name"] if "row" in each else each["error"][-1] for each in answers]
+    assert found == answered
 
 
 def test_the_larger_of_both_steps_counts():
@@ -289,8 +290,8 @@ def test_what_fits_is_named_and_nothing_that_a_resume_refuses(run, monkeypatch):
 
     def measure(config, target, variants, **_):
         asked.append([variant.name for variant in variants])
-        rows = [row("as given", arguments=99, temporaries=9), row(rung, arguments=9, temporaries=9)]
-        return MemoryReport(rows=rows)
+        given = row("as given", arguments=99, temporaries=9)
+        return [given, row(rung, arguments=9, temporaries=9)], {}
 
     rung = "remat_policy=full"
     monkeypatch.setattr(compiled, "plugin_environment", lambda: {})
@@ -301,7 +302,7 @@ def test_what_fits_is_named_and_nothing_that_a_resume_refuses(run, monkeypatch):
     finding = report.of("memory")
     assert finding.status == "refused" and f"{rung} would need" in finding.message
     assert "train and evaluation step" in said[0] and "scan_layers=false" in asked[0]
-    assert "state" in shown(report) and rung in shown(report)
+    assert report.to_json()["memory"][0]["total"] == 108
     monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
     checked(plan, memory=True)
     assert asked[1] == [name for name in asked[0] if name != "scan_layers=false"]

@@ -67,9 +67,8 @@ def compiled(plugin, tmp_path_factory):
         Variant("small and stock", SMALL, None),
         Variant("wrong", {"decoder_block": "nonsense"}),
     ]
-    report = measure(default.keys, T4X2, variants, hlo=texts)
-    rows = {row.name: (row, (texts / f"{row.name}.hlo").read_text()) for row in report.rows}
-    return rows, report.failed
+    rows, failed = measure(default.keys, T4X2, variants, hlo=texts)
+    return {row.name: (row, (texts / f"{row.name}.hlo").read_text()) for row in rows}, failed
 
 
 @pytest.mark.parametrize("name", [DEFAULT, ALL_MOE])
@@ -112,9 +111,10 @@ def test_the_default_step_is_as_cheap_as_the_docs_say(compiled):
     row, text = compiled[0][DEFAULT]
     counts, sums = _hlo.count(text), _hlo.all_reduces(text)
     assert counts.flops["f16"] < 9.9e12 and counts.flops["f32"] < 0.01e12
-    assert counts.traffic < 98e9 and row.total < 9.5 * 2**30
+    assert counts.traffic < 99e9 and row.total < 9.5 * 2**30
     assert 2 * 303_787_776 <= sum(each.bytes.total() for each in sums) < 610e6
-    assert all(each.behind for each in sums)
+    # Nothing waits but four scalars.
+    assert sum(each.bytes.total() for each in sums if not each.behind) <= 16
 
 
 def test_what_maxtext_refuses_is_one_sentence_that_names_the_field(compiled):

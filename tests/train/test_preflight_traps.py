@@ -31,7 +31,6 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "weights in 16 bits": (("weight_dtype=float16",), ("mu_dtype=float32",)),
     "half precision": (("float32_logits=false",), ("float32_logits=false", "dtype=float32")),
     "attention kernel": (("attention=flash",), ("attention=flash", *ON_H200)),
-    "megablox": (("megablox=true", "sparse_matmul=true"), ("megablox=true",)),
     "sparse matmul": (("sparse_matmul=true",), ("sparse_matmul=true", *ON_H200)),
     "compiler flags": (("compile_xla_flags=--xla_x=true",), ("compile_xla_flags=",)),
     "remat": (("remat_policy=none",), ("remat_policy=minimal",)),
@@ -42,7 +41,6 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mesh": (("ici_data_parallelism=4",), ON_H200),
     "not resumable": (("dataset_type=hf",), ("dataset_type=synthetic",)),
     "steps": (("steps=57701",), ("steps=57700",)),
-    "schedule": (("learning_rate_schedule_steps=50000",), ("learning_rate_schedule_steps=-1",)),
     "pad id": (("dataset_type=hf", "tokenizer_path={tokenizer}"), ("tokenizer_path={tokenizer}",)),
     "checkpoints kept": (
         ("max_num_checkpoints_to_keep=None",),
@@ -50,7 +48,7 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
 }
 # Allowed to fire together with the trap that is tested.
-BESIDES = {"megablox": {"sparse matmul"}, "pad id": {"not resumable"}}
+BESIDES = {"pad id": {"not resumable"}}
 
 
 @pytest.fixture
@@ -108,6 +106,13 @@ def test_all_of_fp16_that_is_not_precise_is_mended(case):
     assert finding.mended == dict.fromkeys(precise, True)
     dense = case([*words, "num_experts=1", "num_experts_per_tok=1"])
     assert find(dense)[0].mended == {"cast_logits_to_fp32": True}
+
+
+def test_a_tpu_kernel_is_left_out_on_every_gpu(case):
+    both = ["megablox=true", "sparse_matmul=true"]
+    (old,), (new,) = find(case(both)), find(case([*both, *ON_H200]))
+    assert old.mended == {"megablox": False, "sparse_matmul": False}
+    assert new.mended == {"megablox": False, "sparse_matmul": True}
 
 
 def test_the_default_mesh_becomes_data_parallel(case):

@@ -11,8 +11,8 @@ from cli_runner import moeconv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from moeconv_train import feed, run_dir, start, trainer
+from moeconv_train.plan import evaluations
 from moeconv_train.preflight.target import T4X2
-from moeconv_train.steps import evaluations
 from plan_lab import TWO_T4S, planned, tiny
 
 from moeconv.arch.sidecar import RunFacts, RunSidecar
@@ -36,15 +36,15 @@ def test_steps_are_counted_for_exactly_the_epochs(prepared):
     assert made.config["eval_interval"] == 47 and made.config["eval_start_step"] == 46
 
 
-def test_before_the_data_are_there_steps_are_about_those_of_the_epochs(tmp_path):
+def test_before_the_data_are_there_steps_are_the_recipes(tmp_path):
     all_moe, where = "llama3_moe_200m_tinystories_all_moe", f"base_output_directory={tmp_path}"
-    assert planned(all_moe, where).steps == 57_700
     made = planned(all_moe, where, "run.epochs=1")
-    assert made.steps == 28_850 and made.epochs is None  # told as "about"
-    assert made.config["eval_interval"] == 28_850
-    assert planned(all_moe, where, "run.epochs=1", "steps=10").steps == 10
+    assert made.steps == 57_700 and made.epochs is None
+    assert "tokens, until they are counted for run.epochs=1;" in start.describe(made)
+    given = planned(all_moe, where, "run.epochs=1", "steps=10")
+    assert given.steps == 10 and "until" not in start.describe(given)
     begun = start.plan_run(["tiny_cpu", where], network=False)
-    assert begun.plan.config["eval_interval"] == 47
+    assert begun.plan.config["eval_interval"] > 0, "so both steps are compiled"
     never = planned("tiny_cpu", where, "run.evaluations_per_epoch=0")
     assert never.config["eval_interval"] == -1
 
@@ -199,10 +199,10 @@ def test_what_is_found_once_rows_are_counted_is_told_and_an_interrupt_names_what
 
     monkeypatch.setattr(trainer, "train", interrupted)
     words = ["tiny_cpu", f"run.data.source={stories}", f"base_output_directory={tmp_path}"]
-    words += ["run.epochs=1", "learning_rate_schedule_steps=48"]
+    more = moeconv("train", *words, "run.epochs=1", "steps=9000")
+    assert more.code == ConfigError.exit_code and "steps=9000 is more than the" in more.error
     ran = moeconv("train", *words)
     assert ran.code == 130
-    assert ran.err.count("schedule: learning_rate_schedule_steps=48 ends before steps=") == 1
     assert f"interrupted: {tmp_path}/tiny: nothing was saved" in ran.err
     monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
     assert "checkpoint 19 is the last one saved" in moeconv("train", *words).err
@@ -252,7 +252,7 @@ def test_a_stream_that_maxtexts_settings_name_is_that_and_no_other(tmp_path):
         ["dataset_type=hf", "hf_path=json", files, "hf_eval_split=train"], network=False
     )
     assert feed.hub_id(local.plan.feed) is None and local.plan.config["eval_interval"] > 0
-    assert local.report.of("dataset").message == f"{tmp_path}/rows.jsonl is a local path."
+    assert local.of("dataset").message == f"{tmp_path}/rows.jsonl is a local path."
     with pytest.raises(UsageError, match=r"hf_path and run\.data\.source: both name data"):
         planned("dataset_type=hf", "hf_path=other/set", "run.data.source=one/more")
     (tmp_path / "mine.yml").write_text("dataset_type: hf\nhf_path: a/b\npacking: false\n")

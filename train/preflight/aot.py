@@ -1,21 +1,20 @@
 """Compiles MaxText's own train and evaluation step ahead of time, in a process of its own.
 
 As MaxText's trainers/pre_train/train_compile.py does for TPUs, whose functions it uses, but for
-CUDA devices that need not be there. memory.py starts it: one JSON request on stdin, and for each of
-its variants one JSON object a line on stdout.
+CUDA devices that need not be there. memory.py starts it: a JSON request on stdin, a JSON list of
+answers on stdout.
 """
 
 import contextlib
 import json
-import math
 import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moeconv_train.preflight import patches
 from moeconv_train.preflight.report import MemoryRow
@@ -46,17 +45,27 @@ def main() -> None:
     """One request."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # MaxText prints
-    serve(json.load(sys.stdin), out)
+    with out:
+        json.dump(serve(json.load(sys.stdin)), out)
 
 
-def serve(request: Mapping[str, Any], out: IO[str]) -> None:
-    """Answers it, up to the first variant that fits if no more is asked for."""
+def serve(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each variant a `row` or an `error`, up to the first that fits if no more is asked for."""
     devices, limit = _devices(request["target_config"], request["devices"])
+    answers = []
     for variant in request["variants"]:
-        answer = _answer(request, variant, devices, variant["usable"] or limit)
-        print(json.dumps(answer), file=out, flush=True)
-        if request["until_fit"] and answer.get("total", math.inf) <= answer.get("usable", 0):
-            return
+        try:
+            row = _row(request, variant, devices, request["usable"] or limit)
+        except _RefusedError as error:
+            answers.append({"refused": True, "error": first_line(error.__cause__)})
+        except Exception as error:
+            said = f"{type(error).__name__}: {first_line(error)}"
+            answers.append({"refused": False, "error": said})
+        else:
+            answers.append({"row": asdict(row)})
+            if request["until_fit"] and row.fits:
+                break
+    return answers
 
 
 def _devices(target_config: str | None, count: int) -> tuple[list[Any], int]:
@@ -75,37 +84,23 @@ def _devices(target_config: str | None, count: int) -> tuple[list[Any], int]:
     return list(topology.devices), 0
 
 
-def _answer(
+def _row(
     request: Mapping[str, Any], variant: Mapping[str, Any], devices: list[Any], usable: int
-) -> dict[str, Any]:
-    """A `MemoryRow`, or why there is none."""
-    name, begun = variant["name"], time.perf_counter()
+) -> MemoryRow:
+    """One variant, compiled."""
     keys = {**request["config"], **variant["overrides"]}
     change: contextlib.AbstractContextManager[None] = contextlib.nullcontext()  # stock MaxText
     if variant["patches"] is not None:
         change = patches.trainer(**variant["patches"])
-    try:
-        with tempfile.TemporaryDirectory() as scratch, change:
-            config = _config(request["base_yml"], keys, scratch)
-            # Autotuning would run kernels on the device.
-            options = {"xla_gpu_autotune_level": "0"} if request["target_config"] else {}
-            sizes, hlo = _compiled(config, devices, options, keys.get("eval_interval", -1) > 0)
-    except Exception as error:
-        refused = isinstance(error, _RefusedError)
-        said = first_line(error.__cause__ if refused else error)
-        kind = type(error).__name__
-        return {"name": name, "refused": refused, "error": said if refused else f"{kind}: {said}"}
+    with tempfile.TemporaryDirectory() as scratch, change:
+        config = _config(request["base_yml"], keys, scratch)
+        # Autotuning would run kernels on the device.
+        options = {"xla_gpu_autotune_level": "0"} if request["target_config"] else {}
+        sizes, hlo = _compiled(config, devices, options, keys.get("eval_interval", -1) > 0)
     if request["hlo"]:
-        Path(request["hlo"], f"{name}.hlo").write_text(hlo, encoding="utf-8")
-    row = MemoryRow(
-        **sizes,
-        name=name,
-        overrides=variant["overrides"],
-        usable=usable,
-        seconds=time.perf_counter() - begun,
-        xla_rematerialised=rematerialised(hlo),
-    )
-    return row.model_dump()
+        Path(request["hlo"], f"{variant['name']}.hlo").write_text(hlo, encoding="utf-8")
+    remat = rematerialised(hlo)
+    return MemoryRow(**sizes, name=variant["name"], usable=usable, xla_rematerialised=remat)
 
 
 def _config(base_yml: str, keys: Mapping[str, Any], scratch: str) -> Any:

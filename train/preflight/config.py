@@ -5,6 +5,7 @@ The defaults are those of the installed release's own base.yml; values read as M
 """
 
 import importlib.util
+import json
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -56,6 +57,22 @@ def value_of(text: Any) -> Any:
         except ValueError:
             return _none(value)
     return text if value is None or not isinstance(value, (bool, int, float, list)) else value
+
+
+def said(value: Any) -> str:
+    """A value as MaxText's command line (OmegaConf) reads it."""
+    if value is None:
+        return "none"
+    if isinstance(value, (bool, list)):
+        return json.dumps(value)
+    if isinstance(value, str) and yaml.safe_load(value) != value:
+        return json.dumps(value)  # what YAML would take for a number, a comment, a mapping …
+    return str(value)
+
+
+def name_of(settings: Mapping[str, Any]) -> str:
+    """Settings as that command line."""
+    return " ".join(f"{key}={said(value)}" for key, value in settings.items())
 
 
 def resolve(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,21 +4,19 @@ XLA compiles them ahead of time, for two T4s without having one; the numbers are
 assignment's. Nothing is estimated: without the CUDA plugin there is an error, not a guess.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moeconv_train.preflight.config import maxtext_configs, maxtext_defaults, resolve
-from moeconv_train.preflight.report import MemoryReport, MemoryRow
+from moeconv_train.preflight.report import MemoryRow
 from moeconv_train.preflight.target import Target, gpu_environment, memory_fraction
 
 from moeconv.errors import ConfigError, MissingPackageError, MoeconvError, to_install
@@ -98,8 +96,7 @@ def measure(
     *,
     until_fit: bool = False,
     hlo: Path | None = None,
-    progress: Callable[[str], None] = lambda _: None,
-) -> MemoryReport:
+) -> tuple[list[MemoryRow], dict[str, str]]:
     """Compiles the train step of `config`, and the evaluation step if it evaluates, for `target`.
 
     Args:
@@ -108,7 +105,9 @@ def measure(
         variants: What to compile, by one process.
         until_fit: Whether to stop at the first that fits.
         hlo: A folder for the train step's optimised HLO, `<variant's name>.hlo` each.
-        progress: Told after each.
+
+    Returns:
+        The rows, and why other variants do not compile.
 
     Raises:
         MissingPackageError: The CUDA plugin of JAX is not installed.
@@ -117,14 +116,14 @@ def measure(
     """
     defaults, ours = maxtext_defaults(), variants[0].patches or {}
     fraction = memory_fraction(ours)
-    usable = int((target.memory or 0) * fraction) if target.config_file else None
     given = resolve(config).items()
     request = {
         "config": {k: v for k, v in given if k not in defaults or defaults[k] != v},
         "base_yml": str(maxtext_configs() / "base.yml"),
         "devices": target.devices,
         "target_config": target.target_config,
-        "variants": [{**asdict(variant), "usable": usable} for variant in variants],
+        "usable": int((target.memory or 0) * fraction),
+        "variants": [asdict(variant) for variant in variants],
         "until_fit": until_fit,
         "hlo": str(hlo.absolute()) if hlo else None,
     }
@@ -137,52 +136,36 @@ def measure(
     environment["XLA_FLAGS"] = flags
     # Compiling beside whatever else uses the GPU.
     environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    report = MemoryReport()
-    for answer in _answers(request, environment):
-        if "error" not in answer:
-            row = MemoryRow.model_validate(answer)
-            report.rows.append(row)
-            progress(f"{row.name}: {row.total / 2**30:.2f} GiB a device")
-            continue
-        if answer["name"] == variants[0].name:
-            if answer["refused"]:
-                raise ConfigError(f"MaxText refuses this config: {answer['error']}")
+    rows, failed = [], {}
+    # The others are not compiled beyond the first that fits.
+    for variant, answer in zip(variants, _answers(request, environment), strict=False):
+        if "row" in answer:
+            rows.append(MemoryRow(**answer["row"]))
+        elif variant is not variants[0]:
+            failed[variant.name] = answer["error"]
+        elif answer["refused"]:
+            raise ConfigError(f"MaxText refuses this config: {answer['error']}")
+        else:
             raise MoeconvError(f"the run does not compile: {answer['error']}")
-        report.failed[answer["name"]] = answer["error"]
-    return report
+    return rows, failed
 
 
-def _answers(
-    request: Mapping[str, Any], environment: Mapping[str, str]
-) -> Iterator[dict[str, Any]]:
-    """What aot.py says of each variant, as it says it.
+def _answers(request: Mapping[str, Any], environment: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What aot.py says of each variant.
 
     Raises:
         MoeconvError: It ended otherwise.
     """
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        subprocess.Popen(
-            [sys.executable, "-m", "moeconv_train.preflight.aot"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            text=True,
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            with contextlib.suppress(BrokenPipeError), process.stdin as stdin:
-                json.dump(request, stdin)
-            yield from map(json.loads, process.stdout)
-        except BaseException:
-            process.kill()
-            raise
-        code = process.wait()
-        if code != 0:
-            log.seek(0)
-            lines = [line.strip() for line in log if line.strip()] or [""]
-            raise MoeconvError(
-                f"the compiler's process ended with {code}, at last saying {lines[-1][:300]!r}"
-            )
+    done = subprocess.run(
+        [sys.executable, "-m", "moeconv_train.preflight.aot"],
+        input=json.dumps(request),
+        capture_output=True,
+        env=environment,
+        text=True,
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        raise MoeconvError(
+            f"the compiler's process ended with {done.returncode}, at last saying {last[:300]!r}"
+        )
+    return json.loads(done.stdout)

@@ -30,12 +30,9 @@ def trainer(
 
     seams.check()
     with contextlib.ExitStack() as stack:
-        if fp16_head:
-            stack.enter_context(head.install())
-        if expert_tiles:
-            stack.enter_context(tiles.install())
-        if attention_blocks:
-            stack.enter_context(causal_attention.install())
+        changes = {head: fp16_head, tiles: expert_tiles, causal_attention: attention_blocks}
+        for change in (module for module, on in changes.items() if on):
+            stack.enter_context(change.install())
         settings = loss_scaling.LossScaleSettings.model_validate(dict(loss_scale or {}))
         stack.enter_context(loss_scaling.install(settings))
         yield

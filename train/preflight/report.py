@@ -1,136 +1,119 @@
-"""What the checks found: pydantic models, printed as tables or as JSON."""
+"""What the checks found, for people as lines and for machines as JSON."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from moeconv_train.preflight.config import name_of
 
-from moeconv.errors import ConfigError
+from moeconv.errors import ConfigError, MoeconvError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from moeconv_train.plan import Plan
 
 Status = Literal["ok", "note", "mended", "warn", "refused", "skipped"]
 
-_COLOURS = {"ok": "green", "mended": "yellow", "warn": "yellow", "refused": "red"}
 
+@dataclass(frozen=True)
+class Finding:
+    """One check and its outcome.
 
-class Finding(BaseModel):
-    """One check and its outcome."""
+    Attributes:
+        check: Its short name, such as `mesh` or `tokenizer`.
+        message: One sentence that names the key and the fix.
+        mended: MaxText settings that put it right.
+        error: What a run that is refused for it ends with.
+    """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    check: str = Field(description="Its short name, such as `mesh` or `tokenizer`.")
+    check: str
     status: Status
-    message: str = Field(description="One sentence that names the key and the fix.")
-    mended: dict[str, Any] = Field({}, description="MaxText settings that put it right.")
-    exit_code: int = Field(
-        ConfigError.exit_code, description="What a run that is refused for it ends with."
-    )
+    message: str
+    mended: Mapping[str, Any] = field(default_factory=dict)
+    error: type[MoeconvError] = ConfigError
+
+    def __str__(self) -> str:
+        return self.message + (f" -> {name_of(self.mended)}" if self.mended else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        told = {**asdict(self), "exit_code": self.error.exit_code}
+        del told["error"]
+        return told
 
 
-class MemoryRow(BaseModel):
-    """One compiled run, in bytes of one device."""
+@dataclass(frozen=True)
+class MemoryRow:
+    """One compiled run, in bytes of one device.
 
-    model_config = ConfigDict(frozen=True, extra="ignore")  # what is computed is written too
+    Attributes:
+        arguments: Of the train step: the state and a batch.
+        evaluation: What an evaluation needs beside the state; 0 if none is.
+        usable: What the target leaves to JAX.
+        xla_rematerialised: XLA itself recomputed values to save memory, which no setting asked for.
+    """
 
     name: str
-    overrides: dict[str, Any]
-    arguments: int = Field(description="Of the train step: the state and a batch.")
+    arguments: int
     outputs: int
     temporaries: int
     aliased: int
-    evaluation: int = Field(description="What an evaluation needs beside the state; 0 if none is.")
-    usable: int = Field(description="What the target leaves to JAX.")
-    seconds: float = Field(description="Lowering and compiling.")
-    xla_rematerialised: bool = Field(
-        description="XLA itself recomputed values to save memory, which no setting asked for."
-    )
+    evaluation: int
+    usable: int
+    xla_rematerialised: bool
 
-    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def train(self) -> int:
+        """What the train step needs beside its arguments."""
+        return self.outputs + self.temporaries - self.aliased
+
     @property
     def total(self) -> int:
         """The larger of the train step's peak, by XLA, and the state with an evaluation."""
-        train = self.outputs + self.temporaries - self.aliased
-        return self.arguments + max(train, self.evaluation)
+        return self.arguments + max(self.train, self.evaluation)
 
     @property
     def fits(self) -> bool:
         """Whether the run has room."""
         return self.total <= self.usable
 
-
-class MemoryReport(BaseModel):
-    """The compiled run, and what would need less."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rows: list[MemoryRow] = []
-    failed: dict[str, str] = Field({}, description="Variants that do not compile, and why.")
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {**asdict(self), "total": self.total}
 
 
-class PreflightReport(BaseModel):
-    """All findings of a run."""
+@dataclass
+class Preflight:
+    """A plan, with what the checks mend in it, and what they found."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    target: str
-    findings: list[Finding] = []
-    memory: MemoryReport | None = None
-
-    @property
-    def refused(self) -> list[Finding]:
-        """What must be put right before the run may start."""
-        return [finding for finding in self.findings if finding.status == "refused"]
-
-    @property
-    def mended(self) -> dict[str, Any]:
-        """The MaxText settings to apply over the given ones."""
-        return {key: value for found in self.findings for key, value in found.mended.items()}
+    plan: "Plan"
+    findings: list[Finding]
+    memory: list[MemoryRow] = field(default_factory=list)
 
     def of(self, check: str) -> Finding:
         """The finding of one check."""
         return next(finding for finding in self.findings if finding.check == check)
 
-    def tables(self) -> Iterable["Table"]:
+    def refuse(self) -> None:
+        """Says why a run may not start.
+
+        Raises:
+            MoeconvError: A sentence for each reason; the first decides which.
+        """
+        if refused := [finding for finding in self.findings if finding.status == "refused"]:
+            told = "\n".join(f"{finding.check}: {finding.message}" for finding in refused)
+            raise refused[0].error(told)
+
+    def lines(self) -> Iterator[str]:
         """For people; what is refused has its sentence in the error that follows."""
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table("check", "", "finding", box=None)
-        table.title, table.title_justify = f"preflight for {self.target}", "left"
+        yield f"preflight for {self.plan.target.name}:"
         for each in self.findings:
-            text = "see below" if each.status == "refused" else each.message
-            text += " -> " * bool(each.mended) + name_of(each.mended)
-            table.add_row(
-                each.check, Text(each.status, _COLOURS.get(each.status, "dim")), Text(text)
-            )
-        yield table
-        if self.memory:
-            sizes = Table(*MEMORY_HEADINGS, title_justify="left")
-            sizes.title = "memory of the compiled steps, GiB per device"
-            for row in self.memory.rows:
-                sizes.add_row(*memory_cells(row))
-            yield sizes
+            text = "see below" if each.status == "refused" else str(each)
+            yield f"  {each.status:8}{each.check}: {text}"
 
-
-MEMORY_HEADINGS = ("configuration", "state", "train step", "evaluation", "total", "usable", "fits")
-
-
-def memory_cells(row: MemoryRow) -> tuple[str, ...]:
-    """One line of the table."""
-    train = row.outputs + row.temporaries - row.aliased
-    sizes = (row.arguments, train, row.evaluation, row.total, row.usable)
-    fits = "yes" if row.fits else "no"
-    remat = " (XLA remat)" * row.xla_rematerialised
-    return (row.name, *(f"{size / 2**30:.2f}" for size in sizes), fits + remat)
-
-
-def name_of(settings: Mapping[str, Any]) -> str:
-    """Settings as MaxText's command line takes them."""
-    return " ".join(f"{key}={word(value)}" for key, value in settings.items())
-
-
-def word(value: Any) -> str:
-    """A value as MaxText's command line takes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "target": self.plan.target.name,
+            "findings": [finding.to_json() for finding in self.findings],
+            "memory": [row.to_json() for row in self.memory],
+        }

@@ -1,15 +1,19 @@
-"""Which GPUs a run is for, and how JAX uses them: two T4s that need not be there, or what is."""
+"""Which GPUs a run is for, two T4s that need not be there or what is, and how JAX uses them."""
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeconv.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moeconv_train.plan import Plan
 
 # jaxlib/xla_client.py `generate_pjrt_gpu_plugin_options`: the second is deprecated, both together
 # an error, which jax's discovery of plugins swallows.
@@ -116,3 +120,32 @@ def gpu_environment(patches: Mapping[str, Any]) -> dict[str, str]:
     if _SCHEDULER not in flags:
         found["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=true".strip()
     return found
+
+
+@contextlib.contextmanager
+def environment(plan: "Plan") -> Iterator[None]:
+    """Sets it, and puts back what was there at the end."""
+    values: dict[str, str] = {}
+    if plan.config["hardware"] == "cpu":
+        values["JAX_PLATFORMS"] = "cpu"
+        flag = "--xla_force_host_platform_device_count"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            values["XLA_FLAGS"] = f"{flags} {flag}={plan.devices}".strip()
+    elif str(plan.config["hardware"]).startswith("gpu"):
+        values |= gpu_environment(plan.patches)
+        # Left to itself JAX takes the CPU where CUDA fails. MaxText puts some arrays on the CPU.
+        values["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS") or "cuda,cpu"
+    values["TOKENIZERS_PARALLELISM"] = os.environ.get("TOKENIZERS_PARALLELISM", "false")
+    # MaxText itself changes some of these.
+    touched = {*values, "XLA_FLAGS", "LIBTPU_INIT_ARGS", "TFDS_DATA_DIR"}
+    before = {key: os.environ.get(key) for key in touched}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

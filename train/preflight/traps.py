@@ -46,12 +46,7 @@ def find(plan: "Plan") -> list[Finding]:
     """Every trap that a run is in, in the order of the table."""
     config = {**plan.config, **_facts(plan)}
     return [
-        Finding(
-            check=trap.name,
-            status=trap.status,
-            message=trap.says.format_map(config),
-            mended=dict(trap.mends(config)),
-        )
+        Finding(trap.name, trap.status, trap.says.format_map(config), trap.mends(config))
         for trap in TRAPS
         if trap.fires(config)
     ]
@@ -183,20 +178,15 @@ TRAPS: tuple[Trap, ...] = (
         lambda _: {"attention": "dot_product"},
     ),
     Trap(
-        "megablox",
-        "mended",
-        lambda c: _moe(c) and bool(c["megablox"] and c["sparse_matmul"]),
-        # moe.py: interpret = platform != "tpu".
-        "megablox=true is a TPU kernel, which others run interpreted, thousands of times slower.",
-        lambda _: {"megablox": False},
-    ),
-    Trap(
         "sparse matmul",
         "mended",
-        lambda c: not c["has_bf16"] and _moe(c) and bool(c["sparse_matmul"]),
-        "sparse_matmul=true becomes masked dense matmuls on {target}, half as much again as "
-        "computing every expert for every token.",
-        lambda _: {"sparse_matmul": False},
+        lambda c: (
+            _moe(c) and bool(c["sparse_matmul"]) and (bool(c["megablox"]) or not c["has_bf16"])
+        ),
+        # moe.py: interpret = platform != "tpu"; without it lax.ragged_dot, dense before Ampere.
+        "sparse_matmul=true is with megablox=true a TPU kernel, which GPUs run interpreted, and "
+        "without it masked dense matmuls on those without bfloat16.",
+        lambda c: {"megablox": False, "sparse_matmul": bool(c["has_bf16"])},
     ),
     Trap(
         "compiler flags",
@@ -251,13 +241,6 @@ TRAPS: tuple[Trap, ...] = (
         # train.py: StopIteration ends the loop before the last save.
         "steps={steps} is more than the {batches} batches that the data have: the run would end "
         "without its last checkpoint; set steps={batches}.",
-    ),
-    Trap(
-        "schedule",
-        "warn",
-        lambda c: 0 < int(c["learning_rate_schedule_steps"] or -1) < c["steps"],
-        "learning_rate_schedule_steps={learning_rate_schedule_steps} ends before steps={steps}: "
-        "the rest trains at a learning rate of 0; leave it out.",
     ),
     Trap(
         "pad id",
