@@ -49,15 +49,16 @@ RUNS = (
 def data(directory: Path) -> dict[str, Path | str]:
     """The embedded stories as stock MaxText reads them: one a row, which it pads."""
     from moeconv_train.data.records import write_shard
-    from moeconv_train.tokenizer import EOS, read_stories, save_tokenizer, train_tokenizer
+    from moeconv_train.tokenizer import TOKENIZER, read_stories
+    from tokenizers import Tokenizer
 
-    tokenizer = train_tokenizer(read_stories())
-    save_tokenizer(tokenizer, directory / "tokenizer")
-    rows = [[*e.ids, tokenizer.token_to_id(EOS)] for e in tokenizer.encode_batch(read_stories())]
+    tokenizer = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
+    eos = tokenizer.token_to_id("<|end_of_text|>")
+    rows = [[*e.ids, eos] for e in tokenizer.encode_batch(read_stories())]
     write_shard(directory / "stories.array_record", [{"text": row} for row in rows])
     return {
         "tokenizer_type": "huggingface",
-        "tokenizer_path": directory / "tokenizer",
+        "tokenizer_path": TOKENIZER,
         "grain_train_files": directory / "stories.array_record",
     }
 

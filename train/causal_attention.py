@@ -22,16 +22,12 @@ from moeconv_train import seams
 # Arguments of `apply_attention_dot` that change its function, and attributes of the layer that do.
 _ARGUMENTS = ("previous_chunk", "bidirectional_mask", "sinks", "indexer_mask", "compressed_mask")
 _ATTRIBUTES = ("attn_logits_soft_cap", "float32_qk_product", "kv_quant", "is_absorbed_mqa")
-BLOCK = 512
+BLOCK = 512  # queries
 
 
 @contextlib.contextmanager
 def install(block: int = BLOCK) -> Iterator[None]:
-    """While this is open, MaxText traces `attention: dot_product` of training in blocks.
-
-    Args:
-        block: Queries of a block.
-    """
+    """While this is open, MaxText traces `attention: dot_product` of training in blocks."""
     from maxtext.layers.attention_op import AttentionOp
 
     blocks = _replacement(AttentionOp.apply_attention_dot, block)
@@ -81,12 +77,7 @@ def _check(layer: Any, given: dict[str, Any]) -> None:
 def attend(query: Any, key: Any, value: Any, segments: Any = None, block: int = BLOCK) -> Any:
     """Causal attention of query [B, T, H, h] (scaled already), key and value [B, T, K, h].
 
-    Args:
-        query: H is a multiple of K.
-        key: Of as many positions as query.
-        value: As key.
-        segments: [B, T], or None; positions attend within their own only.
-        block: Queries of a block.
+    H is a multiple of K. With segments [B, T] positions attend within their own only.
     """
     batch, length, heads, size = query.shape
     groups = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moeconv_train import run_dir
-from moeconv_train.preflight.target import DEFAULT_FRACTION, MEMORY_FRACTION
+from moeconv_train.preflight.target import DEFAULT_FRACTION, FRACTIONS, MEMORY_FRACTION
 from moeconv_train.words import first_line
 
 from moeconv.arch.sidecar import METRICS_NAME
@@ -51,8 +51,7 @@ def explained(log: Path, directory: Path) -> Iterator[None]:
 
 def _sentence(error: Exception, log: Path) -> str:
     if _OUTSIDE.search(str(error)):
-        names = (MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")
-        name = next(filter(os.environ.get, names), MEMORY_FRACTION)
+        name = next(filter(os.environ.get, FRACTIONS), MEMORY_FRACTION)
         fraction = os.environ.get(name, DEFAULT_FRACTION)
         return (
             f"CUDA, NCCL or cuBLAS found no memory beside JAX's ({first_line(error)}); set "

@@ -74,12 +74,9 @@ class Feed:
 
 
 def find(config: Mapping[str, Any], recipe: Recipe, output: Path) -> Feed:
-    """Decides, without reading anything but what is prepared already.
+    """Decides by all of MaxText's settings, reading nothing but what is prepared already.
 
-    Args:
-        config: All MaxText settings.
-        recipe: The run's, which says of each whether it was told on the command line.
-        output: MaxText's base_output_directory.
+    Where nothing says otherwise, rows lie below `output`, MaxText's base_output_directory.
 
     Raises:
         ConfigError: What lies in the directory is no whole dataset.
@@ -109,8 +106,9 @@ def find(config: Mapping[str, Any], recipe: Recipe, output: Path) -> Feed:
     length = int(config["max_target_length"])
     if length < 2:
         raise UsageError(f"max_target_length={length}: a row needs at least 2 tokens")
-    directory = Path(settings.directory or output / "data" / _slug(settings, length))
-    directory = directory.expanduser().absolute()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(settings.source)).name).strip("-.").lower()
+    default = output / "data" / f"{name or 'data'}-{length}"
+    directory = Path(settings.directory or default).expanduser().absolute()
     there = (directory / NAME).exists() or not settings.source
     return Feed("prepared", settings, directory, DataSet.read(directory) if there else None)
 
@@ -128,12 +126,6 @@ def _named_by(keys: tuple[str, ...], config: Mapping[str, Any], recipe: Recipe) 
     if any(key in recipe.given for key in naming) and not any(key in recipe.told for key in ours):
         return True
     raise UsageError(f"{naming[0]} and run.{ours[0]}: both name data; leave one of them out")
-
-
-def _slug(settings: DataSettings, length: int) -> str:
-    """A folder's name for a source, at this row length."""
-    name = Path(str(settings.source)).name
-    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-.').lower() or 'data'}-{length}"
 
 
 def prepare(
@@ -166,9 +158,7 @@ def prepare(
 def hf_settings(config: Mapping[str, Any], settings: DataSettings) -> dict[str, Any]:
     """MaxText's settings to tokenise while it trains (docs/data.md).
 
-    Args:
-        config: MaxText's. Its `hf_path` and `hf_train_files`, if there are any, name the data.
-        settings: Whose `source` does otherwise.
+    Its own `hf_path` and `hf_train_files`, if there are any, name the data, else `settings.source`.
     """
     if config["hf_path"] or config["hf_train_files"]:
         evaluated = config["hf_eval_split"] or config["hf_eval_files"]
@@ -236,8 +226,7 @@ def sample(feed: Feed) -> list[str]:
     from tokenizers import Tokenizer
 
     dataset = feed.dataset
-    raw = read_inside(dataset.directory / TOKENIZER, "tokenizer.json")
-    tokenizer = Tokenizer.from_buffer(raw)
+    tokenizer = Tokenizer.from_buffer(read_inside(dataset.directory / TOKENIZER, "tokenizer.json"))
     split = VALIDATION if dataset.counts(VALIDATION).rows else TRAIN
     stories = (
         tokenizer.decode(story.tolist()).strip()

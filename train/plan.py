@@ -51,11 +51,6 @@ class Plan:
         return self.recipe.run
 
     @property
-    def devices(self) -> int:
-        """How many devices the mesh spans."""
-        return self.target.devices
-
-    @property
     def settings(self) -> dict[str, Any]:
         """What MaxText is given over the config file."""
         return {**self.recipe.given, **self.derived, **self.mended}
@@ -102,7 +97,7 @@ class Plan:
     def batch(self) -> int:
         """Rows of a step."""
         # As MaxText counts them (types.py `calculate_global_batch_sizes`).
-        rows = float(self.config["per_device_batch_size"]) * self.devices
+        rows = float(self.config["per_device_batch_size"]) * self.target.devices
         return int(rows) * int(self.config["gradient_accumulation_steps"])
 
     @property
@@ -144,20 +139,8 @@ class Plan:
         return (self.run.loss_scale.mode or default) != "off"
 
 
-def target_of(config: Mapping[str, Any], found: Target | None) -> Target:
-    """The devices of a config: this machine's GPUs, two T4s where it has none, or the CPU."""
-    if config["hardware"] == "cpu":
-        return Target("this CPU", mesh_devices(config))
-    return found or T4X2
-
-
 def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan:
-    """The plan of a recipe on a machine with these GPUs.
-
-    Args:
-        recipe: The config and what was said over it.
-        found: The GPUs of this machine.
-        feed: The rows, where they were prepared in the meantime.
+    """The plan of a recipe on a machine with these GPUs; `feed` if rows were prepared since.
 
     Raises:
         ConfigError: Model and data do not fit each other.
@@ -197,7 +180,9 @@ def make(recipe: Recipe, found: Target | None, feed: Feed | None = None) -> Plan
         derived["run_name"] = name
     derived["skip_jax_distributed_system"] = True  # one host
     derived["base_output_directory"] = str(output.absolute())
-    target = target_of(config, found)
+    target = found or T4X2
+    if config["hardware"] == "cpu":
+        target = Target("this CPU", mesh_devices(config))
     feed = feed or feeds.find(config, recipe, output.absolute())
     plan = Plan(recipe, target, feed, derived, notes=tuple(notes))
     if plan.scales_loss:
@@ -256,7 +241,7 @@ def _counted(plan: Plan) -> Plan:
     available = dataset.steps_for_epochs(epochs, batch)
     steps = available if run.epochs and "steps" not in given else plan.steps
     found |= {"num_epoch": epochs, "steps": steps}
-    found |= evaluations(plan, dataset.eval_batches(batch) > 0, steps, available / epochs)
+    found |= evaluations(plan, dataset.counts(VALIDATION).rows > 0, steps, available / epochs)
     kept = {key: value for key, value in found.items() if key not in given}
     notes = plan.notes
     if not dataset.counts(VALIDATION).rows:

@@ -110,12 +110,9 @@ def run_file_of(config: Path) -> Path:
 def read_settings(
     file: Path | None, overrides: Mapping[str, str], given: Collection[str] = ()
 ) -> RunFile:
-    """The run file, if there is one, with `run.…=value` over it.
+    """The run file, if there is one, with the command line's `run.…=value` over it.
 
-    Args:
-        file: The run file.
-        overrides: `run.…` settings of the command line.
-        given: Names of MaxText's own there.
+    `given` are the names of MaxText's own settings there, which may replace what has a license.
 
     Raises:
         ConfigError: The file is not YAML, or a field of it is wrong.

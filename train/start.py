@@ -88,7 +88,7 @@ def describe(plan: Plan) -> str:
     elif plan.feed.kind == "prepared" and plan.run.epochs and "steps" not in plan.recipe.given:
         steps += f", until they are counted for run.epochs={plan.run.epochs}"
     parts.append(steps)
-    parts.append(f"{plan.config['dtype']} on {plan.devices} devices of {plan.target.name}")
+    parts.append(f"{plan.config['dtype']} on {plan.target.devices} devices of {plan.target.name}")
     patches = {name: on for name, on in plan.patches.items() if name != "loss_scale"}
     if chosen := [f"{name}={str(on).lower()}" for name, on in patches.items()]:
         parts.append(f"with {', '.join(chosen)}")
@@ -102,7 +102,7 @@ def facts(plan: Plan) -> Mapping[str, Any]:
         "recipe": plan.recipe.name,
         "run_dir": str(plan.run_dir),
         "target": plan.target.name,
-        "devices": plan.devices,
+        "devices": plan.target.devices,
         "parameters": size.total if size else None,
         "active_parameters": size.active if size else None,
         "data": {

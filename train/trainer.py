@@ -185,7 +185,7 @@ def initialize(plan: Plan) -> tuple[Any, Any]:
     if plan.steps_per_epoch and counted != plan.batch:
         raise ConfigError(
             f"MaxText loads {counted} rows a step on the devices it finds, and {plan.batch} were "
-            f"expected: the mesh of this config spans {plan.devices} devices"
+            f"expected: the mesh of this config spans {plan.target.devices} devices"
         )
     return config, recorder
 

@@ -7,6 +7,7 @@ user's cache directory; only transformers 5 is that of the tests. The reference 
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -105,11 +106,12 @@ class Converted:
 @pytest.fixture(scope="module")
 def converted(maxtext_lab, tmp_path_factory) -> dict[str, Converted]:
     """Every model, converted, with MaxText's logits beside it."""
-    from moeconv_train.tokenizer import read_stories, save_tokenizer, train_tokenizer
+    from moeconv_train.tokenizer import read_stories
 
     root = tmp_path_factory.mktemp("consumers")
-    tokenizer = train_tokenizer(read_stories(), SIZES["vocab_size"])
-    save_tokenizer(tokenizer, root / "tokenizer")
+    corpus = runpy.run_path(str(HERE.parents[1] / "tools" / "make_corpus.py"))
+    tokenizer = corpus["train_tokenizer"](read_stories(), SIZES["vocab_size"])
+    corpus["save_tokenizer"](tokenizer, root / "tokenizer")
     models = {}
     for name, (parts, options) in MODELS.items():
         checkpoint = maxtext_lab.checkpoint(*parts, SIZES)

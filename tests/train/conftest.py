@@ -1,11 +1,12 @@
 """Data that are prepared once a session."""
 
+import shutil
+
 import pytest
-from data_lab import STORIES
 from moeconv_train import feed
 from moeconv_train.data import PrepareOptions
 from moeconv_train.settings import EMBEDDED, DataSettings
-from moeconv_train.tokenizer import save_tokenizer, train_tokenizer
+from moeconv_train.tokenizer import TOKENIZER
 
 
 @pytest.fixture(scope="session")
@@ -18,9 +19,7 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(STORIES), directory)
-    return directory
+    return shutil.copytree(TOKENIZER, tmp_path_factory.mktemp("tokenizer"), dirs_exist_ok=True)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import shutil
 import threading
 import urllib.parse
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import cli_runner
 import huggingface_hub
 import pytest
 from huggingface_hub.utils import close_session
-from moeconv_train.tokenizer import read_stories, save_tokenizer, train_tokenizer
+from moeconv_train.tokenizer import TOKENIZER, read_stories
 
 pytest.importorskip("array_record")
 
@@ -139,9 +140,7 @@ def hub():
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tokenizer")
-    save_tokenizer(train_tokenizer(STORIES), directory)
-    return directory
+    return shutil.copytree(TOKENIZER, tmp_path_factory.mktemp("tokenizer"), dirs_exist_ok=True)
 
 
 def words(out, tokenizer, *more, source="some/stories"):

@@ -1,13 +1,14 @@
 """Tokenising: Llama-3's own ids, special tokens in a text as text."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 from moeconv_train import feed
 from moeconv_train.data import tokens
 from moeconv_train.settings import DataSettings
-from moeconv_train.tokenizer import read_stories, save_tokenizer, train_tokenizer
+from moeconv_train.tokenizer import TOKENIZER, read_stories
 
 from moeconv.errors import TokenizerError
 
@@ -25,8 +26,7 @@ def tiny(tmp_path):
     """A tokenizer directory whose `tokenizer_config.json` can be changed."""
 
     def make(**changes):
-        directory = tmp_path / "tokenizer"
-        save_tokenizer(train_tokenizer(STORIES), directory)
+        directory = shutil.copytree(TOKENIZER, tmp_path / "tokenizer", dirs_exist_ok=True)
         path = directory / "tokenizer_config.json"
         config = json.loads(path.read_text()) | changes
         path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))

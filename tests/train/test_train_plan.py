@@ -21,7 +21,7 @@ from moeconv.errors import ConfigError, OutputError, TimeLimitError, UsageError
 
 def test_the_default_run_is_for_two_t4s_wherever_it_is_planned():
     made = planned()
-    assert made.target == T4X2 and made.devices == 2 and made.batch == 8
+    assert made.target == T4X2 and made.target.devices == 2 and made.batch == 8
     assert made.tokens_per_step == 16_384
     assert made.run_dir == Path("runs", "llama3-moe-200m").absolute()
     assert made.settings["enable_wandb"] is True

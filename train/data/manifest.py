@@ -239,10 +239,6 @@ class DataSet:
         """
         return -(-epochs * self.counts(TRAIN).rows // global_batch)
 
-    def eval_batches(self, global_batch: int) -> int:
-        """Batches of one whole evaluation (MaxText's `eval_steps=-1`)."""
-        return -(-self.counts(VALIDATION).rows // global_batch)
-
     def shards(self, split: str) -> Iterator[Path]:
         """The files of a split, in the order in which they are read."""
         for shard in self.manifest.shards:

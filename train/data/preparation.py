@@ -33,17 +33,13 @@ from moeconv.errors import OutputError, UsageError
 from moeconv.untrusted.text import printable
 
 
-def _ignore(_: object) -> None:
-    pass
-
-
 def prepare_dataset(
     name: str,
     out: Path,
     options: PrepareOptions,
     *,
-    progress: Callable[[str], None] = _ignore,
-    note: Callable[[str], None] = _ignore,
+    progress: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
     quiet: bool = True,
 ) -> DataSet:
     """Prepares a dataset in `out`, or opens it where the same was prepared before.

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from moeconv_train.data.manifest import TokenizerRecord
-from moeconv_train.tokenizer import EMBEDDED, read_stories, tokenizer_files, train_tokenizer
+from moeconv_train.tokenizer import EMBEDDED
+from moeconv_train.tokenizer import TOKENIZER as EMBEDDED_TOKENIZER
 from tokenizers import Tokenizer
 
 from moeconv.errors import TokenizerError
-from moeconv.hf.tokenizer import read_tokenizer, tokenizer_of
+from moeconv.hf.tokenizer import read_tokenizer
 
 LLAMA3 = "llama3"
 # Ships with maxtext; the digest is of the file that Meta published and 0.2.5 holds.
@@ -62,11 +63,10 @@ def load(spec: str) -> DataTokenizer:
     Raises:
         TokenizerError: It cannot be read, or names no BOS or EOS.
     """
-    if spec == EMBEDDED:
-        files = tokenizer_files(train_tokenizer(read_stories()))
-        read = tokenizer_of(files, spec, "directory", model_max_length=None)
-    else:
-        read = read_tokenizer(str(_llama3()) if spec == LLAMA3 else spec, model_max_length=None)
+    place = spec
+    if spec in (EMBEDDED, LLAMA3):
+        place = str(EMBEDDED_TOKENIZER if spec == EMBEDDED else _llama3())
+    read = read_tokenizer(place, model_max_length=None)
     bos, eos = read.bos_token_id, read.eos_token_id
     if bos is None or eos is None:
         missing = [name for name, id in (("bos_token", bos), ("eos_token", eos)) if id is None]

@@ -28,10 +28,12 @@ def logged(path: Path) -> Iterator[IO[str]]:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         saved = {fd: os.dup(fd) for fd in (1, 2)}
-        stack.callback(_put_back, saved)
+        for fd, copy in saved.items():  # called last to first
+            stack.callback(os.close, copy)
+            stack.callback(os.dup2, copy, fd)
         if _descriptor(user) == 2:
-            copy = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
-            user = stack.enter_context(copy)
+            own = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")
+            user = stack.enter_context(own)
         for fd in saved:
             os.dup2(log.fileno(), fd)
         stack.enter_context(contextlib.redirect_stdout(log))
@@ -52,9 +54,3 @@ def _descriptor(stream: IO[str]) -> int | None:
         return stream.fileno()
     except (AttributeError, OSError, io.UnsupportedOperation):
         return None
-
-
-def _put_back(saved: dict[int, int]) -> None:
-    for fd, copy in saved.items():
-        os.dup2(copy, fd)
-        os.close(copy)

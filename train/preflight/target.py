@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # jaxlib/xla_client.py `generate_pjrt_gpu_plugin_options`: the second is deprecated, both together
 # an error, which jax's discovery of plugins swallows.
 MEMORY_FRACTION, DEFAULT_FRACTION = "XLA_CLIENT_MEM_FRACTION", 0.88
-_FRACTIONS = (MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")
+FRACTIONS = (MEMORY_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")
 _SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
 
 
@@ -94,7 +94,7 @@ def memory_fraction(patches: Mapping[str, Any]) -> float:
     Raises:
         ConfigError: It is no number, or is said in both of JAX's ways.
     """
-    told = {name: os.environ[name] for name in _FRACTIONS if os.environ.get(name)}
+    told = {name: os.environ[name] for name in FRACTIONS if os.environ.get(name)}
     if len(told) > 1:
         raise ConfigError(f"{' and '.join(told)} are both set, which JAX refuses; unset the latter")
     for name, text in told.items():
@@ -116,7 +116,7 @@ def gpu_environment(patches: Mapping[str, Any]) -> dict[str, str]:
         ConfigError: See `memory_fraction`.
     """
     fraction, flags = memory_fraction(patches), os.environ.get("XLA_FLAGS", "")
-    found = {} if any(map(os.environ.get, _FRACTIONS)) else {MEMORY_FRACTION: str(fraction)}
+    found = {} if any(map(os.environ.get, FRACTIONS)) else {MEMORY_FRACTION: str(fraction)}
     if _SCHEDULER not in flags:
         found["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=true".strip()
     return found
@@ -131,7 +131,7 @@ def environment(plan: "Plan") -> Iterator[None]:
         flag = "--xla_force_host_platform_device_count"
         flags = os.environ.get("XLA_FLAGS", "")
         if flag not in flags:
-            values["XLA_FLAGS"] = f"{flags} {flag}={plan.devices}".strip()
+            values["XLA_FLAGS"] = f"{flags} {flag}={plan.target.devices}".strip()
     elif str(plan.config["hardware"]).startswith("gpu"):
         values |= gpu_environment(plan.patches)
         # Left to itself JAX takes the CPU where CUDA fails. MaxText puts some arrays on the CPU.
