@@ -116,10 +116,11 @@ def test_a_run_leaves_what_is_promised(whole, output):
 def test_weights_and_biases_sees_every_step_once_and_the_evaluation_in_its_place(
     whole, output, wandb
 ):
-    (ours,) = wandb.calls
+    ours, maxtexts = wandb.calls
     assert (ours["project"], ours["name"]) == ("p", "whole")
     assert ours["id"] == (output / "whole" / "wandb-run-id.txt").read_text().strip()
     assert ours["config"]["decoder_block"] == "envy" and str(output) not in str(ours["config"])
+    assert maxtexts == {"project": "p", "name": "whole", "resume": "allow"}
     steps = [step for step, content in wandb.logged if "learning/loss" in content]
     assert steps == list(range(STEPS))
     evaluated = [step for step, content in wandb.logged if "eval/avg_loss" in content]
