@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -79,15 +80,15 @@ def test_interrupted_while_a_chunk_is_decoded(tiny, tmp_path, monkeypatch, times
     assert set(threading.enumerate()) <= before
 
 
-def test_interrupted_before_it_begins(tiny, tmp_path):
+def test_interrupted_before_it_begins(tmp_path):
     """Ctrl-C while the checkpoint is being looked at."""
-    source = tmp_path / "pipe" / "_METADATA"
-    source.parent.mkdir()
-    os.mkfifo(source)
-    process = cli_runner.spawn("convert", source.parent, tmp_path / "out")
-    with source.open("wb"):  # it waits in reading this
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+    with socket.create_server(("127.0.0.1", 0)) as store:  # one that takes calls and never answers
+        address = f"http://127.0.0.1:{store.getsockname()[1]}/run"
+        process = cli_runner.spawn("convert", address, tmp_path / "out", "--quiet")
+        call, _ = store.accept()
+        with call:
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
     assert (process.returncode, err.split()) == (130, ["interrupted"])
 
 
