@@ -83,7 +83,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             subject.layout,
             subject.step,
             options.config,
-            [*subject.manifest.accepted_keys, *options.accept],
+            subject.manifest.accepted_keys,
         )
         try:
             described = check_description("logits", subject, config)
@@ -100,7 +100,6 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             side=options.side,
             origin=reference.origin,
             independent=reference.independent,
-            accepted=config.told.accepted if config else (),
         ),
         *described,
         *parity_checks("logits", parity, reference=reference.name),
