@@ -145,7 +145,7 @@ def build_layout(
         ]
         places.sort(key=lambda place: segment.order(*place))
         modules = [(segment.modules[position], number) for position, number in places]
-        cycle = size if segment.stacked else cycle
+        cycle = max(cycle, size) if segment.stacked else cycle
         alone = sum(not module.nested for module, _ in modules)
         widths = [size - alone if module.nested else 1 for module, _ in modules]
         held = layers_of(widths, depth, first)

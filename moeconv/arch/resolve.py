@@ -10,7 +10,7 @@ from moeconv.arch.fields import FIELDS, SHAPE_KEYS
 from moeconv.arch.keys import verdicts
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.arch.parameters import AXES
-from moeconv.arch.stacks import CYCLED
+from moeconv.arch.stacks import CYCLED, NESTED, STACKED
 from moeconv.arch.told import CHANGED, TOKEN_IDS, ToldConfig, maxtext_defaults
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
@@ -145,7 +145,7 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
     sizes: dict[str, tuple[int, StoredParameter]] = {}
     for array in layout.arrays:
         for axis, size in zip(array.axes, array.shape, strict=True):
-            if axis == "L":
+            if axis in (STACKED, NESTED):
                 continue
             seen = sizes.setdefault(axis, (size, array))
             if seen[0] != size:

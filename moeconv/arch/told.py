@@ -25,6 +25,8 @@ from moeconv.untrusted.files import is_file, read_inside, read_regular
 
 _ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
 
+# A further pair within what may be one value.
+_INNER = re.compile(r"[\s;,&|]([A-Za-z_][\w.]*)\s*=(?!=)", re.ASCII)
 _PAIR = re.compile(r"[A-Za-z_][\w.]*\s*=", re.ASCII)
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -155,6 +157,7 @@ def _pairs(text: str, ignored: list[str]) -> list[str]:
     Raises:
         ConfigError: It is neither, or a command line that names a config file of its own.
     """
+    text = re.sub(r"\\\r?\n", " ", text)  # a line that goes on, as pasted
     try:
         words = shlex.split(text)
     except ValueError:  # a quote that is a value's
@@ -172,6 +175,13 @@ def _pairs(text: str, ignored: list[str]) -> list[str]:
             return words[first:]
     if not _PAIR.match(text.strip()):
         raise ConfigError(f"--set {short(repr(text))} is not of the form key=value")
+    # A command line with more in it than such pairs must not lose what follows its first one.
+    inner = _INNER.findall(text.partition("=")[2])
+    if lost := [name for name in inner if name in keys() or name in known_keys()]:
+        raise ConfigError(
+            f"--set {short(repr(text))}: {lost[0]} would be lost; quote values with spaces, and "
+            "leave out what is not key=value"
+        )
     return [text]
 
 
@@ -214,14 +224,15 @@ def known_keys() -> frozenset[str]:
     return frozenset({*deciding, *maxtext_defaults()["base"], *SCALED_KEYS, *TOKEN_IDS})
 
 
-def check_spelling(content: Mapping[Any, Any], where: str) -> None:
+def check_spelling(content: Mapping[Any, Any], where: str, accept: Collection[str] = ()) -> None:
     """Refuses a key that nearly decides a conversion; what other releases know is let pass.
 
     Raises:
         ConfigError: Names the key, and the one that is meant; or nearly all keys are foreign.
     """
     names = known_keys()
-    foreign = [key for key in map(str, content) if key not in names and key not in keys()]
+    known = names | keys().keys() | set(accept)
+    foreign = [key for key in map(str, content) if key not in known]
     if len(foreign) > _FOREIGN_LIMIT:
         raise ConfigError(
             f"{where}: holds {len(foreign)} keys that no MaxText has ({short(foreign[0])}, …), so "
@@ -230,7 +241,10 @@ def check_spelling(content: Mapping[Any, Any], where: str) -> None:
     for key in foreign:
         plain = key.strip().lower().replace("-", "_").replace(" ", "_")
         if near := difflib.get_close_matches(plain, names, 1, _MISSPELT):
-            raise ConfigError(f"{where}: MaxText has no {short(key)}; did you mean {near[0]}?")
+            raise ConfigError(
+                f"{where}: MaxText has no {short(key)}; did you mean {near[0]}? If it is another "
+                f"setting, which does not change the model, pass --accept-key {short(key)}"
+            )
 
 
 def from_config_file(path: Path) -> dict[str, Told]:
@@ -270,7 +284,6 @@ def _load(path: Path, seen: set[Path], folder: Path | None = None) -> dict[str, 
         raise ConfigError(
             f"--config {path} holds no `key: value` lines, so it is no MaxText config"
         )
-    check_spelling(content, f"--config {path}")
     parent = content.get("base_config")
     if not parent or Path(str(parent)).name == "base.yml":
         return content
@@ -307,7 +320,7 @@ def from_mapping(
         ConfigError: A key is misspelt, or of no MaxText that is known and not in `accept`, or it
             names a model that MaxText does not ship.
     """
-    check_spelling(content, provenance.detail)
+    check_spelling(content, provenance.detail, accept)
     if strange := unknown_keys({str(key) for key in content} - set(TOKEN_IDS), accept):
         listed = ", ".join(short(key) for key in strange[:20])
         raise ConfigError(

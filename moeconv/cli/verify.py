@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from moeconv.cli.options import JSON, QUIET, LocalPath, output_of
+from moeconv.cli.options import ACCEPT, JSON, QUIET, LocalPath, output_of
 from moeconv.cli.streams import say
 from moeconv.errors import MoeconvError
 
@@ -38,6 +38,7 @@ FAILED, COULD_NOT_RUN = 1, 2
     help="MaxText YAML that the reference is built from. Default: the run's sidecar, else what "
     "the manifest says the conversion was told.",
 )
+@ACCEPT
 @click.option(
     "--against",
     metavar="maxtext|hf:DIR",
@@ -102,6 +103,7 @@ def command(
     out: Path,
     source: str | None,
     config: Path | None,
+    accept: tuple[str, ...],
     against: str,
     level: str,
     prompts: Path | None,
@@ -138,6 +140,7 @@ def command(
                 dtype=dtype,
                 against=parse_against(against),
                 config=config,
+                accept=accept,
             ),
             skip=level == "all",
         )

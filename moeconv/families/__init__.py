@@ -14,6 +14,7 @@ from types import ModuleType
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import AXES
 from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.mapping.edges import cannot_hold
 from moeconv.mapping.rules import Target
@@ -33,7 +34,7 @@ def pages() -> tuple[ModuleType, ...]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
             found.append(importlib.import_module(entry.value))
-        except Exception as error:  # whatever a stranger's module raises
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
             raise ConfigError(
                 f"the page {entry.name} ({entry.value}), which an installed package adds to "
                 f"moeconv, cannot be imported: {type(error).__name__}: {error}"
@@ -43,8 +44,26 @@ def pages() -> tuple[ModuleType, ...]:
 
 @cache
 def blocks() -> Mapping[str, Block]:
-    """Every decoder block, by the name that MaxText has for it."""
-    return _of_type(Block)
+    """Every decoder block, by the name that MaxText has for it.
+
+    Raises:
+        ConfigError: A page has a block that cannot be used.
+    """
+    found = _of_type(Block)
+    for block in found.values():
+        axes = {axis for parameter in block.parameters().values() for axis in parameter.axes}
+        wrong = [
+            *(
+                f"target {name}, which no page has"
+                for name in block.targets
+                if name not in targets()
+            ),
+            *(f"axis {axis}, which has no meaning" for axis in sorted(axes - AXES.keys())),
+            *(["a name with capitals"] if block.name != block.name.lower() else []),
+        ]
+        if wrong:
+            raise ConfigError(f"the page of decoder_block={block.name} has a {wrong[0]}")
+    return found
 
 
 @cache

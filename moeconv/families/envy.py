@@ -44,6 +44,7 @@ BLOCK = Block(
     query_scale_in_kernel=False,  # it passes `query_pre_attn_scalar`
     config=_config,
     taps=Taps(mlp={"dense": "mlp", "moe": "MoeBlock_0"}),
+    honours={"norm_topk_prob": (True,)},  # as it always does
     idle=IDLE | IDLE_MOE,
     warns={**DROPS_TOKENS, **QUANTISES},
 )

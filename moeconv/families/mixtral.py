@@ -41,6 +41,7 @@ BLOCK = Block(
     targets=("mixtral", "ernie4_5_moe"),
     expert_width="mlp_dim",  # models/mixtral.py
     taps=Taps(mlp={"moe": "MoeBlock_0"}),
+    honours={"norm_topk_prob": (True,)},  # as it always does
     idle=IDLE | IDLE_MOE | {"use_qk_norm"},
     warns={**DROPS_TOKENS, **QUANTISES},
 )

@@ -35,6 +35,7 @@ BLOCK = Block(
     targets=("qwen3_moe",),
     query_scale_in_kernel=False,
     shown={"use_qk_norm": "qk_norm"},
+    honours={"norm_topk_prob": (True,)},  # as it always does
     idle=IDLE | IDLE_MOE | {"mrope_section"},
     warns={**DROPS_TOKENS, **QUANTISES},
     taps=Taps(mlp={"moe": "moe_block"}),

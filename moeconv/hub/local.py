@@ -14,7 +14,9 @@ from moeconv.arch.description import ModelDescription
 from moeconv.convert.beside import is_output_name
 from moeconv.convert.manifest import MANIFEST_NAME, Manifest
 from moeconv.errors import NotACheckpointError, OutputError
+from moeconv.families import targets
 from moeconv.hub.weights import Weights
+from moeconv.mapping.edges import cannot_hold
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import is_file, read_inside
 from moeconv.untrusted.text import printable
@@ -128,7 +130,9 @@ class Output:
                 )
             demand_plain(content)
             manifest = Manifest.model_validate(content)
-            manifest.description()  # what describes no model is no manifest
+            # What describes no model, or one that its target cannot hold, is no manifest.
+            if reason := cannot_hold(targets()[manifest.target], manifest.description()):
+                raise ValueError(reason)
         except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"

@@ -108,7 +108,7 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             subject.layout,
             subject.step,
             options.config,
-            subject.manifest.accepted_keys,
+            [*subject.manifest.accepted_keys, *options.accept],
         )
         try:
             described = check_description("layers", subject, config)
@@ -122,6 +122,7 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             side=options.side,
             origin=sides.origin,
             independent=sides.independent,
+            accepted=config.told.accepted if config else (),
         )
         right, own = sides.reference.num_layers, candidate.num_layers
         if right != own:  # the shorter one would be found right as far as it goes

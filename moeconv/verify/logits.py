@@ -83,7 +83,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             subject.layout,
             subject.step,
             options.config,
-            subject.manifest.accepted_keys,
+            [*subject.manifest.accepted_keys, *options.accept],
         )
         try:
             described = check_description("logits", subject, config)
@@ -100,6 +100,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             side=options.side,
             origin=reference.origin,
             independent=reference.independent,
+            accepted=config.told.accepted if config else (),
         ),
         *described,
         *parity_checks("logits", parity, reference=reference.name),

@@ -121,7 +121,15 @@ def reference_config(
     return ReferenceConfig(model, layout, step, content, told, origin)
 
 
-def reference_check(level: Level, name: str, *, side: str, origin: str, independent: bool) -> Check:
+def reference_check(
+    level: Level,
+    name: str,
+    *,
+    side: str,
+    origin: str,
+    independent: bool,
+    accepted: Sequence[str] = (),
+) -> Check:
     """What a level compared with.
 
     Args:
@@ -130,6 +138,7 @@ def reference_check(level: Level, name: str, *, side: str, origin: str, independ
         side: `maxtext` or `hf`.
         origin: See `ReferenceConfig`.
         independent: See `ReferenceConfig`; a warning where it is not.
+        accepted: Settings of the run's config that nobody knows; a warning where there are any.
     """
     summary = f"{name}, by {origin}"
     if not independent:
@@ -137,10 +146,12 @@ def reference_check(level: Level, name: str, *, side: str, origin: str, independ
             ": what the conversion was told wrong (rope_theta, say) is wrong there too and cannot "
             "be found; give the run's own config with --config"
         )
+    if accepted:
+        summary += f"; what {', '.join(accepted)} in its config means is not known"
     return Check(
         level=level,
         name="reference",
-        status=Status.PASS if independent else Status.WARN,
+        status=Status.PASS if independent and not accepted else Status.WARN,
         summary=summary,
         metrics={"against": side, "config": origin, "independent": independent},
     )

@@ -24,6 +24,7 @@ class ParityOptions:
         dtype: What the converted model is computed in.
         against: A Hugging Face model to compare with, None for MaxText.
         config: MaxText YAML of the run, None for its sidecar or the manifest.
+        accept: Settings of it that no known MaxText has, and that decide nothing.
         scratch: Where layers are laid out, None for the system's temporary folder.
     """
 
@@ -32,6 +33,7 @@ class ParityOptions:
     dtype: str = "float32"
     against: Path | None = None
     config: Path | None = None
+    accept: tuple[str, ...] = ()
     scratch: Path | None = None
 
     @property

@@ -29,7 +29,7 @@ from moeconv.errors import (
 from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
 from moeconv.hf.safetensors import TensorSpec, read_header
-from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
@@ -94,7 +94,8 @@ class Subject:
             stamps = {MANIFEST_NAME: first, **{n: stamp(out / n) for n in names}}
             subject = cls(out, manifest, source, stamps)
             # Read once here, so that what does not describe a model is a damaged manifest.
-            _ = subject.model, subject.family
+            if reason := cannot_hold(subject.family, subject.model):
+                raise ValueError(reason)
         except FileNotFoundError:
             raise NotACheckpointError(
                 f"{out} has no {MANIFEST_NAME}, so it was not written by moeconv convert"

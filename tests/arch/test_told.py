@@ -7,6 +7,7 @@ import pytest
 import yaml
 from moeconv_train import recipe
 
+from moeconv.arch import told as told_module
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import TOLD_KEYS
 from moeconv.arch.keys import function_keys, keys
@@ -16,7 +17,6 @@ from moeconv.arch.told import (
     from_flags,
     from_mapping,
     known_keys,
-    load_config_file,
     maxtext_defaults,
     tell,
 )
@@ -128,16 +128,14 @@ def test_packaged_keys_are_those_of_the_installed_maxtext():
 def test_a_misspelt_key_is_refused(tmp_path, key, meant):
     path = tmp_path / "typo.yml"
     path.write_text(f"{key}: 2\n")
-    words = rf"typo\.yml: MaxText has no {key}; did you mean {meant}\?"
-    # `verify` reads the file with load_config_file alone.
-    for read in (from_config_file, load_config_file):
-        with pytest.raises(ConfigError, match=words):
-            read(path)
-    with pytest.raises(ConfigError, match=rf"here: .*{meant}"):
+    words = rf"MaxText has no {key}; did you mean {meant}\?"
+    with pytest.raises(ConfigError, match=rf"typo\.yml: {words}"):
+        from_config_file(path)
+    with pytest.raises(ConfigError, match=rf"here: {words}"):
         from_mapping({key: 2}, HERE)
     below = tmp_path / "run.yml"
     below.write_text("base_config: typo.yml\n")
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=rf"run\.yml: {words}"):
         from_config_file(below)
     with pytest.raises(ConfigError, match=rf"--set.*{meant}" if "-" not in key else "key=value"):
         from_flags([f"{key}=2"])
@@ -230,3 +228,51 @@ def test_a_setting_that_nobody_knows_is_refused_until_it_is_accepted(key):
     told = tell({key: 1, "decoder_block": "mixtral"}, HERE, (), accept=[key, "steps"])
     assert told.accepted == (key,)
     assert key not in told
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "run_name=x rope_max_timescale=5e5 2>&1",
+        "run_name=x rope_max_timescale=5e5 | tee log",
+        "run_name=don't rope_max_timescale=5e5",
+        "run_name=$(date +%s) rope_max_timescale=5e5",
+        "steps=3;rope_max_timescale=5e5",
+    ],
+)
+def test_nothing_of_a_pasted_line_is_lost(line):
+    with pytest.raises(ConfigError, match="rope_max_timescale would be lost"):
+        from_flags([line])
+
+
+def test_a_line_that_goes_on_is_one():
+    told = from_flags(["python3 -m train base.yml run_name=x \\\n  rope_max_timescale=500000"])
+    assert told.value("rope_max_timescale") == 500_000
+
+
+def test_a_key_that_resembles_another_can_be_accepted():
+    with pytest.raises(
+        ConfigError, match=r"did you mean use_qk_norm\? .*--accept-key use_qk_norms"
+    ):
+        tell({"use_qk_norms": False}, HERE, ())
+    assert tell({"use_qk_norms": False}, HERE, (), ["use_qk_norms"]).accepted == ("use_qk_norms",)
+
+
+def test_a_neutral_value_is_neutral_as_it_is_read():
+    """A resolved config has the word none, which MaxText and we read as nothing."""
+    for name, key in function_keys().items():
+        for value in key.neutral:
+            assert key.is_neutral(told_module._plain(value)), name
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"rope_max_timescale": 10_000},
+        {"decoder_block": "qwen3"},
+        {"model_name": "llama3-8b"},
+        {"use_qk_norm": True},
+    ],
+)
+def test_a_section_may_not_tell_what_the_top_tells(section):
+    assert not keys()["student_overrides"].is_neutral(section)

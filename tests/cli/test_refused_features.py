@@ -16,7 +16,7 @@ from moeconv.errors import UnsupportedError
      ("mixtral", "rope_linear_scaling_factor", 4.0), ("mixtral", "moba", True),
      ("mixtral", "attention_type", "mla"), ("mixtral", "attention_sink", True),
      ("mixtral", "mlp_bias", True), ("mixtral", "routed_bias", True),
-     ("mixtral", "mhc_expansion_rate", 4)],
+     ("mixtral", "weight_sparsity_n", 2), ("mixtral", "mhc_expansion_rate", 4)],
 )  # fmt: skip
 def test_refused_features(made, tmp_path, block, key, value):
     checkpoint = made(tmp_path, block)

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from moeconv import families
 from moeconv.arch.keys import function_keys, keys_read
 from moeconv.arch.layout import detect_layout
 from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.errors import ConfigError, UnsupportedError
+from moeconv.errors import ConfigError, OutputError, UnsupportedError
+from moeconv.hub.local import Output
 from moeconv.verify.outcome import Status, worst
 from moeconv.verify.subject import Subject
 from moeconv.verify.weights import check_weights
@@ -151,6 +153,12 @@ def test_an_installed_package_adds_a_page(installed, tmp_path: Path) -> None:
         ("import nothing_of_the_kind", "page mine .my_pages.*cannot be imported: ModuleNotFound"),
         ("raise SystemError('no')", "cannot be imported: SystemError: no"),
         (PAGE.replace('name="mine"', 'name="llama2"', 1), "llama2 is the name of another page's"),
+        ("raise SystemExit(3)", "cannot be imported: SystemExit: 3"),
+        (
+            PAGE.replace('targets=("mine",)', 'targets=("gone",)'),
+            "mine has a target gone, which no",
+        ),
+        (PAGE.replace('name="mine", targets', 'name="Mine", targets'), "a name with capitals"),
     ],
 )
 def test_a_page_that_cannot_be_used_is_one_sentence(installed, text: str, words: str) -> None:
@@ -180,3 +188,31 @@ def test_a_family_that_nobody_looked_through_fails_closed(installed, tmp_path, s
             plan("mine")
     else:  # the page says that its code does not use it
         assert any("is ignored by this decoder block" in text for text in plan("mine").warnings)
+
+
+@pytest.mark.parametrize(
+    ("target", "kinds"),
+    [
+        ("ernie4_5_moe", ["dense"] * 4),
+        ("llama", None),
+        ("zzz", None),
+        ("", None),
+        ("llama\n", None),
+        ("mixtral", ["odd kind"] * 4),
+        ("mixtral", ["sliding moe"] * 4),
+    ],
+)
+def test_a_manifest_of_what_its_target_cannot_hold_is_none(tmp_path, target, kinds) -> None:
+    checkpoint = synthetic.write(tmp_path / "run", "envy")
+    options = ConvertOptions(config=checkpoint.config_file())
+    out = tmp_path / "out"
+    convert(plan_conversion(str(checkpoint.run), options), out)
+    content = json.loads((out / "moeconv.json").read_text())
+    content["target"] = target
+    if kinds is not None:
+        content["model"]["layer_kinds"]["value"] = kinds
+    (out / "moeconv.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="not a manifest that this moeconv can read"):
+        Subject.open(out)
+    with pytest.raises(OutputError, match="not a manifest that this moeconv can read"):
+        Output.open(out)
