@@ -75,6 +75,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
         MoeconvError: As `MaxTextModel.load` and `HfModel.load`.
     """
     described: list[Check] = []
+    accepted: tuple[str, ...] = ()
     if options.against is not None:
         reference = _hf_reference(subject, rows, options, options.against, note)
     else:
@@ -89,6 +90,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             described = check_description("logits", subject, config)
         except MoeconvError as error:
             return [failed("logits", "description", str(error))]
+        accepted = config.told.accepted
         reference = _maxtext_reference(subject, rows, options, config, note)
     note(f"transformers: {subject.out}, forward over {rows.tokens.size} positions")
     candidate = HfModel.load(subject.out, dtype=options.dtype, blame=CandidateError)
@@ -100,7 +102,7 @@ def check_logits(subject: Subject, rows: Rows, options: ParityOptions, note: Not
             side=options.side,
             origin=reference.origin,
             independent=reference.independent,
-            accepted=config.told.accepted if config else (),
+            accepted=accepted,
         ),
         *described,
         *parity_checks("logits", parity, reference=reference.name),
