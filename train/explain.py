@@ -11,8 +11,8 @@ from moeconv_train import run_dir
 from moeconv_train.preflight.target import DEFAULT_FRACTION, FRACTIONS, MEMORY_FRACTION
 from moeconv_train.words import first_line
 
-from moeconv.arch.sidecar import METRICS_NAME
 from moeconv.errors import MoeconvError, TrainingError
+from moeconv.maxtext.sidecar import METRICS_NAME
 
 # Memory that is not JAX's: the driver's, NCCL's (`Cuda failure 2 'out of memory'`), the handles and
 # workspaces of cuBLAS and cuDNN.

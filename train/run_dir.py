@@ -12,8 +12,6 @@ from moeconv_train.sidecar import versions
 from moeconv_train.words import first_line
 
 import moeconv
-from moeconv.arch.sidecar import SIDECAR_NAME, RunFacts, RunSidecar
-from moeconv.convert.lock import Lock
 from moeconv.errors import (
     ConfigError,
     MissingPackageError,
@@ -21,6 +19,8 @@ from moeconv.errors import (
     OutputError,
     UnsupportedError,
 )
+from moeconv.execution.lock import Lock
+from moeconv.maxtext.sidecar import SIDECAR_NAME, RunFacts, RunSidecar
 from moeconv.orbax.locate import locate
 from moeconv.untrusted import files, strict_json
 

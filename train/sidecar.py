@@ -1,6 +1,6 @@
 """The sidecar `moeconv.json` of a run: what its checkpoints do not say about the model.
 
-`moeconv.arch.sidecar.RunSidecar` reads it.
+`moeconv.maxtext.sidecar.RunSidecar` reads it.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 from moeconv_train.data.records import write_bytes
 
 import moeconv
-from moeconv.arch.sidecar import SIDECAR_NAME, RunFacts
+from moeconv.maxtext.sidecar import SIDECAR_NAME, RunFacts
 
 TOKENIZER = "tokenizer"
 SAMPLE = "sample.txt"

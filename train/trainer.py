@@ -24,10 +24,10 @@ from moeconv_train.sidecar import public_config, write_sidecar
 from moeconv_train.words import first_line
 from pydantic import BaseModel
 
-from moeconv.arch.sidecar import RunFacts, RunSidecar
-from moeconv.convert.run_record import read_run
 from moeconv.errors import ConfigError, MissingPackageError, TrainingError
 from moeconv.hub.plot import draw_losses
+from moeconv.maxtext.run_record import read_run
+from moeconv.maxtext.sidecar import RunFacts, RunSidecar
 from moeconv.orbax.locate import locate
 
 PLOT = "loss.png"

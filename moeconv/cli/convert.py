@@ -92,9 +92,9 @@ def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) 
     address of one; the newest complete step is taken unless one is named. OUT appears whole or not
     at all.
     """
-    from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-    from moeconv.convert.out import resolve_out
-    from moeconv.convert.sizes import format_size, parse_size
+    from moeconv.artifact.destination import resolve_out
+    from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+    from moeconv.sizes import format_size, parse_size
 
     output = output_of(json_mode, quiet)
     dry_run = options.pop("dry_run")
@@ -170,7 +170,7 @@ def describe_plan(prepared: Any) -> dict[str, Any]:
 def _print_plan(output: Output, report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from moeconv.convert.sizes import format_size
+    from moeconv.sizes import format_size
 
     table = Table(box=None, pad_edge=False)
     for heading in ("tensor", "shape", "dtype", "from", "by", "exact"):

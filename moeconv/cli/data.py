@@ -156,7 +156,7 @@ class _Report:
 
 
 def _print(output: Output, dataset: Any) -> None:
-    from moeconv.convert.sizes import format_size
+    from moeconv.sizes import format_size
 
     request = dataset.manifest.request
     size = sum(shard.bytes for shard in dataset.manifest.shards)

@@ -29,7 +29,7 @@ def command(
     CKPT is a run directory, its checkpoints/, a step, a step's items/, or a gs://, s3:// or http://
     address of one; the newest complete step is taken unless one is named.
     """
-    from moeconv.convert.source import open_checkpoint
+    from moeconv.maxtext.checkpoint import open_checkpoint
 
     output = output_of(json_mode)
     tell_of_store(output, ckpt)
@@ -103,7 +103,7 @@ def _print(output: Output, report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from moeconv.arch.resolve import missing_message
-    from moeconv.convert.sizes import format_size
+    from moeconv.sizes import format_size
 
     step = f", step {report['step']}" if report["step"] is not None else ""
     output.print(f"{report['checkpoint']}{step}")

@@ -114,7 +114,7 @@ class Meter:
 
     def report_now(self) -> None:
         """One plain line: done, total, rate, time left."""
-        from moeconv.convert.sizes import format_size
+        from moeconv.sizes import format_size
 
         done, total = self.read + self.written, self.read_total + self.write_total
         seconds = max(1e-3, time.monotonic() - self.begun)

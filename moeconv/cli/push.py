@@ -200,7 +200,7 @@ def _print_files(output: Output, changes: Any, *, known: bool = True) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from moeconv.convert.sizes import format_size
+    from moeconv.sizes import format_size
 
     table = Table(box=None, pad_edge=False)
     table.add_column("file", overflow="fold")

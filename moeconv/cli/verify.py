@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from moeconv.cli.output import Output
-    from moeconv.verify.report import Report
-    from moeconv.verify.run import Meter
-    from moeconv.verify.weights import Progress
+    from moeconv.verification.levels.weights import Progress
+    from moeconv.verification.report.report import Report
+    from moeconv.verification.run import Meter
 
 FAILED, COULD_NOT_RUN = 1, 2
 
@@ -124,11 +124,11 @@ def command(
     os.environ["JAX_PLATFORMS"] = "cpu"
     output = output_of(json_mode, quiet)
     try:
-        from moeconv.convert.sizes import parse_size
-        from moeconv.verify.outcome import Status
-        from moeconv.verify.run import LEVELS, VerifyOptions, verify
-        from moeconv.verify.settings import ParityOptions, parse_against
-        from moeconv.verify.written import demand_writable, earlier_report, write_report
+        from moeconv.sizes import parse_size
+        from moeconv.verification.checks import Status
+        from moeconv.verification.report.files import demand_writable, earlier_report, write_report
+        from moeconv.verification.run import LEVELS, VerifyOptions, verify
+        from moeconv.verification.settings import ParityOptions, parse_against
 
         options = VerifyOptions(
             levels=[name for name in LEVELS if level in (name, "all")],
@@ -167,7 +167,7 @@ def _no_verdict(why: str) -> NoReturn:
 
 def _tell(output: "Output", found: "Report", whole: "Report", files: list[Path]) -> None:
     """The verdict, for machines or for people."""
-    from moeconv.verify.markdown import verdict_line
+    from moeconv.verification.report.markdown import verdict_line
 
     output.data(found.model_dump(mode="json"))
     _print(output, found)
@@ -192,7 +192,7 @@ def _print(output: "Output", report: "Report") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from moeconv.verify.outcome import Status
+    from moeconv.verification.checks import Status
 
     colours = {Status.PASS: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
     table = Table(box=None, show_header=False, pad_edge=False)

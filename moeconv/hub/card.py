@@ -5,18 +5,18 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from moeconv.arch.counts import count
-from moeconv.convert.beside import LOSS_PLOT
-from moeconv.convert.run_record import RunRecord
+from moeconv.artifact.names import LOSS_PLOT
 from moeconv.families import blocks, targets
 from moeconv.hub.gate import Judgement
 from moeconv.hub.local import Output
 from moeconv.hub.public import own_paths, shorten, tail
 from moeconv.hub.usage import usage
-from moeconv.verify.markdown import verdict_line
-from moeconv.verify.outcome import Check, Status
-from moeconv.verify.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, parity_of
-from moeconv.verify.tables import code, plain, table
-from moeconv.verify.written import PAGE_NAME
+from moeconv.maxtext.run_record import RunRecord
+from moeconv.verification.checks import Check, Status
+from moeconv.verification.report.files import PAGE_NAME
+from moeconv.verification.report.markdown import verdict_line
+from moeconv.verification.report.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, parity_of
+from moeconv.verification.report.tables import code, plain, table
 
 _SETTINGS = {
     "global_batch_size_to_train_on": "sequences a step",

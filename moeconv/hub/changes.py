@@ -5,14 +5,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moeconv.convert.beside import LOSS_PLOT
-from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.artifact.manifest import MANIFEST_NAME
+from moeconv.artifact.names import LOSS_PLOT
 from moeconv.hub.local import File
 from moeconv.hub.remote import RemoteFile
 from moeconv.untrusted import strict_json
-from moeconv.verify.plots import PLOTS
-from moeconv.verify.report import REPORT_NAME
-from moeconv.verify.written import PAGE_NAME
+from moeconv.verification.report.files import PAGE_NAME
+from moeconv.verification.report.plots import PLOTS
+from moeconv.verification.report.report import REPORT_NAME
 
 Action = Literal["add", "replace", "same", "delete", "keep"]
 

@@ -12,14 +12,14 @@ whoever writes a report that is consistent in itself is believed.
 import hashlib
 from dataclasses import dataclass
 
-from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import UnverifiedError
 from moeconv.hub.local import Output
 from moeconv.untrusted.text import printable
-from moeconv.verify.markdown import verdict_line
-from moeconv.verify.outcome import CHECKS, Level, Status, passed, worst
-from moeconv.verify.plots import find
-from moeconv.verify.report import ENOUGH, REPORT_NAME, Report, levels_of
+from moeconv.verification.checks import CHECKS, Level, Status, passed, worst
+from moeconv.verification.report.markdown import verdict_line
+from moeconv.verification.report.plots import find
+from moeconv.verification.report.report import ENOUGH, REPORT_NAME, Report, levels_of
 
 _PROVEN = (Status.PASS, Status.WARN)
 _ALWAYS: tuple[Level, ...] = ("structure", "weights")

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
-from moeconv.convert.beside import is_output_name
-from moeconv.convert.manifest import MANIFEST_NAME, Manifest
+from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
+from moeconv.artifact.names import is_output_name
 from moeconv.errors import NotACheckpointError, OutputError
 from moeconv.families import targets
 from moeconv.hub.weights import Weights
@@ -20,9 +20,9 @@ from moeconv.mapping.edges import cannot_hold
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import is_file, read_inside
 from moeconv.untrusted.text import printable
-from moeconv.verify.markdown import to_markdown
-from moeconv.verify.outcome import first_line
-from moeconv.verify.report import REPORT_NAME, Report
+from moeconv.verification.checks import first_line
+from moeconv.verification.report.markdown import to_markdown
+from moeconv.verification.report.report import REPORT_NAME, Report
 
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Of a manifest or report: far more than a model of any size has.

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from moeconv.convert.run_record import Measured, RunRecord
+from moeconv.maxtext.run_record import Measured, RunRecord
 
 
 def has_curve(run: RunRecord | None) -> TypeGuard[RunRecord]:

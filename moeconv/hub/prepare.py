@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeconv.convert.beside import CARD_NAME, LEGAL, LOSS_PLOT, VERDICT
+from moeconv.artifact.names import CARD_NAME, LEGAL, LOSS_PLOT, VERDICT
 from moeconv.errors import OutputError, UsageError, to_install
 from moeconv.hf.safetensors import read_header
 from moeconv.hub.card import CardInput, card_body
@@ -16,8 +16,8 @@ from moeconv.hub.local import File, Output, is_own, newest_output, read_own
 from moeconv.hub.metadata import assemble, is_ours, join, make_metadata, renew
 from moeconv.hub.plot import draw_losses, has_curve
 from moeconv.hub.public import demand_sendable, machine_paths, public_files
-from moeconv.verify.plots import PLOTS
-from moeconv.verify.report import REPORT_NAME, Report
+from moeconv.verification.report.plots import PLOTS
+from moeconv.verification.report.report import REPORT_NAME, Report
 
 
 @dataclass(frozen=True)

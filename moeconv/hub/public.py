@@ -11,16 +11,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeconv.convert.manifest import MANIFEST_NAME
+from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
 from moeconv.hub.kinds import png_texts, unlike
 from moeconv.hub.local import File, Output
 from moeconv.hub.secrets import find_secret, own_values
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import without_access
-from moeconv.verify.markdown import to_markdown
-from moeconv.verify.report import REPORT_NAME, Report
-from moeconv.verify.written import PAGE_NAME
+from moeconv.verification.report.files import PAGE_NAME
+from moeconv.verification.report.markdown import to_markdown
+from moeconv.verification.report.report import REPORT_NAME, Report
 
 # A path from the root or from home, or an address; not `1/sqrt(D)`, not `models/models.py`.
 _PATH = re.compile(r"(?<![\w.~/-])(?:[a-z][a-z0-9+.-]{0,30}:/|~)?(?:/[^\s/:;,\"'()`|\]]+)+/?")

@@ -9,9 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from moeconv import __version__
-from moeconv.convert.beside import CARD_NAME
-from moeconv.convert.manifest import MANIFEST_NAME
-from moeconv.convert.sizes import format_size
+from moeconv.artifact.manifest import MANIFEST_NAME
+from moeconv.artifact.names import CARD_NAME
 from moeconv.errors import HubError, OutputError, UsageError
 from moeconv.hf.hub_address import Address, read_address, stranger_warning
 from moeconv.hf.hub_client import hub_client
@@ -34,6 +33,7 @@ from moeconv.hub.upload import (
     operations_of,
     send,
 )
+from moeconv.sizes import format_size
 
 
 @dataclass(frozen=True)

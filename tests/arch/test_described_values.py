@@ -6,9 +6,9 @@ import pytest
 import synthetic
 from pydantic import ValidationError
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.convert.manifest import Manifest
-from moeconv.verify.subject import Subject
+from moeconv.artifact.manifest import Manifest
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.verification.candidate import Subject
 
 
 @pytest.fixture(scope="module")

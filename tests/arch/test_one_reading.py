@@ -11,14 +11,14 @@ from cli_runner import moeconv
 
 from moeconv.arch.keys import keys
 from moeconv.arch.told import CHANGED, known_keys, maxtext_defaults
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.convert.source import open_checkpoint
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError
+from moeconv.maxtext.checkpoint import open_checkpoint
 from moeconv.orbax.locate import locate
-from moeconv.verify.described import check_description
-from moeconv.verify.outcome import Status
-from moeconv.verify.reference import reference_config
-from moeconv.verify.subject import Subject
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status
+from moeconv.verification.levels.config_parity import check_description
+from moeconv.verification.models.reference import reference_config
 
 # What a user writes over the sample's YAML (None: left out), and what MaxText makes of it.
 READINGS = {
@@ -124,7 +124,7 @@ def test_maxtext_reads_alike(made, tmp_path, name):
     """MaxText on the user's file, as in training, and on what verify gives it."""
     from maxtext.configs import pyconfig
 
-    from moeconv.verify.maxtext_config import build_config, flags_kept, quiet
+    from moeconv.verification.models.maxtext_config import build_config, flags_kept, quiet
 
     changes, _ = READINGS[name]
     config = made.config_file(tmp_path, **changes)

@@ -13,9 +13,9 @@ from moeconv.arch.parameters import DENSE, MOE
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED
 from moeconv.arch.told import ToldConfig, from_flags, from_mapping, maxtext_defaults
-from moeconv.convert import source
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
 from moeconv.families import blocks
+from moeconv.maxtext import checkpoint as source
 
 SIZES = {"V": 32, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4, "M": 24, "F": 40}
 ENVY = blocks()["envy"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moeconv.cli.output import Meter, Output
 from moeconv.cli.tables import fold
-from moeconv.convert.sizes import format_size, parse_size
 from moeconv.errors import UsageError
+from moeconv.sizes import format_size, parse_size
 
 
 def test_layers_and_experts_fold_into_ranges():

@@ -22,8 +22,8 @@ from consumer import PROMPT, STEPS, reference_of
 from helpers import run, tokens_for
 from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
 
-from moeconv.convert.manifest import Manifest
-from moeconv.verify.maxtext import MaxTextModel
+from moeconv.artifact.manifest import Manifest
+from moeconv.verification.models.maxtext import MaxTextModel
 
 # Environments are made here, which is downloading where no cache has the packages.
 pytestmark = [

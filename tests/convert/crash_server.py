@@ -62,7 +62,7 @@ def serve() -> None:
             os.dup2(silence, 1)
             os.dup2(silence, 2)
             if not request.get("swap", True):
-                sys.modules["moeconv.convert.staging"]._exchange = lambda *names: False
+                sys.modules["moeconv.execution.staging"]._exchange = lambda *names: False
             die = request["die"]
             watch(tuple(die) if isinstance(die, list) else die, write)
             sys.argv = ["moeconv", *request["argv"]]

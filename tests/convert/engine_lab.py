@@ -11,7 +11,7 @@ from pathlib import Path
 import cli_runner
 from safetensors import safe_open
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 
 MIB = 2**20
 

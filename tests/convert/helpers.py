@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.convert.manifest import Manifest
+from moeconv.artifact.manifest import Manifest
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 
 # How much further than transformers' own fp32 MaxText's may be from the exact logits.
 PARITY = 3.0
@@ -42,7 +42,7 @@ def tokens_for(checkpoint, seed: int = 7) -> np.ndarray:
 
 def reference(checkpoint) -> np.ndarray:
     """MaxText's own logits of `tokens_for`, with the head unrounded; computed once a session."""
-    from moeconv.verify.maxtext import MaxTextModel
+    from moeconv.verification.models.maxtext import MaxTextModel
 
     if checkpoint.items not in _REFERENCES:
         model = MaxTextModel.load(checkpoint.items, checkpoint.config)
@@ -67,7 +67,7 @@ def assert_same_logits(out: Path, tokens: np.ndarray, expected: np.ndarray) -> N
     """
     import torch
 
-    from moeconv.verify.hf_model import HfModel
+    from moeconv.verification.models.transformers import HfModel
 
     assert 0.3 < expected.std() < 30, "the test model must have logits that mistakes would move"
     model = HfModel.load(out)

@@ -13,9 +13,10 @@ from cli_runner import moeconv
 from engine_lab import MIB, contents, options, tensors, to
 from safetensors import safe_open
 
-from moeconv.convert import digest, work
-from moeconv.convert.api import convert, plan_conversion
+from moeconv.conversion.api import convert, plan_conversion
 from moeconv.errors import MemoryLimitError
+from moeconv.execution import digest
+from moeconv.planning import units as work
 from moeconv.tensor import form
 
 
@@ -52,7 +53,7 @@ def test_sharded_arrays_give_the_same_tensors(tmp_path, small_units, target):
 @pytest.mark.parametrize("storage", [{}, {"zarr3": False, "ocdbt": False}])
 def test_every_chunk_is_read_once(tmp_path, monkeypatch, kind, storage):
     """Counted in the bytes that tensorstore fetches."""
-    monkeypatch.setattr("moeconv.convert.plan.UNIT_BYTES", 1)
+    monkeypatch.setattr("moeconv.planning.plan.UNIT_BYTES", 1)
     monkeypatch.setattr(digest, "BLOCK_BYTES", MIB)
     monkeypatch.setattr(work, "BLOCK_BYTES", MIB)
     sizes = {"L": 2, "V": 8192, "D": 512, "M": 512, "F": 512, "h": 64}

@@ -14,15 +14,16 @@ from hypothesis import strategies as st
 from models import samples
 from safetensors import safe_open
 
-from moeconv.convert import digest, work
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.execution import digest
 from moeconv.families import targets_of
 from moeconv.mapping.edges import cannot_hold
+from moeconv.planning import units as work
 from moeconv.tensor import form
 from moeconv.tensor.dtypes import DTYPES
-from moeconv.verify.outcome import Status, worst
-from moeconv.verify.subject import Subject
-from moeconv.verify.weights import check_weights
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status, worst
+from moeconv.verification.levels.weights import check_weights
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(work, "BLOCK_BYTES", 256)
     monkeypatch.setattr(digest, "BLOCK_BYTES", 256)
     monkeypatch.setattr(form, "_STRIP", 3)
-    monkeypatch.setattr("moeconv.convert.plan.UNIT_BYTES", 300)
+    monkeypatch.setattr("moeconv.planning.plan.UNIT_BYTES", 300)
 
 
 def chunk_of(draw, shape):

@@ -9,16 +9,16 @@ import pytest
 import synthetic
 from safetensors import safe_open
 
-from moeconv.convert import engine
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
+from moeconv.execution import engine
 from moeconv.families import blocks, targets
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import EVERY_LAYER, MOE_LAYERS, Rule
 from moeconv.tensor.form import Form
-from moeconv.verify.outcome import Status, worst
-from moeconv.verify.subject import Subject
-from moeconv.verify.weights import check_weights
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status, worst
+from moeconv.verification.levels.weights import check_weights
 
 GATE_UP = "model.layers.{L}.mlp.experts.gate_up_proj"
 QKV = "model.layers.{L}.self_attn.qkv_proj.weight"

@@ -6,9 +6,9 @@ import pytest
 import synthetic
 from cli_runner import moeconv
 
-from moeconv.convert import run_record
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError, TokenizerError
+from moeconv.maxtext import run_record
 from moeconv.untrusted import strict_json
 
 TOKENIZER = {

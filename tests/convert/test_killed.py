@@ -13,9 +13,9 @@ import synthetic
 from cli_runner import moeconv
 from engine_lab import MOMENTS, beside, contents, interrupted, journaled, options, to
 
-from moeconv.convert.api import convert, plan_conversion
-from moeconv.convert.engine import Engine
+from moeconv.conversion.api import convert, plan_conversion
 from moeconv.errors import OutputError
+from moeconv.execution.engine import Engine
 from moeconv.orbax.arrays import Reader
 
 PROOF = pytest.mark.proof("kill points", without=cli_runner.commands_but("convert"))

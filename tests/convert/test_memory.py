@@ -2,7 +2,7 @@
 
 import threading
 
-from moeconv.convert.memory import Budget
+from moeconv.execution.memory import Budget
 
 
 def taker(budget, wanted):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import synthetic
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.convert.source import open_checkpoint
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import NotACheckpointError, TensorError
+from moeconv.maxtext.checkpoint import open_checkpoint
 
 STORAGE = pytest.mark.parametrize(
     "storage",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import MoeconvError, NotACheckpointError, TensorError, UnsupportedError
 
 MOE = ("decoder", "layers", "MoeBlock_0")

@@ -12,8 +12,8 @@ import pytest
 from helpers import assert_same_logits
 
 from moeconv.cli import inspect
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.convert.source import open_checkpoint
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.maxtext.checkpoint import open_checkpoint
 from moeconv.orbax.metadata import read_tree
 from moeconv.orbax.store import Folder
 

@@ -15,10 +15,10 @@ import synthetic
 from cli_runner import moeconv
 from engine_lab import MOMENTS, beside, contents, to
 
-from moeconv.convert.engine import Engine
-from moeconv.convert.lock import Lock
-from moeconv.convert.out import is_replaceable
+from moeconv.artifact.destination import is_replaceable
 from moeconv.errors import OutputError
+from moeconv.execution.engine import Engine
+from moeconv.execution.lock import Lock
 
 
 def test_two_processes_to_one_out(big, expected, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import synthetic
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 PINNED = FIXTURES / "pinned_outputs.json"

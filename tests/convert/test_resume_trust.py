@@ -11,15 +11,17 @@ import synthetic
 from engine_lab import contents, options, partial
 from safetensors import safe_open
 
-from moeconv.convert import api, digest, journal, work
+from moeconv.conversion import api
 from moeconv.errors import OutputError, StorageError
+from moeconv.execution import digest, journal
+from moeconv.planning import units as work
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
     """As `small_units`, for the module: an array of some hundred bytes takes every path."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("moeconv.convert.plan.UNIT_BYTES", 1)
+        patched.setattr("moeconv.planning.plan.UNIT_BYTES", 1)
         patched.setattr(work, "BLOCK_BYTES", 256)
         patched.setattr(digest, "BLOCK_BYTES", 256)
         yield

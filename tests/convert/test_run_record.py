@@ -4,9 +4,9 @@ import json
 
 import synthetic
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.convert.manifest import Manifest
-from moeconv.convert.run_record import CURVE_POINTS, RunRecord
+from moeconv.artifact.manifest import Manifest
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.maxtext.run_record import CURVE_POINTS, RunRecord
 
 
 def write(folder, lines=(), *, run=None, step=9, **config):

@@ -9,7 +9,7 @@ from engine_lab import contents, tensors, to
 from maxtext_lab import ENVY, TIED
 from safetensors import safe_open
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.hf.safetensors import payload
 
 

@@ -5,12 +5,12 @@ import json
 import pytest
 import synthetic
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.convert.manifest import Manifest
+from moeconv.artifact.manifest import Manifest
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
-from moeconv.verify.outcome import Status, worst
-from moeconv.verify.subject import Subject
-from moeconv.verify.weights import check_weights
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status, worst
+from moeconv.verification.levels.weights import check_weights
 
 NAME = "decoder.layers.MoeBlock_0.wi_0"
 STORAGE = {

@@ -15,12 +15,12 @@ import moeconv
 from moeconv import families
 from moeconv.arch.keys import function_keys, keys_read
 from moeconv.arch.layout import detect_layout
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError, OutputError, UnsupportedError
 from moeconv.hub.local import Output
-from moeconv.verify.outcome import Status, worst
-from moeconv.verify.subject import Subject
-from moeconv.verify.weights import check_weights
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status, worst
+from moeconv.verification.levels.weights import check_weights
 
 SOURCE = Path(moeconv.__file__).parent
 BLOCKS, TARGETS = families.blocks(), families.targets()

@@ -78,7 +78,7 @@ def build(folder: Path) -> None:
     import outputs
     import synthetic
 
-    from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+    from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 
     run = outputs.write_run(folder / "run", split={"D": 2})
     tokenizer = run / "tokenizer"
@@ -140,7 +140,7 @@ def serve(connection: Connection, wall: float, hidden: Sequence[str]) -> None:
         except EOFError:
             return
         if name == "command" and not limited:
-            import moeconv.convert.api  # noqa: F401
+            import moeconv.conversion.api  # noqa: F401
 
             have = _memory("VmData") + MEMORY
             resource.setrlimit(resource.RLIMIT_DATA, (have, have))

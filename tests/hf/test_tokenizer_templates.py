@@ -2,8 +2,8 @@
 
 import outputs
 
-from moeconv.convert.source import find_sidecar, run_tokenizer
 from moeconv.hf.tokenizer import read_tokenizer
+from moeconv.maxtext.checkpoint import find_sidecar, run_tokenizer
 from moeconv.orbax.locate import locate
 
 

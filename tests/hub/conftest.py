@@ -10,8 +10,8 @@ import outputs
 import pytest
 from huggingface_hub.utils import close_session
 
-from moeconv.convert.run_record import RunRecord
 from moeconv.hub.plot import draw_losses
+from moeconv.maxtext.run_record import RunRecord
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,16 +9,16 @@ import numpy as np
 import synthetic
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.verify.metrics import compare_logits
-from moeconv.verify.outcome import Check, passed
-from moeconv.verify.parity import Parity, parity_checks
-from moeconv.verify.report import Report, make_report
-from moeconv.verify.routing import compare_routing
-from moeconv.verify.run import VerifyOptions, verify
-from moeconv.verify.subject import Subject
-from moeconv.verify.tokens import TEXT, Rows
-from moeconv.verify.written import write_report
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Check, passed
+from moeconv.verification.levels.parity import Parity, parity_checks
+from moeconv.verification.measure.metrics import compare_logits
+from moeconv.verification.measure.routing import compare_routing
+from moeconv.verification.measure.tokens import TEXT, Rows
+from moeconv.verification.report.files import write_report
+from moeconv.verification.report.report import Report, make_report
+from moeconv.verification.run import VerifyOptions, verify
 
 FACTS = {
     "dataset": "roneneldan/TinyStories",

@@ -9,7 +9,7 @@ import yaml
 from moeconv.errors import OutputError
 from moeconv.hub.metadata import read_metadata
 from moeconv.hub.prepare import PushOptions, prepare
-from moeconv.verify.tables import code, plain
+from moeconv.verification.report.tables import code, plain
 
 HOSTILE = [
     "<script>alert(1)</script>",

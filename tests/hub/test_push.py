@@ -13,11 +13,11 @@ import outputs
 from huggingface_hub.utils import close_session
 from pushed import actions, flip_byte
 
-from moeconv.convert import beside
+from moeconv.artifact import names as beside
 from moeconv.errors import HubError
-from moeconv.verify import plots as verify_plots
-from moeconv.verify.report import REPORT_NAME
-from moeconv.verify.written import PAGE_NAME
+from moeconv.verification.report import plots as verify_plots
+from moeconv.verification.report.files import PAGE_NAME
+from moeconv.verification.report.report import REPORT_NAME
 
 BESIDE = {"moeconv.json", "verify.json", "verify.md", "README.md", "training_loss.png"}
 

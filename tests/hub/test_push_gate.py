@@ -8,7 +8,7 @@ import pytest
 from pushed import flip_byte
 
 from moeconv.errors import OutputError, UnverifiedError
-from moeconv.verify.outcome import skipped
+from moeconv.verification.checks import skipped
 
 
 def against_another(out) -> None:

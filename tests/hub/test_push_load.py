@@ -13,10 +13,10 @@ from huggingface_hub.utils import close_session
 
 from moeconv.hub.gate import judge
 from moeconv.hub.local import Output
-from moeconv.verify.outcome import Status
-from moeconv.verify.run import VerifyOptions, verify
-from moeconv.verify.settings import ParityOptions
-from moeconv.verify.written import write_report
+from moeconv.verification.checks import Status
+from moeconv.verification.report.files import write_report
+from moeconv.verification.run import VerifyOptions, verify
+from moeconv.verification.settings import ParityOptions
 
 pytestmark = pytest.mark.maxtext
 

@@ -10,7 +10,7 @@ import pytest
 import synthetic
 from file_server import Files
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import NotACheckpointError, StorageError
 from moeconv.orbax.locate import locate
 

@@ -4,11 +4,11 @@ import json
 
 import synthetic
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import StorageError
-from moeconv.verify import tokenizers
-from moeconv.verify.outcome import Status
-from moeconv.verify.subject import Subject
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status
+from moeconv.verification.levels import tokenizers
 
 TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}
 

@@ -4,7 +4,7 @@ import pytest
 import synthetic
 from cli_runner import moeconv
 
-from moeconv.convert.out import resolve_out
+from moeconv.artifact.destination import resolve_out
 from moeconv.errors import OutputError, TokenizerError, UsageError
 
 ADDRESSES = (

@@ -6,7 +6,7 @@ import pytest
 import synthetic
 import tensorstore as ts
 
-from moeconv.convert.api import ConvertOptions, plan_conversion
+from moeconv.conversion.api import ConvertOptions, plan_conversion
 from moeconv.errors import NotACheckpointError, TensorError
 
 ARRAY = "params.params.token_embedder.embedding"

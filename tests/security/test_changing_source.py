@@ -8,7 +8,7 @@ import threading
 import pytest
 import synthetic
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import OutputError, StorageError, TensorError
 
 FILES = {"ocdbt": False, "zarr3": False}

@@ -12,7 +12,7 @@ import synthetic
 from cli_runner import moeconv
 
 from moeconv.arch.layout import detect_layout
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import (
     ConfigError,
     MemoryLimitError,

@@ -9,8 +9,8 @@ import pytest
 import synthetic
 import tensorstore as ts
 
-from moeconv.convert.source import open_checkpoint
 from moeconv.errors import ConfigError, NotACheckpointError
+from moeconv.maxtext.checkpoint import open_checkpoint
 from moeconv.orbax.locate import locate
 from moeconv.orbax.store import Folder
 

@@ -10,9 +10,9 @@ import pytest
 from moeconv.errors import OutputError
 from moeconv.hub.local import newest_output
 from moeconv.hub.prepare import Parcel, PushOptions, prepare
-from moeconv.verify.report import make_report
-from moeconv.verify.subject import Subject
-from moeconv.verify.written import write_report
+from moeconv.verification.candidate import Subject
+from moeconv.verification.report.files import write_report
+from moeconv.verification.report.report import make_report
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ import pytest
 import synthetic
 from cli_runner import Ran, moeconv
 
-from moeconv.convert import out as places
-from moeconv.convert import staging
-from moeconv.convert.staging import Staging
+from moeconv.artifact import destination as places
 from moeconv.errors import OutputError
+from moeconv.execution import staging
+from moeconv.execution.staging import Staging
 
 
 @pytest.fixture(scope="module")

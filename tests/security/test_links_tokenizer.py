@@ -14,15 +14,15 @@ import planted
 import pytest
 from cli_runner import Ran, moeconv
 
-from moeconv.arch.sidecar import RunSidecar
-from moeconv.convert.source import run_tokenizer
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import TOKENIZER_FILES, read_tokenizer
+from moeconv.maxtext.checkpoint import run_tokenizer
+from moeconv.maxtext.sidecar import RunSidecar
 from moeconv.orbax.locate import locate
 from moeconv.orbax.store import Folder
-from moeconv.verify.outcome import Status
-from moeconv.verify.tokenizers import check_own_tokenizer
-from moeconv.verify.tokens import find_sample
+from moeconv.verification.checks import Status
+from moeconv.verification.levels.tokenizers import check_own_tokenizer
+from moeconv.verification.measure.tokens import find_sample
 
 
 @pytest.fixture(scope="module")

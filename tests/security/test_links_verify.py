@@ -13,15 +13,15 @@ import planted
 import pytest
 
 from moeconv.errors import ConfigError, MoeconvError, UsageError
-from moeconv.verify import written
-from moeconv.verify.hf_model import check_folder
-from moeconv.verify.outcome import Status
-from moeconv.verify.plots import PLOTS
-from moeconv.verify.report import make_report
-from moeconv.verify.structure import check_structure
-from moeconv.verify.subject import Subject
-from moeconv.verify.tokens import find_sample
-from moeconv.verify.written import earlier_report, write_report
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status
+from moeconv.verification.levels.structure import check_structure
+from moeconv.verification.measure.tokens import find_sample
+from moeconv.verification.models.transformers import check_folder
+from moeconv.verification.report import files as written
+from moeconv.verification.report.files import earlier_report, write_report
+from moeconv.verification.report.plots import PLOTS
+from moeconv.verification.report.report import make_report
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,10 @@
 import pytest
 import synthetic
 
-from moeconv.convert import source
-from moeconv.convert.run_record import read_run
 from moeconv.errors import ConfigError, TokenizerError
 from moeconv.hf import tokenizer
+from moeconv.maxtext import checkpoint as source
+from moeconv.maxtext.run_record import read_run
 from moeconv.orbax.locate import locate
 from moeconv.orbax.store import Folder
 

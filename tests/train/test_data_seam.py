@@ -44,7 +44,7 @@ def test_a_packed_story_has_the_logits_that_it_has_alone(maxtext_lab):
     from maxtext_lab import MIXTRAL
     from moeconv_train.data.packing import unpack
 
-    from moeconv.verify.maxtext import MaxTextModel
+    from moeconv.verification.models.maxtext import MaxTextModel
 
     checkpoint = maxtext_lab.checkpoint(MIXTRAL)
     model = MaxTextModel.load(checkpoint.items, checkpoint.config)

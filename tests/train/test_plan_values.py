@@ -8,8 +8,8 @@ from moeconv_train.preflight.config import said
 from moeconv_train.sidecar import public_config
 from plan_lab import planned, tiny
 
-from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, UsageError
+from moeconv.maxtext.sidecar import RunFacts, RunSidecar
 
 
 @pytest.mark.parametrize(

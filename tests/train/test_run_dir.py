@@ -9,8 +9,8 @@ from cli_runner import environment
 from moeconv_train import run_dir, trainer
 from moeconv_train.explain import explained
 
-from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, OutputError, TrainingError
+from moeconv.maxtext.sidecar import RunFacts, RunSidecar
 
 
 def sidecar(**config):

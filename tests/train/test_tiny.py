@@ -176,7 +176,7 @@ def test_the_sidecar_holds_the_config_without_places_and_secrets(resolved, tmp_p
 
 
 def test_the_sidecar_is_what_moeconv_reads(resolved):
-    from moeconv.arch.sidecar import SIDECAR_NAME, RunSidecar
+    from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 
     path = sidecar.write_sidecar(resolved)
     assert path.name == SIDECAR_NAME

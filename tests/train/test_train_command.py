@@ -12,8 +12,8 @@ import train_lab
 from cli_runner import moeconv
 from jax.experimental.compilation_cache import compilation_cache
 
-from moeconv.arch.sidecar import MetricsLine, RunSidecar
 from moeconv.errors import ConfigError, OutputError
+from moeconv.maxtext.sidecar import MetricsLine, RunSidecar
 
 pytest.importorskip("maxtext")
 

@@ -14,8 +14,8 @@ from moeconv_train.logs.console import logged
 from moeconv_train.logs.metrics import Metrics, train_line
 from moeconv_train.logs.progress import Progress
 
-from moeconv.arch.sidecar import MetricsLine
 from moeconv.errors import OutputError, TrainingError
+from moeconv.maxtext.sidecar import MetricsLine
 
 
 def scalars(loss=2.0, weights=10, **extra):

@@ -15,8 +15,8 @@ from moeconv_train.plan import evaluations
 from moeconv_train.preflight.target import T4X2
 from plan_lab import TWO_T4S, planned, tiny
 
-from moeconv.arch.sidecar import RunFacts, RunSidecar
 from moeconv.errors import ConfigError, OutputError, TimeLimitError, UsageError
+from moeconv.maxtext.sidecar import RunFacts, RunSidecar
 
 
 def test_the_default_run_is_for_two_t4s_wherever_it_is_planned():

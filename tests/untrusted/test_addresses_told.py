@@ -3,8 +3,8 @@
 import click
 import pytest
 
+from moeconv.artifact.destination import resolve_out
 from moeconv.cli.options import LocalPath
-from moeconv.convert.out import resolve_out
 from moeconv.errors import MoeconvError
 from moeconv.hub.public import shorten, tail
 from moeconv.orbax.store import Folder

@@ -12,8 +12,8 @@ from maxtext_lab import ENVY, TIED
 from moeconv_train.sidecar import public_config
 from outputs_lab import SIZES, write_tokenizer
 
-from moeconv.arch.sidecar import SIDECAR_NAME
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.maxtext.sidecar import SIDECAR_NAME
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ import numpy as np
 
 TOKENS = np.random.default_rng(7).integers(0, 160, (2, 24), dtype=np.int32)
 
-# fp32 against float64, on logits of std 1 (the largest is about 4). The CPU's vector width orders the
-# sums: 7e-6 to 1.03e-5 were seen. A mistake in the mathematics is 0.1 and more.
+# fp32 against float64, on logits of std 1 (the largest is about 4). The CPU's vector width orders
+# the sums: 7e-6 to 1.03e-5 were seen. A mistake in the mathematics is 0.1 and more.
 EXACT = 2e-5
 
 

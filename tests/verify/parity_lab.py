@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import numpy as np
 
-from moeconv.verify.layers import check_layers
-from moeconv.verify.logits import check_logits
-from moeconv.verify.maxtext_layers import MaxTextLayers
-from moeconv.verify.settings import ParityOptions
-from moeconv.verify.subject import Subject
-from moeconv.verify.tokens import RANDOM, Rows
+from moeconv.verification.candidate import Subject
+from moeconv.verification.levels.layers import check_layers
+from moeconv.verification.levels.logits import check_logits
+from moeconv.verification.measure.tokens import RANDOM, Rows
+from moeconv.verification.models.maxtext_layers import MaxTextLayers
+from moeconv.verification.settings import ParityOptions
 
 # One row of the whole context is enough to see every mistake below.
 LENGTH = 64

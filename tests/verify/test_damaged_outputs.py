@@ -10,8 +10,8 @@ from denied import unreadable
 from outputs_lab import config
 
 from moeconv.cli.verify import command
-from moeconv.verify.outcome import Status
-from moeconv.verify.run import VerifyOptions, verify
+from moeconv.verification.checks import Status
+from moeconv.verification.run import VerifyOptions, verify
 
 
 def cut(out: Path) -> None:

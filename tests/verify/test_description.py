@@ -7,12 +7,12 @@ import synthetic
 from parity_lab import check, edit
 from safetensors.numpy import load_file, save_file
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
-from moeconv.verify.described import check_description
-from moeconv.verify.outcome import Status
-from moeconv.verify.reference import reference_config
-from moeconv.verify.settings import ParityOptions
-from moeconv.verify.subject import Subject
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status
+from moeconv.verification.levels.config_parity import check_description
+from moeconv.verification.models.reference import reference_config
+from moeconv.verification.settings import ParityOptions
 
 # What the conversion was told by a flag over the run's config; the verdict; words of it.
 TOLD = {

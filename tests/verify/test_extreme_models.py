@@ -10,18 +10,18 @@ import synthetic
 from cli_runner import moeconv
 from outputs_lab import change, scale
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
 from moeconv.untrusted import strict_json
-from moeconv.verify.grading import KL
-from moeconv.verify.layers import _apart
-from moeconv.verify.metrics import compare_logits
-from moeconv.verify.outcome import Check, Status, passed, worst
-from moeconv.verify.parity import Parity, parity_checks
-from moeconv.verify.report import Report
-from moeconv.verify.routing import compare_routing
-from moeconv.verify.tokens import RANDOM, TEXT, Rows
-from moeconv.verify.written import write_report
+from moeconv.verification.checks import Check, Status, passed, worst
+from moeconv.verification.levels.layers import _apart
+from moeconv.verification.levels.parity import Parity, parity_checks
+from moeconv.verification.measure.limits import KL
+from moeconv.verification.measure.metrics import compare_logits
+from moeconv.verification.measure.routing import compare_routing
+from moeconv.verification.measure.tokens import RANDOM, TEXT, Rows
+from moeconv.verification.report.files import write_report
+from moeconv.verification.report.report import Report
 
 NORM, EXPERT = "model.norm.weight", "model.layers.2.block_sparse_moe.experts.1.w2.weight"
 

@@ -10,8 +10,8 @@ from helpers import reference, tokens_for
 from maxtext_lab import MIXTRAL, TIED
 
 from moeconv.errors import ConfigError, TensorError, UsageError
-from moeconv.verify.hf_model import hf_logits
-from moeconv.verify.metrics import compare_logits as compare_positions
+from moeconv.verification.measure.metrics import compare_logits as compare_positions
+from moeconv.verification.models.transformers import hf_logits
 
 
 def compare_logits(reference, candidate):

@@ -10,11 +10,11 @@ from cli_runner import Ran, moeconv
 from outputs_lab import admit, edit
 
 from moeconv.untrusted import strict_json
-from moeconv.verify.outcome import Status
-from moeconv.verify.report import Report
-from moeconv.verify.run import VerifyOptions, verify
-from moeconv.verify.structure import check_structure
-from moeconv.verify.subject import Subject
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status
+from moeconv.verification.levels.structure import check_structure
+from moeconv.verification.report.report import Report
+from moeconv.verification.run import VerifyOptions, verify
 
 # Seconds of the processor that an answer may take, with the import of torch: each of these ran for
 # minutes, or until it was killed.
@@ -171,7 +171,8 @@ def test_a_manifest_that_names_what_convert_never_writes_fails(out, name, monkey
     (out / "modeling_evil.py").write_text("evil")
     opened = []
     monkeypatch.setattr(
-        "moeconv.verify.structure.open_inside", lambda folder, name: opened.append(name)
+        "moeconv.verification.levels.structure.open_inside",
+        lambda folder, name: opened.append(name),
     )
     rewrite(out, lambda m: m["files"].update({name: {"size": 1, "sha256": "0"}}))
     found = {c.name: c for c in check_structure(Subject.open(out))}["files"]
@@ -203,7 +204,7 @@ def test_a_model_whose_checkpoint_is_gone_gets_a_partial_verdict(out, tmp_path):
 @pytest.mark.parametrize("address", ["http://127.0.0.1:1/x", "gs://evil/x", "s3://evil/x"])
 def test_no_address_is_asked_that_only_the_manifest_names(out, monkeypatch, address):
     asked = []
-    monkeypatch.setattr("moeconv.verify.subject.locate", asked.append)
+    monkeypatch.setattr("moeconv.verification.candidate.locate", asked.append)
     rewrite(out, lambda m: m["source"].update(path=address))
     report = verify(
         out, source=None, options=VerifyOptions(levels=("structure", "weights"), skip=True)

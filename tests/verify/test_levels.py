@@ -14,14 +14,14 @@ from models import samples
 from outputs_lab import admit, change, edit, scale, tensor
 from safetensors.numpy import save_file
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.families import targets_of
 from moeconv.hf.safetensors import read_header
 from moeconv.mapping.edges import cannot_hold
-from moeconv.verify.outcome import Status, worst
-from moeconv.verify.structure import check_structure
-from moeconv.verify.subject import Subject
-from moeconv.verify.weights import check_weights
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status, worst
+from moeconv.verification.levels.structure import check_structure
+from moeconv.verification.levels.weights import check_weights
 
 GIB = 2**30
 

@@ -13,8 +13,8 @@ from dense import EXACT, TOKENS, dense_logits, distance
 from helpers import reference, tokens_for
 from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
 
-from moeconv.verify.maxtext import MaxTextModel
-from moeconv.verify.maxtext_config import build_config
+from moeconv.verification.models.maxtext import MaxTextModel
+from moeconv.verification.models.maxtext_config import build_config
 
 # Where one layer shows it: what compiles faster.
 ONE_LAYER = {"base_num_decoder_layers": 1}
@@ -204,7 +204,7 @@ def test_leaves_no_trace(maxtext_lab, tmp_path):
     checkpoint = maxtext_lab.checkpoint(MIXTRAL)
     script = f"""
         import numpy, os
-        from moeconv.verify.maxtext import MaxTextModel
+        from moeconv.verification.models.maxtext import MaxTextModel
         config = {dict(checkpoint.config)!r}
         model = MaxTextModel.load({str(checkpoint.items)!r}, config)
         assert model.logits(numpy.zeros((1, 4), int)).std() > 0.1

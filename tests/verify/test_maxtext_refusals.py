@@ -12,7 +12,7 @@ from moeconv.errors import (
     UnsupportedError,
     UsageError,
 )
-from moeconv.verify.maxtext import MaxTextModel
+from moeconv.verification.models.maxtext import MaxTextModel
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import synthetic
 from cli_runner import moeconv
 from outputs_lab import admit
 
-from moeconv.convert.api import ConvertOptions, convert, plan_conversion
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 
 ROOT = Path(__file__).parents[2]
 DOOR = ROOT / "moeconv" / "verify" / "transformers_load.py"

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from outputs_lab import edit, write_tokenizer
 
-from moeconv.verify.outcome import Status
-from moeconv.verify.structure import check_structure
-from moeconv.verify.subject import Subject
-from moeconv.verify.tokenizers import check_own_tokenizer
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status
+from moeconv.verification.levels.structure import check_structure
+from moeconv.verification.levels.tokenizers import check_own_tokenizer
 
 # The tokenizer that lies in OUT; the verdict on it at level weights; words of it.
 TOKENIZERS = {

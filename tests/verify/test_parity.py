@@ -11,10 +11,10 @@ from parity_lab import Compiled, check, edit
 
 from moeconv.errors import UnsupportedError, UsageError
 from moeconv.hf.safetensors import read_header
-from moeconv.verify.outcome import Status, worst
-from moeconv.verify.run import VerifyOptions, verify
-from moeconv.verify.settings import ParityOptions, parse_against
-from moeconv.verify.subject import Subject
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status, worst
+from moeconv.verification.run import VerifyOptions, verify
+from moeconv.verification.settings import ParityOptions, parse_against
 
 PROOF = pytest.mark.proof("parity")
 MISTAKES = pytest.mark.proof("parity of mistakes")
@@ -22,7 +22,7 @@ MISTAKES = pytest.mark.proof("parity of mistakes")
 
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
-    monkeypatch.setattr("moeconv.verify.layers.MaxTextLayers", Compiled)
+    monkeypatch.setattr("moeconv.verification.levels.layers.MaxTextLayers", Compiled)
 
 
 @pytest.mark.parametrize("name", ["fp32", pytest.param("bf16", marks=PROOF), "compact"])

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from moeconv.tensor.values import Affine, Fold
-from moeconv.verify.grading import HIDDEN, KL, LIMITS
-from moeconv.verify.outcome import CandidateError, Status
-from moeconv.verify.rounding import Rounding, roundings
-from moeconv.verify.routing import compare_routing
-from moeconv.verify.source_layers import LayerReader
-from moeconv.verify.subject import Subject
-from moeconv.verify.tokens import RANDOM, TEXT, Sample, make_rows
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import CandidateError, Status
+from moeconv.verification.measure.limits import HIDDEN, KL, LIMITS
+from moeconv.verification.measure.rounding import Rounding, roundings
+from moeconv.verification.measure.routing import compare_routing
+from moeconv.verification.measure.tokens import RANDOM, TEXT, Sample, make_rows
+from moeconv.verification.models.source_layers import LayerReader
 
 
 def test_a_near_tie_is_told_from_a_mistake():

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 
 from moeconv.errors import OutputError
-from moeconv.verify import written
-from moeconv.verify.grading import LIMITS
-from moeconv.verify.markdown import limits_table, to_markdown, verdict_line
-from moeconv.verify.metrics import compare_logits
-from moeconv.verify.outcome import Check, Status, failed, passed, skipped, worst
-from moeconv.verify.parity import Parity, parity_checks
-from moeconv.verify.plots import PLOTS
-from moeconv.verify.report import Report
-from moeconv.verify.routing import compare_routing
-from moeconv.verify.tokens import RANDOM, TEXT, Rows
-from moeconv.verify.written import write_report
+from moeconv.verification.checks import Check, Status, failed, passed, skipped, worst
+from moeconv.verification.levels.parity import Parity, parity_checks
+from moeconv.verification.measure.limits import LIMITS
+from moeconv.verification.measure.metrics import compare_logits
+from moeconv.verification.measure.routing import compare_routing
+from moeconv.verification.measure.tokens import RANDOM, TEXT, Rows
+from moeconv.verification.report import files as written
+from moeconv.verification.report.files import write_report
+from moeconv.verification.report.markdown import limits_table, to_markdown, verdict_line
+from moeconv.verification.report.plots import PLOTS
+from moeconv.verification.report.report import Report
 
 ROOT = Path(__file__).parents[2]
 

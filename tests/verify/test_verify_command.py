@@ -16,7 +16,7 @@ from outputs_lab import admit, edit, scale
 
 from moeconv.cli.verify import command
 from moeconv.errors import OutputError
-from moeconv.verify.run import VerifyOptions, verify
+from moeconv.verification.run import VerifyOptions, verify
 
 
 def test_a_verdict_is_of_the_bytes_that_were_seen(right, tmp_path):
@@ -88,7 +88,7 @@ def test_a_bug_is_no_verdict(right, monkeypatch, tmp_path):
     def fails(*args, **kwargs):
         raise AttributeError("of ours")
 
-    monkeypatch.setattr("moeconv.verify.run.check_structure", fails)
+    monkeypatch.setattr("moeconv.verification.run.check_structure", fails)
     options = [str(right), "--level", "structure", "--report", str(tmp_path / "report")]
     result = CliRunner().invoke(command, options)
     assert result.exit_code == 2
@@ -114,7 +114,7 @@ def test_signals_end_it_alike(right, tmp_path, number):
     """Interrupted while it works, it ends with 130 and leaves nothing."""
     code = (
         "import os, sys, tempfile, time\n"
-        "from moeconv.verify import run\n"
+        "from moeconv.verification import run\n"
         "def waits(subject):\n"
         "    with tempfile.TemporaryDirectory(prefix='moeconv-verify-'):\n"
         "        os.write(1, b'working\\n')\n"
@@ -175,7 +175,7 @@ def test_another_checkpoint_is_told_apart(right, tmp_path):
 
 
 def _arrays(run: Path):
-    from moeconv.convert.source import open_checkpoint
+    from moeconv.maxtext.checkpoint import open_checkpoint
 
     opened = open_checkpoint(str(run), sets=("decoder_block=envy",))
     found = {}

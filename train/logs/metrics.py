@@ -20,8 +20,8 @@ from moeconv_train import seams
 from moeconv_train.data.records import write_bytes
 from moeconv_train.logs.progress import Progress
 
-from moeconv.arch.sidecar import METRICS_NAME, MetricsLine
 from moeconv.errors import OutputError, TrainingError
+from moeconv.maxtext.sidecar import METRICS_NAME, MetricsLine
 from moeconv.untrusted import files, strict_json
 
 # A line's fields that MaxText, or loss scaling, has by another name.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from moeconv.arch.sidecar import MetricsLine
+from moeconv.maxtext.sidecar import MetricsLine
 from moeconv.untrusted.text import printable
 
 _SECONDS = 10.0  # between two lines

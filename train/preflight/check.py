@@ -18,8 +18,8 @@ from moeconv_train.preflight.target import Target, memory_fraction
 from moeconv_train.preflight.traps import TRAPS, find
 from moeconv_train.settings import EMBEDDED
 
-from moeconv.convert.sizes import format_size
 from moeconv.errors import HubError, MissingPackageError, MoeconvError, OutputError, to_install
+from moeconv.sizes import format_size
 
 if TYPE_CHECKING:
     from moeconv_train.plan import Plan

@@ -1,0 +1,1 @@
+"""Carrying out a plan: every chunk decoded once, within memory, and resumable."""

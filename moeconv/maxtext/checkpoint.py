@@ -1,0 +1,310 @@
+"""Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moeconv.arch.blocks import Block
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.resolve import Resolution, resolve
+from moeconv.arch.stacks import KeyPath
+from moeconv.arch.told import ToldConfig, load_config_file, tell
+from moeconv.arch.yaml_file import short
+from moeconv.errors import (
+    ConfigError,
+    NotACheckpointError,
+    TensorError,
+    TokenizerError,
+    UnsupportedError,
+)
+from moeconv.families import blocks
+from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.maxtext.unchanged import Unchanged
+from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
+from moeconv.orbax.locate import Step, locate, read_beside
+from moeconv.orbax.metadata import Tree, read_tree
+from moeconv.orbax.store import Folder
+from moeconv.untrusted import strict_json
+
+# Parameters that the model's logits do not use, by their first key; left out, and said so.
+UNUSED = {
+    "mtp_block": "multi-token prediction heads, which the main logits do not use "
+    "(MaxText models/models.py)"
+}
+
+
+# Of the step; Orbax writes when the save began into it.
+_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+# Of its items, beside the arrays.
+_OWN = ("_METADATA", "manifest.ocdbt")
+_SIDECAR_LIMIT = 4 * 2**20  # a resolved config has some 60 KB
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as moeconv understands it.
+
+    Attributes:
+        step: Where it is.
+        tree: Its leaves.
+        arrays: Its parameters, opened.
+        layout: How layers are stored.
+        told: What config and flags said.
+        resolution: What is known of the model, and what is missing.
+        sidecar: The run's sidecar and its folder, if one was found.
+        dropped: Parameters left out on purpose, with the reason.
+        files: Digest of the names, sizes and times of all its files; None where it is remote.
+        unchanged: Looks for changes since before it was read.
+    """
+
+    step: Step
+    tree: Tree
+    arrays: Arrays
+    layout: Layout
+    told: ToldConfig
+    resolution: Resolution
+    sidecar: tuple[RunSidecar, Folder] | None
+    dropped: Mapping[str, str]
+    files: str | None
+    unchanged: Unchanged
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from another: place, step, and digests of its metadata.
+
+        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
+        that the files tell, if they are known.
+        """
+        items = self.step.items
+        parts = {name: items.read(name) for name in _OWN}
+        if items.name == "items":
+            parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
+        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+        found = {"path": str(items), "step": self.step.number, "metadata": digests}
+        if "manifest.ocdbt" not in digests and self.files is not None:
+            found["files"] = self.files
+        return found
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The run's tokenizer directory, if its sidecar names one."""
+        if self.sidecar is None or self.sidecar[0].tokenizer is None:
+            return None
+        return str(self.sidecar[1] / self.sidecar[0].tokenizer)
+
+    def read_tokenizer(self, model_max_length: int) -> TokenizerFiles:
+        """Reads it; see `run_tokenizer`."""
+        assert self.sidecar is not None
+        return run_tokenizer(*self.sidecar, model_max_length=model_max_length)
+
+
+def _look(step: Step) -> Mapping[str, object]:
+    """What changes when the checkpoint does: on this machine, the stamp of every file."""
+    if (local := step.items.local) is not None:
+        return {**inventory(local), **stamps(local.parent / _CHECKPOINT_METADATA)}
+    return versions(step.items, _OWN) | versions(step.items.parent, [_CHECKPOINT_METADATA])
+
+
+def _files_digest(files: Mapping[str, Stamp]) -> str:
+    lines = sorted(f"{name} {size} {changed}" for name, (size, changed, *_) in files.items())
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def open_checkpoint(
+    spec: str,
+    *,
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    accept: Sequence[str] = (),
+    allow_missing_chunks: bool = False,
+) -> Checkpoint:
+    """Opens CKPT and resolves what is known of its model.
+
+    Args:
+        spec: A run, its `checkpoints/`, a step, a step's `items/`, or a URL of one.
+        config: MaxText YAML; replaces the run's sidecar.
+        sets: `key=value` flags; win over both.
+        accept: Settings of the config that no known MaxText has, and that decide nothing.
+        allow_missing_chunks: Chunks that are not stored count as zeros, where zeros need not be.
+
+    Raises:
+        NotACheckpointError: There is no complete checkpoint.
+        ConfigError: What was told cannot be read, or contradicts the shapes.
+        TensorError: Parameters are missing, unknown or inconsistent.
+        UnsupportedError: The decoder block or a dtype is not supported.
+    """
+    step = locate(spec)
+    unchanged = Unchanged()
+    unchanged.watch(partial(_look, step))
+    local = step.items.local
+    files = _files_digest(inventory(local)) if local is not None else None
+    tree = read_tree(step.items)
+    if local is None and not tree.use_ocdbt:
+        name = "zarr.json" if tree.use_zarr3 else ".zarray"
+        names = [f"params.params.{'.'.join(path)}/{name}" for path in tree.parameters]
+        unchanged.watch(partial(versions, step.items, names))
+    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
+    sidecar, unread = None, []
+    try:
+        sidecar = _read_sidecar(step)
+    except _DamagedError as error:
+        if config is None:
+            raise error.needed() from None
+        unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
+    told = tell(*run_config(config, sidecar), sets, accept)
+    used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
+    dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
+    layout = _layout(used, told)
+    resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
+    resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
+    return Checkpoint(
+        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
+    )
+
+
+def run_config(
+    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None
+) -> tuple[Mapping[str, Any] | None, Provenance]:
+    """What told of a run's config, for `tell`: the user's file, else the run's sidecar, else none.
+
+    Raises:
+        ConfigError: The user's file cannot be read.
+    """
+    if config is not None:
+        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
+    if sidecar is not None:
+        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
+        return sidecar[0].config, where
+    return None, Provenance(Origin.FLAG, "")
+
+
+def _layout(shapes: Mapping[KeyPath, tuple[int, ...]], told: ToldConfig) -> Layout:
+    """How layers are stored, by the decoder block that was told, or any that fits.
+
+    Raises:
+        UnsupportedError: The decoder block is not one moeconv converts.
+        ConfigError: It is, but the checkpoint is of another.
+    """
+    axis, entry = _scan_axis(told), told.get("decoder_block")
+    if entry is None:
+        return detect_layout(shapes, list(blocks().values()), scan_axis=axis)
+    block = blocks().get(str(entry.value).lower())
+    if block is None:
+        raise UnsupportedError(
+            f"decoder_block={short(entry.value)} ({entry.provenance}) is not supported; moeconv "
+            f"converts {', '.join(blocks())}"
+        )
+    try:
+        return detect_layout(shapes, [block], scan_axis=axis)
+    except TensorError:
+        others = [other for other in blocks().values() if other is not block]
+        if (fits := _fitting(shapes, others)) is None:
+            raise
+        raise ConfigError(
+            f"decoder_block={block.name} ({entry.provenance}) has other parameters than the "
+            f"checkpoint, which may be one of {fits.name}; give the config of this run"
+        ) from None
+
+
+def _fitting(shapes: Mapping[KeyPath, tuple[int, ...]], possible: Sequence[Block]) -> Block | None:
+    """The first block that has exactly these parameters."""
+    for block in possible:
+        with suppress(TensorError, ConfigError):
+            return detect_layout(shapes, [block]).block
+    return None
+
+
+def _scan_axis(told: ToldConfig) -> int | None:
+    """`param_scan_axis`, where somebody wrote it down for this run."""
+    axis = told.get("param_scan_axis")
+    if axis is None or not axis.explicit:
+        return None
+    if isinstance(axis.value, bool) or axis.value not in range(8):
+        raise ConfigError(
+            f"param_scan_axis={axis.value} ({axis.provenance}) should be a whole number from 0"
+        )
+    return int(axis.value)
+
+
+def run_tokenizer(
+    sidecar: RunSidecar, run: Folder, *, model_max_length: int | None
+) -> TokenizerFiles:
+    """The tokenizer that a run's sidecar names, which lies in the run, here or at its address.
+
+    Raises:
+        TokenizerError: It lies outside, cannot be read, or cannot be used.
+    """
+    assert sidecar.tokenizer is not None
+    source = str(run / sidecar.tokenizer)
+    try:
+        files = read_files(
+            lambda name, limit: read_beside(run, f"{sidecar.tokenizer}/{name}", limit=limit), source
+        )
+    except NotACheckpointError as error:
+        raise TokenizerError(
+            f"{error} ({run / SIDECAR_NAME} names it); give the tokenizer with --tokenizer"
+        ) from None
+    if not files:
+        raise TokenizerError(
+            f"{source}: no such file or directory with a tokenizer, but {run / SIDECAR_NAME} names "
+            "it; give the tokenizer with --tokenizer"
+        )
+    found = tokenizer_of(files, source, "directory", model_max_length=model_max_length)
+    more = left_out(run.local / sidecar.tokenizer) if run.local else []
+    return replace(found, notes=(*found.notes, *more))
+
+
+def _first_fault(error: ValueError) -> str:
+    """What is wrong with a sidecar, in short."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
+
+
+class _DamagedError(Exception):
+    """The sidecar is there and of no use; says where and why."""
+
+    def needed(self) -> ConfigError:
+        """Where nothing replaces it."""
+        return ConfigError(f"{self}; mend it, or give the run's config with --config")
+
+
+def find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | None:
+    """The run's sidecar; a damaged one is an error only where its config is needed."""
+    try:
+        return _read_sidecar(step)
+    except _DamagedError as error:
+        if needed:
+            raise error.needed() from None
+        return None
+
+
+def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
+    for folder in step.beside:
+        try:
+            raw = read_beside(folder, SIDECAR_NAME, limit=_SIDECAR_LIMIT)
+        except NotACheckpointError as error:
+            raise _DamagedError(str(error)) from None
+        if raw is None:
+            continue
+        try:
+            content = strict_json.loads(raw)
+            if isinstance(content, dict) and content.get("format") == "moeconv":
+                continue  # the manifest of a converted model, not a run's sidecar
+            return RunSidecar.model_validate(content), folder
+        except ValueError as error:  # pydantic's is one
+            raise _DamagedError(
+                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes "
+                f"({_first_fault(error)})"
+            ) from None
+    return None

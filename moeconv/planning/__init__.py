@@ -1,0 +1,1 @@
+"""The plan of a conversion: every byte of the output, before the first is written."""

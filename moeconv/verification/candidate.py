@@ -1,0 +1,347 @@
+"""What is being verified: an output directory, its manifest, and the checkpoint it came from.
+
+The expectation is built anew, from the manifest's description of the model and the structure of the
+source: nothing that the conversion computed is taken over but what it claims.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.layout import Layout, detect_layout
+from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
+from moeconv.artifact.names import is_output_name
+from moeconv.artifact.stamps import Stamp, stamp
+from moeconv.errors import (
+    ConfigError,
+    NotACheckpointError,
+    OutputError,
+    TensorError,
+    UnsupportedError,
+)
+from moeconv.families import blocks, targets
+from moeconv.hf.config import model_config
+from moeconv.hf.safetensors import TensorSpec, read_header
+from moeconv.mapping.edges import Edge, cannot_hold, expand
+from moeconv.mapping.rules import Options, Target
+from moeconv.maxtext.checkpoint import UNUSED
+from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.locate import Step, locate
+from moeconv.orbax.metadata import read_tree
+from moeconv.orbax.store import Folder
+from moeconv.untrusted.files import UnsafeFileError, demand_inside, read_inside
+from moeconv.untrusted.strict_json import loads
+from moeconv.verification.checks import CandidateError
+
+_INDEX = "model.safetensors.index.json"
+# The folder that transformers looks into for more chat templates (its `utils/hub.py`).
+_TEMPLATES = "additional_chat_templates"
+# Tensors that a small model may lack and still be told which.
+_FEW = 1000
+
+
+class SourceGoneError(NotACheckpointError):
+    """The checkpoint that the manifest names is not there, and the user named no other."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the output: its file and how its bytes are laid out."""
+
+    file: Path
+    spec: TensorSpec
+    offset: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An output directory under verification.
+
+    Attributes:
+        out: The directory.
+        manifest: What it claims.
+        given: The checkpoint that the user named, None for the manifest's own.
+        stamps: Size and time of every file at the beginning.
+    """
+
+    out: Path
+    manifest: Manifest
+    given: str | None
+    stamps: Mapping[str, Stamp | None]
+
+    @classmethod
+    def open(cls, out: Path, *, source: str | None = None) -> "Subject":
+        """Reads the manifest.
+
+        Raises:
+            NotACheckpointError: OUT is no output of `moeconv convert`.
+            ConfigError: The manifest is damaged.
+        """
+        path = out / MANIFEST_NAME
+        if not out.is_dir():
+            raise NotACheckpointError(f"{out} does not exist; give an output of moeconv convert")
+        demand_loadable_files(out)
+        try:
+            first = stamp(path)
+            manifest = Manifest.model_validate(loads(read_inside(out, MANIFEST_NAME)))
+            names = filter(is_output_name, manifest.files)
+            stamps = {MANIFEST_NAME: first, **{n: stamp(out / n) for n in names}}
+            subject = cls(out, manifest, source, stamps)
+            # Read once here, so that what does not describe a model is a damaged manifest.
+            if reason := cannot_hold(subject.family, subject.model):
+                raise ValueError(reason)
+        except FileNotFoundError:
+            raise NotACheckpointError(
+                f"{out} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
+            raise ConfigError(
+                f"{path} is not a manifest that this moeconv can read; convert again"
+            ) from None
+        return subject
+
+    def demand_unchanged(self) -> None:
+        """What was looked at is still there.
+
+        Raises:
+            OutputError: A file was written since the beginning.
+        """
+        moved = [name for name, one in self.stamps.items() if stamp(self.out / name) != one]
+        if moved:
+            raise OutputError(
+                f"{self.out} changed while it was verified ({', '.join(moved[:3])}); verify again"
+            )
+
+    @cached_property
+    def model(self) -> ModelDescription:
+        """The model that the manifest claims."""
+        return self.manifest.description()
+
+    @property
+    def source(self) -> str:
+        """The checkpoint to compare with."""
+        return self.given or self.manifest.source.path
+
+    @property
+    def names(self) -> list[str]:
+        """The files of the manifest that convert can have written; no other is opened."""
+        return [name for name in self.stamps if name != MANIFEST_NAME]
+
+    @property
+    def family(self) -> Target:
+        """The target that was written."""
+        return targets()[self.manifest.target]
+
+    @property
+    def options(self) -> Options:
+        """The choices about tensors."""
+        return Options(untie=self.manifest.untied)
+
+    @cached_property
+    def step(self) -> Step:
+        """The source, found.
+
+        Raises:
+            NotACheckpointError: The one that the user named is not there.
+            SourceGoneError: The one that only the manifest names is not on this machine.
+        """
+        if self.given is not None:
+            return locate(self.given)
+        named = f"{self.out / MANIFEST_NAME} names"
+        if Folder.open(self.source).local is None:
+            raise SourceGoneError(
+                f"{self.source}, which {named}, is at an address; none is asked that only OUT "
+                "tells of: give it with --source"
+            )
+        try:
+            return locate(self.source)
+        except NotACheckpointError as error:
+            raise SourceGoneError(
+                f"{error} (the one that {named}; --source gives another, "
+                "and level structure needs none)"
+            ) from None
+
+    @property
+    def items(self) -> Path | None:
+        """The source's `items` directory, None when it is remote."""
+        return self.step.items.local
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """The source's parameters, opened."""
+        missing = bool(self.manifest.missing_chunks)
+        return Arrays(self.step.items, read_tree(self.step.items), allow_missing=missing)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """How the source keeps them."""
+        used = {i.path: i.shape for i in self.arrays.info.values() if i.path[0] not in UNUSED}
+        block = [blocks()[self.model.decoder_block]]
+        try:
+            return detect_layout(used, block)
+        except ConfigError:
+            # The shapes leave the scan axis open; the manifest describes the one that was taken.
+            for axis in range(max(map(len, used.values()))):
+                with suppress(ConfigError, TensorError):
+                    found = detect_layout(used, block, scan_axis=axis)
+                    if found.describe() == self.manifest.source.layout:
+                        return found
+            raise
+
+    @cached_property
+    def edges(self) -> Mapping[str, Edge]:
+        """What every tensor should be, by name.
+
+        Raises:
+            CandidateError: The checkpoint's parameters do not give the model that OUT describes.
+        """
+        self.demand_count()
+        dtypes = {name: info.dtype for name, info in self.arrays.info.items()}
+        dtype = None if self.manifest.dtype_kept else self.manifest.dtype
+        try:
+            edges = expand(
+                self.family, self.model, self.layout, dtypes, dtype=dtype, options=self.options
+            )
+        except (TensorError, UnsupportedError) as error:
+            raise CandidateError(
+                f"the model that {self.out / MANIFEST_NAME} describes is not that of "
+                f"{self.source}: {error}",
+                "tensors",
+            ) from None
+        return {edge.target: edge for edge in edges}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """`config.json` as it lies there.
+
+        Raises:
+            CandidateError: It is no JSON object, or not there.
+        """
+        return read_object(self.out / "config.json")
+
+    @cached_property
+    def wrong_keys(self) -> list[str]:
+        """Keys of config.json that the described model has otherwise, or has not.
+
+        Raises:
+            CandidateError: It is no JSON object, or not there.
+        """
+        wanted, found = self.wanted_config, self.config
+        keys = wanted.keys() | found.keys()
+        return sorted(k for k in keys if not _same(wanted.get(k), found.get(k)))
+
+    @cached_property
+    def wanted_config(self) -> dict[str, Any]:
+        """config.json as convert writes it for the described model."""
+        return model_config(self.family, self.model, self.manifest.dtype, self.options)
+
+    @cached_property
+    def count(self) -> int:
+        """Tensors of the described model, by the rules; nothing is expanded for it."""
+        model, found = self.model, 0
+        for rule in self.family.rules:
+            if rule.when.holds(model, self.options):
+                kinds = rule.layers
+                layers = 1 if kinds is None else sum(kind in kinds for kind in model.layer_kinds)
+                found += layers * ((model.num_experts or 0) if "{E}" in rule.target else 1)
+        return found
+
+    def demand_count(self) -> None:
+        """The described model has no more tensors than files of this size can have lost.
+
+        What is expanded or built from the description takes time by its numbers of layers and
+        experts, and anybody can write 10^9 there.
+
+        Raises:
+            CandidateError: It has, or a header cannot be read.
+        """
+        if self.count > 2 * len(self.tensors) + _FEW:
+            raise CandidateError(
+                f"the described model has {self.count:,} tensors, the files hold "
+                f"{len(self.tensors):,}",
+                "tensors",
+            )
+
+    def demand_described(self) -> None:
+        """What transformers would build is the described model, as far as it can be told before.
+
+        Raises:
+            CandidateError: config.json is another model's, or as `demand_count`.
+        """
+        if self.wrong_keys:
+            raise CandidateError(
+                f"config.json differs from the described model in: {', '.join(self.wrong_keys)}",
+                "config",
+            )
+        self.demand_count()
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Stored]:
+        """Every tensor of every safetensors file, from the headers.
+
+        Raises:
+            CandidateError: A header cannot be read.
+        """
+        found = {}
+        for file in sorted(self.out.glob("*.safetensors")):
+            try:
+                header = read_header(file)
+            except TensorError as error:
+                raise CandidateError(str(error), "tensors") from None
+            for name, (spec, offset) in header.items():
+                found[name] = Stored(file, spec, offset)
+        return found
+
+
+def demand_loadable_files(folder: Path) -> None:
+    """A model's folder that transformers may be given, which opens what it finds there.
+
+    Raises:
+        ConfigError: A link in it leads out, or something there is no regular file.
+    """
+    try:
+        demand_inside(folder)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            demand_inside(folder / _TEMPLATES)
+        _demand_own_shards(folder)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _demand_own_shards(folder: Path) -> None:
+    """Refuses an index with names that lead out: transformers opens the files that it names."""
+    try:
+        index = loads(read_inside(folder, _INDEX))
+        names = {str(name) for name in index["weight_map"].values()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return  # no index, or one that nothing is read by; level structure says so
+    if out := sorted(name for name in names if "/" in name):
+        raise UnsafeFileError(folder / _INDEX, f"it names {out[0]}, which leads out of {folder}")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, and of one kind: in JSON true is not 1, and 2 may be written 2.0."""
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
+def read_object(path: Path, check: str = "config") -> dict[str, Any]:
+    """A JSON object of OUT.
+
+    Raises:
+        CandidateError: The file holds none, or cannot be read.
+    """
+    try:
+        content = loads(read_inside(path.parent, path.name))
+    except (OSError, ValueError) as error:
+        raise CandidateError(f"{path} cannot be read as JSON: {error}", check) from None
+    if not isinstance(content, dict):
+        raise CandidateError(f"{path} is no JSON object", check)
+    return content

@@ -1,0 +1,1 @@
+"""The four levels of evidence, one module each, and what they share."""

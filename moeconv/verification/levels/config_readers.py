@@ -1,0 +1,84 @@
+"""config.json as different readers understand it: one file, one model, whoever loads it.
+
+Releases differ in where they look. A theta that only one of them finds gives the other a default,
+silently: transformers 4 would run at 10,000 or 1,000,000 what was trained at 500,000.
+"""
+
+import importlib.util
+from collections.abc import Mapping
+from typing import Any
+
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import CandidateError, Check, failed, passed
+from moeconv.verification.models.transformers_load import load_config, quiet, told_of
+
+Config = Mapping[str, Any]
+
+# Written for other releases; 5 keeps them as something else, or writes its own.
+_RENAMED = {"torch_dtype", "dtype", "transformers_version", "architectures", "rope_scaling"}
+
+
+def as_transformers_4(config: Config) -> dict[str, Any]:
+    """What releases before 5 take from a config.json, and mlx-lm and llama.cpp like them.
+
+    `rope_theta` and `rope_scaling` at the top level (models/*/configuration_*.py and
+    modeling_rope_utils.py `_compute_*` of 4.x), the dtype as `torch_dtype`
+    (configuration_utils.py).
+    """
+    scaling = dict(config.get("rope_scaling") or {})
+    kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    return {
+        "rope": {"rope_type": kind, "rope_theta": config.get("rope_theta"), **scaling},
+        "dtype": config.get("torch_dtype"),
+    }
+
+
+def as_transformers_5(config: Config) -> dict[str, Any]:
+    """What 5 takes: `rope_parameters` and `dtype`.
+
+    modeling_rope_utils.py `RotaryEmbeddingConfigMixin`, configuration_utils.py.
+    """
+    return {"rope": dict(config.get("rope_parameters") or {}), "dtype": config.get("dtype")}
+
+
+def check_readers(subject: Subject) -> Check:
+    """The rules of 4.x and 5.x, and the installed release itself, read the same model.
+
+    The release is only asked of a config.json that check `config` finds right: of another one it
+    would build whatever that asks for.
+    """
+    config = subject.config
+    for key in ("rope_scaling", "rope_parameters"):
+        value = config.get(key)
+        if not isinstance(value, dict | None):
+            summary = f"{key} of config.json is {value!r}, not an object"
+            return failed("structure", "readers", summary)
+    four, five = as_transformers_4(config), as_transformers_5(config)
+    wrong = [
+        f"{key}: {four[key]} by the rules of transformers 4, {five[key]} by those of 5"
+        for key in four
+        if four[key] != five[key]
+    ]
+    told = "the rules of transformers 4 and 5"
+    if not wrong and not subject.wrong_keys and importlib.util.find_spec("transformers"):
+        with told_of(subject.out, CandidateError, "read config.json of"), quiet():
+            version, read = _installed(subject)
+        told += f", and {version} itself,"
+        wrong += [
+            f"{key}: {value!r} by transformers {version}, {config[key]!r} in the file"
+            for key, value in read.items()
+            if value != config[key]
+        ]
+    if wrong:
+        return failed("structure", "readers", "config.json is not read alike: " + "; ".join(wrong))
+    return passed("structure", "readers", f"{told} read the same model from config.json")
+
+
+def _installed(subject: Subject) -> tuple[str, dict[str, Any]]:
+    """The installed release, and its values of the keys that it keeps under their own names."""
+    import transformers
+
+    read = load_config(subject.out)
+    names = [k for k in subject.config if k not in _RENAMED and hasattr(read, k)]
+    own = {k: getattr(read, k) for k in names}
+    return transformers.__version__, own

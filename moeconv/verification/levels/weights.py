@@ -1,0 +1,292 @@
+"""Level `weights`: every output tensor taken back to the checkpoint and compared, value by value.
+
+The way back is the inverse of the rule's ops, applied to what lies in the output files; the forward
+path that wrote them is not used. Placement must agree bit for bit; where a rule rounds, each value
+must be the product rounded once, within half a unit in the last place. Chunks of the checkpoint are
+read once, within a memory budget.
+"""
+
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moeconv.errors import MemoryLimitError
+from moeconv.execution.digest import array_digest, chunk_digests
+from moeconv.execution.memory import Budget
+from moeconv.mapping.edges import Edge
+from moeconv.orbax.arrays import Reader
+from moeconv.planning.plan import WORKER_BYTES
+from moeconv.planning.units import (
+    MIB,
+    UNIT_BYTES,
+    Route,
+    Unit,
+    blocks,
+    pieces,
+    routes_of,
+    source_box,
+    unit_boxes,
+)
+from moeconv.sizes import format_size
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES, bits
+from moeconv.tensor.form import Form, Ranges
+from moeconv.verification.candidate import Stored, Subject
+from moeconv.verification.checks import Check, Status, failed, passed
+
+Progress = Callable[[int], None]
+
+
+@dataclass
+class _Fault:
+    """What is wrong with one tensor."""
+
+    differing: int = 0
+    first: tuple[int, ...] | None = None
+
+
+@dataclass
+class _Findings:
+    """Faults and digests, gathered from several threads."""
+
+    faults: dict[str, _Fault] = field(default_factory=dict)
+    chunks: dict[str, dict[tuple[int, ...], str]] = field(default_factory=dict)
+    values: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def note(self, edge: Edge, wrong: Array, start: Sequence[int]) -> None:
+        """Adds the differing values of one block; `start` is the block's place in the tensor."""
+        where = np.argwhere(wrong)
+        if not len(where):
+            return
+        first = tuple(int(i) + s for i, s in zip(where[0], start, strict=True))
+        with self.lock:
+            fault = self.faults.setdefault(edge.target, _Fault())
+            fault.differing += len(where)
+            fault.first = min(fault.first or first, first)
+
+
+def check_weights(
+    subject: Subject, *, jobs: int, memory: int, progress: Progress = lambda done: None
+) -> list[Check]:
+    """Compares every tensor with the checkpoint.
+
+    Args:
+        subject: What is verified.
+        jobs: Chunks worked on at the same time.
+        memory: Bytes that the decoded chunks may take together.
+        progress: Called with bytes of the checkpoint that were compared.
+
+    Raises:
+        MemoryLimitError: Not even one chunk has room.
+        TensorError: The checkpoint is damaged.
+        CandidateError: A header cannot be read.
+        NotACheckpointError: The checkpoint is not there.
+    """
+    edges, stored = subject.edges, subject.tensors
+    absent, unknown = sorted(set(edges) - set(stored)), sorted(set(stored) - set(edges))
+    wrong = [
+        n
+        for n in sorted(set(edges) & set(stored))
+        if (stored[n].spec.shape, stored[n].spec.dtype) != (edges[n].shape, edges[n].dtype)
+    ]
+    if absent or unknown or wrong:
+        return [
+            failed(
+                "weights",
+                "tensors",
+                f"{len(absent)} tensors are missing, {len(unknown)} are not the checkpoint's, and "
+                f"{len(wrong)} have another shape or dtype than its mapping gives them",
+                tensors=absent + unknown + wrong,
+                layer=_first_layer(edges, absent + wrong),
+            )
+        ]
+    findings = _Findings()
+    _compare_all(subject, findings, jobs, memory, progress)
+    _check_filled(subject, findings)
+    return [_source_check(subject, findings), _values_check(subject, findings)]
+
+
+def _cost(unit: Unit) -> int:
+    """Bytes of a unit while it is compared: decoded, and compressed while it is decoded."""
+    return 2 * unit.decoded_bytes + WORKER_BYTES
+
+
+def source_bytes(subject: Subject) -> int:
+    """Bytes of the checkpoint that level weights compares."""
+    sources = routes_of(list(subject.edges.values()))
+    return sum(subject.arrays.info[name].nbytes for name in sources)
+
+
+def _compare_all(
+    subject: Subject, findings: _Findings, jobs: int, memory: int, progress: Progress
+) -> None:
+    routes = routes_of(list(subject.edges.values()))
+    info = subject.arrays.info
+    limit = max(UNIT_BYTES, *(info[name].chunk_bytes for name in routes))
+    units = [
+        Unit(info[name], box, 0)
+        for name, group in routes.items()
+        for box in unit_boxes(info[name], group, limit)
+    ]
+    units.sort(key=lambda unit: (-unit.decoded_bytes, unit.array.name, unit.box))
+    largest = units[0]
+    if memory < _cost(largest):
+        raise MemoryLimitError(
+            f"--max-memory {format_size(memory)} is below the {format_size(_cost(largest))} that "
+            f"level weights needs: {largest.array.name} is compared in pieces of "
+            f"{format_size(largest.decoded_bytes)}; give --max-memory "
+            f"{math.ceil(_cost(largest) / MIB)}MiB or more"
+        )
+    budget = Budget(memory)
+
+    def work(unit: Unit) -> None:
+        cost = _cost(unit)
+        budget.acquire(cost)
+        try:
+            reader = subject.arrays.reader(unit.array.name, unit.chunk_count)
+            digests = chunk_digests(unit, reader)
+            with findings.lock:
+                findings.chunks.setdefault(unit.array.name, {}).update(digests)
+            group = routes[unit.array.name]
+            for number, ranges in pieces(unit, group):
+                _compare_piece(subject, findings, unit, group[number], ranges, reader)
+            progress(unit.nbytes)
+        finally:
+            budget.release(cost)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for done in [pool.submit(work, unit) for unit in units]:
+                done.result()
+        except BaseException:  # Ctrl-C, or a damaged chunk: nobody waits for all the others
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _compare_piece(
+    subject: Subject,
+    findings: _Findings,
+    unit: Unit,
+    route: Route,
+    ranges: Ranges,
+    reader: Reader,
+) -> None:
+    form = route.form
+    for part in blocks(route, ranges):
+        source = reader.read(source_box(unit, form, part))
+        for edge in route.edges:
+            piece = np.array(_open(subject.tensors[edge.target], form)[form.box(part)])
+            wrong = form.wrong(source, piece)
+            with findings.lock:
+                findings.values += piece.size
+            if wrong.any():
+                findings.note(edge, wrong, [part[axis][0] for axis in form.target_axes])
+
+
+def _open(stored: Stored, form: Form) -> Array:
+    """The stretch of a tensor that a form places values in, unread, with its axes apart."""
+    return np.memmap(
+        stored.file,
+        dtype=form.dtype,
+        mode="r",
+        offset=stored.offset + form.base * form.dtype.itemsize,
+        shape=form.target_shape,
+    )
+
+
+def _check_filled(subject: Subject, findings: _Findings) -> None:
+    """Tensors without a source, and the padding of those with one."""
+    for edge in subject.edges.values():
+        stored = subject.tensors[edge.target]
+        if not edge.parts:
+            dtype = DTYPES[edge.dtype]
+            filled: Array = np.memmap(stored.file, dtype, "r", stored.offset, edge.shape)
+            expected = np.full(edge.shape, edge.fill, dtype)
+            findings.note(edge, bits(filled) != bits(expected), [0] * filled.ndim)
+        for part in edge.parts:
+            for box in part.form.padding():
+                data = _open(stored, part.form)[box]
+                findings.note(edge, bits(data) != 0, [index.start or 0 for index in box])
+
+
+def _first_layer(edges: Mapping[str, Edge], names: Sequence[str]) -> int | None:
+    layers = [edges[n].layer for n in names if n in edges]
+    return min((layer for layer in layers if layer is not None), default=None)
+
+
+def _source_check(subject: Subject, findings: _Findings) -> Check:
+    """Whether the checkpoint is the one that was converted."""
+    claimed = subject.manifest.source.arrays
+    digests = {}
+    for name, chunks in findings.chunks.items():
+        info = subject.arrays.info[name]
+        digests[name] = array_digest(info.dtype, info.shape, info.chunk, chunks)
+    changed = sorted(n for n in set(claimed) | set(digests) if claimed.get(n) != digests.get(n))
+    lines = [f"{name} {digest}" for name, digest in sorted(digests.items())]
+    total = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    if changed:
+        return failed(
+            "weights",
+            "source",
+            f"{len(changed)} of {len(digests)} arrays of {subject.source} are not those that were "
+            "converted",
+            tensors=changed,
+        )
+    if lacking := subject.manifest.missing_chunks:
+        return Check(
+            level="weights",
+            name="source",
+            status=Status.WARN,
+            summary=f"chunks of {len(lacking)} arrays of {subject.source} are not stored and count "
+            "as zeros; whether they were lost cannot be told",
+            tensors=sorted(lacking),
+            metrics={"digest": total},
+        )
+    return passed(
+        "weights",
+        "source",
+        f"all {len(digests)} arrays of {subject.source} are those that were converted",
+        metrics={"digest": total},
+    )
+
+
+def _values_check(subject: Subject, findings: _Findings) -> Check:
+    """The verdict over all values."""
+    exact = sum(edge.bound() == 0.0 for edge in subject.edges.values())
+    count = len(subject.edges)
+    metrics = {
+        "tensors": count,
+        "exact_tensors": exact,
+        "values": findings.values,
+        "differing": {name: fault.differing for name, fault in sorted(findings.faults.items())},
+    }
+    if not findings.faults:
+        return passed(
+            "weights",
+            "values",
+            f"{count} tensors, {findings.values:,} values: {exact} tensors bit for bit, "
+            f"{count - exact} within one rounding",
+            metrics=metrics,
+        )
+
+    def place(name: str) -> tuple[int, str]:
+        layer = subject.edges[name].layer
+        return (-1 if layer is None else layer, name)
+
+    names = sorted(findings.faults, key=place)
+    first = findings.faults[names[0]]
+    return failed(
+        "weights",
+        "values",
+        f"{len(names)} of {count} tensors differ from the checkpoint; the first is {names[0]} "
+        f"({first.differing:,} values, from {list(first.first or ())})",
+        tensors=names,
+        layer=_first_layer(subject.edges, names),
+        metrics=metrics,
+    )

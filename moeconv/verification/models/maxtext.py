@@ -1,0 +1,217 @@
+"""MaxText's own forward pass over a checkpoint, on CPU: the reference of every parity claim.
+
+Nothing here knows how a model is mapped: the model is built by MaxText from MaxText's keys, the
+weights are restored by MaxText's own loader, and no parameter is ever initialised, so logits can
+come from the checkpoint only. The one liberty taken with MaxText is `unrounded_head`.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.errors import (
+    ConfigError,
+    MissingPackageError,
+    MoeconvError,
+    NotACheckpointError,
+    TensorError,
+    UnsupportedError,
+    UsageError,
+    to_install,
+)
+from moeconv.verification.models.maxtext_config import build_config, quiet
+from moeconv.verification.models.maxtext_head import Head, unrounded_head
+
+
+class MaxTextModel:
+    """A MaxText model on one CPU device, holding the weights of one checkpoint."""
+
+    def __init__(self, config: Any, mesh: Any, graph: Any, state: Any) -> None:
+        self.config = config
+        self._mesh = mesh
+        self._graph = graph
+        self._state = state
+        self._forwards: dict[Head, Any] = {}
+
+    @classmethod
+    def load(
+        cls, items: str | Path, config: Mapping[str, object], *, dtype: str = "float32"
+    ) -> "MaxTextModel":
+        """Build the model that `config` describes and restore its weights from `items`.
+
+        Args:
+            items: The `items` directory of a checkpoint step: full train state or parameters only.
+            config: MaxText keys, a run's overrides or its whole resolved config. Keys that do not
+                decide what the model computes (devices, data, optimizer, paths) are ignored. A
+                `capacity_factor` above 0 is honoured, so that it drops tokens here as in training.
+            dtype: What activations are computed in; weights are held in float32.
+        """
+        # Orbax resolves a relative path against its own idea of a root.
+        items = Path(items).absolute()
+        if not (items / "_METADATA").is_file():
+            raise NotACheckpointError(
+                f"{items} is not the items directory of a MaxText checkpoint: it has no _METADATA."
+            )
+        if importlib.util.find_spec("maxtext") is None:
+            raise MissingPackageError(f"MaxText is not installed; {to_install('train')}")
+        import jax
+
+        # XLA reads its flags and its log level once, here, before MaxText changes both.
+        jax.devices()
+        with quiet():
+            built = build_config(config, dtype)
+            mesh, graph, abstract = abstract_model(built)
+            state = _restore(items, abstract)
+        return cls(built, mesh, graph, state)
+
+    @property
+    def version(self) -> str:
+        """MaxText's own version."""
+        return importlib.metadata.version("maxtext")
+
+    def parameter(self, name: str) -> np.ndarray:
+        """A parameter by its dotted name below `params.params`, in float32."""
+        return np.asarray(self._parameters[name].get_value(), np.float32)
+
+    @cached_property
+    def _parameters(self) -> dict[str, Any]:
+        from flax import nnx
+
+        return {dotted(path): variable for path, variable in nnx.to_flat_state(self._state)}
+
+    def logits(self, tokens: np.ndarray, *, head: Head = "stock") -> np.ndarray:
+        """Return the float32 logits [B, T, V] of `tokens` [B, T]: causal, one segment a row.
+
+        Args:
+            tokens: Integer ids, each below the vocabulary size.
+            head: "stock" is MaxText unmodified. "unrounded" takes out the rounding to bfloat16 of
+                a tied embedding table in the output matmul; without tying the two are the same.
+        """
+        import jax
+        import jax.numpy as jnp
+        from flax.core.spmd import logical_axis_rules
+
+        tokens = np.asarray(tokens)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+            raise UsageError(
+                f"Tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}."
+            )
+        # Past the end of the table MaxText reads its last row and says nothing.
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise UsageError(
+                f"Tokens reach from {tokens.min()} to {tokens.max()}, "
+                f"but the model has {self.config.vocab_size} of them."
+            )
+        if not self.config.logits_via_embedding:
+            head = "stock"
+        if head not in self._forwards:
+            self._forwards[head] = jax.jit(_forward(self._graph, head))
+        rules = logical_axis_rules(self.config.logical_axis_rules)
+        precision = jax.default_matmul_precision("highest")
+        with quiet(), precision, jax.set_mesh(self._mesh), rules:
+            result = self._forwards[head](self._state, jnp.asarray(tokens, jnp.int32))
+        return np.asarray(result, np.float32)
+
+
+def _forward(graph: Any, head: Head) -> Callable[[Any, Any], Any]:
+    """The function to jit; a new one for each head, since jax traces one function only once."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    def forward(state: Any, tokens: Any) -> Any:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        with unrounded_head() if head == "unrounded" else contextlib.nullcontext():
+            return nnx.merge(graph, state)(
+                decoder_input_tokens=tokens,
+                decoder_positions=positions,
+                decoder_segment_ids=jnp.ones_like(tokens),
+                enable_dropout=False,
+            )
+
+    return forward
+
+
+def abstract_model(config: Any) -> tuple[Any, Any, Any]:
+    """The mesh of one CPU device, the model's graph, and its state as shapes only."""
+    import jax
+    from flax import nnx
+    from maxtext.utils import maxtext_utils, model_creation_utils
+
+    mesh = maxtext_utils.get_mesh_from_config(config, jax.devices("cpu")[:1])
+    try:
+        _, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"MaxText cannot build the model of this config: {error}") from error
+    graph, abstract = nnx.split(model)
+    return mesh, graph, abstract
+
+
+def _restore(items: Path, abstract: Any) -> Any:
+    """The model's state, every parameter from `items`; random streams, never drawn from, are 0."""
+    import jax
+    from flax import nnx
+    from maxtext.common import checkpointing
+
+    parameters, streams, rest = nnx.split_state(abstract, nnx.Param, nnx.RngState, ...)
+    if unknown := [dotted(path) for path, _ in nnx.to_flat_state(rest)]:
+        raise UnsupportedError(f"The model keeps state besides parameters: {', '.join(unknown)}.")
+    wanted = {dotted(path) for path, _ in nnx.to_flat_state(parameters)}
+    try:
+        stored = _stored_parameters(items)
+        restored = checkpointing.load_params_from_path(
+            str(items), parameters, checkpoint_storage_concurrent_gb=8
+        )
+    except MoeconvError:
+        raise
+    except Exception as error:
+        raise TensorError(f"MaxText cannot load {items}: {error}") from error
+    # MaxText only logs what it leaves unread.
+    if unread := sorted(stored - wanted):
+        raise TensorError(
+            f"{items} holds parameters that the model of the run's config does not have: "
+            + ", ".join(unread)
+        )
+    for path, variable in nnx.to_flat_state(restored):
+        value = variable.get_value()
+        if not isinstance(value, jax.Array):
+            raise TensorError(f"{items} holds no {dotted(path)}.")
+    return nnx.merge_state(restored, jax.tree.map(zeros, streams))
+
+
+def _stored_parameters(items: Path) -> set[str]:
+    """Dotted names of all parameters that the checkpoint holds."""
+    from flax import nnx
+    from orbax.checkpoint import v1 as ocp
+
+    # As the loader does: a bare tree, which Orbax of old wrote, has no step directory around it.
+    root, name = (items.parent, "items") if items.name == "items" else (items, None)
+    tree = ocp.metadata(root, checkpointable_name=name).metadata
+    collections = tree.get("params") if isinstance(tree, Mapping) else None
+    if not isinstance(collections, Mapping) or "params" not in collections:
+        raise NotACheckpointError(f"{items} holds no params.params, so it is not from MaxText.")
+    return {
+        dotted(path)
+        for collection in collections.values()
+        for path in nnx.traversals.flatten_mapping(collection)
+    }
+
+
+def dotted(path: tuple[object, ...]) -> str:
+    """A key path as one name."""
+    return ".".join(str(part) for part in path)
+
+
+def zeros(leaf: Any) -> Any:
+    """Zeros, or a fixed key, of a leaf's shape."""
+    import jax
+    import jax.numpy as jnp
+
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), leaf.shape)
+    return jnp.zeros(leaf.shape, leaf.dtype)

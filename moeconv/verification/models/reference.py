@@ -1,0 +1,197 @@
+"""The MaxText config that the reference is built from: the run's own where there is one.
+
+It is resolved by the very function that convert resolves by (`arch.told.tell`, `arch.resolve`), and
+MaxText is given the outcome: a YAML has one meaning.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.fields import FIELDS
+from moeconv.arch.layout import Layout
+from moeconv.arch.resolve import Resolution, resolve
+from moeconv.arch.told import CHANGED, SCALED_KEYS, Told, ToldConfig, known_keys, tell
+from moeconv.maxtext.checkpoint import find_sidecar, run_config
+from moeconv.orbax.locate import Step
+from moeconv.verification.checks import Check, Level, Status
+
+_NAMES = {"decoder_block": "decoder_block", **{field.key: field.name for field in FIELDS}}
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """What tells of the run.
+
+    Attributes:
+        model: The model that the manifest claims.
+        layout: How the checkpoint stores it.
+        step: The checkpoint.
+        content: The run's config as it stands; None where only the manifest tells.
+        told: The same with MaxText's defaults.
+        origin: For people.
+    """
+
+    model: ModelDescription
+    layout: Layout
+    step: Step
+    content: Mapping[str, Any] | None
+    told: ToldConfig
+    origin: str
+
+    @property
+    def independent(self) -> bool:
+        """Whether somebody else than the conversion told.
+
+        A reference built from what the conversion believed cannot find out that it was told wrong.
+        """
+        return self.content is not None
+
+    @property
+    def unsaid(self) -> Mapping[str, Any]:
+        """Fields that the config leaves to a default which may not have been the run's, with it.
+
+        The reference has the manifest's values there.
+        """
+        keys = {"decoder_block", *(CHANGED if not self.step.dated else ())}
+        return {_NAMES[k]: self.told[k].value for k in keys if self.told[k].is_default}
+
+    @cached_property
+    def resolution(self) -> Resolution:
+        """The run's model, by the config and the checkpoint's shapes.
+
+        Raises:
+            MoeconvError: The config is not of this checkpoint's model.
+        """
+        own = {
+            key: Told(getattr(self.model, name), self.told[key].provenance)
+            for key, name in _NAMES.items()
+            if name in self.unsaid
+        }
+        told = ToldConfig(self.told, own)
+        return resolve(self.layout, told, scan_layers=self.step.scan_layers)
+
+    @cached_property
+    def keys(self) -> Mapping[str, Any]:
+        """For `MaxTextModel.load`: sizes by the shapes, once, and all else as resolved.
+
+        Raises:
+            MoeconvError: The config is not of this checkpoint's model.
+        """
+        if self.content is None:
+            return {**_sizes(self.model, self.layout), **_semantics(self.model)}
+        decided = known_keys() | SCALED_KEYS.keys()
+        others = {key: value for key, value in self.content.items() if key not in decided}
+        told = {key: one.value for key, one in self.told.items() if key not in SCALED_KEYS}
+        run = self.resolution.model()
+        return {**others, **told, **_sizes(run, self.layout), **_semantics(run)}
+
+
+def reference_config(
+    model: ModelDescription,
+    layout: Layout,
+    step: Step,
+    config: Path | None,
+    accepted: Sequence[str] = (),
+) -> ReferenceConfig:
+    """The config of the run.
+
+    Args:
+        model: The model that the manifest claims.
+        layout: How the checkpoint stores it.
+        step: The checkpoint.
+        config: A MaxText YAML given by the user, instead of the run's sidecar.
+        accepted: Settings of it that the conversion was told to let pass.
+
+    Raises:
+        ConfigError: The user's file or the run's sidecar cannot be read.
+    """
+    sidecar = find_sidecar(step, needed=True) if config is None else None
+    content, provenance = run_config(config, sidecar)
+    if config is not None:
+        origin = str(config)
+    elif sidecar is not None:
+        origin = f"the run's sidecar in {sidecar[1]}"
+    else:
+        origin = "the description in the output's manifest"
+    told = tell(content, provenance, (), accepted)
+    return ReferenceConfig(model, layout, step, content, told, origin)
+
+
+def reference_check(
+    level: Level,
+    name: str,
+    *,
+    side: str,
+    origin: str,
+    independent: bool,
+    accepted: Sequence[str] = (),
+) -> Check:
+    """What a level compared with.
+
+    Args:
+        level: The level.
+        name: The model's name.
+        side: `maxtext` or `hf`.
+        origin: See `ReferenceConfig`.
+        independent: See `ReferenceConfig`; a warning where it is not.
+        accepted: Settings of the run's config that nobody knows; a warning where there are any.
+    """
+    summary = f"{name}, by {origin}"
+    if not independent:
+        summary += (
+            ": what the conversion was told wrong (rope_theta, say) is wrong there too and cannot "
+            "be found; give the run's own config with --config"
+        )
+    if accepted:
+        summary += f"; what {', '.join(accepted)} in its config means is not known"
+    return Check(
+        level=level,
+        name="reference",
+        status=Status.PASS if independent and not accepted else Status.WARN,
+        summary=summary,
+        metrics={"against": side, "config": origin, "independent": independent},
+    )
+
+
+def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
+    """What the shapes say, as MaxText's keys; they are as wide as the model is."""
+    dense, moe = model.intermediate_size, model.moe_intermediate_size
+    keys: dict[str, Any] = {
+        "global_parameter_scale": 1,
+        "base_emb_dim": model.hidden_size,
+        "base_num_query_heads": model.num_attention_heads,
+        "base_num_kv_heads": model.num_key_value_heads,
+        "head_dim": model.head_dim,
+        "base_num_decoder_layers": model.num_hidden_layers,
+        "base_mlp_dim": dense or moe,
+        "vocab_size": model.vocab_size,
+        "logits_via_embedding": model.tie_word_embeddings,
+        "max_target_length": model.max_position_embeddings,
+        "decoder_block": model.decoder_block,
+        "scan_layers": layout.stacking.scanned,
+    }
+    if layout.scan_axis is not None:
+        keys["param_scan_axis"] = layout.scan_axis
+    if model.num_experts:
+        keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
+    shown = layout.block.shown.items()
+    keys |= {key: model.layer_kinds[0].attention == attention for key, attention in shown}
+    return {**keys, **layout.block.config(model, layout.cycle)}
+
+
+def _semantics(model: ModelDescription) -> dict[str, Any]:
+    """What shapes cannot say, as the conversion understood it."""
+    keys: dict[str, Any] = {
+        "normalize_embedding_logits": model.normalize_embedding_logits,
+        "rope_type": model.rope_type,
+        "rope_max_timescale": model.rope_theta,
+        "rope_use_scale": model.rope_use_scale,
+        "normalization_layer_epsilon": model.rms_norm_eps,
+    }
+    if model.num_experts_per_tok:
+        keys["num_experts_per_tok"] = model.num_experts_per_tok
+    return keys

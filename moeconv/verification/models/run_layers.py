@@ -1,0 +1,64 @@
+"""Walking a model from its embedding to its last layer, and where its parameters come from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moeconv.arch.layout import Layout
+from moeconv.tensor.axes import Array
+from moeconv.verification.measure.rounding import Rounding
+from moeconv.verification.models.layerwise import Side
+from moeconv.verification.models.maxtext import MaxTextModel
+from moeconv.verification.models.maxtext_layers import ReadParameter
+
+# Positions whose logits are computed together: at 128k tokens 30 MB.
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Walked:
+    """A model's last hidden states [B, T, D], before the final norm, and its router logits."""
+
+    hidden: Array
+    routers: Mapping[int, Array]
+
+
+def walk(side: Side, tokens: Array) -> Walked:
+    """Runs every layer of one side over `tokens` [B, T]."""
+    hidden, routers = side.embed(tokens), {}
+    for number in range(side.num_layers):
+        trace = side.layer(number, hidden)
+        hidden = trace.output
+        if trace.router is not None:
+            routers[number] = trace.router
+    return Walked(hidden, routers)
+
+
+def blocks(hidden: Array) -> list[Array]:
+    """Hidden states [B, T, D] as pieces [1, N, D], in C order."""
+    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    return [flat[:, i : i + BLOCK] for i in range(0, flat.shape[1], BLOCK)]
+
+
+def parameters_of(model: MaxTextModel, layout: Layout) -> ReadParameter:
+    """Parameters of one layer out of a model that is whole in memory."""
+
+    def read(parameter: str, layer: int | None) -> Array:
+        stored = layout.places[parameter, layer]
+        entry = stored.entry(layer)
+        box = tuple(entry.get(axis, slice(None)) for axis in stored.axes)
+        return np.asarray(model.parameter(stored.name)[box])
+
+    return read
+
+
+def moved(read: ReadParameter, layout: Layout, weights: Mapping[str, Rounding]) -> ReadParameter:
+    """The same parameters, moved as much as the output rounds them."""
+
+    def read_moved(parameter: str, layer: int | None) -> Array:
+        name = layout.places[parameter, layer].name
+        value = read(parameter, layer)
+        return weights[name].move(value) if name in weights else value
+
+    return read_moved

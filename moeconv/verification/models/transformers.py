@@ -1,0 +1,383 @@
+"""The converted model as stock transformers computes it: whole, or one layer at a time.
+
+Both ways load through `from_pretrained`, so that transformers' own conversion of the stored names
+(v5 fuses experts in memory, core_model_loading.py) is part of what is compared.
+"""
+
+import contextlib
+import copy
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.errors import (
+    ConfigError,
+    MissingPackageError,
+    MoeconvError,
+    TensorError,
+    UsageError,
+    to_install,
+)
+from moeconv.families import targets
+from moeconv.hf.safetensors import TensorSpec, read_header
+from moeconv.mapping.rules import Probe
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import SIGNIFICAND_BITS
+from moeconv.tensor.values import Cast
+from moeconv.verification.candidate import demand_loadable_files
+from moeconv.verification.measure.rounding import Rounding
+from moeconv.verification.models.layerwise import Trace
+from moeconv.verification.models.maxtext_head import Head
+from moeconv.verification.models.transformers_load import (
+    build_empty,
+    load_config,
+    load_model,
+    load_tensors,
+    quiet,
+    told_of,
+)
+
+
+class HfModel:
+    """A Hugging Face model directory, whole in memory."""
+
+    def __init__(self, model: Any, folder: Path, blame: type[MoeconvError]) -> None:
+        self._model, self._folder, self._blame = model, folder, blame
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str = "cpu",
+        blame: type[MoeconvError] = TensorError,
+    ) -> "HfModel":
+        """Loads by transformers, with attention and experts in their plain implementations.
+
+        Nothing is fetched, no code of the directory is run, and a parameter that transformers would
+        make up or leave out is an error.
+
+        Args:
+            folder: The model.
+            dtype: What it is computed in.
+            device: Where.
+            blame: Raised where the model cannot be loaded whole, or later cannot be run.
+
+        Raises:
+            ConfigError: The folder has no config.json.
+            TensorError: It has no weights.
+            MissingPackageError: torch or transformers is not installed.
+            MemoryLimitError: The machine is too small.
+        """
+        folder = check_folder(folder)
+        with quiet(), told_of(folder, blame):
+            import torch
+
+            model, report = load_model(folder, dtype=getattr(torch, dtype))
+            _check_whole(folder, report)
+            return cls(model.to(device).eval(), folder, blame)
+
+    def run(self, tokens: Array) -> tuple[Array, dict[int, Array]]:
+        """Logits [B, T, V] of `tokens` [B, T], and router logits [B, T, E] by layer; float32."""
+        import torch
+
+        kept: dict[int, Any] = {}
+        with contextlib.ExitStack() as stack, torch.inference_mode():
+            stack.enter_context(told_of(self._folder, self._blame, "run"))
+            probe = probe_of(self._model.config)
+            for number, layer in enumerate(self._model.model.layers):
+                if (gate := _router(layer, probe)) is not None:
+                    stack.enter_context(_tap(gate, kept, number))
+            ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._model.device)
+            logits = self._model(input_ids=ids, use_cache=False).logits
+            shape = tokens.shape
+            routers = {n: _numpy(value).reshape(*shape, -1) for n, value in kept.items()}
+            return _numpy(logits), routers
+
+    def generate(self, prompt: Array, count: int) -> Array:
+        """`prompt` [T] and `count` greedy tokens more, with the KV cache, by `generate`."""
+        import torch
+        import transformers
+
+        config = transformers.GenerationConfig(
+            do_sample=False, max_new_tokens=count, use_cache=True, eos_token_id=None, pad_token_id=0
+        )
+        ids = torch.from_numpy(np.asarray(prompt, np.int64))[None].to(self._model.device)
+        with torch.inference_mode(), quiet(), told_of(self._folder, self._blame, "run"):
+            whole = self._model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+        made: Array = whole[0].cpu().numpy()
+        return made
+
+
+class HfLayers:
+    """A Hugging Face model directory of which one layer is in memory.
+
+    Layer n is run as the only layer of a model of the same config, whose final norm and head are
+    not used; embedding, final norm and head are a model of no layers. Which kind of layer n is,
+    transformers says: it builds the whole model on the meta device.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: str = "float32",
+        rounding: Rounding | None = None,
+        blame: type[MoeconvError] = TensorError,
+    ) -> None:
+        """Reads the config and the names of all tensors.
+
+        Args:
+            folder: The model.
+            dtype: What it is computed in.
+            rounding: Weights are moved as much as this rounds them.
+            blame: Raised where the model cannot be loaded or run.
+
+        Raises:
+            ConfigError: The folder has no config.json.
+            TensorError: It has no weights.
+            MissingPackageError: torch or transformers is not installed.
+            MemoryLimitError: The machine is too small.
+        """
+        self._folder, self._blame = check_folder(folder), blame
+        self.name = "transformers"
+        with quiet(), told_of(self._folder, blame):
+            import torch
+
+            self._config = load_config(self._folder)
+            self._meta = build_empty(self._config)
+            self._probe = probe_of(self._config)
+            self._files = _tensor_files(self._folder)
+        self._dtype = getattr(torch, dtype)
+        self._rounding = rounding
+        self.num_layers: int = self._config.num_hidden_layers
+        self._outer: Any = None
+
+    def embed(self, tokens: Array) -> Array:
+        """See `Side`."""
+        import torch
+
+        ids = torch.from_numpy(np.asarray(tokens, np.int64))
+        with torch.inference_mode(), told_of(self._folder, self._blame, "run"):
+            return _numpy(self._globals().model.embed_tokens(ids))
+
+    def norm(self, hidden: Array) -> Array:
+        """See `Side`."""
+        return self._apply(lambda model: model.model.norm, hidden)
+
+    def logits(self, normed: Array, head: Head = "stock") -> Array:
+        """See `Side`; transformers has one head only."""
+        return self._apply(lambda model: model.lm_head, normed)
+
+    def release(self) -> None:
+        """See `Side`."""
+        self._outer = None
+        gc.collect()  # models of both frameworks lie in reference cycles
+
+    def layer(self, number: int, hidden: Array) -> Trace:
+        """See `Side`."""
+        import torch
+
+        kept: dict[str, Any] = {}
+        with contextlib.ExitStack() as stack, torch.inference_mode():
+            stack.enter_context(told_of(self._folder, self._blame, "run"))
+            model = self._single(number)
+            layer = model.model.layers[0]
+            attention = getattr(layer, self._probe.attention)
+            stack.enter_context(_tap(attention, kept, "attention"))
+            stack.enter_context(_tap(_feed_forward(layer, self._probe), kept, "experts"))
+            stack.enter_context(_tap(layer, kept, "output"))
+            if (gate := _router(layer, self._probe)) is not None:
+                stack.enter_context(_tap(gate, kept, "router"))
+            inputs = torch.from_numpy(np.array(hidden)).to(self._dtype)
+            model.model(inputs_embeds=inputs, use_cache=False)
+            shape = hidden.shape[:2]
+            found = {name: _numpy(value).reshape(*shape, -1) for name, value in kept.items()}
+        return Trace(found["attention"], found.get("router"), found["experts"], found["output"])
+
+    def _apply(self, part: Callable[[Any], Any], values: Array) -> Array:
+        import torch
+
+        with torch.inference_mode(), told_of(self._folder, self._blame, "run"):
+            module = part(self._globals())
+            return _numpy(module(torch.from_numpy(np.array(values)).to(self._dtype)))
+
+    def _globals(self) -> Any:
+        """The model of no layers."""
+        if self._outer is None:
+            config = copy.deepcopy(self._config)
+            config.num_hidden_layers = 0
+            names = {name: name for name in self._files if not name.startswith("model.layers.")}
+            self._outer = self._build(config, self._tensors(names))
+        return self._outer
+
+    def _single(self, number: int) -> Any:
+        """The model whose only layer is layer `number`."""
+        import torch
+
+        config = copy.deepcopy(self._config)
+        config.num_hidden_layers, config.vocab_size = 1, 1
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = None
+        whole = self._meta.model.layers[number]
+        wanted = type(_feed_forward(whole, self._probe))
+        self._probe.alone(config, number, _router(whole, self._probe) is not None)
+        prefix = f"model.layers.{number}."
+        tensors = self._tensors(
+            {
+                name: "model.layers.0." + name.removeprefix(prefix)
+                for name in self._files
+                if name.startswith(prefix)
+            }
+        )
+        width = self._config.hidden_size
+        tensors["model.embed_tokens.weight"] = torch.zeros(1, width)
+        tensors["model.norm.weight"] = torch.ones(width)
+        if not config.tie_word_embeddings:
+            tensors["lm_head.weight"] = torch.zeros(1, width)
+        model = self._build(config, tensors)
+        built = type(_feed_forward(model.model.layers[0], self._probe))
+        if built is not wanted:
+            raise TensorError(
+                f"{self._folder / 'config.json'}: layer {number} alone is a {built.__name__}, "
+                f"within the model a {wanted.__name__}"
+            )
+        return model
+
+    def _tensors(self, names: Mapping[str, str]) -> dict[str, Any]:
+        from safetensors import safe_open
+
+        found: dict[str, Any] = {}
+        for file in sorted({self._files[name] for name in names}):
+            with safe_open(file, "pt") as opened:
+                for name, new in names.items():
+                    if self._files[name] == file:
+                        tensor = opened.get_tensor(name)
+                        if self._rounding is not None:
+                            tensor = _moved(self._rounding, tensor)
+                        found[new] = tensor
+        return found
+
+    def _build(self, config: Any, tensors: dict[str, Any]) -> Any:
+        with quiet():
+            model, report = load_tensors(type(self._meta), config, tensors, dtype=self._dtype)
+        _check_whole(self._folder, report)
+        return model.eval()
+
+
+def check_folder(folder: str | Path) -> Path:
+    """A folder with a config and weights, and the packages to load them."""
+    folder = Path(folder)
+    if folder.is_dir():
+        demand_loadable_files(folder)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a Hugging Face model: it has no config.json.")
+    if not any(folder.glob("*.safetensors")):
+        raise TensorError(f"{folder} is not a Hugging Face model: it has no *.safetensors.")
+    if not all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        raise MissingPackageError(f"transformers is not installed; {to_install('verify')}")
+    return folder
+
+
+def rounding_between(one: Path, other: Path) -> Rounding | None:
+    """What tells two models apart when one of them is stored narrower than the other."""
+    bits = [
+        min((SIGNIFICAND_BITS[d], d) for spec in _specs(folder) if (d := spec.dtype))
+        for folder in (one, other)
+    ]
+    narrow = min(bits)
+    if bits[0] == bits[1] or narrow[1] == "float32":
+        return None
+    return Rounding(Cast("float32", narrow[1]))
+
+
+def _specs(folder: Path) -> list[TensorSpec]:
+    files = sorted(check_folder(folder).glob("*.safetensors"))
+    return [spec for file in files for spec, _ in read_header(file).values()]
+
+
+def _moved(rounding: Rounding, tensor: Any) -> Any:
+    import torch
+
+    return torch.from_numpy(rounding.move(_numpy(tensor))).to(tensor.dtype)
+
+
+def check_tokens(tokens: Array) -> Array:
+    """Integer ids [B, T]."""
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
+        raise UsageError(
+            f"Tokens must be integers [B, T], not {tokens.dtype} {list(tokens.shape)}."
+        )
+    return tokens
+
+
+def hf_logits(
+    model_dir: str | Path, tokens: Array, *, dtype: str = "float32", device: str = "cpu"
+) -> Array:
+    """Logits [B, T, V] of a Hugging Face model directory in float32; errors as `HfModel.load`."""
+    check_folder(model_dir)
+    tokens = check_tokens(tokens)
+    return HfModel.load(model_dir, dtype=dtype, device=device).run(tokens)[0]
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    from safetensors import SafetensorError, safe_open
+
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as opened:
+                found.update(dict.fromkeys(opened.keys(), file))
+        except (SafetensorError, OSError) as error:
+            raise TensorError(f"{file} cannot be read: {error}") from None
+    return found
+
+
+def probe_of(config: Any) -> Probe:
+    """Where the parts of a model are, by its architecture; as in most models if none is known."""
+    named = set(config.architectures or ())
+    return next((each.probe for each in targets().values() if each.architecture in named), Probe())
+
+
+def _feed_forward(layer: Any, probe: Probe) -> Any:
+    """The MLP or MoE block."""
+    return getattr(layer, next(name for name in probe.mlp if hasattr(layer, name)))
+
+
+def _router(layer: Any, probe: Probe) -> Any:
+    """The router of a MoE layer, which gives its logits first or alone; None in a dense one."""
+    return getattr(_feed_forward(layer, probe), probe.router, None)
+
+
+@contextlib.contextmanager
+def _tap(module: Any, kept: dict[Any, Any], name: Any) -> Iterator[None]:
+    """Keeps what a module returns."""
+
+    def keep(_module: Any, _inputs: Any, output: Any) -> None:
+        kept[name] = output[0] if isinstance(output, tuple) else output
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _numpy(tensor: Any) -> Array:
+    array: Array = tensor.float().cpu().numpy()
+    return array
+
+
+def _check_whole(folder: Path, report: Mapping[str, Any]) -> None:
+    if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
+        raise TensorError(
+            f"transformers does not load {folder} whole: "
+            + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
+        )

@@ -1,0 +1,1 @@
+"""The report: verify.json, verify.md and the plots."""
