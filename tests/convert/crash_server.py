@@ -49,7 +49,13 @@ def watch(die: int | tuple[str, int] | None, log: int) -> None:
 def serve() -> None:
     from moeconv.cli.main import main
 
-    for name in ("cli.convert", "conversion.api", "execution.engine", "execution.staging", "hf.tokenizer"):
+    for name in (
+        "cli.convert",
+        "conversion.api",
+        "execution.engine",
+        "execution.staging",
+        "hf.tokenizer",
+    ):
         importlib.import_module(f"moeconv.{name}")
     importlib.import_module("huggingface_hub.serialization")
     for line in sys.stdin:
