@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -100,6 +100,11 @@ class ToldConfig(Mapping[str, Told]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def without(self, of: Callable[[str], bool]) -> "ToldConfig":
+        """All but the keys of which this is true."""
+        kept = {key: told for key, told in self._values.items() if not of(key)}
+        return ToldConfig(kept, ignored=self.ignored, accepted=self.accepted)
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, or `default`."""
