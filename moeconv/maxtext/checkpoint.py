@@ -11,11 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout, may_hold
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
-from moeconv.arch.told import ToldConfig, load_config_file, tell
+from moeconv.arch.told import ToldConfig, tell
 from moeconv.arch.yaml_file import short
 from moeconv.errors import (
     ConfigError,
@@ -26,6 +25,7 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.arrays import Arrays
@@ -179,7 +179,9 @@ def open_checkpoint(
         unread.append(
             f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"
         )
-    told = tell(*run_config(config, sidecar), sets, accept)
+    content, provenance = run_config(config, sidecar, step)
+    unread += said_of(content, provenance, given=config is not None)
+    told = tell(content, provenance, sets, accept)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
@@ -195,22 +197,6 @@ def open_checkpoint(
 
 def _has(arrays: Arrays, module: str) -> bool:
     return any(info.path[0] == module for info in arrays.info.values())
-
-
-def run_config(
-    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None
-) -> tuple[Mapping[str, Any] | None, Provenance]:
-    """What told of a run's config, for `tell`: the user's file, else the run's sidecar, else none.
-
-    Raises:
-        ConfigError: The user's file cannot be read.
-    """
-    if config is not None:
-        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
-    if sidecar is not None:
-        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
-        return sidecar[0].config, where
-    return None, Provenance(Origin.FLAG, "")
 
 
 def _demand_whole(step: Step, arrays: Arrays) -> list[str]:
