@@ -25,6 +25,7 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
@@ -78,6 +79,7 @@ class Checkpoint:
         dropped: Parameters left out on purpose, with the reason.
         files: Digest of the names, sizes and times of all its files; None where it is remote.
         unchanged: Looks for changes since before it was read.
+        fused: Settings by which it has parameters in one array, which are taken apart.
     """
 
     step: Step
@@ -90,6 +92,7 @@ class Checkpoint:
     dropped: Mapping[str, str]
     files: str | None
     unchanged: Unchanged
+    fused: frozenset[str] = frozenset()
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -163,6 +166,7 @@ def open_checkpoint(
     local = step.items.local
     files = _files_digest(inventory(local)) if local is not None else None
     tree = read_tree(step.items)
+    _refuse_adapters(step, tree)
     _refuse_unclaimed(step.items, tree)
     if local is None and not tree.use_ocdbt:
         name = "zarr.json" if tree.use_zarr3 else ".zarray"
@@ -182,16 +186,18 @@ def open_checkpoint(
     content, provenance = run_config(config, sidecar, step)
     unread += said_of(content, provenance, given=config is not None)
     told = tell(content, provenance, sets, accept)
+    fused = take_apart(arrays, scan_axis=_scan_axis(told))
+    demand_order(fused, content)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
     layout = _layout(used, told, tree.collections)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
-    deciding = told.without(lambda key: key.startswith(tuple(unused))) if unused else told
+    deciding = told.without(lambda key: key in fused or key.startswith(tuple(unused)))
     resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
-        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
+        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged, fused
     )
 
 
@@ -234,6 +240,31 @@ def _demand_whole(step: Step, arrays: Arrays) -> list[str]:
         f"{' and '.join(why)}, but every array of the model is whole, as in a copy of a finished "
         "save; it is taken as such"
     ]
+
+
+def _refuse_adapters(step: Step, tree: Tree) -> None:
+    """Refuses a LoRA adapter, alone or in a model.
+
+    Raises:
+        UnsupportedError: There is one; says which, and what to do.
+    """
+    count = len(tree.adapters)
+    if not count:
+        return
+    told = [f"{key.removeprefix('lora_')} {step.lora[key]}"
+            for key in ("lora_rank", "lora_alpha") if key in step.lora]  # fmt: skip
+    what = f"a LoRA adapter ({', '.join([*told, f'{count} matrices'])})"
+    first = tree.adapters[0].stored_name
+    if count == len(tree.model):
+        raise UnsupportedError(
+            f"{step.items} holds {what} and no model, as MaxText saves a LoRA training: {first}, …; "
+            "moeconv does not convert adapters. MaxText's to_huggingface writes one with "
+            "lora.lora_restore_path, and the merged model with load_parameters_path beside it"
+        )
+    raise UnsupportedError(
+        f"{step.items} holds a model and {what}: {first}, …; moeconv does not merge adapters, and "
+        "without it the model would be another. MaxText's to_huggingface merges them"
+    )
 
 
 def _refuse_unclaimed(items: Folder, tree: Tree) -> None:
