@@ -110,61 +110,24 @@ def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) 
     for text in plan.warnings:
         output.warn(text)
     if dry_run:
-        report = describe_plan(prepared)
+        budget = plan.estimate.memory_budget(settings.max_memory, settings.jobs)
+        report = {**plan.as_dict(), "memory_budget": budget}
         output.data(report)
         if not json_mode:
             _print_plan(output, report)
         return
     try:
-        with output.progress(plan.read_bytes, plan.tensor_bytes) as meter:
+        with output.progress(plan.estimate.read_bytes, plan.target_bytes) as meter:
             manifest = convert(prepared, out, progress=meter, note=output.note)
     except KeyboardInterrupt:
         say(f"interrupted: {out} is untouched; go on with --resume")
         sys.exit(130)
     output.data({"out": str(out), **manifest.model_dump(mode="json")})
     size = sum(f.size for f in manifest.files.values())
-    output.print(
-        f"{out}: {plan.family.architecture}, {len(plan.edges)} tensors, {format_size(size)}"
-    )
+    output.print(f"{out}: {plan.page.architecture}, {len(plan.edges)} tensors, {format_size(size)}")
     for fold_ in manifest.folds:
         exact = "exact" if fold_.exact else "rounded once"
         output.print(f"folded {fold_.factor} into {fold_.target} ({exact})")
-
-
-def describe_plan(prepared: Any) -> dict[str, Any]:
-    """The plan as data."""
-    plan, options = prepared.plan, prepared.options
-    tensors = [
-        {
-            "name": edge.target,
-            "shape": list(edge.shape),
-            "dtype": edge.dtype,
-            "sources": [part.source.name for part in edge.parts],
-            "ops": edge.steps(),
-            "summary": edge.describe(),
-            "error_bound": edge.bound(),
-            "file": plan.files[plan.places[name].file].name,
-            "offset": plan.places[name].offset,
-            "bytes": edge.nbytes,
-        }
-        for name, edge in plan.edges.items()
-    ]
-    return {
-        "target": plan.family.name,
-        "architecture": plan.family.architecture,
-        "digest": plan.digest,
-        "tensors": tensors,
-        "files": [{"name": f.name, "bytes": f.layout.size} for f in plan.files],
-        "read_bytes": plan.read_bytes,
-        "write_bytes": plan.write_bytes,
-        "scratch_bytes": plan.scratch_bytes,
-        "disk_bytes": plan.disk_bytes,
-        "memory_floor": plan.memory_floor,
-        "memory_budget": plan.memory_budget(options.max_memory, options.jobs),
-        "units": len(plan.units),
-        "warnings": list(plan.warnings),
-        "dropped": dict(plan.dropped),
-    }
 
 
 def _print_plan(output: Output, report: dict[str, Any]) -> None:

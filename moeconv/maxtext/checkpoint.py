@@ -50,18 +50,13 @@ _SIDECAR_LIMIT = 4 * 2**20  # a resolved config has some 60 KB
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as moeconv understands it.
+class StoredCheckpoint:
+    """A checkpoint as it is stored, whatever model is in it.
 
     Attributes:
         step: Where it is.
         tree: Its leaves.
         arrays: Its parameters, opened.
-        layout: How layers are stored.
-        told: What config and flags said.
-        resolution: What is known of the model, and what is missing.
-        sidecar: The run's sidecar and its folder, if one was found.
-        dropped: Parameters left out on purpose, with the reason.
         files: Digest of the names, sizes and times of all its files; None where it is remote.
         unchanged: Looks for changes since before it was read.
     """
@@ -69,30 +64,39 @@ class Checkpoint:
     step: Step
     tree: Tree
     arrays: Arrays
-    layout: Layout
-    told: ToldConfig
-    resolution: Resolution
-    sidecar: tuple[RunSidecar, Folder] | None
-    dropped: Mapping[str, str]
     files: str | None
     unchanged: Unchanged
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: place, step, and digests of its metadata.
+    def metadata(self) -> dict[str, str]:
+        """SHA-256 of its metadata files, by name.
 
-        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
-        that the files tell, if they are known.
+        OCDBT's manifest changes with every chunk. Without one nothing among them does.
         """
         items = self.step.items
         parts = {name: items.read(name) for name in _OWN}
         if items.name == "items":
             parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
-        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
-        found = {"path": str(items), "step": self.step.number, "metadata": digests}
-        if "manifest.ocdbt" not in digests and self.files is not None:
-            found["files"] = self.files
-        return found
+        return {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+
+
+@dataclass(frozen=True)
+class Checkpoint(StoredCheckpoint):
+    """A checkpoint as moeconv understands it.
+
+    Attributes:
+        layout: How layers are stored.
+        told: What config and flags said.
+        resolution: What is known of the model, and what is missing.
+        sidecar: The run's sidecar and its folder, if one was found.
+        dropped: Parameters left out on purpose, with the reason.
+    """
+
+    layout: Layout
+    told: ToldConfig
+    resolution: Resolution
+    sidecar: tuple[RunSidecar, Folder] | None
+    dropped: Mapping[str, str]
 
     @property
     def tokenizer(self) -> str | None:
@@ -142,17 +146,8 @@ def open_checkpoint(
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
-    step = locate(spec)
-    unchanged = Unchanged()
-    unchanged.watch(partial(_look, step))
-    local = step.items.local
-    files = _files_digest(inventory(local)) if local is not None else None
-    tree = read_tree(step.items)
-    if local is None and not tree.use_ocdbt:
-        name = "zarr.json" if tree.use_zarr3 else ".zarray"
-        names = [f"params.params.{'.'.join(path)}/{name}" for path in tree.parameters]
-        unchanged.watch(partial(versions, step.items, names))
-    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
+    stored = open_stored(spec, allow_missing_chunks=allow_missing_chunks)
+    step, arrays = stored.step, stored.arrays
     sidecar, unread = None, []
     try:
         sidecar = _read_sidecar(step)
@@ -167,8 +162,39 @@ def open_checkpoint(
     resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
-        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
+        step,
+        stored.tree,
+        arrays,
+        stored.files,
+        stored.unchanged,
+        layout,
+        told,
+        resolution,
+        sidecar,
+        dropped,
     )
+
+
+def open_stored(spec: str, *, allow_missing_chunks: bool = False) -> StoredCheckpoint:
+    """Opens a checkpoint without asking what model it is; see `open_checkpoint`.
+
+    Raises:
+        NotACheckpointError: There is no complete checkpoint.
+        TensorError: Arrays are damaged.
+        UnsupportedError: A dtype or compression is not supported.
+    """
+    step = locate(spec)
+    unchanged = Unchanged()
+    unchanged.watch(partial(_look, step))
+    local = step.items.local
+    files = _files_digest(inventory(local)) if local is not None else None
+    tree = read_tree(step.items)
+    if local is None and not tree.use_ocdbt:
+        name = "zarr.json" if tree.use_zarr3 else ".zarray"
+        names = [f"params.params.{'.'.join(path)}/{name}" for path in tree.parameters]
+        unchanged.watch(partial(versions, step.items, names))
+    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
+    return StoredCheckpoint(step, tree, arrays, files, unchanged)
 
 
 def run_config(

@@ -177,7 +177,11 @@ def _sides(
         if weights or options.dtype != "float32":
             weighed = moved(read, layout, weights)
             other = MaxTextLayers(config.keys, weighed, layout, dtype=options.dtype)
-        (norm,) = (e for e in subject.edges.values() if FINAL_NORM.name in e.rule.sources)
+        (norm,) = (
+            e
+            for e in subject.edges.values()
+            if FINAL_NORM.name in subject.family.rules[e.rule].sources
+        )
         factor = next((value.fold.factor for value in norm.values if value.fold), 1.0)
         name = f"MaxText {reference.version}"
         yield _Sides(name, config.origin, config.independent, reference, other, factor)
