@@ -16,6 +16,7 @@ from moeconv.errors import (
     OutputError,
     StorageError,
     TensorError,
+    TokenizerError,
     UsageError,
 )
 from moeconv.execution.engine import Engine, Result
@@ -27,11 +28,18 @@ from moeconv.families import target_for, targets
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
 from moeconv.mapping.rules import Options
-from moeconv.maxtext.checkpoint import Checkpoint, StoredCheckpoint, open_checkpoint
+from moeconv.maxtext.checkpoint import (
+    Checkpoint,
+    StoredCheckpoint,
+    find_sidecar,
+    open_checkpoint,
+    open_stored,
+    run_tokenizer,
+)
 from moeconv.maxtext.run_record import RunRecord, read_run
 from moeconv.orbax.inventory import stamps
 from moeconv.planning.estimate import IMPORT_BYTES
-from moeconv.planning.plan import Plan, PlannedSource, build_plan
+from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
 from moeconv.tensor.dtypes import DTYPES
 
 GB = 10**9
@@ -83,11 +91,13 @@ class Prepared:
     Attributes:
         plan: What to do.
         source: The checkpoint.
+        tokenizer: Its tokenizer.
         options: How to do it: memory, jobs, and what is allowed.
     """
 
     plan: Plan
     source: StoredCheckpoint
+    tokenizer: TokenizerFiles | None
     options: ConvertOptions
 
 
@@ -146,14 +156,50 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         max_shard_bytes=options.max_shard_bytes,
         warnings=tuple(warnings),
         dropped=checkpoint.dropped,
-        tokenizer=tokenizer,
-        tokenizer_option=options.tokenizer,
+        tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, options.tokenizer),
         run=run,
         accepted_keys=tuple(checkpoint.told.accepted),
     )
     plan.estimate.memory_budget(options.max_memory, options.jobs)
     demand_json(plan)
-    return Prepared(plan, checkpoint, options)
+    return Prepared(plan, checkpoint, tokenizer, options)
+
+
+def reopen(plan: Plan, options: ConvertOptions) -> Prepared:
+    """Opens what a plan reads, which another process may have made.
+
+    Args:
+        plan: What to do.
+        options: Of these the memory, the jobs, `overwrite`, `resume` and `allow_nonfinite` count;
+            the plan has the rest.
+
+    Raises:
+        NotACheckpointError: The source is not there.
+        TensorError: It is not the one that was planned.
+        TokenizerError: The tokenizer is not there, or not the one that was planned.
+    """
+    planned = plan.source
+    stored = open_stored(planned.path, allow_missing_chunks=planned.may_lack)
+    found = (stored.metadata, stored.files, dict(stored.arrays.info))
+    if found != (dict(planned.metadata), planned.files, dict(planned.arrays)):
+        raise TensorError(
+            f"{planned.path} is not as it was when the plan was made; make the plan again"
+        )
+    tokenizer = None
+    if (wanted := plan.tokenizer) is not None:
+        length = plan.model.max_position_embeddings
+        if wanted.option is not None:
+            tokenizer = read_tokenizer(wanted.option, model_max_length=length)
+        elif (sidecar := find_sidecar(stored.step, needed=True)) and sidecar[0].tokenizer:
+            tokenizer = run_tokenizer(*sidecar, model_max_length=length)
+        if tokenizer is None or PlannedTokenizer.of(tokenizer, wanted.option) != wanted:
+            raise TokenizerError(
+                f"the tokenizer {wanted.source} is not as it was when the plan was made; make the "
+                "plan again"
+            )
+    plan.estimate.memory_budget(options.max_memory, options.jobs)
+    options = replace(options, allow_missing_chunks=planned.may_lack)
+    return Prepared(plan, stored, tokenizer, options)
 
 
 def _planned_source(checkpoint: Checkpoint) -> PlannedSource:
@@ -218,7 +264,7 @@ def convert(
     """Carries out a planned conversion; OUT appears whole, or not at all.
 
     Args:
-        prepared: From `plan_conversion`, or `plan_file.reopen`.
+        prepared: From `plan_conversion`, or `reopen`.
         out: Directory to make.
         progress: Called with bytes read and bytes written, from any thread.
         note: Called with sentences for people.
@@ -308,7 +354,7 @@ def _carry_out(
     source.unchanged.check()
     for text in result.warnings:
         note(f"warning: {text}")
-    return _write_the_rest(plan, staging, result)
+    return _write_the_rest(prepared, staging, result)
 
 
 def _identity(prepared: Prepared) -> str:
@@ -326,10 +372,10 @@ def _identity(prepared: Prepared) -> str:
     return identity
 
 
-def _write_the_rest(plan: Plan, staging: Staging, result: Result) -> Manifest:
-    files = small_files(plan)
+def _write_the_rest(prepared: Prepared, staging: Staging, result: Result) -> Manifest:
+    files = small_files(prepared.plan, prepared.tokenizer)
     staging.write(files)
-    manifest = make_manifest(plan, result, files)
+    manifest = make_manifest(prepared.plan, result, files)
     staging.write({MANIFEST_NAME: manifest.to_json()})
     return manifest
 

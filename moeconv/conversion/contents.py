@@ -14,14 +14,15 @@ from moeconv.artifact.manifest import (
 from moeconv.errors import ConfigError
 from moeconv.execution.engine import Result
 from moeconv.hf.config import generation_config, model_config, to_json
+from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.planning.plan import Plan
 
 INDEX_NAME = "model.safetensors.index.json"
 
 
-def small_files(plan: Plan) -> dict[str, bytes]:
+def small_files(plan: Plan, tokenizer: TokenizerFiles | None) -> dict[str, bytes]:
     """Every file but the tensors and the manifest, by name."""
-    files: dict[str, bytes] = dict(plan.tokenizer.files) if plan.tokenizer is not None else {}
+    files: dict[str, bytes] = dict(tokenizer.files) if tokenizer is not None else {}
     config = model_config(plan.page, plan.model, plan.main_dtype, plan.options)
     files["config.json"] = to_json(config)
     files["generation_config.json"] = to_json(generation_config(plan.page, plan.model))

@@ -79,6 +79,27 @@ class PlannedSource:
 
 
 @dataclass(frozen=True)
+class PlannedTokenizer:
+    """The tokenizer that is written beside the tensors.
+
+    Attributes:
+        option: `--tokenizer`; None where it is the run's own.
+        source: What was read, as the user named it.
+        files: SHA-256 of what is written of it, by name.
+    """
+
+    option: str | None
+    source: str
+    files: Mapping[str, str]
+
+    @classmethod
+    def of(cls, files: TokenizerFiles, option: str | None) -> "PlannedTokenizer":
+        """Of a tokenizer that was read."""
+        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in files.files.items()}
+        return cls(option, files.source, digests)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole conversion.
 
@@ -97,7 +118,6 @@ class Plan:
         warnings: Sentences for people.
         dropped: Parameters left out on purpose, with the reason.
         tokenizer: What is written beside the tensors.
-        tokenizer_option: `--tokenizer`; None where it is the run's own.
         run: What the source's run tells of its training.
         accepted_keys: Settings that `--accept-key` let pass.
     """
@@ -115,8 +135,7 @@ class Plan:
     source: PlannedSource
     warnings: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
-    tokenizer: TokenizerFiles | None = None
-    tokenizer_option: str | None = None
+    tokenizer: PlannedTokenizer | None = None
     run: RunRecord | None = None
     accepted_keys: tuple[str, ...] = ()
 
