@@ -1,11 +1,11 @@
 """Converting as a library call: `plan_conversion`, then `convert`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from moeconv import __version__
 from moeconv.arch.description import ModelDescription, Origin, Provenance
@@ -20,6 +20,7 @@ from moeconv.artifact.manifest import (
     folds,
     rules,
 )
+from moeconv.conversion.shown import describe_plan, plan_parts
 from moeconv.errors import (
     ConfigError,
     NotACheckpointError,
@@ -41,7 +42,11 @@ from moeconv.maxtext.checkpoint import Checkpoint, open_checkpoint
 from moeconv.maxtext.run_record import RunRecord, read_run
 from moeconv.orbax.inventory import stamps
 from moeconv.planning.plan import IMPORT_BYTES, Plan, build_plan, index_json
+from moeconv.printing import Printable
 from moeconv.tensor.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 GB = 10**9
 GIB = 2**30
@@ -86,7 +91,7 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Prepared(Printable):
     """A conversion that is planned and ready to run."""
 
     checkpoint: Checkpoint
@@ -95,6 +100,19 @@ class Prepared:
     options: ConvertOptions
     run: RunRecord | None = None
     notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv convert --dry-run --json` prints."""
+        return describe_plan(self)
+
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv convert --dry-run` prints."""
+        return plan_parts(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Things to know before converting, a sentence each."""
+        return self.plan.warnings
 
 
 def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:

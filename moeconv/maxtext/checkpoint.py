@@ -1,12 +1,12 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -26,6 +26,7 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext import inspection
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.arrays import Arrays
@@ -33,7 +34,11 @@ from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.printing import Printable
 from moeconv.untrusted import strict_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -50,7 +55,7 @@ _SIDECAR_LIMIT = 4 * 2**20  # a resolved config has some 60 KB
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Printable):
     """A checkpoint as moeconv understands it.
 
     Attributes:
@@ -76,6 +81,20 @@ class Checkpoint:
     dropped: Mapping[str, str]
     files: str | None
     unchanged: Unchanged
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv inspect --json` prints."""
+        return inspection.as_dict(self)
+
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv inspect` prints, without the warnings."""
+        return inspection.parts(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Things to know before converting, a sentence each."""
+        left_out = [f"{name} is left out: {why}" for name, why in self.dropped.items()]
+        return (*self.resolution.warnings, *left_out)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
