@@ -92,7 +92,7 @@ class Prepared:
         plan: What to do.
         source: The checkpoint.
         tokenizer: Its tokenizer.
-        options: How to do it: memory, jobs, and what is allowed.
+        options: What is allowed while it is done.
     """
 
     plan: Plan
@@ -159,21 +159,27 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, options.tokenizer),
         run=run,
         accepted_keys=tuple(checkpoint.told.accepted),
+        jobs=options.jobs,
+        max_memory=options.max_memory,
     )
-    plan.estimate.memory_budget(options.max_memory, options.jobs)
+    _ = plan.memory_budget  # or it raises: the limit is too low
     demand_json(plan)
     return Prepared(plan, checkpoint, tokenizer, options)
 
 
-def reopen(plan: Plan, options: ConvertOptions) -> Prepared:
+def reopen(
+    plan: Plan, *, overwrite: bool = False, resume: bool = False, allow_nonfinite: bool = False
+) -> Prepared:
     """Opens what a plan reads, which another process may have made.
 
     Args:
         plan: What to do.
-        options: Of these the memory, the jobs, `overwrite`, `resume` and `allow_nonfinite` count;
-            the plan has the rest.
+        overwrite: As in `ConvertOptions`.
+        resume: As there.
+        allow_nonfinite: As there.
 
     Raises:
+        MemoryLimitError: The plan's limit is too low.
         NotACheckpointError: The source is not there.
         TensorError: It is not the one that was planned.
         TokenizerError: The tokenizer is not there, or not the one that was planned.
@@ -197,9 +203,13 @@ def reopen(plan: Plan, options: ConvertOptions) -> Prepared:
                 f"the tokenizer {wanted.source} is not as it was when the plan was made; make the "
                 "plan again"
             )
-    plan.estimate.memory_budget(options.max_memory, options.jobs)
-    options = replace(options, allow_missing_chunks=planned.may_lack)
-    return Prepared(plan, stored, tokenizer, options)
+    _ = plan.memory_budget  # or it raises
+    return Prepared(
+        plan,
+        stored,
+        tokenizer,
+        ConvertOptions(overwrite=overwrite, resume=resume, allow_nonfinite=allow_nonfinite),
+    )
 
 
 def _planned_source(checkpoint: Checkpoint) -> PlannedSource:
@@ -314,7 +324,6 @@ def _carry_out(
     """Fills the staging folder; the manifest is written last."""
     options, plan, source = prepared.options, prepared.plan, prepared.source
     staging.check_space(plan.estimate.disk_bytes)
-    budget = plan.estimate.memory_budget(options.max_memory, options.jobs)
     try:
         journal = Journal(
             staging.folder,
@@ -336,9 +345,9 @@ def _carry_out(
         plan,
         source.arrays,
         staging.folder,
-        jobs=options.jobs,
+        jobs=plan.jobs,
         # What was set aside for the interpreter and is not used yet will be.
-        memory=budget - max(resident_bytes(), IMPORT_BYTES),
+        memory=plan.memory_budget - max(resident_bytes(), IMPORT_BYTES),
         journal=journal,
         allow_nonfinite=options.allow_nonfinite,
         progress=progress,
@@ -367,7 +376,7 @@ def _identity(prepared: Prepared) -> str:
     identity += f", NaN and Inf {'copied' if options.allow_nonfinite else 'refused'}"
     if source.files is not None:
         identity += f", files {source.files}"
-    if options.allow_missing_chunks:
+    if prepared.plan.source.may_lack:
         identity += ", missing chunks read as zeros"
     return identity
 

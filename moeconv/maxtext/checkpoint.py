@@ -1,12 +1,12 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -26,6 +26,7 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext import inspection
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.arrays import Arrays
@@ -33,7 +34,11 @@ from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.printing import Printable
 from moeconv.untrusted import strict_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -81,7 +86,7 @@ class StoredCheckpoint:
 
 
 @dataclass(frozen=True)
-class Checkpoint(StoredCheckpoint):
+class Checkpoint(StoredCheckpoint, Printable):
     """A checkpoint as moeconv understands it.
 
     Attributes:
@@ -97,6 +102,20 @@ class Checkpoint(StoredCheckpoint):
     resolution: Resolution
     sidecar: tuple[RunSidecar, Folder] | None
     dropped: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv inspect --json` prints."""
+        return inspection.as_dict(self)
+
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv inspect` prints, without the warnings."""
+        return inspection.parts(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Things to know before converting, a sentence each."""
+        left_out = [f"{name} is left out: {why}" for name, why in self.dropped.items()]
+        return (*self.resolution.warnings, *left_out)
 
     @property
     def tokenizer(self) -> str | None:

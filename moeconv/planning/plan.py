@@ -8,10 +8,12 @@ MaxText's.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeconv import __version__
 from moeconv.arch.description import ModelDescription
@@ -22,6 +24,7 @@ from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.run_record import RunRecord
 from moeconv.planning.estimate import Estimate
 from moeconv.planning.output import SafetensorsOutput, model_order, safetensors_output
+from moeconv.planning.shown import plan_parts
 from moeconv.planning.units import (
     Assembly,
     Route,
@@ -30,7 +33,11 @@ from moeconv.planning.units import (
     cut_into_units,
     routes_of,
 )
+from moeconv.printing import Printable
 from moeconv.tensor.stored import ArrayInfo
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class PlannedTokenizer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printable):
     """A whole conversion.
 
     Attributes:
@@ -120,6 +127,8 @@ class Plan:
         tokenizer: What is written beside the tensors.
         run: What the source's run tells of its training.
         accepted_keys: Settings that `--accept-key` let pass.
+        jobs: Units worked on at the same time, unless `convert` says otherwise.
+        max_memory: Bytes of memory to stay within, unless `convert` says otherwise.
     """
 
     model: ModelDescription
@@ -138,6 +147,8 @@ class Plan:
     tokenizer: PlannedTokenizer | None = None
     run: RunRecord | None = None
     accepted_keys: tuple[str, ...] = ()
+    jobs: int = 1
+    max_memory: int = 4 << 30
 
     @property
     def page(self) -> Target:
@@ -187,38 +198,34 @@ class Plan:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def memory_budget(self) -> int:
+        """Memory that carrying it out keeps within.
+
+        Raises:
+            MemoryLimitError: `max_memory` is below what one unit at a time needs.
+        """
+        return self.estimate.memory_budget(self.max_memory, self.jobs)
+
     def as_dict(self) -> dict[str, Any]:
-        """All of it that people and programs read: tensors, files and costs."""
-        estimate, output = self.estimate, self.output
-        return {
-            "target": self.target,
-            "architecture": self.page.architecture,
-            "digest": self.digest,
-            "tensors": [
-                {
-                    "name": edge.target,
-                    "shape": list(edge.shape),
-                    "dtype": edge.dtype,
-                    "sources": [part.source for part in edge.parts],
-                    "ops": edge.steps(),
-                    "summary": edge.describe(),
-                    "error_bound": edge.bound(),
-                    "file": output.files[output.places[name].file].name,
-                    "offset": output.places[name].offset,
-                    "bytes": edge.nbytes,
-                }
-                for name, edge in self.edges.items()
-            ],
-            "files": [{"name": f.name, "bytes": f.layout.size} for f in output.files],
-            "read_bytes": estimate.read_bytes,
-            "write_bytes": estimate.write_bytes,
-            "scratch_bytes": estimate.scratch_bytes,
-            "disk_bytes": estimate.disk_bytes,
-            "memory_floor": estimate.memory_floor,
-            "units": len(self.units),
-            "warnings": list(self.warnings),
-            "dropped": dict(self.dropped),
-        }
+        """What `moeconv convert --dry-run --json` prints: the content of plan.json."""
+        from moeconv.planning.plan_file import to_json
+
+        return to_json(self)
+
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv convert --dry-run` prints."""
+        return plan_parts(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes plan.json, which `load_plan` reads.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        from moeconv.planning.plan_file import save_plan
+
+        save_plan(self, Path(path))
 
 
 def build_plan(

@@ -5,17 +5,18 @@ from the first and compares the digest, so that a file that was changed, or that
 wrote by other rules, is refused, and never half believed.
 """
 
+import hashlib
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from moeconv import __version__
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout
-from moeconv.errors import ConfigError, MoeconvError
+from moeconv.errors import ConfigError, MoeconvError, OutputError
 from moeconv.families import blocks, targets
 from moeconv.mapping.edges import expand
 from moeconv.mapping.rules import Options
@@ -83,6 +84,8 @@ class _Request(_Frozen):
     tokenizer: _Tokenizer | None
     run: RunRecord | None
     accepted_keys: list[str]
+    jobs: PositiveInt
+    max_memory: PositiveInt
 
 
 class _PlanFile(BaseModel):
@@ -93,10 +96,11 @@ class _PlanFile(BaseModel):
     moeconv_version: str
     digest: str
     request: _Request
+    request_sha256: str
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """The content of plan.json: what was asked for, and all that came of it (`Plan.as_dict`)."""
+    """The content of plan.json: what was asked for, and all that came of it."""
     source, model = plan.source, plan.model
     arrays = [_Array(**vars(info)) for info in source.arrays.values()]
     request = _Request(
@@ -114,19 +118,68 @@ def to_json(plan: Plan) -> dict[str, Any]:
         tokenizer=_Tokenizer(**vars(plan.tokenizer)) if plan.tokenizer is not None else None,
         run=plan.run,
         accepted_keys=list(plan.accepted_keys),
+        jobs=plan.jobs,
+        max_memory=plan.max_memory,
     )
     return {
         "format": "moeconv plan",
         "version": 1,
         "moeconv_version": __version__,
-        **plan.as_dict(),
-        "request": request.model_dump(mode="json"),
+        **_outcome(plan),
+        "request": (asked := request.model_dump(mode="json")),
+        "request_sha256": _sha256(asked),
+    }
+
+
+def _outcome(plan: Plan) -> dict[str, Any]:
+    """What people and programs read of a plan: tensors, files and costs."""
+    estimate, output = plan.estimate, plan.output
+    return {
+        "target": plan.target,
+        "architecture": plan.page.architecture,
+        "digest": plan.digest,
+        "tensors": [
+            {
+                "name": edge.target,
+                "shape": list(edge.shape),
+                "dtype": edge.dtype,
+                "sources": [part.source for part in edge.parts],
+                "ops": edge.steps(),
+                "summary": edge.describe(),
+                "error_bound": edge.bound(),
+                "file": output.files[output.places[name].file].name,
+                "offset": output.places[name].offset,
+                "bytes": edge.nbytes,
+            }
+            for name, edge in plan.edges.items()
+        ],
+        "files": [{"name": f.name, "bytes": f.layout.size} for f in output.files],
+        "read_bytes": estimate.read_bytes,
+        "write_bytes": estimate.write_bytes,
+        "scratch_bytes": estimate.scratch_bytes,
+        "disk_bytes": estimate.disk_bytes,
+        "memory_floor": estimate.memory_floor,
+        "memory_budget": plan.memory_budget,
+        "units": len(plan.units),
+        "warnings": list(plan.warnings),
+        "dropped": dict(plan.dropped),
     }
 
 
 def save_plan(plan: Plan, path: Path) -> None:
-    """Writes plan.json."""
-    path.write_bytes(strict_json.dumps(to_json(plan)))
+    """Writes plan.json.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        path.write_bytes(strict_json.dumps(to_json(plan)))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(strict_json.dumps(content)).hexdigest()
 
 
 def _origin(source: Provenance | None) -> tuple[Origin, str] | None:
@@ -148,7 +201,7 @@ def load_plan(path: Path) -> Plan:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ConfigError(
-            f"{path} is no plan that moeconv wrote: {where}: {first['msg']}"
+            f"{path} is no plan that moeconv wrote: {where}: {first['msg']}; make it again"
         ) from None
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise ConfigError(f"{path} is no plan that moeconv wrote; make it again") from None
@@ -189,10 +242,13 @@ def _plan_of(file: _PlanFile, path: Path) -> Plan:
             tokenizer=tokenizer.planned() if tokenizer is not None else None,
             run=request.run,
             accepted_keys=tuple(request.accepted_keys),
+            jobs=request.jobs,
+            max_memory=request.max_memory,
         )
     except MoeconvError:
         raise stale from None
-    if plan.digest != file.digest:
+    asked = request.model_dump(mode="json")
+    if plan.digest != file.digest or file.request_sha256 != _sha256(asked):
         raise stale
     return plan
 
