@@ -140,6 +140,7 @@ def command(
             allow_nonfinite=allow_nonfinite,
             progress=output.progress,
             note=output.note,
+            **options,
         )
     output.answer(made)
 
