@@ -1,6 +1,8 @@
 """`moeconv convert`: from what MaxText wrote to a model that loads anywhere."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,18 +133,27 @@ def command(
             output.warn(text)
         output.answer(planned)
         return
-    with interruptible(f"{out} is untouched; go on with --resume"):
-        made = convert(
+
+    @contextmanager
+    def progress(read_bytes: int, write_bytes: int) -> Iterator[Callable[[int, int], None]]:
+        with (
+            interruptible(f"{out} is untouched; go on with --resume"),
+            output.progress(read_bytes, write_bytes) as meter,
+        ):
+            yield meter
+
+    output.answer(
+        convert(
             source,
             LocalPath().convert(out, None, ctx),
             overwrite=overwrite,
             resume=resume,
             allow_nonfinite=allow_nonfinite,
-            progress=output.progress,
+            progress=progress,
             note=output.note,
             **options,
         )
-    output.answer(made)
+    )
 
 
 def _of_the_machine(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
