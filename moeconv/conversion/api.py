@@ -224,6 +224,7 @@ def _planned_source(checkpoint: Checkpoint) -> PlannedSource:
         files=checkpoint.files,
         may_lack=checkpoint.arrays.may_lack,
         arrays=checkpoint.arrays.info,
+        collections={".".join(path): kind for path, kind in checkpoint.tree.collections.items()},
     )
 
 

@@ -55,6 +55,7 @@ class PlannedSource:
         files: Digest of the names, sizes and times of its files, where they are on this machine.
         may_lack: Chunks that are not stored count as zeros, where the format leaves zeros out.
         arrays: How each array is stored, by name.
+        collections: The collection of each array, by name, as its key path does not tell it.
     """
 
     kind: Literal["maxtext"]
@@ -67,6 +68,7 @@ class PlannedSource:
     files: str | None
     may_lack: bool
     arrays: Mapping[str, ArrayInfo]
+    collections: Mapping[str, str]
 
     @property
     def identity(self) -> dict[str, Any]:

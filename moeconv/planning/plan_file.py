@@ -54,6 +54,7 @@ class _Source(_Frozen):
     files: str | None
     may_lack: bool
     arrays: list[_Array]
+    collections: dict[str, str]
 
 
 class _Field(_Frozen):
@@ -256,4 +257,11 @@ def _plan_of(file: _PlanFile, path: Path) -> Plan:
 def _layout(block: str, source: PlannedSource, dropped: Collection[str]) -> Layout:
     """How the source keeps its layers, found anew from its shapes."""
     shapes = {info.path: info.shape for name, info in source.arrays.items() if name not in dropped}
-    return detect_layout(shapes, [blocks()[block]], scan_axis=source.scan_axis)
+    collections = {
+        info.path: source.collections[name]
+        for name, info in source.arrays.items()
+        if name in source.collections
+    }
+    return detect_layout(
+        shapes, [blocks()[block]], scan_axis=source.scan_axis, collections=collections
+    )
