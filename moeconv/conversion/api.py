@@ -9,7 +9,6 @@ from typing import Any
 
 from moeconv import __version__
 from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.told import TOKEN_IDS
 from moeconv.artifact.destination import resolve_out
 from moeconv.artifact.manifest import (
     MANIFEST_NAME,
@@ -34,7 +33,7 @@ from moeconv.execution.memory import resident_bytes
 from moeconv.execution.staging import Staging
 from moeconv.families import target_for, targets
 from moeconv.hf.config import generation_config, model_config, to_json
-from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
+from moeconv.hf.tokenizer import TokenizerFiles, asked_set, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.checkpoint import Checkpoint, open_checkpoint
@@ -126,7 +125,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     tokenizer = None
     if spec is not None:
         with suppress(RuntimeError):  # ~name of no user, of which read_tokenizer tells
-            checkpoint.unchanged.watch(partial(stamps, Path(spec).expanduser()))
+            checkpoint.unchanged.watch(partial(stamps, Path(asked_set(spec)[1]).expanduser()))
         length = model.max_position_embeddings
         if options.tokenizer is not None:
             tokenizer = read_tokenizer(spec, model_max_length=length)
@@ -326,9 +325,7 @@ def _with_token_ids(model: ModelDescription, tokenizer: TokenizerFiles) -> Model
     """Token ids nobody told come from the tokenizer."""
     where = Provenance(Origin.TOKENIZER, tokenizer.source)
     found = {
-        name: getattr(tokenizer, name)
-        for name in TOKEN_IDS
-        if getattr(model, name) is None and getattr(tokenizer, name) is not None
+        name: ids for name, ids in tokenizer.token_ids().items() if getattr(model, name) is None
     }
     sources = {**model.sources, **dict.fromkeys(found, where)}
     return replace(model, **found, sources=sources)
@@ -341,7 +338,8 @@ def _write_small_files(prepared: Prepared, staging: Staging, result: Result) -> 
     if prepared.tokenizer is not None:
         files |= prepared.tokenizer.files
     files["config.json"] = to_json(model_config(plan.family, plan.model, dtype, plan.options))
-    files["generation_config.json"] = to_json(generation_config(plan.family, plan.model))
+    own = prepared.tokenizer.generation if prepared.tokenizer is not None else None
+    files["generation_config.json"] = to_json(generation_config(plan.family, plan.model, own))
     if (index := index_json(plan)) is not None:
         files["model.safetensors.index.json"] = to_json(index)
     staging.write(files)

@@ -274,6 +274,10 @@ def index_json(plan: Plan) -> dict[str, Any] | None:
         return None
     weights = {name: plan.files[place.file].name for name, place in plan.places.items()}
     return {
-        "metadata": {"total_size": plan.tensor_bytes},
+        "metadata": {
+            # As transformers counts them: a tied table once.
+            "total_parameters": sum(math.prod(edge.shape) for edge in plan.edges.values()),
+            "total_size": plan.tensor_bytes,
+        },
         "weight_map": dict(sorted(weights.items())),
     }
