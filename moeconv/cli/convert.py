@@ -54,7 +54,7 @@ from moeconv.cli.tables import fold
 @click.option(
     "--tokenizer",
     metavar="PATH_OR_ID",
-    help="A tokenizer directory, a file of tiktoken ranks (Llama 3), or a Hub id "
+    help="A tokenizer directory, a sentencepiece model, tiktoken ranks, or a Hub id "
     "(with HF_TOKEN from the environment). Default: the one the run's moeconv.json names.",
 )
 @click.option(
@@ -94,12 +94,12 @@ def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) 
     """
     from moeconv.artifact.destination import resolve_out
     from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-    from moeconv.sizes import format_size, parse_size
+    from moeconv.sizes import format_size, parse_file_size, parse_size
 
     output = output_of(json_mode, quiet)
     dry_run = options.pop("dry_run")
     settings = ConvertOptions(
-        max_shard_bytes=parse_size(options.pop("max_shard_size")),
+        max_shard_bytes=parse_file_size(options.pop("max_shard_size")),
         max_memory=parse_size(options.pop("max_memory")),
         **options,
     )

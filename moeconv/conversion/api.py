@@ -40,6 +40,7 @@ from moeconv.maxtext.checkpoint import Checkpoint, open_checkpoint
 from moeconv.maxtext.run_record import RunRecord, read_run
 from moeconv.orbax.inventory import stamps
 from moeconv.planning.plan import IMPORT_BYTES, Plan, build_plan, index_json
+from moeconv.sizes import HUB_FILE_LIMIT, format_size
 from moeconv.tensor.dtypes import DTYPES
 
 GB = 10**9
@@ -153,6 +154,12 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     edges = expand(family, model, checkpoint.layout, dtypes, dtype=dtype, options=choices)
     warnings += family.caveats(model, choices)
     warnings += [f"{name} is left out: {why}" for name, why in checkpoint.dropped.items()]
+    warnings += [
+        f"{edge.target} alone has {format_size(edge.nbytes)}, and the Hub takes files of up to "
+        f"{format_size(HUB_FILE_LIMIT)} only"
+        for edge in edges
+        if edge.nbytes > HUB_FILE_LIMIT
+    ]
     plan = build_plan(
         model=model,
         layout=checkpoint.layout,

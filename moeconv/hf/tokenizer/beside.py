@@ -35,7 +35,14 @@ def put_together(
     config |= {name: own[name] for name in _USE if own.get(name) is not None}
     config |= {name: token_text(own[name], name, source) for name in _NAMES if own.get(name)}
     left = {name: raw for name, raw in files.items() if name not in (MODEL, _ADDED)}
-    found: dict[str, bytes] = {**left, **made, _CONFIG: readable(config)}
+    names = {name: config[name] for name in _NAMES if name in config}
+    found: dict[str, bytes] = {
+        **{**left, **made},
+        _CONFIG: readable(config),
+        "special_tokens_map.json": readable(names),
+    }
+    if not own and _ADDED not in files:
+        return found
     content = json_object(made, _TOKENIZER, source)
     added = _added(content, own, json_object(files, _ADDED, source), source)
     if added or own.get("add_bos_token") is False:

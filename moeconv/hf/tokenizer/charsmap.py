@@ -69,33 +69,38 @@ def replaced(text: str, rules: Mapping[str, str]) -> str:
     return "".join(rules.get(character, character) for character in text)
 
 
-def joined(rules: Mapping[str, str]) -> list[tuple[str, ...]]:
+def joined(rules: Mapping[str, str]) -> tuple[list[tuple[str, ...]], list[str]]:
     """What the rules of several characters join, once those of single ones were applied.
 
     Characters that this Python's Unicode does not have are left out: neither has the NFC of
     `tokenizers` them.
 
     Returns:
-        Sequences of 2 to 4 sets of characters (each set a sorted text); NFC makes of any text of
-        one character from each set what the rules make of it.
+        Sequences of 2 to 4 sets of characters (each set a sorted text), of which NFC makes what the
+        rules make of one character from each set; and letters with combining marks, of which the
+        rules make something else than NFC (`nmt_nfkc_cf` has them: Greek iotas below, dotted I).
 
     Raises:
-        ValueError: The rules join something in another way than NFC, or leave alone a character
-            that NFC changes.
+        ValueError: The rules join something else in another way than NFC, or leave alone a
+            character that NFC changes.
     """
     keys: set[tuple[str, ...]] = set()
+    others: list[str] = []
     for key, value in rules.items():
         if len(key) == 1 or any(unicodedata.category(letter) == "Cn" for letter in key):
             continue
         plain = replaced(key, rules)
-        if len(plain) != len(key) or unicodedata.normalize("NFC", plain) != value:
+        if len(plain) == len(key) and unicodedata.normalize("NFC", plain) == value:
+            keys.add(tuple(plain))
+        elif all(unicodedata.category(letter).startswith("M") for letter in key[1:]):
+            others.append(key)
+        else:
             raise ValueError(f"its normalisation rules make {value!r} of {key!r}")
-        keys.add(tuple(plain))
     for number in (*range(0xD800), *range(0xE000, 0x110000)) if keys else ():
         letter = chr(number)
         if letter not in rules and unicodedata.normalize("NFC", letter) != letter:
             raise ValueError(f"its normalisation rules leave {letter!r} alone")
-    return _in_sets(keys)
+    return _in_sets(keys), sorted(others)
 
 
 def _in_sets(keys: set[tuple[str, ...]]) -> list[tuple[str, ...]]:

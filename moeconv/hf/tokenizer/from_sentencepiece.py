@@ -48,7 +48,7 @@ def tokenizer_files(
     _demand_holdable(model, source)
     rules = _rules(model, source)
     try:
-        sequences = joined(rules)
+        sequences, others = joined(rules)
     except ValueError as error:
         raise _cannot(source, str(error)) from None
     _demand_symbols_kept(model, rules, source)
@@ -57,7 +57,7 @@ def tokenizer_files(
         "tokenizer.json": compact(_tokenizer(model, rules, sequences, source)),
         **config_files(names, model_max_length),
     }
-    return files, _notes(model, source)
+    return files, _notes(model, others, source)
 
 
 def _cannot(source: str, why: str) -> TokenizerError:
@@ -105,8 +105,12 @@ def _demand_symbols_kept(model: SentencePieceModel, rules: Mapping[str, str], so
             )
 
 
-def _notes(model: SentencePieceModel, source: str) -> list[str]:
+def _notes(model: SentencePieceModel, others: Sequence[str], source: str) -> list[str]:
     rare = []
+    if others:
+        rare.append(
+            f"with {others[0]!r} or {len(others) - 1} like it, written as several characters"
+        )
     if model.algorithm is Algorithm.UNIGRAM:
         rare.append("where two ways to split it are equally likely up to rounding")
     elif model.dummy_prefix and next(model.of(Kind.USER_DEFINED), None):
@@ -127,7 +131,9 @@ def _tokenizer(
 ) -> dict[str, Any]:
     """The content of `tokenizer.json`."""
     byte_steps = [{"type": "ByteFallback"}] if model.byte_fallback else []
-    drop_first = model.dummy_prefix or model.strip_spaces
+    # All that there are where sentencepiece drops all (`DecodeSentencePiece`,
+    # src/sentencepiece_processor.cc).
+    drop = 2**16 if model.strip_spaces else int(model.dummy_prefix)
     bos = model.named.get("bos")
     normalizers = list(_normalizers(model, rules, sequences))
     return {
@@ -144,7 +150,7 @@ def _tokenizer(
                 _replace({"String": SPACE}, " "),
                 *byte_steps,
                 {"type": "Fuse"},
-                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if drop_first else []),
+                *([{"type": "Strip", "content": " ", "start": drop, "stop": 0}] if drop else []),
             ],
         },
         "model": _bpe(model, source)
@@ -197,11 +203,12 @@ def _normalizers(
 def _alone(rules: Mapping[str, str], sequences: Sequence[tuple[str, ...]]) -> str:
     """Regex of the places where the text of a rule joins nothing, although its letters would.
 
-    As behind U+FB01 (fi), and between a syllable of Hangul and U+3133 (whose text is U+11AA).
+    As behind U+FB01 (fi) or a character that is dropped, before U+0344 (two marks), and, where case
+    is folded, between a capital T and a diaeresis, which only the small t has.
     """
     before = {letter for sets in sequences for letters in sets[:-1] for letter in letters}
     singles = {key: value for key, value in rules.items() if len(key) == 1}
-    closed = [key for key, value in singles.items() if len(value) > 1 and value[-1] in before]
+    closed = [k for k, v in singles.items() if not v or (len(v) > 1 and v[-1] in before)]
     places = [rf"(?<={_any(closed)})(?={_JOINS})"] if closed else []
     bases: dict[str, set[str]] = {}
     for key in rules:
@@ -210,7 +217,11 @@ def _alone(rules: Mapping[str, str], sequences: Sequence[tuple[str, ...]]) -> st
     alike: dict[str, list[str]] = {}
     for key, value in singles.items():
         if missing := bases.get(value[:1], set()) - bases.get(key, set()):
+            missing |= {key for key, value in singles.items() if value[-1:] in missing}
             alike.setdefault(_any(missing), []).append(key)
+    for behind, known in bases.items():
+        if missing := {k for k, v in singles.items() if v in known and k + behind not in rules}:
+            alike.setdefault(_any(missing), []).append(behind)
     return "|".join([*places, *(f"(?<={base})(?={_any(keys)})" for base, keys in alike.items())])
 
 
