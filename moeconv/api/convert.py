@@ -21,7 +21,7 @@ from moeconv.api.arguments import (
 )
 from moeconv.errors import UsageError
 from moeconv.printing import Printable
-from moeconv.sizes import format_size
+from moeconv.sizes import format_size, parse_file_size
 
 if TYPE_CHECKING:
     from moeconv.artifact.manifest import Manifest
@@ -146,7 +146,7 @@ def _options(
         config=optional_path(config),
         sets=pairs_of(set),
         accept=tuple(accept_keys),
-        max_shard_bytes=size_of(max_shard_size),
+        max_shard_bytes=parse_file_size(str(max_shard_size)),
         tokenizer=None if tokenizer is None else os.fspath(tokenizer),
         jobs=jobs_of(jobs),
         max_memory=size_of(max_memory),

@@ -63,7 +63,7 @@ if TYPE_CHECKING:
 @click.option(
     "--tokenizer",
     metavar="PATH_OR_ID",
-    help="A tokenizer directory, a file of tiktoken ranks (Llama 3), or a Hub id "
+    help="A tokenizer directory, a sentencepiece model, tiktoken ranks, or a Hub id "
     "(with HF_TOKEN from the environment). Default: the one the run's moeconv.json names.",
 )
 @click.option(

@@ -1,7 +1,9 @@
 """What is written beside the tensors: config.json, the index, the tokenizer, and the manifest."""
 
 import hashlib
+import math
 from collections.abc import Mapping
+from typing import Any
 
 from moeconv import __version__
 from moeconv.artifact.manifest import (
@@ -25,10 +27,26 @@ def small_files(plan: Plan, tokenizer: TokenizerFiles | None) -> dict[str, bytes
     files: dict[str, bytes] = dict(tokenizer.files) if tokenizer is not None else {}
     config = model_config(plan.page, plan.model, plan.main_dtype, plan.options)
     files["config.json"] = to_json(config)
-    files["generation_config.json"] = to_json(generation_config(plan.page, plan.model))
-    if (index := plan.output.index()) is not None:
+    own = tokenizer.generation if tokenizer is not None else None
+    files["generation_config.json"] = to_json(generation_config(plan.page, plan.model, own))
+    if (index := _index(plan)) is not None:
         files[INDEX_NAME] = to_json(index)
     return files
+
+
+def _index(plan: Plan) -> dict[str, Any] | None:
+    """Content of model.safetensors.index.json; None when one file holds everything."""
+    files, places = plan.output.files, plan.output.places
+    if len(files) == 1:
+        return None
+    return {
+        "metadata": {
+            # As transformers counts them: a tied table once.
+            "total_parameters": sum(math.prod(edge.shape) for edge in plan.edges.values()),
+            "total_size": plan.target_bytes,
+        },
+        "weight_map": {name: files[places[name].file].name for name in sorted(places)},
+    }
 
 
 def make_manifest(plan: Plan, result: Result, files: Mapping[str, bytes]) -> Manifest:

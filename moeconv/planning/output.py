@@ -77,14 +77,6 @@ class SafetensorsOutput:
         """True if the piece is one run of bytes: short runs of many layers would be slow."""
         return form.is_contiguous(ranges)
 
-    def index(self) -> dict[str, Any] | None:
-        """Content of model.safetensors.index.json; None when one file holds everything."""
-        if len(self.files) == 1:
-            return None
-        weights = {name: self.files[place.file].name for name, place in self.places.items()}
-        total = sum(file.layout.size - len(file.layout.header) for file in self.files)
-        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}
-
 
 def safetensors_output(
     edges: Mapping[str, Edge], made: Sequence[str], max_shard_bytes: int
