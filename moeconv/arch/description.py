@@ -44,7 +44,9 @@ class ModelDescription:
     """A decoder-only transformer, in Hugging Face's terms.
 
     Sizes are counts; `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None when
-    nobody told them. `sources` says for every field where its value came from.
+    nobody told them. `settings` has what only some models have, YaRN's numbers and the settings of
+    their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every
+    field and every setting where its value came from.
     """
 
     decoder_block: str
@@ -68,6 +70,7 @@ class ModelDescription:
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | None = None
     pad_token_id: TokenId | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Provenance] = field(default_factory=dict, compare=False)
 
     @property
@@ -80,9 +83,11 @@ class ModelDescription:
         """How MaxText orders the rotated halves of a head (layers/embeddings.py).
 
         `RotaryEmbedding` (`rope_type: default`) rotates halves, as Hugging Face does;
-        `LLaMARotaryEmbedding` (`llama3.1`) rotates neighbours.
+        `LLaMARotaryEmbedding` (`llama3.1`) rotates neighbours. `YarnRotaryEmbedding` takes either
+        (`rope_interleave`) and gives halves, of queries and keys alike, so that no score changes.
         """
-        return "interleaved" if self.rope_type == "llama3.1" else "half"
+        neighbours = self.rope_type == "llama3.1" or self.settings.get("rope_interleave", False)
+        return "interleaved" if neighbours else "half"
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -99,6 +104,9 @@ class ModelDescription:
         return {axis: getattr(self, name) or 0 for axis, name in AXES.items()}
 
     def values(self) -> dict[str, Any]:
-        """Every field but `sources`, as JSON-able values."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}
-        return {**named, "layer_kinds": [str(k) for k in self.layer_kinds]}
+        """Every field but `sources`, and every setting beside them, as JSON-able values."""
+        apart = ("sources", "settings")
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        named["layer_kinds"] = [str(kind) for kind in self.layer_kinds]
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in self.settings.items()}
+        return {**named, **plain}

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeconv.arch.blocks import Block
+from moeconv.arch.blocks import Block, settings_of
 from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.fields import FIELDS, SHAPE_KEYS
+from moeconv.arch.fields import FIELDS, SHAPE_KEYS, YARN, ToldField
 from moeconv.arch.keys import verdicts
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.arch.parameters import AXES
@@ -53,7 +53,7 @@ class Resolution:
 def missing_message(missing: Sequence[str]) -> str:
     """Names the keys, MaxText's default for each, and the three ways to tell them."""
     base = maxtext_defaults()["base"]
-    own = {"decoder_block", *(f.key for f in FIELDS)}
+    own = {"decoder_block", *(f.key for f in (*FIELDS, *YARN))}
     defaults = {key: f"MaxText's default: {base[key]}" for key in missing if key in base}
     for key in defaults.keys() & CHANGED:
         value, until = CHANGED[key]
@@ -99,23 +99,13 @@ def resolve(
     block = _block(layout, told, known, sources, missing)
     _check_against_shapes(layout, told, known, sources, block, scan_layers)
     for spec in FIELDS:
-        if not spec.needed(known):
+        if spec.needed(known):
+            _read(spec, told, known, sources, missing, dated=dated)
+        else:
             known[spec.name] = spec.otherwise
-            continue
-        value = told.get(spec.key)
-        if spec.name == "rope_type" and str(told.value("model_name", "")).startswith("llama3.1"):
-            value = told["model_name"]
-        either = value is not None and value.is_default and not dated and spec.key in CHANGED
-        if value is None or value.value is None or either:
-            missing.append(spec.key)
-            continue
-        try:
-            known[spec.name] = spec.parse(value.value)
-        except (ValueError, TypeError, OverflowError):
-            raise ConfigError(
-                f"{spec.key}={short(value.value)} ({value.provenance}) should be {spec.expects}"
-            ) from None
-        sources[spec.name] = value.provenance
+    settings: dict[str, Any] = {}
+    for spec in settings_of(block, known):
+        _read(spec, told, settings, sources, missing, dated=dated)
     experts, chosen = known.get("num_experts"), known.get("num_experts_per_tok")
     if experts and chosen and chosen > experts:
         raise ConfigError(
@@ -123,9 +113,18 @@ def resolve(
             f"{experts} experts of the checkpoint"
         )
     _token_ids(told, known, sources)
+    if block and block.layer_types and not missing:
+        cycle = layout.cycle if layout.stacking.scanned else len(layout.kinds)
+        settings["layer_types"] = tuple(
+            block.layer_types(number % cycle, settings) for number in range(len(layout.kinds))
+        )
+        detail = f"by position, {layout.describe()}"
+        sources["layer_types"] = Provenance(Origin.BLOCK, detail)
+    known["settings"] = settings
     plain = {key: entry.value for key, entry in told.items()}
     tied = known["tie_word_embeddings"]
     refusals, warnings, untold = verdicts(block, plain, tied=tied) if block else ([], [], [])
+    refusals += _rope(block, known, settings, sources)
     # One that base.yml does not have is its own default wherever there is a config.
     untold = [key for key in untold if key in maxtext_defaults()["base"]]
     if told.ignored:
@@ -139,6 +138,52 @@ def resolve(
             "moeconv; it is taken not to"
         )
     return Resolution(known, sources, tuple(missing + untold), tuple(refusals), tuple(warnings))
+
+
+def _read(
+    spec: ToldField,
+    told: ToldConfig,
+    known: dict[str, Any],
+    sources: dict[str, Provenance],
+    missing: list[str],
+    *,
+    dated: bool,
+) -> None:
+    """Reads one field or setting into `known`, or puts its key among the missing ones."""
+    value = told.get(spec.key)
+    if spec.name == "rope_type" and str(told.value("model_name", "")).startswith("llama3.1"):
+        value = told["model_name"]
+    either = value is not None and value.is_default and not dated and spec.key in CHANGED
+    if value is None or value.value is None or either:
+        missing.append(spec.key)
+        return
+    try:
+        known[spec.name] = spec.parse(value.value)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(
+            f"{spec.key}={short(value.value)} ({value.provenance}) should be {spec.expects}"
+        ) from None
+    sources[spec.name] = value.provenance
+
+
+def _rope(
+    block: Block | None,
+    known: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    sources: Mapping[str, Provenance],
+) -> list[str]:
+    """What of a model's RoPE cannot be converted."""
+    if block is None or (kind := known.get("rope_type")) is None:
+        return []
+    if kind not in block.ropes:
+        return [f"rope_type={kind} ({sources['rope_type']}) is not known of this decoder block"]
+    length, positions = known.get("max_position_embeddings"), settings.get("rope_positions")
+    if length and positions and length > positions:
+        return [
+            f"max_target_length={length} is more than max_position_embeddings={positions}, behind "
+            "which MaxText rotates every position as the last one"
+        ]
+    return []
 
 
 def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:

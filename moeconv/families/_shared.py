@@ -165,9 +165,21 @@ def rope_parameters(model: ModelDescription) -> dict[str, Any]:
     """`rope_parameters` of transformers 5: the type, its numbers and theta in one place.
 
     The scaling numbers of Llama 3.1 are constants in MaxText
-    (layers/embeddings.py `LLaMARotaryEmbedding._apply_scaling_factor`).
+    (layers/embeddings.py `LLaMARotaryEmbedding._apply_scaling_factor`). Of YaRN MaxText scales what
+    it rotates by 0.1·ln(factor) + 1 or not at all (`YarnRotaryEmbedding`); the first is what
+    transformers does where nothing is said (modeling_rope_utils.py `_compute_yarn_parameters`).
     """
     rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_type == "yarn":
+        names = ("beta_fast", "beta_slow", "original_max_position_embeddings")
+        rope = {
+            "rope_type": "yarn",
+            "factor": model.settings["rope_factor"],
+            **{name: model.settings[name] for name in names},
+            "truncate": model.settings["rope_truncate"],
+        }
+        if not model.settings["rope_attention_scaling"]:
+            rope["attention_factor"] = 1.0
     if model.rope_type == "llama3.1" and model.rope_use_scale:
         rope = {
             "rope_type": "llama3",
@@ -179,6 +191,12 @@ def rope_parameters(model: ModelDescription) -> dict[str, Any]:
     return {**rope, "rope_theta": model.rope_theta}
 
 
+def positions(model: ModelDescription) -> int:
+    """`max_position_embeddings`: the context, as long as YaRN makes it where there is YaRN."""
+    found: int = model.settings.get("rope_positions", model.max_position_embeddings)
+    return found
+
+
 def rope_scaling(model: ModelDescription) -> dict[str, Any] | None:
     """`rope_scaling` of transformers 4, llama.cpp and mlx-lm: None when nothing is scaled."""
     rope = rope_parameters(model)
@@ -187,8 +205,8 @@ def rope_scaling(model: ModelDescription) -> dict[str, Any] | None:
 
 
 def has_scaled_rope(model: ModelDescription) -> bool:
-    """Whether the rotary frequencies are scaled as in Llama 3.1."""
-    return rope_scaling(model) is not None
+    """True if the rotary frequencies are scaled as in Llama 3.1."""
+    return model.rope_type == "llama3.1" and rope_scaling(model) is not None
 
 
 def tied(model: ModelDescription, options: Options) -> bool:
@@ -206,7 +224,11 @@ CONFIG: tuple[ConfigKey, ...] = (
     from_field("num_key_value_heads"),
     from_field("head_dim"),
     constant("hidden_act", "silu"),
-    from_field("max_position_embeddings"),
+    ConfigKey(
+        "max_position_embeddings",
+        lambda m, o: positions(m),
+        "`max_position_embeddings`, with YaRN MaxText's setting of that name",
+    ),
     from_field("rms_norm_eps"),
     from_field("rope_theta"),
     ConfigKey("rope_scaling", lambda m, o: rope_scaling(m), "RoPE type, for transformers 4"),

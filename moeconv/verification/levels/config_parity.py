@@ -7,7 +7,7 @@ the length of the context. Where the run's config is at hand nobody needs to mea
 from typing import Any
 
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.fields import FIELDS
+from moeconv.arch.fields import FIELDS, YARN
 from moeconv.arch.told import TOKEN_IDS
 from moeconv.verification.candidate import Subject
 from moeconv.verification.checks import Check, Level, Status, passed
@@ -34,12 +34,13 @@ def check_description(level: Level, subject: Subject, config: ReferenceConfig) -
     found = config.resolution
     ours, theirs = subject.model, found.model()
     # What only one of both has follows from another field, which differs too.
-    follows = {f.name for f in FIELDS if f.needed(vars(ours)) != f.needed(vars(theirs))}
+    specs = (*FIELDS, *YARN)
+    follows = {f.name for f in specs if f.needed(vars(ours)) != f.needed(vars(theirs))}
     run = {**theirs.values(), **config.unsaid}
     differing: dict[Status, list[str]] = {Status.FAIL: [], Status.WARN: []}
     metrics: dict[str, Any] = {}
     for name, value in ours.values().items():
-        if run[name] == value or name in follows or (name in TOKEN_IDS and run[name] is None):
+        if name in follows or run[name] == value or (name in TOKEN_IDS and run[name] is None):
             continue
         record, told = subject.manifest.model.get(name), found.sources.get(name)
         by = (record and record.source) or "nobody"
