@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout, detect_layout
 from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
@@ -38,6 +39,7 @@ from moeconv.orbax.store import Folder
 from moeconv.untrusted.files import UnsafeFileError, demand_inside, read_inside
 from moeconv.untrusted.strict_json import loads
 from moeconv.verification.checks import CandidateError
+from moeconv.verification.measure.routing import Choice
 
 _INDEX = "model.safetensors.index.json"
 # The folder that transformers looks into for more chat templates (its `utils/hub.py`).
@@ -141,6 +143,19 @@ class Subject:
         return targets()[self.manifest.target]
 
     @property
+    def choice(self) -> Choice:
+        """How the model chooses the experts of a token."""
+        top_k, eligible = self.model.num_experts_per_tok or 1, self.block.taps.eligible
+        if eligible is None:
+            return Choice(top_k)
+        return Choice(top_k, lambda scores: eligible(scores, self.model))
+
+    @property
+    def block(self) -> Block:
+        """The decoder block that was converted."""
+        return blocks()[self.model.decoder_block]
+
+    @property
     def options(self) -> Options:
         """The choices about tensors."""
         return Options(untie=self.manifest.untied)
@@ -184,7 +199,7 @@ class Subject:
     def layout(self) -> Layout:
         """How the source keeps them."""
         used = {i.path: i.shape for i in self.arrays.info.values() if i.path[0] not in UNUSED}
-        block = [blocks()[self.model.decoder_block]]
+        block = [self.block]
         try:
             return detect_layout(used, block)
         except ConfigError:

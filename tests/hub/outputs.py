@@ -14,7 +14,7 @@ from moeconv.verification.candidate import Subject
 from moeconv.verification.checks import Check, passed
 from moeconv.verification.levels.parity import Parity, parity_checks
 from moeconv.verification.measure.metrics import compare_logits
-from moeconv.verification.measure.routing import compare_routing
+from moeconv.verification.measure.routing import Choice, compare_routing
 from moeconv.verification.measure.tokens import TEXT, Rows
 from moeconv.verification.report.files import write_report
 from moeconv.verification.report.report import Report, make_report
@@ -122,7 +122,7 @@ def parity(
     right = rng.standard_normal((length, 30))
     other = compare_logits(right, right + noise * rng.standard_normal(right.shape), rows.targets)
     router = {1: rng.standard_normal((1, length, 4))}
-    routing = compare_routing(router, router, top_k=2, shape=(1, length))
+    routing = compare_routing(router, router, choice=Choice(2), shape=(1, length))
     found = Parity(rows, other, other, other, routing)
     return [
         passed(

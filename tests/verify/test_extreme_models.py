@@ -18,7 +18,7 @@ from moeconv.verification.levels.layers import _apart
 from moeconv.verification.levels.parity import Parity, parity_checks
 from moeconv.verification.measure.limits import KL
 from moeconv.verification.measure.metrics import compare_logits
-from moeconv.verification.measure.routing import compare_routing
+from moeconv.verification.measure.routing import Choice, compare_routing
 from moeconv.verification.measure.tokens import RANDOM, TEXT, Rows
 from moeconv.verification.report.files import write_report
 from moeconv.verification.report.report import Report
@@ -109,7 +109,7 @@ def test_one_bad_number_fails_even_where_a_near_tie_flipped(tmp_path, bad, where
     else:
         other_router[0, 20, 1] = bad
     compared = compare_logits(right, other, tokens.reshape(-1))
-    routing = compare_routing({0: router}, {0: other_router}, top_k=2, shape=(2, 40))
+    routing = compare_routing({0: router}, {0: other_router}, choice=Choice(2), shape=(2, 40))
     if where == "logits":
         assert not routing.settled[0, 5], "the position is judged apart"
     rows = Rows(tokens, (TEXT, RANDOM), "a test")

@@ -13,7 +13,7 @@ from moeconv.verification.checks import Check, Status, failed, passed, skipped, 
 from moeconv.verification.levels.parity import Parity, parity_checks
 from moeconv.verification.measure.limits import LIMITS
 from moeconv.verification.measure.metrics import compare_logits
-from moeconv.verification.measure.routing import compare_routing
+from moeconv.verification.measure.routing import Choice, compare_routing
 from moeconv.verification.measure.tokens import RANDOM, TEXT, Rows
 from moeconv.verification.report import files as written
 from moeconv.verification.report.files import write_report
@@ -32,7 +32,7 @@ def parity(noise: float, *, experts: bool = True) -> list[Check]:
     right = rng.standard_normal((80, 30))
     other = compare_logits(right, right + noise * rng.standard_normal((80, 30)), rows.targets)
     router = {0: rng.standard_normal((2, 40, 4))} if experts else {}
-    routing = compare_routing(router, router, top_k=2, shape=(2, 40))
+    routing = compare_routing(router, router, choice=Choice(2), shape=(2, 40))
     found = Parity(rows, other, other, other, routing)
     return parity_checks("logits", found, reference="MaxText")
 

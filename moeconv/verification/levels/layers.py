@@ -27,7 +27,7 @@ from moeconv.verification.levels.parity import Parity, parity_checks
 from moeconv.verification.measure.limits import HIDDEN, ROUTER
 from moeconv.verification.measure.metrics import compare_logits, demand_finite, join
 from moeconv.verification.measure.rounding import roundings
-from moeconv.verification.measure.routing import Routing, chosen, compare_routing
+from moeconv.verification.measure.routing import Choice, Routing, compare_routing
 from moeconv.verification.measure.tokens import Rows
 from moeconv.verification.models.layerwise import Side, Trace
 from moeconv.verification.models.maxtext_layers import MaxTextLayers
@@ -128,8 +128,7 @@ def check_layers(subject: Subject, rows: Rows, options: ParityOptions, note: Not
         if right != own:  # the shorter one would be found right as far as it goes
             summary = f"the converted model has {own} layers, {sides.name} has {right}"
             return [reference, *described, failed("layers", "depth", summary)]
-        top_k = subject.model.num_experts_per_tok or 1
-        walk = _Walk(sides, candidate, rows, top_k, options.scratch)
+        walk = _Walk(sides, candidate, rows, subject.choice, options.scratch)
         walk.run(note)
         note("final norm and logits")
         try:
@@ -187,9 +186,9 @@ class _Walk:
     """Both sides on their way through the layers."""
 
     def __init__(
-        self, sides: _Sides, candidate: Side, rows: Rows, top_k: int, scratch: Path | None
+        self, sides: _Sides, candidate: Side, rows: Rows, choice: Choice, scratch: Path | None
     ) -> None:
-        self._sides, self._candidate, self._rows, self._top_k = sides, candidate, rows, top_k
+        self._sides, self._candidate, self._rows, self._choice = sides, candidate, rows, choice
         self._scratch = scratch
         self.places: list[Place] = []
         self._routers: dict[str, dict[int, Array]] = {"reference": {}, "own": {}, "rounding": {}}
@@ -246,12 +245,12 @@ class _Walk:
         found = compare_routing(
             {0: right},
             {0: other},
-            top_k=self._top_k,
+            choice=self._choice,
             shape=(right.shape[0], right.shape[1]),
             rounded=self._sides.rounding is not None,
             rounding=rounding,
         )
-        flipped = (chosen(right, self._top_k) != chosen(other, self._top_k)).any(axis=-1)
+        flipped = (self._choice.chosen(right) != self._choice.chosen(other)).any(axis=-1)
         explained = found.layers[0].status is Status.PASS
         return found, ~flipped if explained else np.ones_like(flipped)
 
@@ -332,7 +331,7 @@ class _Walk:
             rounding = compare_routing(
                 routers["reference"],
                 routers["rounding"],
-                top_k=self._top_k,
+                choice=self._choice,
                 shape=shape,
                 rounded=True,
             )
@@ -344,7 +343,7 @@ class _Walk:
             routing=compare_routing(
                 routers["reference"],
                 routers["own"],
-                top_k=self._top_k,
+                choice=self._choice,
                 shape=shape,
                 rounded=rounding is not None,
                 rounding=rounding,

@@ -166,7 +166,7 @@ def _routing(
     return compare_routing(
         reference.routers,
         routers,
-        top_k=subject.model.num_experts_per_tok or 1,
+        choice=subject.choice,
         shape=(rows.tokens.shape[0], rows.tokens.shape[1]),
         rounded=rounded,
         rounding=rounding,

@@ -66,6 +66,7 @@ class MaxTextLayers:
         self._read, self._taps, self._kinds = read, layout.block.taps, layout.kinds
         unscanned = next(way for way in layout.block.stackings if not way.scanned)
         self._names = unscanned.modules(layout.kinds)
+        self._known = layout.block.parameters().keys()
         self._jitted: dict[str, Any] = {}
         self._traced: list[tuple[Any, Any]] = []
         self._globals: Any = None
@@ -176,11 +177,16 @@ class MaxTextLayers:
             return jax.block_until_ready(function(state, argument))
 
     def _fill(self, abstract: Any, read: Callable[[str], Array]) -> Any:
-        """A state with its parameters read; random streams, never drawn from, are 0."""
+        """A state with its parameters read; random streams, never drawn from, are 0.
+
+        What the block declares is a parameter, also where MaxText keeps it in a variable of another
+        class (layers/moe.py `MoEBiasVar`).
+        """
         import jax
         from flax import nnx
 
-        parameters, streams, rest = nnx.split_state(abstract, nnx.Param, nnx.RngState, ...)
+        declared = nnx.Any(nnx.Param, lambda path, _: dotted(path) in self._known)
+        parameters, streams, rest = nnx.split_state(abstract, declared, nnx.RngState, ...)
         if unknown := [dotted(path) for path, _ in nnx.to_flat_state(rest)]:
             raise UnsupportedError(f"MaxText's layer keeps state besides parameters: {unknown}.")
         filled = []

@@ -6,6 +6,7 @@ Both ways load through `from_pretrained`, so that transformers' own conversion o
 
 import contextlib
 import copy
+import functools
 import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
@@ -90,9 +91,8 @@ class HfModel:
         with contextlib.ExitStack() as stack, torch.inference_mode():
             stack.enter_context(told_of(self._folder, self._blame, "run"))
             probe = probe_of(self._model.config)
-            for number, layer in enumerate(self._model.model.layers):
-                if (gate := _router(layer, probe)) is not None:
-                    stack.enter_context(_tap(gate, kept, number))
+            for number, layer in enumerate(_at(self._model, probe.layers)):
+                stack.enter_context(_router_tap(layer, probe, kept, number))
             ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._model.device)
             logits = self._model(input_ids=ids, use_cache=False).logits
             shape = tokens.shape
@@ -166,15 +166,35 @@ class HfLayers:
 
         ids = torch.from_numpy(np.asarray(tokens, np.int64))
         with torch.inference_mode(), told_of(self._folder, self._blame, "run"):
-            return _numpy(self._globals().model.embed_tokens(ids))
+            return _numpy(_at(self._globals(), self._probe.embedding)(ids))
 
     def norm(self, hidden: Array) -> Array:
         """See `Side`."""
-        return self._apply(lambda model: model.model.norm, hidden)
+        return self._apply(lambda model: _at(model, self._probe.norm), hidden)
 
     def logits(self, normed: Array, head: Head = "stock") -> Array:
-        """See `Side`; transformers has one head only."""
-        return self._apply(lambda model: model.lm_head, normed)
+        """See `Side`; transformers has one head only.
+
+        With all that the model does around it, such as a soft cap: it is run whole, without layers,
+        on `normed` in place of the final norm's output.
+        """
+
+        def whole(model: Any) -> Callable[[Any], Any]:
+            owner, name = _owner(model, self._probe.norm)
+            norm = getattr(owner, name)
+
+            def run(values: Any) -> Any:
+                import torch
+
+                setattr(owner, name, torch.nn.Identity())
+                try:
+                    return model(inputs_embeds=values, use_cache=False).logits
+                finally:
+                    setattr(owner, name, norm)
+
+            return run
+
+        return self._apply(whole, normed)
 
     def release(self) -> None:
         """See `Side`."""
@@ -189,15 +209,13 @@ class HfLayers:
         with contextlib.ExitStack() as stack, torch.inference_mode():
             stack.enter_context(told_of(self._folder, self._blame, "run"))
             model = self._single(number)
-            layer = model.model.layers[0]
-            attention = getattr(layer, self._probe.attention)
-            stack.enter_context(_tap(attention, kept, "attention"))
+            layer = _at(model, self._probe.layers)[0]
+            stack.enter_context(_tap(_at(layer, self._probe.attention), kept, "attention"))
             stack.enter_context(_tap(_feed_forward(layer, self._probe), kept, "experts"))
             stack.enter_context(_tap(layer, kept, "output"))
-            if (gate := _router(layer, self._probe)) is not None:
-                stack.enter_context(_tap(gate, kept, "router"))
+            stack.enter_context(_router_tap(layer, self._probe, kept, "router"))
             inputs = torch.from_numpy(np.array(hidden)).to(self._dtype)
-            model.model(inputs_embeds=inputs, use_cache=False)
+            model(inputs_embeds=inputs, use_cache=False)
             shape = hidden.shape[:2]
             found = {name: _numpy(value).reshape(*shape, -1) for name, value in kept.items()}
         return Trace(found["attention"], found.get("router"), found["experts"], found["output"])
@@ -212,9 +230,8 @@ class HfLayers:
     def _globals(self) -> Any:
         """The model of no layers."""
         if self._outer is None:
-            config = copy.deepcopy(self._config)
-            config.num_hidden_layers = 0
-            names = {name: name for name in self._files if not name.startswith("model.layers.")}
+            config = self._cut(slice(0, 0))
+            names = {n: n for n in self._files if not n.startswith(f"{self._probe.layers}.")}
             self._outer = self._build(config, self._tensors(names))
         return self._outer
 
@@ -222,33 +239,45 @@ class HfLayers:
         """The model whose only layer is layer `number`."""
         import torch
 
-        config = copy.deepcopy(self._config)
-        config.num_hidden_layers, config.vocab_size = 1, 1
+        config, probe = self._cut(slice(number, number + 1)), self._probe
+        config.vocab_size = 1
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-        whole = self._meta.model.layers[number]
-        wanted = type(_feed_forward(whole, self._probe))
-        self._probe.alone(config, number, _router(whole, self._probe) is not None)
-        prefix = f"model.layers.{number}."
+        whole = _at(self._meta, probe.layers)[number]
+        wanted = type(_feed_forward(whole, probe))
+        probe.alone(config, number, _router(whole, probe) is not None)
+        prefix = f"{probe.layers}.{number}."
         tensors = self._tensors(
             {
-                name: "model.layers.0." + name.removeprefix(prefix)
+                name: f"{probe.layers}.0." + name.removeprefix(prefix)
                 for name in self._files
                 if name.startswith(prefix)
             }
         )
         width = self._config.hidden_size
-        tensors["model.embed_tokens.weight"] = torch.zeros(1, width)
-        tensors["model.norm.weight"] = torch.ones(width)
+        tensors[f"{probe.embedding}.weight"] = torch.zeros(1, width)
+        tensors[f"{probe.norm}.weight"] = torch.ones(width)
         if not config.tie_word_embeddings:
-            tensors["lm_head.weight"] = torch.zeros(1, width)
+            tensors[f"{probe.head}.weight"] = torch.zeros(1, width)
         model = self._build(config, tensors)
-        built = type(_feed_forward(model.model.layers[0], self._probe))
+        built = type(_feed_forward(_at(model, probe.layers)[0], probe))
         if built is not wanted:
             raise TensorError(
                 f"{self._folder / 'config.json'}: layer {number} alone is a {built.__name__}, "
                 f"within the model a {wanted.__name__}"
             )
         return model
+
+    def _cut(self, layers: slice) -> Any:
+        """The config of these layers alone; `layer_types` is every architecture's word for theirs.
+
+        transformers demands as many of them as layers (configuration_utils.py
+        `validate_layer_type`).
+        """
+        config = copy.deepcopy(self._config)
+        config.num_hidden_layers = layers.stop - layers.start
+        if (kinds := getattr(config, "layer_types", None)) is not None:
+            config.layer_types = kinds[layers]
+        return config
 
     def _tensors(self, names: Mapping[str, str]) -> dict[str, Any]:
         from safetensors import safe_open
@@ -348,20 +377,60 @@ def probe_of(config: Any) -> Probe:
 
 def _feed_forward(layer: Any, probe: Probe) -> Any:
     """The MLP or MoE block."""
-    return getattr(layer, next(name for name in probe.mlp if hasattr(layer, name)))
+    found = [part for name in probe.mlp if (part := _at(layer, name, None)) is not None]
+    return found[0]
 
 
 def _router(layer: Any, probe: Probe) -> Any:
-    """The router of a MoE layer, which gives its logits first or alone; None in a dense one."""
-    return getattr(_feed_forward(layer, probe), probe.router, None)
+    """The router of a MoE layer; None in a dense one."""
+    return _at(_feed_forward(layer, probe), probe.router, None)
+
+
+def _router_tap(
+    layer: Any, probe: Probe, kept: dict[Any, Any], name: Any
+) -> contextlib.AbstractContextManager[None]:
+    """Keeps the scores of a MoE layer's router; nothing of a dense layer."""
+    if (router := _router(layer, probe)) is None:
+        return contextlib.nullcontext()
+    mlp = _feed_forward(layer, probe)
+    return _tap(router, kept, name, lambda output: probe.scores(mlp, output))
+
+
+_DEMANDED = object()
+
+
+def _at(module: Any, path: str, default: Any = _DEMANDED) -> Any:
+    """What a dotted attribute leads to.
+
+    Raises:
+        AttributeError: Nothing, and there is no default.
+    """
+    try:
+        return functools.reduce(getattr, path.split("."), module)
+    except AttributeError:
+        if default is _DEMANDED:
+            raise
+        return default
+
+
+def _owner(module: Any, path: str) -> tuple[Any, str]:
+    """The module that has a submodule as an attribute, and the attribute."""
+    above, _, name = path.rpartition(".")
+    return (_at(module, above) if above else module), name
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
 
 
 @contextlib.contextmanager
-def _tap(module: Any, kept: dict[Any, Any], name: Any) -> Iterator[None]:
-    """Keeps what a module returns."""
+def _tap(
+    module: Any, kept: dict[Any, Any], name: Any, of: Callable[[Any], Any] = _first
+) -> Iterator[None]:
+    """Keeps something of what a module returns."""
 
     def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        kept[name] = output[0] if isinstance(output, tuple) else output
+        kept[name] = of(output)
 
     handle = module.register_forward_hook(keep)
     try:
