@@ -62,6 +62,27 @@ QWEN3_MOE: Mapping[str, object] = {
     "use_qk_norm": True,
     "norm_topk_prob": True,
 }
+YARN: Mapping[str, object] = {
+    "rope_type": "yarn",
+    "rope_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 64,
+    "rope_interleave": False,
+    "rope_truncate": False,
+    "rope_attention_scaling": True,
+}
+GPT_OSS: Mapping[str, object] = {
+    "decoder_block": "gpt_oss",
+    "sliding_window_size": 8,
+    "attention_bias": True,
+    "attention_sink": True,
+    "mlp_bias": True,
+    "routed_bias": True,
+    "mlp_activations": ["sigmoid", "linear"],
+    "mlp_activations_limit": 1.5,  # so that it clips
+    "inhomogeneous_layer_cycle_interval": 2,
+    **YARN,
+}
 TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
 _MACHINE: Mapping[str, object] = {
@@ -314,7 +335,7 @@ class _Weights:
         draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
         if name.endswith(".scale"):
             return 1.0 + 0.25 * draw
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             return 0.3 * draw
         suffixes = [suffix for suffix in self._scale if name.endswith(suffix)]
         if not suffixes:

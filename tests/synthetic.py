@@ -41,6 +41,13 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
     "qwen2": {"decoder_block": "qwen2", "num_experts": 1, "attention_bias": True},
     "qwen3": {"decoder_block": "qwen3", "num_experts": 1, "use_qk_norm": True},
     "qwen3_moe": {"decoder_block": "qwen3_moe", "use_qk_norm": True},
+    "gpt_oss": {
+        "decoder_block": "gpt_oss",
+        "sliding_window_size": 8,
+        "mlp_activations": ["sigmoid", "linear"],
+        "mlp_activations_limit": 7.0,
+        "inhomogeneous_layer_cycle_interval": 2,
+    },
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 from helpers import assert_same_model, run
 from maxtext_lab import (
     ENVY,
+    GPT_OSS,
     LLAMA2,
     MISTRAL,
     MIXTRAL,
@@ -88,6 +89,19 @@ CASES = {
     "qwen3-unscanned-tied-llama3.1-rope": (QWEN3, UNSCANNED, TIED, LLAMA31),
     "qwen3_moe": (QWEN3_MOE,),
     "qwen3_moe-unscanned-tied-llama3.1-rope": (QWEN3_MOE, UNSCANNED, TIED, LLAMA31),
+    "gpt_oss": (GPT_OSS,),
+    "gpt_oss-unscanned-tied-llama3.1-rope": (GPT_OSS, UNSCANNED, TIED, LLAMA31),
+    "gpt_oss-axis0-truncated-unscaled-yarn-in-pairs": (
+        GPT_OSS,
+        {"param_scan_axis": 0, "rope_truncate": True, "rope_interleave": True},
+        {"rope_attention_scaling": False},
+    ),
+    # A scanned block begins the pattern of windows anew: sliding, full, sliding, sliding.
+    "gpt_oss-cycle-of-3": (
+        GPT_OSS,
+        {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
+        {"rope_type": "default", "sliding_window_size": 1, "num_experts_per_tok": 4},
+    ),
     # Without what makes it a Qwen, a block's models are Llamas whose query is scaled explicitly.
     "qwen2-plain": (QWEN2, {"attention_bias": False}),
     "qwen3-plain-axis0": (QWEN3, {"use_qk_norm": False, "param_scan_axis": 0}),

@@ -72,7 +72,7 @@ def samples(
         array.path: rng.standard_normal(array.shape).astype(DTYPES[dtype]) for array in made.arrays
     }
     told = {
-        "decoder_block": block,
+        **synthetic.BLOCKS[block],
         "num_experts_per_tok": draw(st.sampled_from([1, 2])),
         "rope_type": draw(st.sampled_from(["default", "llama3.1"])),
         "rope_use_scale": draw(st.booleans()),
