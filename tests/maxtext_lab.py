@@ -83,6 +83,20 @@ GPT_OSS: Mapping[str, object] = {
     "inhomogeneous_layer_cycle_interval": 2,
     **YARN,
 }
+LLAMA4: Mapping[str, object] = {
+    "decoder_block": "llama4",
+    "base_num_decoder_layers": 8,
+    "base_mlp_dim": 80,
+    "num_experts_per_tok": 1,
+    "shared_experts": 1,
+    "use_qk_norm": True,
+    "nope_layer_interval": 4,
+    "interleave_moe_layer_step": 2,
+    "inhomogeneous_layer_cycle_interval": 4,
+    "temperature_tuning": True,
+    "chunk_attn_window_size": 16,
+    "rope_type": "llama3.1",
+}
 TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
 _MACHINE: Mapping[str, object] = {

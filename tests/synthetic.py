@@ -48,6 +48,15 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "mlp_activations_limit": 7.0,
         "inhomogeneous_layer_cycle_interval": 2,
     },
+    "llama4": {
+        "decoder_block": "llama4",
+        "num_experts_per_tok": 1,
+        "shared_experts": 1,
+        "nope_layer_interval": 4,
+        "interleave_moe_layer_step": 2,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "chunk_attn_window_size": 8,
+    },
 }
 
 

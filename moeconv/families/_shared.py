@@ -10,7 +10,7 @@ from typing import Any
 
 from moeconv import families
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import Parameter
+from moeconv.arch.parameters import Layers, Parameter
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
     EVERY_LAYER,
@@ -138,14 +138,25 @@ def attention(module: str) -> tuple[Rule, ...]:
 
 ATTENTION = attention("self_attention")
 
-MLP = (
-    Rule("mlp.wi_0.kernel", "model.layers.{L}.mlp.gate_proj.weight",
-         "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wi_1.kernel", "model.layers.{L}.mlp.up_proj.weight",
-         "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wo.kernel",   "model.layers.{L}.mlp.down_proj.weight",
-         "F D -> D F", layers=DENSE_LAYERS),
-)
+
+def mlp(module: str, place: str, width: str, layers: Layers) -> tuple[Rule, ...]:
+    """A gated MLP.
+
+    Args:
+        module: MaxText's.
+        place: The target's.
+        width: The axis of its width.
+        layers: Those that have it.
+    """
+    up, down = f"D {width} -> {width} D", f"{width} D -> D {width}"
+    return (
+        Rule(f"{module}.wi_0.kernel", f"{place}.gate_proj.weight", up,   layers=layers),
+        Rule(f"{module}.wi_1.kernel", f"{place}.up_proj.weight",   up,   layers=layers),
+        Rule(f"{module}.wo.kernel",   f"{place}.down_proj.weight", down, layers=layers),
+    )
+
+
+MLP = mlp("mlp", "model.layers.{L}.mlp", "F", DENSE_LAYERS)
 
 
 def experts(module: str, block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:

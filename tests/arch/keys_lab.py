@@ -63,9 +63,24 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "mlp_activations_limit": 7.0,
         "inhomogeneous_layer_cycle_interval": 2,
     },
+    "llama4": {
+        **_MOE,
+        "num_experts_per_tok": 1,
+        "shared_experts": 1,
+        "use_qk_norm": True,
+        "nope_layer_interval": 2,
+        "interleave_moe_layer_step": 2,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "temperature_tuning": True,
+        "chunk_attn_window_size": 8,
+    },
 }
-# Variants that MaxText does not build: it drops no token of GPT-OSS (configs/types.py).
-_NONE_OF: Mapping[str, frozenset[str]] = {"gpt_oss": frozenset({"capacity_factor"})}
+# Variants that MaxText does not build: it drops no token of GPT-OSS (configs/types.py), and to drop
+# those of Llama 4 its code has no weights (layers/moe.py `dense_matmul`).
+_NONE_OF: Mapping[str, frozenset[str]] = {
+    "gpt_oss": frozenset({"capacity_factor"}),
+    "llama4": frozenset({"capacity_factor"}),
+}
 # How the layers are stacked, the head, RoPE, and the kernels of the experts: all open paths that
 # read further keys. Four devices are those of tests/conftest.py.
 _VARIANTS: tuple[Mapping[str, object], ...] = (

@@ -8,6 +8,7 @@ from maxtext_lab import (
     ENVY,
     GPT_OSS,
     LLAMA2,
+    LLAMA4,
     MISTRAL,
     MIXTRAL,
     QWEN2,
@@ -102,6 +103,20 @@ CASES = {
         {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
         {"rope_type": "default", "sliding_window_size": 1, "num_experts_per_tok": 4},
     ),
+    "llama4": (LLAMA4,),
+    "llama4-unscanned-tied-half-rope-without-norm-all-moe": (
+        LLAMA4,
+        UNSCANNED,
+        TIED,
+        {"rope_type": "default", "use_qk_norm": False, "base_num_decoder_layers": 4},
+        {"nope_layer_interval": 3, "interleave_moe_layer_step": 1, "chunk_attn_window_size": 7},
+    ),
+    # Neither pattern fits into the scanned block, which begins both anew; no layer lacks RoPE.
+    "llama4-odd-cycle-axis0-unscaled": (
+        LLAMA4,
+        {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
+        {"nope_layer_interval": -1, "rope_use_scale": False, "param_scan_axis": 0},
+    ),
     # Without what makes it a Qwen, a block's models are Llamas whose query is scaled explicitly.
     "qwen2-plain": (QWEN2, {"attention_bias": False}),
     "qwen3-plain-axis0": (QWEN3, {"use_qk_norm": False, "param_scan_axis": 0}),
@@ -121,7 +136,12 @@ STORED = {
     "llama2-state": ("llama2-llama3.1-rope-tied", {}, True),
 }
 
-ARCHITECTURES = {"envy": "mixtral", "llama2": "llama", "qwen2-plain": "llama"}
+ARCHITECTURES = {
+    "envy": "mixtral",
+    "llama4": "llama4_text",
+    "llama2": "llama",
+    "qwen2-plain": "llama",
+}
 ARCHITECTURES |= {"qwen3-plain-axis0": "llama"}
 
 

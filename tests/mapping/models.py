@@ -72,12 +72,12 @@ def samples(
         array.path: rng.standard_normal(array.shape).astype(DTYPES[dtype]) for array in made.arrays
     }
     told = {
-        **synthetic.BLOCKS[block],
         "num_experts_per_tok": draw(st.sampled_from([1, 2])),
         "rope_type": draw(st.sampled_from(["default", "llama3.1"])),
         "rope_use_scale": draw(st.booleans()),
         "normalize_embedding_logits": draw(st.booleans()),
         "param_scan_axis": axis,
+        **synthetic.BLOCKS[block],
     }
     layout = detect_layout(
         {p: a.shape for p, a in arrays.items()},

@@ -5,7 +5,7 @@ import json
 import pytest
 from cli_runner import moeconv
 from helpers import config_file
-from maxtext_lab import GPT_OSS, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, TIED
+from maxtext_lab import GPT_OSS, LLAMA4, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, TIED
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("families"), pytest.mark.maxtext]
 # A family is one row; the blocks of the reference model are in test_parity.py.
@@ -15,6 +15,7 @@ FAMILIES = {
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "GptOssForCausalLM": GPT_OSS,
+    "Llama4ForCausalLM": LLAMA4,
 }
 FORMS = {
     "scanned, untied": {},
