@@ -44,6 +44,9 @@ MLP_PARAMETERS = (
 )
 
 
+NORM_PARAMETERS = (ATTENTION_PARAMETERS[0], ATTENTION_PARAMETERS[-1])
+
+
 def moe_parameters(module: str) -> tuple[Parameter, ...]:
     """Router and experts, in the module of that name."""
     return (
@@ -124,6 +127,8 @@ ATTENTION = (
     Rule("post_self_attention_layer_norm.scale", "model.layers.{L}.post_attention_layernorm.weight",
          "D -> D", layers=EVERY_LAYER),
 )
+
+NORMS = (ATTENTION[0], ATTENTION[-1])
 
 MLP = (
     Rule("mlp.wi_0.kernel", "model.layers.{L}.mlp.gate_proj.weight",
