@@ -66,6 +66,7 @@ QWEN3_MOE: Mapping[str, object] = {
 DEEPSEEK_V3: Mapping[str, object] = {
     "decoder_block": "deepseek",
     "model_name": "deepseek3-671b",
+    "override_model_config": True,
     "attention_type": "mla",
     "base_num_kv_heads": 4,
     "q_lora_rank": 28,
@@ -140,7 +141,7 @@ class LabCheckpoint:
     config: Mapping[str, object]
     # What MaxText made of them: config.get_keys(), all 865.
     resolved: Mapping[str, object] = field(repr=False)
-    # What was stored under params.params, by dotted name, in the stored dtype.
+    # What was stored of the model, by dotted name, in the stored dtype.
     params: Mapping[str, np.ndarray] = field(repr=False)
     seconds: float = 0.0
 
@@ -209,7 +210,7 @@ def write_checkpoint(
             raise RuntimeError(f"{count} devices wanted: XLA_FLAGS of tests/conftest.py is missing")
         mesh = maxtext_utils.get_mesh_from_config(config, jax.devices()[:count])
         state = _train_state(config, mesh, _Weights(config, seed), step)
-        params = _params(state, config)
+        params, collections = _params(state), _collections(state)
         step_dir = run_dir / "checkpoints" / str(step)
         ocdbt, zarr3 = config.checkpoint_storage_use_ocdbt, config.checkpoint_storage_use_zarr3
         if full_state:
@@ -219,13 +220,18 @@ def write_checkpoint(
             checkpointing.save_checkpoint(manager, step, state, config, force=True)
             manager.close()
         else:
-            checkpointing.save_params_to_path(step_dir, {"params": params}, ocdbt, zarr3)
+            tree = {"params": params, **collections}
+            checkpointing.save_params_to_path(step_dir, tree, ocdbt, zarr3)
     return LabCheckpoint(
         run_dir=run_dir,
         step_dir=step_dir,
         config=given,
         resolved=dict(config.get_keys()),
-        params={name: np.asarray(value) for name, value in _flat(params)},
+        params={
+            name: np.asarray(value)
+            for part in (params, *collections.values())
+            for name, value in _flat(part)
+        },
         seconds=time.perf_counter() - start,
     )
 
@@ -286,27 +292,24 @@ def _key() -> Any:
     return jax.random.key(0)
 
 
-def _params(state: Any, config: Any) -> dict[str, Any]:
-    """What belongs below `params.params`, the router's bias among it.
-
-    A parameters-only checkpoint of 0.2.4 and later leaves that out (it is no `nnx.Param` any more,
-    layers/moe.py `MoEBiasVar`); before, it was one, with its layers on the scan axis.
-    """
-    import jax.numpy as jnp
-    from flax import nnx
+def _params(state: Any) -> dict[str, Any]:
     from maxtext.common import train_state_nnx
-    from maxtext.layers import moe
 
     tree: dict[str, Any] = train_state_nnx.to_checkpoint_dict(state)["params"]["params"]
-    for path, variable in nnx.to_flat_state(nnx.filter_state(state, moe.MoEBiasVar)):
-        value = variable.get_value()
-        if value.ndim > 1:
-            value = jnp.moveaxis(value, 0, min(config.param_scan_axis, 1))
-        below = tree
-        for name in path[1:-1]:
-            below = below[name]
-        below[path[-1]] = value
     return tree
+
+
+def _collections(state: Any) -> dict[str, Any]:
+    """The variables of classes of their own, as MaxText's converter stores them.
+
+    In the Flax collection of each class' name (checkpoint_conversion/to_maxtext.py); a parameters-
+    only checkpoint of a train state has none of them.
+    """
+    from flax import nnx
+    from maxtext.layers import moe
+
+    found = nnx.filter_state(state, moe.MoEBiasVar).to_pure_dict()
+    return {"MoEBiasVar": found["model"]} if found else {}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
