@@ -62,7 +62,7 @@ QWEN3_MOE: Mapping[str, object] = {
     "use_qk_norm": True,
     "norm_topk_prob": True,
 }
-# All sizes of a head differ, as do the widths; routing hangs on the name (layers/moe.py `get_topk`).
+# All sizes of a head differ, and the widths; routing hangs on the name (layers/moe.py `get_topk`).
 DEEPSEEK_V3: Mapping[str, object] = {
     "decoder_block": "deepseek",
     "model_name": "deepseek3-671b",
@@ -109,6 +109,41 @@ DEEPSEEK_V2: Mapping[str, object] = {
     "routed_score_func": "softmax",
     "routed_bias": False,
     "beta_fast": 4,
+}
+YARN: Mapping[str, object] = {
+    "rope_type": "yarn",
+    "rope_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "max_position_embeddings": 64,
+    "rope_interleave": False,
+    "rope_truncate": False,
+    "rope_attention_scaling": True,
+}
+GPT_OSS: Mapping[str, object] = {
+    "decoder_block": "gpt_oss",
+    "sliding_window_size": 8,
+    "attention_bias": True,
+    "attention_sink": True,
+    "mlp_bias": True,
+    "routed_bias": True,
+    "mlp_activations": ["sigmoid", "linear"],
+    "mlp_activations_limit": 1.5,  # so that it clips
+    "inhomogeneous_layer_cycle_interval": 2,
+    **YARN,
+}
+LLAMA4: Mapping[str, object] = {
+    "decoder_block": "llama4",
+    "base_num_decoder_layers": 8,
+    "base_mlp_dim": 80,
+    "num_experts_per_tok": 1,
+    "shared_experts": 1,
+    "use_qk_norm": True,
+    "nope_layer_interval": 4,
+    "interleave_moe_layer_step": 2,
+    "inhomogeneous_layer_cycle_interval": 4,
+    "temperature_tuning": True,
+    "chunk_attn_window_size": 16,
+    "rope_type": "llama3.1",
 }
 TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
@@ -398,7 +433,7 @@ class _Weights:
         draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
         if name.endswith(".scale"):
             return 1.0 + 0.25 * draw
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             return 0.3 * draw
         suffixes = [suffix for suffix in self._scale if name.endswith(suffix)]
         if not suffixes:

@@ -45,10 +45,11 @@ class ModelDescription:
 
     Sizes are counts, None for what the model does not have. Of multi-head latent attention
     `head_dim` is the size of a query and key head, of which the last `qk_rope_head_dim` entries are
-    rotated. `shared_intermediate_size` is the width of all shared experts together. `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None when
-    nobody told them. `settings` has what only some models have, YaRN's numbers and the settings of
-    their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every
-    field and every setting where its value came from.
+    rotated. `shared_intermediate_size` is the width of all shared experts together. `rope_theta`
+    and `rms_norm_eps` are plain numbers; token ids are None when nobody told them. `settings` has
+    what only some models have, YaRN's numbers and the settings of their decoder block
+    (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every field and every
+    setting where its value came from.
     """
 
     decoder_block: str

@@ -139,6 +139,8 @@ def build_layout(
     ]
     first, cycle = 0, 1
     for segment, (size, depth) in zip(stacking.segments, blocks, strict=True):
+        if not size * depth:
+            continue
         each = size // len(segment.modules)
         places = [
             (position, number)

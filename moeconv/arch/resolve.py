@@ -6,7 +6,7 @@ from typing import Any
 
 from moeconv.arch.blocks import Block, settings_of
 from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.fields import FIELDS, ROUTING, SHAPE_KEYS, YARN, ToldField
+from moeconv.arch.fields import FIELDS, SHAPE_KEYS, YARN, ToldField
 from moeconv.arch.keys import verdicts
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.arch.parameters import AXES, fields_of
@@ -53,7 +53,7 @@ class Resolution:
 def missing_message(missing: Sequence[str]) -> str:
     """Names the keys, MaxText's default for each, and the three ways to tell them."""
     base = maxtext_defaults()["base"]
-    own = {"decoder_block", *(f.key for f in (*FIELDS, *YARN, *ROUTING))}
+    own = {"decoder_block", *(f.key for f in (*FIELDS, *YARN))}
     defaults = {key: f"MaxText's default: {base[key]}" for key in missing if key in base}
     for key in defaults.keys() & CHANGED:
         value, until = CHANGED[key]

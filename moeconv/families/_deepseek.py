@@ -20,8 +20,10 @@ from moeconv.families._shared import (
     NORMS,
     TRUNK,
     experts,
+    mlp,
     moe_parameters,
     rope_parameters,
+    setting,
 )
 from moeconv.mapping.rules import (
     EVERY_LAYER,
@@ -86,14 +88,18 @@ def stacking(name: str, pattern: str, *, stacked: bool) -> Stacking:
 
 # --- routing --------------------------------------------------------------------------------------
 
-# In MaxText 0.2.5. Before, kimi-k2 was none of them, and before 0.2.3 deepseek3 was the only one.
-NAMES = ("deepseek3", "deepseek4", "kimi-k2")
-_AS_V3 = "as DeepSeek-V3"
+# Of MaxText 0.2.5, with what each makes of the routing; before, kimi-k2 was none of them.
+_AS_V3, _SINCE = "as DeepSeek-V3", "as DeepSeek-V3, since MaxText 0.2.5"
+_NAMES = {"deepseek3": _AS_V3, "deepseek4": _AS_V3, "kimi-k2": _SINCE}
+NAMES = tuple(_NAMES)
+_RELEASED = {_AS_V3: "deepseek3-671b", _SINCE: "kimi-k2-1t"}
 
 
 def _routing(model_name: Any) -> str:
     """What a model's name makes of its routing; that itself, where it is given."""
-    return _AS_V3 if str(model_name).startswith((*NAMES, _AS_V3)) else "by biased scores"
+    name = str(model_name)
+    of_name = (routing for start, routing in _NAMES.items() if name.startswith(start))
+    return name if name in _RELEASED else next(of_name, "by biased scores")
 
 
 SETTINGS = (
@@ -104,7 +110,7 @@ SETTINGS = (
         _routing,
         "a name",
         has_moe,
-        write=lambda value: "deepseek3-671b" if value == _AS_V3 else "default",
+        write=lambda value: _RELEASED.get(value, "default"),
     ),
     ToldField("mscale", "mscale", not_negative, "a number ≥ 0"),
 )
@@ -122,7 +128,12 @@ def shared_experts(known: Known) -> int:
 
 def routes_as_v3(model: ModelDescription) -> bool:
     """True if MaxText routes by the rules of DeepSeek-V3, for the model's name."""
-    return bool(model.settings["routing"] == _AS_V3)
+    return model.settings["routing"] in _RELEASED
+
+
+def routes_so_since(model: ModelDescription) -> bool:
+    """True if it does since 0.2.5 only."""
+    return bool(model.settings["routing"] == _SINCE)
 
 
 def groups(model: ModelDescription) -> tuple[int, int]:
@@ -157,11 +168,7 @@ RULES = (
          "H v D -> D (H v)", layers=EVERY_LAYER),
     *MLP,
     *experts(ROUTED, "mlp", gate="gate_proj", up="up_proj", down="down_proj"),
-    *(Rule(f"{_SHARED}.{name}.kernel", f"model.layers.{{L}}.mlp.shared_experts.{target}.weight",
-           place, layers=MOE_LAYERS)
-      for name, target, place in (("wi_0", "gate_proj", "D S -> S D"),
-                                  ("wi_1", "up_proj",   "D S -> S D"),
-                                  ("wo",   "down_proj", "S D -> D S"))),
+    *mlp(_SHARED, "model.layers.{L}.mlp.shared_experts", "S", MOE_LAYERS),
 )
 # fmt: on
 
@@ -254,11 +261,7 @@ def config(name: str, architecture: str, **own: Any) -> tuple[ConfigKey, ...]:
         ConfigKey("n_shared_experts", lambda m, o: shared_experts(vars(m)), "`shared_experts`"),
         ConfigKey("first_k_dense_replace", lambda m, o: len(m.dense_layers), "dense layers"),
         constant("moe_layer_freq", 1),
-        ConfigKey(
-            "routed_scaling_factor",
-            lambda m, o: m.settings["routed_scaling_factor"],
-            "`routed_scaling_factor`",
-        ),
+        setting("routed_scaling_factor", "routed_scaling_factor"),
         ConfigKey("n_group", lambda m, o: groups(m)[0], "`n_routing_groups`, 1 for none"),
         ConfigKey("topk_group", lambda m, o: groups(m)[1], "`topk_routing_group`, 1 for none"),
         constant("attention_bias", False),

@@ -10,7 +10,7 @@ from typing import Any
 
 from moeconv import families
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import Parameter
+from moeconv.arch.parameters import Layers, Parameter
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
     EVERY_LAYER,
@@ -28,15 +28,21 @@ from moeconv.mapping.rules import (
 
 # --- MaxText's parameters -------------------------------------------------------------------------
 
+
 # fmt: off
-ATTENTION_PARAMETERS = (
-    Parameter.of("pre_self_attention_layer_norm.scale",  "D"),
-    Parameter.of("self_attention.query.kernel",          "D H h"),
-    Parameter.of("self_attention.key.kernel",            "D K h"),
-    Parameter.of("self_attention.value.kernel",          "D K h"),
-    Parameter.of("self_attention.out.kernel",            "H h D"),
-    Parameter.of("post_self_attention_layer_norm.scale", "D"),
-)
+def attention_parameters(module: str) -> tuple[Parameter, ...]:
+    """Attention, in the module of that name, and the norms before it and before the MLP."""
+    return (
+        Parameter.of("pre_self_attention_layer_norm.scale",  "D"),
+        Parameter.of(f"{module}.query.kernel",               "D H h"),
+        Parameter.of(f"{module}.key.kernel",                 "D K h"),
+        Parameter.of(f"{module}.value.kernel",               "D K h"),
+        Parameter.of(f"{module}.out.kernel",                 "H h D"),
+        Parameter.of("post_self_attention_layer_norm.scale", "D"),
+    )
+
+
+ATTENTION_PARAMETERS = attention_parameters("self_attention")
 MLP_PARAMETERS = (
     Parameter.of("mlp.wi_0.kernel", "D F"),
     Parameter.of("mlp.wi_1.kernel", "D F"),
@@ -113,31 +119,48 @@ TRUNK = (
          when=TIED_BUT_UNTIE, again=True),
 )
 
-ATTENTION = (
-    Rule("pre_self_attention_layer_norm.scale",  "model.layers.{L}.input_layernorm.weight",
-         "D -> D", layers=EVERY_LAYER),
-    Rule("self_attention.query.kernel", "model.layers.{L}.self_attn.q_proj.weight",
-         "D H h -> (H h) D", scale=QUERY_SCALE, rotary=True, layers=EVERY_LAYER),
-    Rule("self_attention.key.kernel",   "model.layers.{L}.self_attn.k_proj.weight",
-         "D K h -> (K h) D", rotary=True, layers=EVERY_LAYER),
-    Rule("self_attention.value.kernel", "model.layers.{L}.self_attn.v_proj.weight",
-         "D K h -> (K h) D", layers=EVERY_LAYER),
-    Rule("self_attention.out.kernel",   "model.layers.{L}.self_attn.o_proj.weight",
-         "H h D -> D (H h)", layers=EVERY_LAYER),
-    Rule("post_self_attention_layer_norm.scale", "model.layers.{L}.post_attention_layernorm.weight",
-         "D -> D", layers=EVERY_LAYER),
-)
 
+def attention(module: str) -> tuple[Rule, ...]:
+    """Attention in the module of that name, and the norms before it and before the MLP."""
+    place = "model.layers.{L}"
+    return (
+        Rule("pre_self_attention_layer_norm.scale", f"{place}.input_layernorm.weight",
+             "D -> D", layers=EVERY_LAYER),
+        Rule(f"{module}.query.kernel", f"{place}.self_attn.q_proj.weight",
+             "D H h -> (H h) D", scale=QUERY_SCALE, rotary=True, layers=EVERY_LAYER),
+        Rule(f"{module}.key.kernel",   f"{place}.self_attn.k_proj.weight",
+             "D K h -> (K h) D", rotary=True, layers=EVERY_LAYER),
+        Rule(f"{module}.value.kernel", f"{place}.self_attn.v_proj.weight",
+             "D K h -> (K h) D", layers=EVERY_LAYER),
+        Rule(f"{module}.out.kernel",   f"{place}.self_attn.o_proj.weight",
+             "H h D -> D (H h)", layers=EVERY_LAYER),
+        Rule("post_self_attention_layer_norm.scale", f"{place}.post_attention_layernorm.weight",
+             "D -> D", layers=EVERY_LAYER),
+    )
+
+
+ATTENTION = attention("self_attention")
 NORMS = (ATTENTION[0], ATTENTION[-1])
 
-MLP = (
-    Rule("mlp.wi_0.kernel", "model.layers.{L}.mlp.gate_proj.weight",
-         "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wi_1.kernel", "model.layers.{L}.mlp.up_proj.weight",
-         "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wo.kernel",   "model.layers.{L}.mlp.down_proj.weight",
-         "F D -> D F", layers=DENSE_LAYERS),
-)
+
+def mlp(module: str, place: str, width: str, layers: Layers) -> tuple[Rule, ...]:
+    """A gated MLP.
+
+    Args:
+        module: MaxText's.
+        place: The target's.
+        width: The axis of its width.
+        layers: Those that have it.
+    """
+    up, down = f"D {width} -> {width} D", f"{width} D -> D {width}"
+    return (
+        Rule(f"{module}.wi_0.kernel", f"{place}.gate_proj.weight", up,   layers=layers),
+        Rule(f"{module}.wi_1.kernel", f"{place}.up_proj.weight",   up,   layers=layers),
+        Rule(f"{module}.wo.kernel",   f"{place}.down_proj.weight", down, layers=layers),
+    )
+
+
+MLP = mlp("mlp", "model.layers.{L}.mlp", "F", DENSE_LAYERS)
 
 
 def experts(module: str, block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
@@ -212,6 +235,11 @@ def rope_scaling(model: ModelDescription) -> dict[str, Any] | None:
 def has_scaled_rope(model: ModelDescription) -> bool:
     """True if the rotary frequencies are scaled as in Llama 3.1."""
     return model.rope_type == "llama3.1" and rope_scaling(model) is not None
+
+
+def setting(key: str, name: str) -> ConfigKey:
+    """A key that copies a setting of the model's description."""
+    return ConfigKey(key, lambda m, o: m.settings[name], f"`{name}`")
 
 
 def tied(model: ModelDescription, options: Options) -> bool:

@@ -25,6 +25,7 @@ from moeconv.families._deepseek import (
     groups,
     refusal,
     routes_as_v3,
+    routes_so_since,
     shared_experts,
     stacking,
 )
@@ -106,11 +107,11 @@ def _requires(model: ModelDescription) -> str | None:
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
     lines = caveats(model, options)
-    if biased(vars(model)):
+    if biased(vars(model)) and routes_so_since(model):
         lines.append(
-            "of a model whose model_name begins with kimi-k2 and that MaxText before 0.2.5 "
-            "trained: that one weighed the chosen experts with the router's bias, which no stock "
-            "architecture does"
+            "MaxText before 0.2.5 weighed the experts of models named kimi-k2 with the router's "
+            "bias, which no stock architecture does; if it trained this one, the output computes "
+            "something else"
         )
     return lines
 
