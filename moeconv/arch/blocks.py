@@ -65,6 +65,8 @@ class Block:
         honours: Settings that may have other values than neutral ones, and these values.
         shown: Settings that are true where the layers have this kind of attention, and false
             elsewhere: their parameters tell.
+        shapes: Settings that the shapes decide, from the description's fields. The config must
+            agree, and the reference is built with them.
         idle: Settings that the block's code reads, and that have no effect in it.
         idle_values: The same for some values of a setting only.
         warns: Settings whose other values are converted with a warning, and what it says.
@@ -87,6 +89,7 @@ class Block:
     demands: Mapping[str, Collection[Any]] = field(default_factory=dict)
     honours: Mapping[str, Collection[Any]] = field(default_factory=dict)
     shown: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, Callable[[Known], Any]] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
     # layers/attention_op.py `_resolve_attention_type`: only `block_diffusion` reaches the layers.
     idle_values: Mapping[str, Collection[Any]] = field(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from moeconv.arch.parameters import AXES, LayerKind
+from moeconv.arch.parameters import AXES, LayerKind, fields_of
 
 # What a value may be, for whoever reads a description from a file.
 Count = Annotated[int, Field(gt=0)]
@@ -43,10 +43,13 @@ class Provenance:
 class ModelDescription:
     """A decoder-only transformer, in Hugging Face's terms.
 
-    Sizes are counts; `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None when
-    nobody told them. `settings` has what only some models have, YaRN's numbers and the settings of
-    their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every
-    field and every setting where its value came from.
+    Sizes are counts, None for what the model does not have. Of multi-head latent attention
+    `head_dim` is the size of a query and key head, of which the last `qk_rope_head_dim` entries are
+    rotated. `shared_intermediate_size` is the width of all shared experts together. `rope_theta`
+    and `rms_norm_eps` are plain numbers; token ids are None when nobody told them. `settings` has
+    what only some models have, YaRN's numbers and the settings of their decoder block
+    (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every field and every
+    setting where its value came from.
     """
 
     decoder_block: str
@@ -67,6 +70,12 @@ class ModelDescription:
     rope_use_scale: bool
     rms_norm_eps: Positive
     max_position_embeddings: Count
+    q_lora_rank: Count | None = None
+    kv_lora_rank: Count | None = None
+    qk_nope_head_dim: Count | None = None
+    qk_rope_head_dim: Count | None = None
+    v_head_dim: Count | None = None
+    shared_intermediate_size: Count | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | None = None
     pad_token_id: TokenId | None = None
@@ -101,7 +110,7 @@ class ModelDescription:
 
     def sizes(self) -> dict[str, int]:
         """Length of every axis of its parameters, 0 for one that it has not."""
-        return {axis: getattr(self, name) or 0 for axis, name in AXES.items()}
+        return {axis: sum(getattr(self, n) or 0 for n in fields_of(axis)) for axis in AXES}
 
     def values(self) -> dict[str, Any]:
         """Every field but `sources`, and every setting beside them, as JSON-able values."""

@@ -18,6 +18,7 @@ class ToldField:
         expects: What `parse` accepts, for messages.
         needed: Whether this model has the field at all, given what is known so far.
         otherwise: Value of a field where it is not needed; a setting is left out there.
+        write: A config value of which `parse` makes this value of a setting.
     """
 
     name: str
@@ -26,6 +27,7 @@ class ToldField:
     expects: str
     needed: Callable[[Known], bool] = lambda known: True
     otherwise: Any = None
+    write: Callable[[Any], Any] = lambda value: value
 
 
 def positive_float(value: Any) -> float:
@@ -51,6 +53,16 @@ def truth(value: Any) -> bool:
     return value
 
 
+def not_negative(value: Any) -> float:
+    """A finite number from 0."""
+    return 0.0 if value == 0 and not isinstance(value, bool) else positive_float(value)
+
+
+def count_or_none(value: Any) -> int:
+    """A whole number from 1, or MaxText's -1 for none."""
+    return -1 if value == -1 else positive_int(value)
+
+
 def _rope_type(value: Any) -> str:
     """MaxText compares by prefix, in lower case (layers/attentions.py `init_rotary_embedding`)."""
     text = str(value).lower()
@@ -62,13 +74,14 @@ def _rope_type(value: Any) -> str:
     return text
 
 
-def _has_moe(known: Known) -> bool:
+def has_moe(known: Known) -> bool:
+    """True if the model has a Mixture-of-Experts layer."""
     return any(kind.mlp == "moe" for kind in known["layer_kinds"])
 
 
 FIELDS: tuple[ToldField, ...] = (
     ToldField(
-        "num_experts_per_tok", "num_experts_per_tok", positive_int, "a whole number ≥ 1", _has_moe
+        "num_experts_per_tok", "num_experts_per_tok", positive_int, "a whole number ≥ 1", has_moe
     ),
     ToldField(
         "normalize_embedding_logits",
@@ -116,6 +129,24 @@ YARN: tuple[ToldField, ...] = (
     ToldField("rope_truncate", "rope_truncate", truth, "true or false", _is_yarn),
     ToldField("rope_interleave", "rope_interleave", truth, "true or false", _is_yarn),
     ToldField("rope_attention_scaling", "rope_attention_scaling", truth, "true or false", _is_yarn),
+)
+
+# Of blocks with a router of DeepSeek's kind; MaxText layers/moe.py `RoutedMoE.get_topk`.
+ROUTING: tuple[ToldField, ...] = (
+    ToldField("routed_score_func", "routed_score_func", str, "a function's name", has_moe),
+    ToldField(
+        "routed_scaling_factor", "routed_scaling_factor", positive_float, "a number > 0", has_moe
+    ),
+    ToldField(
+        "n_routing_groups", "n_routing_groups", count_or_none, "-1 or a whole number ≥ 1", has_moe
+    ),
+    ToldField(
+        "topk_routing_group",
+        "topk_routing_group",
+        count_or_none,
+        "-1 or a whole number ≥ 1",
+        has_moe,
+    ),
 )
 
 # Description field -> the config key (and its scaled form) that must agree with the shapes.

@@ -101,11 +101,11 @@ def verdicts(
     refusals: list[str] = []
     warnings: list[str] = []
     untold: list[str] = []
-    held = {field.key for field in block.settings}
+    held = {*block.shown, *block.shapes, *(field.key for field in block.settings)}
     read = keys_read().get(block.name, frozenset(function_keys()))
     for name, key in function_keys().items():
         ignored = name in block.idle or name not in read | _BEHIND_QUANTIZATION
-        if name in block.shown or name in held:
+        if name in held:
             continue
         if name not in told:
             if not (ignored or key.visible or name in block.warns):

@@ -9,7 +9,7 @@ from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.fields import FIELDS, SHAPE_KEYS, YARN, ToldField
 from moeconv.arch.keys import verdicts
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.arch.parameters import AXES
+from moeconv.arch.parameters import AXES, fields_of
 from moeconv.arch.stacks import CYCLED, NESTED, STACKED
 from moeconv.arch.told import CHANGED, TOKEN_IDS, ToldConfig, maxtext_defaults
 from moeconv.arch.yaml_file import short
@@ -199,12 +199,12 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
                     f"in {array.name} {list(array.shape)}; they cannot be of one model"
                 )
     names = {array.parameter.name for array in layout.arrays}
-    known: dict[str, Any] = dict.fromkeys(AXES.values())
-    sources: dict[str, Provenance] = {}
-    for axis, (size, array) in sizes.items():
-        known[AXES[axis]] = size
-        detail = f"{array.name} {list(array.shape)}"
-        sources[AXES[axis]] = Provenance(Origin.SHAPE, detail)
+    known, sources = _solved(sizes)
+    if "K" not in sizes:  # MLA has as many (layers/attention_mla.py `MLA._init_projections`)
+        known["num_key_value_heads"] = known["num_attention_heads"]
+        sources["num_key_value_heads"] = sources["num_attention_heads"]
+        known["head_dim"] = sizes["k"][0]
+        sources["head_dim"] = sources["qk_nope_head_dim"]
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise TensorError(
             f"{known['num_attention_heads']} query heads are no multiple of "
@@ -216,6 +216,36 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
     known["tie_word_embeddings"] = head not in names
     there = "absent" if known["tie_word_embeddings"] else "present"
     sources["tie_word_embeddings"] = Provenance(Origin.SHAPE, f"{head} is {there}")
+    return known, sources
+
+
+def _solved(
+    sizes: Mapping[str, tuple[int, StoredParameter]],
+) -> tuple[dict[str, Any], dict[str, Provenance]]:
+    """The fields that axes are as long as; of a sum the one that no other axis has given.
+
+    Raises:
+        TensorError: No sizes make up these sums.
+    """
+    known: dict[str, Any] = {name: None for axis in AXES for name in fields_of(axis)}
+    sources: dict[str, Provenance] = {}
+    pending = list(sizes)
+    while pending:
+        axis = min(pending, key=lambda a: sum(known[name] is None for name in fields_of(a)))
+        pending.remove(axis)
+        size, array = sizes[axis]
+        names = fields_of(axis)
+        unknown = [name for name in names if known[name] is None]
+        rest = size - sum(known[name] or 0 for name in names)
+        where = Provenance(Origin.SHAPE, f"{array.name} {list(array.shape)}")
+        if len(unknown) == 1 and (rest > 0 or len(names) == 1):
+            known[unknown[0]], sources[unknown[0]] = rest, where
+        elif unknown or rest:
+            given = ", ".join(f"{n} is {known[n]} ({sources[n]})" for n in names if known[n])
+            raise TensorError(
+                f"{where.detail} has {size} for {AXES[axis]}, but {given}; they cannot be of one "
+                "model"
+            )
     return known, sources
 
 
@@ -255,6 +285,10 @@ def _check_against_shapes(
             f"are {layout.describe()}"
         )
     keys = dict(SHAPE_KEYS)
+    if not any("h" in array.axes for array in layout.arrays):  # MaxText's MLA does not use it
+        del keys["head_dim"]
+    for key, value in block.shapes.items() if block else ():
+        facts[key], keys[key] = value(known), (key,)
     if block and block.expert_width == "mlp_dim" and known["num_experts"]:
         keys["moe_intermediate_size"] = keys["intermediate_size"]
     for key, attention in block.shown.items() if block else ():

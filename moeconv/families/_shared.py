@@ -10,6 +10,7 @@ from typing import Any
 
 from moeconv import families
 from moeconv.arch.description import ModelDescription
+from moeconv.arch.fields import Known
 from moeconv.arch.parameters import Layers, Parameter
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
@@ -50,6 +51,9 @@ MLP_PARAMETERS = (
 )
 
 
+NORM_PARAMETERS = (ATTENTION_PARAMETERS[0], ATTENTION_PARAMETERS[-1])
+
+
 def moe_parameters(module: str) -> tuple[Parameter, ...]:
     """Router and experts, in the module of that name."""
     return (
@@ -58,6 +62,20 @@ def moe_parameters(module: str) -> tuple[Parameter, ...]:
         Parameter.of(f"{module}.wi_1",        "E D M"),
         Parameter.of(f"{module}.wo",          "E M D"),
     )
+
+
+def shared_parameters(module: str) -> tuple[Parameter, ...]:
+    """The shared experts, which MaxText and transformers make one MLP of."""
+    return (
+        Parameter.of(f"{module}.wi_0.kernel", "D S"),
+        Parameter.of(f"{module}.wi_1.kernel", "D S"),
+        Parameter.of(f"{module}.wo.kernel",   "S D"),
+    )
+
+
+def shared_experts(known: Known) -> int:
+    """How many shared experts a model with this description has."""
+    return (known["shared_intermediate_size"] or 0) // (known["moe_intermediate_size"] or 1)
 
 
 # --- MaxText's settings ---------------------------------------------------------------------------
@@ -137,6 +155,7 @@ def attention(module: str) -> tuple[Rule, ...]:
 
 
 ATTENTION = attention("self_attention")
+NORMS = (ATTENTION[0], ATTENTION[-1])
 
 
 def mlp(module: str, place: str, width: str, layers: Layers) -> tuple[Rule, ...]:

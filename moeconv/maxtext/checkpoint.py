@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.layout import Layout, detect_layout, may_hold
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
 from moeconv.arch.told import ToldConfig, load_config_file, tell
@@ -31,8 +31,9 @@ from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import Step, locate, read_beside
-from moeconv.orbax.metadata import Tree, read_tree
+from moeconv.orbax.metadata import Tree, outside, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.orbax.trees import PARAMS, UNTOLD
 from moeconv.untrusted import strict_json
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
@@ -40,7 +41,11 @@ UNUSED = {
     "mtp_block": "multi-token prediction heads, which the main logits do not use "
     "(MaxText models/models.py)"
 }
-
+# Why an array of `Tree.superseded` is left out.
+SUPERSEDED = (
+    "a copy from before another collection has it; MaxText loads that one's "
+    "(common/checkpointing.py `load_params_from_path`)"
+)
 
 # Of the step; Orbax writes when the save began into it.
 _CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
@@ -148,9 +153,10 @@ def open_checkpoint(
     local = step.items.local
     files = _files_digest(inventory(local)) if local is not None else None
     tree = read_tree(step.items)
+    _refuse_unclaimed(step.items, tree)
     if local is None and not tree.use_ocdbt:
         name = "zarr.json" if tree.use_zarr3 else ".zarray"
-        names = [f"params.params.{'.'.join(path)}/{name}" for path in tree.parameters]
+        names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
         unchanged.watch(partial(versions, step.items, names))
     arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
     sidecar, unread = None, []
@@ -163,7 +169,8 @@ def open_checkpoint(
     told = tell(*run_config(config, sidecar), sets, accept)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
-    layout = _layout(used, told)
+    dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
+    layout = _layout(used, told, tree.collections)
     resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
@@ -187,7 +194,37 @@ def run_config(
     return None, Provenance(Origin.FLAG, "")
 
 
-def _layout(shapes: Mapping[KeyPath, tuple[int, ...]], told: ToldConfig) -> Layout:
+def _refuse_unclaimed(items: Folder, tree: Tree) -> None:
+    """Refuses arrays beside the parameters that no decoder block has there.
+
+    Raises:
+        TensorError: There are some; names them.
+        UnsupportedError: Among them are biases of a router.
+    """
+    names = [
+        leaf.stored_name
+        for leaf in tree.model
+        if leaf.collection not in (PARAMS, UNTOLD)
+        and leaf.path[0] not in UNUSED
+        and not any(may_hold(block, leaf.path, leaf.collection) for block in blocks().values())
+    ]
+    # `MoEBiasVar` (MaxText layers/moe.py): in `params` of MaxText's converter, in `nnx_aux` of a
+    # train state (common/train_state_nnx.py `split_for_checkpoint`).
+    if any("MoEBiasVar" in name or name.endswith("gate.bias") for name in names):
+        listed = "".join(f"\n  {name}" for name in names[:20])
+        raise UnsupportedError(
+            f"{items} keeps biases of a router outside of params.params, which no supported target "
+            f"has:{listed}"
+        )
+    if names:
+        raise outside(items, tree.root, names)
+
+
+def _layout(
+    shapes: Mapping[KeyPath, tuple[int, ...]],
+    told: ToldConfig,
+    collections: Mapping[KeyPath, str] | None = None,
+) -> Layout:
     """How layers are stored, by the decoder block that was told, or any that fits.
 
     Raises:
@@ -196,7 +233,8 @@ def _layout(shapes: Mapping[KeyPath, tuple[int, ...]], told: ToldConfig) -> Layo
     """
     axis, entry = _scan_axis(told), told.get("decoder_block")
     if entry is None:
-        return detect_layout(shapes, list(blocks().values()), scan_axis=axis)
+        every = list(blocks().values())
+        return detect_layout(shapes, every, scan_axis=axis, collections=collections)
     block = blocks().get(str(entry.value).lower())
     if block is None:
         raise UnsupportedError(
@@ -204,7 +242,7 @@ def _layout(shapes: Mapping[KeyPath, tuple[int, ...]], told: ToldConfig) -> Layo
             f"converts {', '.join(blocks())}"
         )
     try:
-        return detect_layout(shapes, [block], scan_axis=axis)
+        return detect_layout(shapes, [block], scan_axis=axis, collections=collections)
     except TensorError:
         others = [other for other in blocks().values() if other is not block]
         if (fits := _fitting(shapes, others)) is None:

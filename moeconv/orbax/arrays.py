@@ -14,8 +14,9 @@ import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
 from moeconv.orbax.inventory import ARRAY_LIMIT, inventory
-from moeconv.orbax.metadata import KeyPath, Tree, is_of_training
+from moeconv.orbax.metadata import Tree
 from moeconv.orbax.store import Folder, context, reason
+from moeconv.orbax.trees import KeyPath, is_of_training
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
 
@@ -38,7 +39,7 @@ class ArrayInfo:
     """One array as stored.
 
     Attributes:
-        path: Key path below `params.params`.
+        path: Key path in the model (`trees.Leaf.path`).
         shape: Its shape.
         dtype: A key of `ops.DTYPES`.
         chunk: Shape of the unit that is decoded at once (the inner chunk of a sharded zarr3 array),
@@ -113,7 +114,8 @@ class Arrays:
         self.info: dict[str, ArrayInfo] = {}
         if tree.use_ocdbt and items.local is not None:
             self._check_metadata()
-        opened = [(path, self._open(path, self._context)) for path in tree.parameters]
+        self._leaves = {leaf.path: leaf for leaf in tree.model}
+        opened = [(path, self._open(path, self._context)) for path in self._leaves]
         self._demand_named()
         chunks = 0
         for path, future in opened:
@@ -162,17 +164,16 @@ class Arrays:
             store = ts.KvStore.open(base, context=self._context).result()
         except _REFUSED:
             return  # opening the arrays says why
-        for path in self.tree.parameters:
-            name = ".".join(("params", "params", *path))
-            future = store.read(f"{name}/{file}")
+        for leaf in self.tree.model:
+            future = store.read(f"{leaf.stored_name}/{file}")
             if future.exception() is None and len(future.result().value) > ARRAY_LIMIT:
                 raise TensorError(
-                    f"{self.items}: parameter {'.'.join(path)}: its {file} is larger than "
+                    f"{self.items}: parameter {leaf.name}: its {file} is larger than "
                     f"{ARRAY_LIMIT // 2**10} KiB; use another step of the run"
                 )
 
     def _spec(self, path: KeyPath) -> dict[str, Any]:
-        name = ".".join(("params", "params", *path))
+        name = self._leaves[path].stored_name
         if self.tree.use_ocdbt:
             kvstore: Any = {"driver": "ocdbt", "base": self.items.kvstore(), "path": f"{name}/"}
         else:

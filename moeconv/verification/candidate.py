@@ -201,12 +201,14 @@ class Subject:
         used = {i.path: i.shape for i in self.arrays.info.values() if i.path[0] not in UNUSED}
         block = [self.block]
         try:
-            return detect_layout(used, block)
+            return detect_layout(used, block, collections=self.arrays.tree.collections)
         except ConfigError:
             # The shapes leave the scan axis open; the manifest describes the one that was taken.
             for axis in range(max(map(len, used.values()))):
                 with suppress(ConfigError, TensorError):
-                    found = detect_layout(used, block, scan_axis=axis)
+                    found = detect_layout(
+                        used, block, scan_axis=axis, collections=self.arrays.tree.collections
+                    )
                     if found.describe() == self.manifest.source.layout:
                         return found
             raise

@@ -74,6 +74,24 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "temperature_tuning": True,
         "chunk_attn_window_size": 8,
     },
+    "deepseek": {
+        **_MOE,
+        "model_name": "deepseek3-671b",
+        "base_num_kv_heads": 4,
+        "base_num_decoder_layers": 3,
+        "first_num_dense_layers": 1,
+        "attention_type": "mla",
+        "q_lora_rank": 6,
+        "kv_lora_rank": 5,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 3,
+        "shared_experts": 1,
+        "routed_score_func": "sigmoid",
+        "routed_bias": True,
+        "n_routing_groups": 2,
+        "topk_routing_group": 1,
+    },
 }
 # Variants that MaxText does not build: it drops no token of GPT-OSS (configs/types.py), and to drop
 # those of Llama 4 its code has no weights (layers/moe.py `dense_matmul`).

@@ -5,8 +5,11 @@ import json
 import pytest
 from helpers import assert_same_model, run
 from maxtext_lab import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     ENVY,
     GPT_OSS,
+    KIMI_K2,
     LLAMA2,
     LLAMA4,
     MISTRAL,
@@ -121,6 +124,37 @@ CASES = {
     "qwen2-plain": (QWEN2, {"attention_bias": False}),
     "qwen3-plain-axis0": (QWEN3, {"use_qk_norm": False, "param_scan_axis": 0}),
 }
+CASES |= {
+    "deepseek_v3": (DEEPSEEK_V3,),
+    "deepseek_v3-unscanned-tied-one-query-matrix": (
+        DEEPSEEK_V3,
+        UNSCANNED,
+        TIED,
+        {"q_lora_rank": 0, "first_num_dense_layers": 2},
+    ),
+    "deepseek_v3-without-dense-layers-axis2-scores-unscaled": (
+        DEEPSEEK_V3,
+        {"first_num_dense_layers": 0, "base_mlp_dim": 20, "param_scan_axis": 2, "mscale": 0.0},
+    ),
+    "deepseek_v3-yarn-not-stretched-not-truncated": (
+        DEEPSEEK_V3,
+        {"original_max_position_embeddings": 128, "beta_fast": 8, "rope_truncate": False},
+    ),
+    # Without a bias the router is the same under any name, but that groups are ignored.
+    "deepseek_v3-own-name-without-bias": (
+        DEEPSEEK_V3,
+        {"model_name": "default", "routed_bias": False},
+    ),
+    "deepseek_v3-kimi_k2": (KIMI_K2,),
+    "deepseek_v2": (DEEPSEEK_V2,),
+    "deepseek_v2-unscanned-tied-narrow-queries-own-name": (
+        DEEPSEEK_V2,
+        UNSCANNED,
+        TIED,
+        {"q_lora_rank": 28, "model_name": "default", "routed_scaling_factor": 16.0},
+    ),
+}
+SLOW = {name for name in CASES if name.startswith("deepseek")} - {"deepseek_v3"}
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
     "mixtral-zarr2": ("mixtral-tied", ZARR2, False),
@@ -134,6 +168,7 @@ STORED = {
     "envy-fsdp-state": ("envy-tied", FSDP, True),
     "llama2-fsdp": ("llama2", FSDP, False),
     "llama2-state": ("llama2-llama3.1-rope-tied", {}, True),
+    "deepseek_v3-state": ("deepseek_v3", {}, True),
 }
 
 ARCHITECTURES = {
@@ -143,9 +178,13 @@ ARCHITECTURES = {
     "qwen2-plain": "llama",
 }
 ARCHITECTURES |= {"qwen3-plain-axis0": "llama"}
+ARCHITECTURES |= {name: name.partition("-")[0] for name in CASES if name.startswith("deepseek")}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES],
+)
 def test_the_logits_are_maxtexts(maxtext_lab, tmp_path, name):
     checkpoint = maxtext_lab.checkpoint(*CASES[name])
     run(checkpoint, tmp_path / "out")

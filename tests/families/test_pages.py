@@ -68,7 +68,7 @@ def test_a_block_is_sound(name: str) -> None:
     assert used <= function_keys().keys()
     # What is said of a setting that is not read would never be looked at.
     held = {setting.key for setting in block.settings}
-    assert {*block.idle, *block.shown, *block.demands, *held} <= keys_read()[name]
+    assert {*block.idle, *block.shown, *held} <= keys_read()[name]
     assert set(block.shown.values()) <= {kind.attention for kind in block.layers}
 
 

@@ -181,6 +181,7 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
         keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
     shown = layout.block.shown.items()
     keys |= {key: model.layer_kinds[0].attention == attention for key, attention in shown}
+    keys |= {key: value(vars(model)) for key, value in layout.block.shapes.items()}
     return {**keys, **layout.block.config(model, layout.cycle)}
 
 
@@ -196,5 +197,5 @@ def _semantics(model: ModelDescription, block: Block) -> dict[str, Any]:
     if model.num_experts_per_tok:
         keys["num_experts_per_tok"] = model.num_experts_per_tok
     for spec in settings_of(block, vars(model)):
-        keys[spec.key] = model.settings[spec.name]
+        keys[spec.key] = spec.write(model.settings[spec.name])
     return keys
