@@ -16,7 +16,8 @@ from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.told import CHANGED, SCALED_KEYS, Told, ToldConfig, known_keys, tell
-from moeconv.maxtext.checkpoint import find_sidecar, run_config
+from moeconv.maxtext.checkpoint import find_sidecar
+from moeconv.maxtext.run_config import run_config
 from moeconv.orbax.locate import Step
 from moeconv.verification.checks import Check, Level, Status
 
@@ -111,9 +112,11 @@ def reference_config(
         ConfigError: The user's file or the run's sidecar cannot be read.
     """
     sidecar = find_sidecar(step, needed=True) if config is None else None
-    content, provenance = run_config(config, sidecar)
+    content, provenance = run_config(config, sidecar, step)
     if config is not None:
         origin = str(config)
+    elif sidecar is None and content is not None:
+        origin = provenance.detail
     elif sidecar is not None:
         origin = f"the run's sidecar in {sidecar[1]}"
     else:
