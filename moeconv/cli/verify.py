@@ -12,14 +12,14 @@ import click
 from moeconv.cli.options import ACCEPT, JSON, QUIET, LocalPath, output_of
 from moeconv.cli.streams import say
 from moeconv.errors import MoeconvError
+from moeconv.verification.levels import LEVELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from moeconv.cli.output import Output
-    from moeconv.verification.levels.weights import Progress
     from moeconv.verification.report.report import Report
-    from moeconv.verification.run import Meter
+    from moeconv.verification.settings import Meter, Progress
 
 FAILED, COULD_NOT_RUN = 1, 2
 
@@ -49,12 +49,11 @@ FAILED, COULD_NOT_RUN = 1, 2
 )
 @click.option(
     "--level",
-    type=click.Choice(["structure", "weights", "logits", "layers", "all"]),
+    type=click.Choice([*(level.value for level in LEVELS), "all"]),
     default="all",
     show_default=True,
-    help="structure: files, tensors, config and tokenizer, without the checkpoint; weights: every "
-    "value against the checkpoint; logits: whole models, side by side; layers: the same one layer "
-    "at a time, for models larger than memory. `all` skips, and says so, what cannot run here.",
+    help="; ".join(f"{level}: {spec.summary}" for level, spec in LEVELS.items())
+    + ". `all` skips, and says so, what cannot run here.",
 )
 @click.option(
     "--prompts",
@@ -127,8 +126,8 @@ def command(
         from moeconv.sizes import parse_size
         from moeconv.verification.checks import Status
         from moeconv.verification.report.files import demand_writable, earlier_report, write_report
-        from moeconv.verification.run import LEVELS, VerifyOptions, verify
-        from moeconv.verification.settings import ParityOptions, parse_against
+        from moeconv.verification.run import verify
+        from moeconv.verification.settings import ParityOptions, VerifyOptions, parse_against
 
         options = VerifyOptions(
             levels=[name for name in LEVELS if level in (name, "all")],

@@ -21,7 +21,7 @@ from moeconv.mapping.edges import cannot_hold
 from moeconv.planning import units as work
 from moeconv.tensor import form
 from moeconv.tensor.dtypes import DTYPES
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.levels.weights import check_weights
 
@@ -131,5 +131,5 @@ def test_bfloat16_of_a_scaled_kernel_is_the_nearest(tmp_path):
     checkpoint = synthetic.write(tmp_path / "run", sizes=sizes, change=change)
     options = ConvertOptions(config=checkpoint.config_file(), dtype="bfloat16")
     convert(plan_conversion(str(checkpoint.run), options), tmp_path / "out")
-    found = check_weights(Subject.open(tmp_path / "out"), jobs=1, memory=2**30)
+    found = check_weights(Candidate.open(tmp_path / "out"), jobs=1, memory=2**30)
     assert worst(found) is Status.PASS, found

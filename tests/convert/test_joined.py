@@ -16,7 +16,7 @@ from moeconv.families import blocks, targets
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import EVERY_LAYER, MOE_LAYERS, Rule
 from moeconv.tensor.form import Form
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.levels.weights import check_weights
 
@@ -83,7 +83,7 @@ def test_what_is_written_is_what_numpy_joins(tmp_path, split, scanned) -> None:
         ]
         rows = [head.reshape(head.shape[0], -1).T for head in heads]
         assert np.array_equal(found[QKV.format(L=number)], np.concatenate(rows))
-    verdict = check_weights(Subject.open(tmp_path / "out"), jobs=2, memory=2**30)
+    verdict = check_weights(Candidate.open(tmp_path / "out"), jobs=2, memory=2**30)
     assert worst(verdict) is Status.PASS, verdict
 
 
@@ -108,7 +108,7 @@ def test_one_flipped_bit_of_either_part_is_found(tmp_path) -> None:
         data = bytearray(clean)
         data[place.offset + 4 * value] ^= 1
         file.write_bytes(data)
-        found = check_weights(Subject.open(tmp_path / "out"), jobs=1, memory=2**30)
+        found = check_weights(Candidate.open(tmp_path / "out"), jobs=1, memory=2**30)
         assert [check.tensors for check in found if check.status is Status.FAIL] == [
             [GATE_UP.format(L=1)]
         ]

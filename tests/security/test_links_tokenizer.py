@@ -187,7 +187,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def test_verify_says_that_a_run_s_tokenizer_outside_was_not_compared(run, outside):
     """The model was converted with --tokenizer: there is a verdict, with a warning."""
     _tell(run, "../somebody")
-    subject = SimpleNamespace(step=locate(str(run)), out=run / "tokenizer")
-    (check,) = check_own_tokenizer(subject)
+    candidate = SimpleNamespace(step=locate(str(run)), out=run / "tokenizer")
+    (check,) = check_own_tokenizer(candidate)
     assert check.status is Status.WARN
     assert "leads out of" in check.summary
