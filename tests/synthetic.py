@@ -71,6 +71,8 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "rope_type": "yarn",
     },
 }
+# Of blocks whose targets have one width for shared and routed experts.
+ONE_WIDTH = frozenset({"llama4"})
 # Of blocks with one kind of layers after another.
 FOLLOWING: Mapping[str, tuple[str, ...]] = {
     "deepseek": ("mla_lora dense", *["mla_lora moe+bias"] * 3),
@@ -169,6 +171,8 @@ def write(
         storage: See `orbax_writer.write`.
     """
     sizes = {**SIZES, **(sizes or {})}
+    if block in ONE_WIDTH:
+        sizes["S"] = sizes["M"]
     layout = layout_of(block, layers=sizes["L"], tied=tied, scanned=scanned, sizes=sizes)
     axes = {array.name: "".join(array.axes) for array in layout.arrays}
     arrays = {}

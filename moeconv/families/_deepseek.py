@@ -24,6 +24,8 @@ from moeconv.families._shared import (
     moe_parameters,
     rope_parameters,
     setting,
+    shared_experts,
+    shared_parameters,
 )
 from moeconv.mapping.rules import (
     EVERY_LAYER,
@@ -57,9 +59,7 @@ _KEY_VALUE = (
 )
 _EXPERTS = (
     *moe_parameters(ROUTED),
-    Parameter.of(f"{_SHARED}.wi_0.kernel", "D S"),
-    Parameter.of(f"{_SHARED}.wi_1.kernel", "D S"),
-    Parameter.of(f"{_SHARED}.wo.kernel",   "S D"),
+    *shared_parameters(_SHARED),
 )
 _FEED_FORWARD = {
     "dense":    MLP_PARAMETERS,
@@ -119,11 +119,6 @@ SETTINGS = (
 def biased(known: Known) -> bool:
     """True if the router has a bias."""
     return any(kind.variant == "bias" for kind in known["layer_kinds"])
-
-
-def shared_experts(known: Known) -> int:
-    """How many shared experts there are: MaxText and transformers make one MLP of them."""
-    return (known["shared_intermediate_size"] or 0) // (known["moe_intermediate_size"] or 1)
 
 
 def routes_as_v3(model: ModelDescription) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from moeconv import families
 from moeconv.arch.description import ModelDescription
+from moeconv.arch.fields import Known
 from moeconv.arch.parameters import Layers, Parameter
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
@@ -61,6 +62,20 @@ def moe_parameters(module: str) -> tuple[Parameter, ...]:
         Parameter.of(f"{module}.wi_1",        "E D M"),
         Parameter.of(f"{module}.wo",          "E M D"),
     )
+
+
+def shared_parameters(module: str) -> tuple[Parameter, ...]:
+    """The shared experts, which MaxText and transformers make one MLP of."""
+    return (
+        Parameter.of(f"{module}.wi_0.kernel", "D S"),
+        Parameter.of(f"{module}.wi_1.kernel", "D S"),
+        Parameter.of(f"{module}.wo.kernel",   "S D"),
+    )
+
+
+def shared_experts(known: Known) -> int:
+    """How many shared experts a model with this description has."""
+    return (known["shared_intermediate_size"] or 0) // (known["moe_intermediate_size"] or 1)
 
 
 # --- MaxText's settings ---------------------------------------------------------------------------

@@ -26,10 +26,9 @@ from moeconv.families._deepseek import (
     refusal,
     routes_as_v3,
     routes_so_since,
-    shared_experts,
     stacking,
 )
-from moeconv.families._shared import DROPS_TOKENS, IDLE, IDLE_MOE, QUANTISES
+from moeconv.families._shared import DROPS_TOKENS, IDLE, IDLE_MOE, QUANTISES, shared_experts
 from moeconv.mapping.rules import Options, Probe, Rule, Target
 
 

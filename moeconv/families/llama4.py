@@ -13,7 +13,7 @@ from typing import Any
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import ToldField, positive_int, truth
-from moeconv.arch.parameters import DENSE, MOE, Layers, Parameter
+from moeconv.arch.parameters import DENSE, MOE, Layers
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._shared import (
     ATTENTION,
@@ -27,6 +27,8 @@ from moeconv.families._shared import (
     mlp,
     moe_parameters,
     setting,
+    shared_experts,
+    shared_parameters,
 )
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
@@ -60,11 +62,9 @@ def _layer_type(position: int, settings: Mapping[str, Any]) -> str:
 
 def _config(model: ModelDescription, cycle: int) -> dict[str, Any]:
     """Where the experts are."""
-    step = model.moe_layers[0] + 1
     return {
-        "interleave_moe_layer_step": step,
+        "interleave_moe_layer_step": _step(model),
         "inhomogeneous_layer_cycle_interval": cycle,
-        "shared_experts": 1,
     }
 
 
@@ -77,9 +77,7 @@ BLOCK = Block(
         MOE: (
             *ATTENTION_PARAMETERS,
             *moe_parameters(ROUTED),
-            Parameter.of(f"{SHARED}.wi_0.kernel", "D M"),
-            Parameter.of(f"{SHARED}.wi_1.kernel", "D M"),
-            Parameter.of(f"{SHARED}.wo.kernel", "M D"),
+            *shared_parameters(SHARED),
         ),
     },
     targets=("llama4",),
@@ -94,7 +92,7 @@ BLOCK = Block(
         ToldField("temperature_tuning", "temperature_tuning", truth, "true or false"),
     ),
     layer_types=_layer_type,
-    demands={"shared_experts": (1,)},
+    shapes={"shared_experts": shared_experts},
     # `norm_topk_prob` would make the one weight 1 before the sigmoid (layers/moe.py `get_topk`).
     idle=(IDLE - {"chunk_attn_window_size"}) | {"model_call_mode"},
     # layers/moe.py `dense_matmul` has no weights to drop tokens by.
@@ -107,7 +105,7 @@ BLOCK = Block(
 PLACE = "model.layers.{L}.feed_forward"
 RULES = (
     *mlp("mlp", PLACE, "F", DENSE_LAYERS),
-    *mlp(SHARED, f"{PLACE}.shared_expert", "M", MOE_LAYERS),
+    *mlp(SHARED, f"{PLACE}.shared_expert", "S", MOE_LAYERS),
     Rule(f"{ROUTED}.gate.kernel", f"{PLACE}.router.weight", "D E -> E D", layers=MOE_LAYERS),
     # Gate first, then up (modeling_llama4.py `Llama4TextExperts.forward`).
     Rule((f"{ROUTED}.wi_0", f"{ROUTED}.wi_1"), f"{PLACE}.experts.gate_up_proj",
@@ -124,6 +122,11 @@ def _requires(model: ModelDescription) -> str | None:
         return (
             f"num_experts_per_tok is {model.num_experts_per_tok}; MaxText's Llama 4 multiplies a "
             "token by the score of one expert"
+        )
+    if model.shared_intermediate_size != model.moe_intermediate_size:
+        return (
+            f"its shared experts have {model.shared_intermediate_size} columns together, a routed "
+            f"one {model.moe_intermediate_size}; a Llama 4 has one shared expert, as wide as those"
         )
     return None
 

@@ -48,6 +48,8 @@ def samples(
         dense = next(k for k in page.layers if k.mlp == "dense" and k.attention == moe.attention)
         kinds = [dense] * draw(st.integers(0, 2)) + [moe] * draw(st.sampled_from([1, 3]))
         cycle, depth = len(kinds), 1
+    if block in synthetic.ONE_WIDTH:  # their targets are for models with experts
+        kinds[-1] = next(kind for kind in page.layers if kind.mlp == "moe")
     kv = draw(st.sampled_from([1, 2, 3]))
     width = draw(st.sampled_from([5, 8, 11]))
     same = not cycled or draw(st.booleans())
@@ -60,7 +62,7 @@ def samples(
         "E": draw(st.sampled_from([2, 4])),
         "M": width,
         "F": width if same else width + 3,
-        "S": 2 * width,
+        "S": width if block in synthetic.ONE_WIDTH else 2 * width,
         **{axis: synthetic.SIZES[axis] for axis in "qcvrkb"},
     }
     tied = draw(st.booleans())
