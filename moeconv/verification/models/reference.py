@@ -153,7 +153,7 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
 
 
 def _semantics(model: ModelDescription, block: Block) -> dict[str, Any]:
-    """What shapes cannot say, as the conversion understood it."""
+    """What shapes do not determine, as the conversion understood it."""
     keys: dict[str, Any] = {
         "normalize_embedding_logits": model.normalize_embedding_logits,
         "rope_type": model.rope_type,
