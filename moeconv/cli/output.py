@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from moeconv.cli.streams import say
 from moeconv.errors import ConfigError
+from moeconv.printing import Printable, console, show
 from moeconv.untrusted import strict_json
-from moeconv.untrusted.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,29 +23,18 @@ class Output:
         self.json_mode = json_mode
         self.quiet = quiet
 
-    def _console(self, *, stderr: bool) -> "Console":
-        from rich.console import Console
-        from rich.segment import Segment
-
-        class Harmless(Console):
-            """Control characters of others act on no terminal; rich's own are added later."""
-
-            def render(self, renderable: Any, options: Any = None) -> Any:
-                for text, style, control in super().render(renderable, options):
-                    yield Segment(text if control else printable(text), style, control)
-
-        # Into a file or a pipe, tables take the width they need.
-        stream = sys.stderr if stderr else sys.stdout
-        width = None if stream.isatty() else 240
-        return Harmless(stderr=stderr, highlight=False, width=width)
-
     def print(self, renderable: Any = "") -> None:
         """The command's answer, for people; nothing in json or quiet mode."""
         if not self.json_mode and not self.quiet:
-            line = isinstance(renderable, str)  # of which rich would drop what is escaped here
-            self._console(stderr=False).print(
-                printable(renderable) if line else renderable, markup=False, soft_wrap=line
-            )
+            show(console(sys.stdout), renderable)
+
+    def answer(self, value: Printable) -> None:
+        """The command's answer, for people or for machines."""
+        if self.json_mode:
+            self.data(value.as_dict())
+        elif not self.quiet:
+            for part in value.parts():
+                self.print(part)
 
     def data(self, content: Any) -> None:
         """The command's answer, for machines; only in json mode.
@@ -79,7 +68,7 @@ class Output:
         if self.quiet:
             yield meter
         elif sys.stderr.isatty():
-            with _bar(self._console(stderr=True), meter, what):
+            with _bar(console(sys.stderr), meter, what):
                 yield meter
         else:
             meter.report = self.note

@@ -1,17 +1,17 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.layout import Layout, detect_layout, may_hold
+from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
 from moeconv.arch.told import ToldConfig, tell
@@ -25,17 +25,22 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext import inspection
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
+from moeconv.maxtext.whole import demand_whole, refuse_adapters, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import METADATA, Step, locate, read_beside
-from moeconv.orbax.metadata import Tree, outside, read_tree
+from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
-from moeconv.orbax.trees import PARAMS, UNTOLD
+from moeconv.printing import Printable
 from moeconv.untrusted import strict_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -65,51 +70,71 @@ _SIDECAR_LIMIT = 4 * 2**20  # a resolved config has some 60 KB
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as moeconv understands it.
+class StoredCheckpoint:
+    """A checkpoint as it is stored, whatever model is in it.
 
     Attributes:
         step: Where it is.
         tree: Its leaves.
         arrays: Its parameters, opened.
-        layout: How layers are stored.
-        told: What config and flags said.
-        resolution: What is known of the model, and what is missing.
-        sidecar: The run's sidecar and its folder, if one was found.
-        dropped: Parameters left out on purpose, with the reason.
         files: Digest of the names, sizes and times of all its files; None where it is remote.
         unchanged: Looks for changes since before it was read.
+        notes: Warnings about how it is stored.
         fused: Settings by which it has parameters in one array, which are taken apart.
     """
 
     step: Step
     tree: Tree
     arrays: Arrays
-    layout: Layout
-    told: ToldConfig
-    resolution: Resolution
-    sidecar: tuple[RunSidecar, Folder] | None
-    dropped: Mapping[str, str]
     files: str | None
     unchanged: Unchanged
-    fused: frozenset[str] = frozenset()
+    notes: tuple[str, ...]
+    fused: frozenset[str]
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: place, step, and digests of its metadata.
+    def metadata(self) -> dict[str, str]:
+        """SHA-256 of its metadata files, by name.
 
-        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
-        that the files tell, if they are known.
+        OCDBT's manifest changes with every chunk. Without one nothing among them does.
         """
         items = self.step.items
         parts = {name: items.read(name) for name in _OWN}
         if self.step.folder != items:
             parts[METADATA] = self.step.folder.read(METADATA)
-        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
-        found = {"path": str(items), "step": self.step.number, "metadata": digests}
-        if "manifest.ocdbt" not in digests and self.files is not None:
-            found["files"] = self.files
-        return found
+        return {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+
+
+@dataclass(frozen=True)
+class Checkpoint(StoredCheckpoint, Printable):
+    """A checkpoint as moeconv understands it.
+
+    Attributes:
+        layout: How layers are stored.
+        told: What config and flags said.
+        resolution: What is known of the model, and what is missing.
+        sidecar: The run's sidecar and its folder, if one was found.
+        dropped: Parameters left out on purpose, with the reason.
+    """
+
+    layout: Layout
+    told: ToldConfig
+    resolution: Resolution
+    sidecar: tuple[RunSidecar, Folder] | None
+    dropped: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv inspect --json` prints."""
+        return inspection.as_dict(self)
+
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv inspect` prints, without the warnings."""
+        return inspection.parts(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Things to know before converting, a sentence each."""
+        left_out = [f"{name} is left out: {why}" for name, why in self.dropped.items()]
+        return (*self.resolution.warnings, *left_out)
 
     @property
     def tokenizer(self) -> str | None:
@@ -160,21 +185,9 @@ def open_checkpoint(
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
-    step = locate(spec)
-    unchanged = Unchanged()
-    unchanged.watch(partial(_look, step))
-    local = step.items.local
-    files = _files_digest(inventory(local)) if local is not None else None
-    tree = read_tree(step.items)
-    _refuse_adapters(step, tree)
-    _refuse_unclaimed(step.items, tree)
-    if local is None and not tree.use_ocdbt:
-        name = "zarr.json" if tree.use_zarr3 else ".zarray"
-        names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
-        unchanged.watch(partial(versions, step.items, names))
-    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
-    unread = _demand_whole(step, arrays)
-    sidecar = None
+    stored = open_stored(spec, allow_missing_chunks=allow_missing_chunks)
+    step, arrays, tree = stored.step, stored.arrays, stored.tree
+    sidecar, unread = None, list(stored.notes)
     try:
         sidecar = _read_sidecar(step)
     except _DamagedError as error:
@@ -186,111 +199,59 @@ def open_checkpoint(
     content, provenance = run_config(config, sidecar, step)
     unread += said_of(content, provenance, given=config is not None)
     told = tell(content, provenance, sets, accept)
-    fused = take_apart(arrays, scan_axis=_scan_axis(told))
-    demand_order(fused, content)
+    demand_order(stored.fused, content)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
     layout = _layout(used, told, tree.collections)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
-    deciding = told.without(lambda key: key in fused or key.startswith(tuple(unused)))
+    deciding = told.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
-        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged, fused
+        step,
+        stored.tree,
+        arrays,
+        stored.files,
+        stored.unchanged,
+        stored.notes,
+        stored.fused,
+        layout,
+        told,
+        resolution,
+        sidecar,
+        dropped,
     )
+
+
+def open_stored(spec: str, *, allow_missing_chunks: bool = False) -> StoredCheckpoint:
+    """Opens a checkpoint without asking what model it is; see `open_checkpoint`.
+
+    Raises:
+        NotACheckpointError: There is no complete checkpoint.
+        TensorError: Arrays are damaged.
+        UnsupportedError: A dtype or compression is not supported.
+    """
+    step = locate(spec)
+    unchanged = Unchanged()
+    unchanged.watch(partial(_look, step))
+    local = step.items.local
+    files = _files_digest(inventory(local)) if local is not None else None
+    tree = read_tree(step.items)
+    refuse_adapters(step, tree)
+    refuse_unclaimed(step.items, tree, unused=UNUSED)
+    if local is None and not tree.use_ocdbt:
+        name = "zarr.json" if tree.use_zarr3 else ".zarray"
+        names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
+        unchanged.watch(partial(versions, step.items, names))
+    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
+    notes = demand_whole(step, arrays)
+    fused = take_apart(arrays)
+    return StoredCheckpoint(step, tree, arrays, files, unchanged, tuple(notes), fused)
 
 
 def _has(arrays: Arrays, module: str) -> bool:
     return any(info.path[0] == module for info in arrays.info.values())
-
-
-def _demand_whole(step: Step, arrays: Arrays) -> list[str]:
-    """Of a save that is not known to have finished, demands every chunk of the model.
-
-    Returns:
-        A warning that says what told, if it was such a one.
-
-    Raises:
-        TensorError: Chunks are missing; names the first array.
-        NotACheckpointError: Whether some are cannot be found out.
-    """
-    why = [step.uncommitted] if step.uncommitted else []
-    if arrays.unmerged:
-        count = len(arrays.unmerged)
-        many = "1 process" if count == 1 else f"{count} processes"
-        why.append(f"Orbax never merged what {many} wrote, or the index of that is lost")
-    if not why:
-        return []
-    if arrays.missing and not arrays.may_lack:
-        name, (stored, count) = next(iter(arrays.missing.items()))
-        more = f", and of {len(arrays.missing) - 1} others" if len(arrays.missing) > 1 else ""
-        unsure = (
-            ""
-            if arrays.tree.zeros_stored
-            else "; its Orbax left out chunks of nothing but zeros, and a lost one looks the same: "
-            "pass --allow-missing-chunks to read them as zeros"
-        )
-        raise TensorError(
-            f"{step.items} is no whole save: {' and '.join(why)}, and of {name} {stored} of "
-            f"{count} chunks are there{more}; copy what is missing (each process of a run may have "
-            f"written to a disk of its own), or use another step{unsure}"
-        )
-    return [
-        f"{' and '.join(why)}, but every array of the model is whole, as in a copy of a finished "
-        "save; it is taken as such"
-    ]
-
-
-def _refuse_adapters(step: Step, tree: Tree) -> None:
-    """Refuses a LoRA adapter, alone or in a model.
-
-    Raises:
-        UnsupportedError: There is one; says which, and what to do.
-    """
-    count = len(tree.adapters)
-    if not count:
-        return
-    told = [f"{key.removeprefix('lora_')} {step.lora[key]}"
-            for key in ("lora_rank", "lora_alpha") if key in step.lora]  # fmt: skip
-    what = f"a LoRA adapter ({', '.join([*told, f'{count} matrices'])})"
-    first = tree.adapters[0].stored_name
-    if count == len(tree.model):
-        raise UnsupportedError(
-            f"{step.items} holds {what} and no model, as MaxText saves a LoRA training: {first}, …; "
-            "moeconv does not convert adapters. MaxText's to_huggingface writes one with "
-            "lora.lora_restore_path, and the merged model with load_parameters_path beside it"
-        )
-    raise UnsupportedError(
-        f"{step.items} holds a model and {what}: {first}, …; moeconv does not merge adapters, and "
-        "without it the model would be another. MaxText's to_huggingface merges them"
-    )
-
-
-def _refuse_unclaimed(items: Folder, tree: Tree) -> None:
-    """Refuses arrays beside the parameters that no decoder block has there.
-
-    Raises:
-        TensorError: There are some; names them.
-        UnsupportedError: Among them are biases of a router.
-    """
-    names = [
-        leaf.stored_name
-        for leaf in tree.model
-        if leaf.collection not in (PARAMS, UNTOLD)
-        and leaf.path[0] not in UNUSED
-        and not any(may_hold(block, leaf.path, leaf.collection) for block in blocks().values())
-    ]
-    # `MoEBiasVar` (MaxText layers/moe.py): in `params` of MaxText's converter, in `nnx_aux` of a
-    # train state (common/train_state_nnx.py `split_for_checkpoint`).
-    if any("MoEBiasVar" in name or name.endswith("gate.bias") for name in names):
-        listed = "".join(f"\n  {name}" for name in names[:20])
-        raise UnsupportedError(
-            f"{items} keeps biases of a router outside of params.params, which no supported target "
-            f"has:{listed}"
-        )
-    if names:
-        raise outside(items, tree.root, names)
 
 
 def _layout(

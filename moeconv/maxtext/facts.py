@@ -1,12 +1,14 @@
 """What a checkpoint is, for people: who wrote it, in which tree, and what of it is converted."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moeconv.maxtext.checkpoint import Checkpoint
 from moeconv.orbax.locate import Step
 from moeconv.orbax.metadata import Tree
 from moeconv.orbax.trees import AUX, PARAMS, UNTOLD
+
+if TYPE_CHECKING:
+    from moeconv.maxtext.checkpoint import Checkpoint
 
 _TREES = {
     ("params", "params"): "parameters as MaxText's trainer saves them (params.params)",
@@ -75,7 +77,7 @@ class Facts:
         return found
 
 
-def facts_of(checkpoint: Checkpoint) -> Facts:
+def facts_of(checkpoint: "Checkpoint") -> Facts:
     """What a checkpoint is."""
     step, tree = checkpoint.step, checkpoint.tree
     beside: dict[str, int] = {}
@@ -101,7 +103,7 @@ def facts_of(checkpoint: Checkpoint) -> Facts:
     )
 
 
-def _releases(step: Step, tree: Tree, checkpoint: Checkpoint) -> str:
+def _releases(step: Step, tree: Tree, checkpoint: "Checkpoint") -> str:
     sidecar = checkpoint.sidecar[0] if checkpoint.sidecar else None
     if sidecar is not None and sidecar.maxtext_version:
         return f"{sidecar.maxtext_version} (the run's sidecar says so)"

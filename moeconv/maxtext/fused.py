@@ -15,7 +15,8 @@ from typing import Any
 
 from moeconv.arch.stacks import STACKED, stacked_axes
 from moeconv.errors import UnsupportedError
-from moeconv.orbax.arrays import ArrayInfo, Arrays, Window
+from moeconv.orbax.arrays import Arrays, Window
+from moeconv.tensor.stored import ArrayInfo
 
 # What is fused: the setting, the array, and one that shows its sizes.
 _MOE = ("prefuse_moe_weights", ("wi",), ("wo",))
@@ -33,12 +34,11 @@ _SCAN_AXES = (1, 0, 2, 3)
 _CUT = ("tensor", "tensor_transpose", "tensor_sequence", "autoregressive")
 
 
-def take_apart(arrays: Arrays, *, scan_axis: int | None = None) -> frozenset[str]:
+def take_apart(arrays: Arrays) -> frozenset[str]:
     """Replaces fused arrays by the parameters in them, as parts of what is stored.
 
     Args:
         arrays: Of a checkpoint; changed.
-        scan_axis: `param_scan_axis`, where it is told.
 
     Returns:
         The settings by which they were fused; of those whose shapes are no such array's, none.
@@ -50,7 +50,7 @@ def take_apart(arrays: Arrays, *, scan_axis: int | None = None) -> frozenset[str
                 continue
             above = info.path[: -len(fused)]
             other = arrays.info.get(".".join((*above, *beside)))
-            windows = dict(_windows(setting, info, other, scan_axis)) if other else {}
+            windows = dict(_windows(setting, info, other)) if other else {}
             parts = {(*above, *path): window for path, window in windows.items()}
             if parts and not any(".".join(path) in arrays.info for path in parts):
                 arrays.split(info.name, parts)
@@ -81,10 +81,10 @@ def demand_order(fused: frozenset[str], config: Mapping[str, Any] | None) -> Non
 
 
 def _windows(
-    setting: str, info: ArrayInfo, other: ArrayInfo, scan_axis: int | None
+    setting: str, info: ArrayInfo, other: ArrayInfo
 ) -> Iterator[tuple[tuple[str, ...], Window]]:
     """The parameters of a fused array, and where they are in it."""
-    sizes = _sizes(info.shape, other.shape, *_AXES[setting], scan_axis)
+    sizes = _sizes(info.shape, other.shape, *_AXES[setting])
     if sizes is None:
         return
     named, alone, size = sizes
@@ -112,17 +112,15 @@ def _sizes(
     other: Sequence[int],
     axes: tuple[str, ...],
     beside: tuple[str, ...],
-    scan_axis: int | None,
 ) -> tuple[tuple[str, ...], tuple[str, ...], Mapping[str, int]] | None:
     """By the first scan axis by which both shapes agree: the axes, those of a gate alone, sizes."""
     gate = tuple(axis for axis in axes if axis != "two")
     ways = [(axes, beside, gate)]
     if len(shape) == len(axes) + 1:
-        tried = _SCAN_AXES if scan_axis is None else (scan_axis,)
         ways = [
             (stacked_axes(axes, at, STACKED), stacked_axes(beside, at, STACKED),
              stacked_axes(gate, at, STACKED))
-            for at in tried
+            for at in _SCAN_AXES
         ]  # fmt: skip
     for one, two, alone in ways:
         pairs = [*zip(one, shape, strict=False), *zip(two, other, strict=False)]

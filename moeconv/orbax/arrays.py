@@ -22,6 +22,7 @@ from moeconv.orbax.store import Folder, context, reason
 from moeconv.orbax.trees import KeyPath, is_of_training
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.stored import ArrayInfo, Box
 
 # Far more than runs write (a chunk is what one device held), and still counted in a second.
 MOST_CHUNKS = 2**20
@@ -33,8 +34,6 @@ _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _MISSING = "NOT_FOUND"
 # What tensorstore raises about metadata and data.
 _REFUSED = (ValueError, OSError, TypeError, RuntimeError, OverflowError)
-
-Box = tuple[slice | int, ...]
 
 
 @dataclass(frozen=True)
@@ -72,56 +71,6 @@ class Window:
         return part if self.order is None else part.transpose(self.order)
 
 
-@dataclass(frozen=True)
-class ArrayInfo:
-    """One array as stored, or a part of one that is read as an array of its own.
-
-    Attributes:
-        path: Key path in the model (`trees.Leaf.path`).
-        shape: Its shape.
-        dtype: A key of `ops.DTYPES`.
-        chunk: Shape of the unit that is decoded at once (the inner chunk of a sharded zarr3 array),
-            cut to the array.
-        codec: Compression, for people.
-        decoded_bytes: Bytes of one chunk when it is decoded, which is done whole: it may reach
-            beyond the array.
-        window: Where it is in what is stored, if it is a part of that.
-    """
-
-    path: KeyPath
-    shape: tuple[int, ...]
-    dtype: str
-    chunk: tuple[int, ...]
-    codec: str
-    decoded_bytes: int
-    window: Window | None = None
-
-    @property
-    def name(self) -> str:
-        """Dotted key path."""
-        return ".".join(self.path)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one value."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array, decoded."""
-        return math.prod(self.shape) * self.itemsize
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of the part of one chunk that lies in the array."""
-        return math.prod(self.chunk) * self.itemsize
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Number of chunks along each axis."""
-        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
-
-
 class Arrays:
     """The parameters of one checkpoint step.
 
@@ -154,6 +103,7 @@ class Arrays:
         self.info: dict[str, ArrayInfo] = {}
         self._leaves = {leaf.path: leaf for leaf in tree.model}
         self._grids: dict[KeyPath, int] = {}
+        self._windows: dict[str, Window] = {}
         self._database = Database(items, self._context) if tree.use_ocdbt else None
         if self._database is not None and items.local is not None:
             self._check_metadata(self._database)
@@ -339,9 +289,8 @@ class Arrays:
                 path=path,
                 shape=window.of(whole.shape, window.stop - window.start),
                 chunk=window.of(whole.chunk, min(along, window.stop - window.start)),
-                window=window,
             )
-            self.info[part.name] = part
+            self.info[part.name], self._windows[part.name] = part, window
 
     def reader(self, name: str, chunks: int = 1) -> "Reader":
         """A reader whose cache holds so many decoded chunks."""
@@ -355,8 +304,8 @@ class Arrays:
             self._result(info.path, self._open(info.path, opening, fill=fill))
             for fill in (False, True)[: 1 + self.may_lack]
         ]
-        if info.window is not None:
-            stores = [info.window.view(store) for store in stores]
+        if (window := self._windows.get(name)) is not None:
+            stores = [window.view(store) for store in stores]
         return Reader(self, info, stores[0], stores[-1])
 
 

@@ -50,11 +50,10 @@ def test_of_what_the_installed_release_wrote(maxtext_lab, tmp_path):
 
 
 def test_an_nnx_state(tmp_path):
-    made = synthetic.write(
-        tmp_path / "run", item="model_params", scan_layers=None, rename=as_leaf(value=True)
-    )
+    made = synthetic.write(tmp_path / "run", item="model_params", rename=as_leaf(value=True))
     path = made.step_dir / "_CHECKPOINT_METADATA"
-    path.write_text(path.read_text().replace("experimental.v1", "handlers"))
+    content = {**json.loads(path.read_text()), "item_handlers": {}, "custom_metadata": {}}
+    path.write_text(json.dumps(content))
     found = facts(made)
     assert found.releases == "0.1.0 or later, by a fine-tuning or RL trainer"
     assert found.tree == "parameters only, an NNX state of fine-tuning"

@@ -1,7 +1,7 @@
 """The MaxText config that the reference is built from: the run's own where there is one.
 
-It is resolved by the very function that convert resolves by (`arch.told.tell`, `arch.resolve`), and
-MaxText is given the outcome: a YAML has one meaning.
+It is resolved by the functions that convert uses (`arch.told.tell`, `arch.resolve`), and MaxText is
+given the outcome: a YAML has one meaning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moeconv.arch.blocks import Block, settings_of
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
@@ -18,20 +19,19 @@ from moeconv.arch.told import CHANGED, SCALED_KEYS, Told, ToldConfig, known_keys
 from moeconv.maxtext.checkpoint import find_sidecar
 from moeconv.maxtext.run_config import run_config
 from moeconv.orbax.locate import Step
-from moeconv.verification.checks import Check, Level, Status
 
 _NAMES = {"decoder_block": "decoder_block", **{field.key: field.name for field in FIELDS}}
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """What tells of the run.
+    """The sources of the run's config.
 
     Attributes:
         model: The model that the manifest claims.
         layout: How the checkpoint stores it.
         step: The checkpoint.
-        content: The run's config as it stands; None where only the manifest tells.
+        content: The run's config as it is written; None where only the manifest describes the run.
         told: The same with MaxText's defaults.
         origin: For people.
     """
@@ -45,15 +45,16 @@ class ReferenceConfig:
 
     @property
     def independent(self) -> bool:
-        """Whether somebody else than the conversion told.
+        """True if the config comes from the run and not from the conversion.
 
-        A reference built from what the conversion believed cannot find out that it was told wrong.
+        A reference built from what the conversion was given cannot show that it was given a wrong
+        value.
         """
         return self.content is not None
 
     @property
     def unsaid(self) -> Mapping[str, Any]:
-        """Fields that the config leaves to a default which may not have been the run's, with it.
+        """Fields that the config leaves to a default which may not have been the run's.
 
         The reference has the manifest's values there.
         """
@@ -83,12 +84,12 @@ class ReferenceConfig:
             MoeconvError: The config is not of this checkpoint's model.
         """
         if self.content is None:
-            return {**_sizes(self.model, self.layout), **_semantics(self.model)}
+            return {**_sizes(self.model, self.layout), **_semantics(self.model, self.layout.block)}
         decided = known_keys() | SCALED_KEYS.keys()
         others = {key: value for key, value in self.content.items() if key not in decided}
         told = {key: one.value for key, one in self.told.items() if key not in SCALED_KEYS}
         run = self.resolution.model()
-        return {**others, **told, **_sizes(run, self.layout), **_semantics(run)}
+        return {**others, **told, **_sizes(run, self.layout), **_semantics(run, self.layout.block)}
 
 
 def reference_config(
@@ -105,7 +106,7 @@ def reference_config(
         layout: How the checkpoint stores it.
         step: The checkpoint.
         config: A MaxText YAML given by the user, instead of the run's sidecar.
-        accepted: Settings of it that the conversion was told to let pass.
+        accepted: Settings of it that are unknown and that the user accepted.
 
     Raises:
         ConfigError: The user's file or the run's sidecar cannot be read.
@@ -122,42 +123,6 @@ def reference_config(
         origin = "the description in the output's manifest"
     told = tell(content, provenance, (), accepted)
     return ReferenceConfig(model, layout, step, content, told, origin)
-
-
-def reference_check(
-    level: Level,
-    name: str,
-    *,
-    side: str,
-    origin: str,
-    independent: bool,
-    accepted: Sequence[str] = (),
-) -> Check:
-    """What a level compared with.
-
-    Args:
-        level: The level.
-        name: The model's name.
-        side: `maxtext` or `hf`.
-        origin: See `ReferenceConfig`.
-        independent: See `ReferenceConfig`; a warning where it is not.
-        accepted: Settings of the run's config that nobody knows; a warning where there are any.
-    """
-    summary = f"{name}, by {origin}"
-    if not independent:
-        summary += (
-            ": what the conversion was told wrong (rope_theta, say) is wrong there too and cannot "
-            "be found; give the run's own config with --config"
-        )
-    if accepted:
-        summary += f"; what {', '.join(accepted)} in its config means is not known"
-    return Check(
-        level=level,
-        name="reference",
-        status=Status.PASS if independent and not accepted else Status.WARN,
-        summary=summary,
-        metrics={"against": side, "config": origin, "independent": independent},
-    )
 
 
 def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
@@ -183,11 +148,12 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
         keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
     shown = layout.block.shown.items()
     keys |= {key: model.layer_kinds[0].attention == attention for key, attention in shown}
+    keys |= {key: value(vars(model)) for key, value in layout.block.shapes.items()}
     return {**keys, **layout.block.config(model, layout.cycle)}
 
 
-def _semantics(model: ModelDescription) -> dict[str, Any]:
-    """What shapes cannot say, as the conversion understood it."""
+def _semantics(model: ModelDescription, block: Block) -> dict[str, Any]:
+    """What shapes do not determine, as the conversion understood it."""
     keys: dict[str, Any] = {
         "normalize_embedding_logits": model.normalize_embedding_logits,
         "rope_type": model.rope_type,
@@ -197,4 +163,6 @@ def _semantics(model: ModelDescription) -> dict[str, Any]:
     }
     if model.num_experts_per_tok:
         keys["num_experts_per_tok"] = model.num_experts_per_tok
+    for spec in settings_of(block, vars(model)):
+        keys[spec.key] = spec.write(model.settings[spec.name])
     return keys
