@@ -15,17 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moeconv.api.checkpoint import open_checkpoint
-    from moeconv.api.convert import convert, plan
+    from moeconv.api.convert import convert, load_plan, plan
     from moeconv.api.push import push
     from moeconv.api.verify import verify
 
-__all__ = ["__version__", "convert", "open_checkpoint", "plan", "push", "verify"]
+__all__ = [
+    "__version__",
+    "convert",
+    "load_plan",
+    "open_checkpoint",
+    "plan",
+    "push",
+    "verify",
+]
 
 __version__ = "0.2.0.dev0"
 
 # Function -> its module in moeconv.api.
 _MODULES = {
     "convert": "convert",
+    "load_plan": "convert",
     "open_checkpoint": "checkpoint",
     "plan": "convert",
     "push": "push",

@@ -21,11 +21,12 @@ from moeconv.api.arguments import (
 )
 from moeconv.errors import UsageError
 from moeconv.printing import Printable
-from moeconv.sizes import format_size
+from moeconv.sizes import format_size, parse_file_size
 
 if TYPE_CHECKING:
     from moeconv.artifact.manifest import Manifest
-    from moeconv.conversion.api import Prepared
+    from moeconv.conversion.api import ConvertOptions
+    from moeconv.planning.plan import Plan
 
 
 class PlanOptions(TypedDict, total=False):
@@ -58,7 +59,7 @@ def plan(
     allow_missing_chunks: bool = False,
     jobs: int | None = None,
     max_memory: Size = "4GiB",
-) -> "Prepared":
+) -> "Plan":
     """Plans a conversion from a checkpoint's metadata; reads no parameter and writes nothing.
 
     Args:
@@ -79,8 +80,9 @@ def plan(
         max_memory: Memory to stay within, in bytes or as `4GiB`.
 
     Returns:
-        The plan, for `convert`: `print` shows every tensor with its source, `as_dict()` is the same
-        as data, `warnings` are sentences to read first.
+        The plan, which is data: `print` shows every tensor with its source, `save` writes it as
+        `plan.json`, `warnings` are sentences to read first. `convert` carries it out, here or in
+        another process.
 
     Raises:
         NotACheckpointError: There is no complete checkpoint.
@@ -92,22 +94,64 @@ def plan(
         StorageError: The store does not answer.
         UsageError: An argument has a value that it cannot have.
     """
-    from moeconv.conversion.api import ConvertOptions, plan_conversion
+    from moeconv.conversion.api import plan_conversion
 
-    options = ConvertOptions(
+    options = _options(
+        config=config,
+        set=set,
+        accept_keys=accept_keys,
+        target=target,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        untie=untie,
+        tokenizer=tokenizer,
+        allow_missing_chunks=allow_missing_chunks,
+        jobs=jobs,
+        max_memory=max_memory,
+    )
+    return plan_conversion(os.fspath(src), options).plan
+
+
+def load_plan(path: StrPath) -> "Plan":
+    """Reads a plan that `Plan.save` or `moeconv convert --dry-run --json` has written.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The plan, for `convert`, on any machine where its checkpoint has the same path or address.
+
+    Raises:
+        ConfigError: It is no plan, was changed, or was made by a moeconv that plans otherwise.
+    """
+    from moeconv.planning import plan_file
+
+    return plan_file.load_plan(Path(path))
+
+
+def _options(
+    *,
+    config: StrPath | None = None,
+    set: Fields = (),
+    accept_keys: Sequence[str] = (),
+    max_shard_size: Size = "5GB",
+    tokenizer: StrPath | None = None,
+    jobs: int | None = None,
+    max_memory: Size = "4GiB",
+    **more: Any,
+) -> "ConvertOptions":
+    from moeconv.conversion.api import ConvertOptions
+
+    return ConvertOptions(
         config=optional_path(config),
         sets=pairs_of(set),
         accept=tuple(accept_keys),
-        target=target,
-        dtype=dtype,
-        max_shard_bytes=size_of(max_shard_size),
-        untie=untie,
+        max_shard_bytes=parse_file_size(str(max_shard_size)),
         tokenizer=None if tokenizer is None else os.fspath(tokenizer),
         jobs=jobs_of(jobs),
         max_memory=size_of(max_memory),
-        allow_missing_chunks=allow_missing_chunks,
+        **more,
     )
-    return plan_conversion(os.fspath(src), options)
 
 
 @dataclass(frozen=True)
@@ -138,7 +182,7 @@ class Converted(Printable):
 
 
 def convert(
-    src: "StrPath | Prepared",
+    src: "StrPath | Plan",
     out: StrPath,
     *,
     overwrite: bool = False,
@@ -151,7 +195,7 @@ def convert(
     """Converts a MaxText checkpoint to a Hugging Face model; OUT appears whole, or not at all.
 
     Args:
-        src: A checkpoint, as `open_checkpoint` takes it, or a plan of `plan`.
+        src: A checkpoint, as `open_checkpoint` takes it, or a plan of `plan` or `load_plan`.
         out: The folder to make, on this machine.
         overwrite: Replace the model in `out` once the new one is whole.
         resume: Go on with an interrupted conversion to `out`.
@@ -161,7 +205,8 @@ def convert(
             call, from any thread.
         note: Called with one sentence at a time; warnings begin with `warning: `. By default they
             go to the logger `moeconv`.
-        **options: The keyword arguments of `plan`, where `src` is no plan.
+        **options: The keyword arguments of `plan`; where `src` is a plan, of these `jobs` and
+            `max_memory`.
 
     Returns:
         The folder and its manifest. `print` shows them as `moeconv convert` does.
@@ -175,18 +220,33 @@ def convert(
     """
     from moeconv.artifact.destination import resolve_out
     from moeconv.conversion import api
+    from moeconv.planning.plan import Plan
 
     place = Path(out)
     resolve_out(place)  # before minutes of work
-    if not isinstance(src, api.Prepared):
-        src = plan(src, **options)
-        for text in src.warnings:
-            note(f"warning: {text}")
-    elif options:
-        raise UsageError(f"{', '.join(options)}: decided by the plan; give it to moeconv.plan")
-    chosen = replace(
-        src.options, overwrite=overwrite, resume=resume, allow_nonfinite=allow_nonfinite
-    )
-    with progress(src.plan.read_bytes, src.plan.tensor_bytes) as advance:
-        manifest = api.convert(replace(src, options=chosen), place, progress=advance, note=note)
-    return Converted(place, len(src.plan.edges), manifest)
+    allowed = {"overwrite": overwrite, "resume": resume, "allow_nonfinite": allow_nonfinite}
+    if isinstance(src, Plan):
+        prepared = api.reopen(_with_limits(src, options), **allowed)
+    else:
+        prepared = api.plan_conversion(os.fspath(src), _options(**options, **allowed))
+    for text in prepared.plan.warnings:
+        note(f"warning: {text}")
+    estimate = prepared.plan.estimate
+    with progress(estimate.read_bytes, prepared.plan.target_bytes) as advance:
+        manifest = api.convert(prepared, place, progress=advance, note=note)
+    return Converted(place, len(prepared.plan.edges), manifest)
+
+
+def _with_limits(plan: "Plan", options: PlanOptions) -> "Plan":
+    """A plan with what `convert` may say anew of it: how much of this machine it takes.
+
+    Raises:
+        UsageError: There is something else, which the plan has decided.
+    """
+    if decided := sorted(options.keys() - {"jobs", "max_memory"}):
+        raise UsageError(f"{', '.join(decided)}: decided by the plan; give it to moeconv.plan")
+    if "jobs" in options:
+        plan = replace(plan, jobs=jobs_of(options["jobs"]))
+    if "max_memory" in options:
+        plan = replace(plan, max_memory=size_of(options["max_memory"]))
+    return plan

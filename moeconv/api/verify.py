@@ -136,17 +136,23 @@ def verify(
         MoeconvError: There is no verdict: something that is needed is missing or cannot be read.
     """
     from moeconv.verification import run
+    from moeconv.verification.levels import LEVELS
     from moeconv.verification.report.files import demand_writable, earlier_report, write_report
-    from moeconv.verification.settings import DTYPES, ParityOptions, parse_against
+    from moeconv.verification.settings import (
+        DTYPES,
+        ParityOptions,
+        VerifyOptions,
+        parse_against,
+    )
 
-    if unknown := [name for name in levels or () if name not in run.LEVELS]:
-        raise UsageError(f"--level {unknown[0]} is none of {', '.join(run.LEVELS)}, all")
+    if unknown := [name for name in levels or () if name not in LEVELS]:
+        raise UsageError(f"--level {unknown[0]} is none of {', '.join(LEVELS)}, all")
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is none of {', '.join(DTYPES)}")
     if tokens < _LEAST_TOKENS:
         raise UsageError(f"--tokens takes a whole number from {_LEAST_TOKENS}")
-    options = run.VerifyOptions(
-        levels=[level for level in run.LEVELS if levels is None or level in levels],
+    options = VerifyOptions(
+        levels=[level for level in LEVELS if levels is None or level in levels],
         jobs=jobs_of(jobs),
         memory=size_of(max_memory),
         parity=ParityOptions(

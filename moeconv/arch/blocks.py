@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
+
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, OUTPUT_HEAD, LayerKind, Parameter
 from moeconv.arch.stacks import SCANNED, UNSCANNED, Stacking
@@ -11,17 +13,24 @@ from moeconv.arch.stacks import SCANNED, UNSCANNED, Stacking
 
 @dataclass(frozen=True)
 class Taps:
-    """The submodules of one of MaxText's layers whose outputs verify compares.
+    """The submodules of one of MaxText's layers whose outputs verify compares, and its routing.
 
     Attributes:
         attention: Dotted attribute of a layer.
         mlp: The same of the feed-forward half, by its kind.
-        router: The same of what gives router logits, below the feed-forward half.
+        router: The same of what gives the routing scores, below the feed-forward half. Alone or
+            first of what it returns are the values by which experts are ranked: logits, or what a
+            score function and a bias make of them (layers/moe.py `GateLogit`).
+        eligible: The experts among which the `num_experts_per_tok` highest scores are taken:
+            `(scores [..., E], model) -> mask [..., E]`. Without it all are, as in layers/moe.py
+            `get_topk`; a model that first chooses groups of experts masks those of the others
+            (`deepseek_routing`).
     """
 
     attention: str = "self_attention"
     mlp: Mapping[str, str] = field(default_factory=lambda: {"dense": "mlp"})
     router: str = "gate"
+    eligible: Callable[[NDArray[Any], ModelDescription], NDArray[Any]] | None = None
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class ModelDescription:
     """A decoder-only transformer, in Hugging Face's terms.
 
     Sizes are counts; `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None when
-    nobody told them. `sources` says for every field where its value came from.
+    nobody told them, and several where more than one ends a text. `sources` says for every field
+    where its value came from.
     """
 
     decoder_block: str
@@ -66,7 +67,7 @@ class ModelDescription:
     rms_norm_eps: Positive
     max_position_embeddings: Count
     bos_token_id: TokenId | None = None
-    eos_token_id: TokenId | None = None
+    eos_token_id: TokenId | tuple[TokenId, ...] | None = None
     pad_token_id: TokenId | None = None
     sources: Mapping[str, Provenance] = field(default_factory=dict, compare=False)
 
@@ -101,4 +102,6 @@ class ModelDescription:
     def values(self) -> dict[str, Any]:
         """Every field but `sources`, as JSON-able values."""
         named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}
+        if isinstance(self.eos_token_id, tuple):
+            named["eos_token_id"] = list(self.eos_token_id)
         return {**named, "layer_kinds": [str(k) for k in self.layer_kinds]}

@@ -1,6 +1,6 @@
 """Which arrays of a checkpoint hold which layers, found from their names and shapes alone."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -116,6 +116,7 @@ def build_layout(
     blocks: Sequence[tuple[int, int]],
     scan_axis: int = 1,
     tied: bool = False,
+    aside: Collection[str] = (),
 ) -> Layout:
     """The layout that MaxText gives a model: the inverse of `detect_layout`.
 
@@ -128,6 +129,7 @@ def build_layout(
             is repeated.
         scan_axis: `param_scan_axis`.
         tied: Without an output head of its own.
+        aside: Names of parameters that are stored in another collection than `params`.
     """
     head = block.outer[-1].name
     arrays = [
@@ -152,7 +154,8 @@ def build_layout(
         for (module, number), width, layers in zip(modules, widths, held, strict=True):
             stacks = {STACKED: depth, NESTED: width}
             for parameter in block.layers[kinds[layers[0]]]:
-                axes = axes_in(module, parameter.axes, scan_axis)
+                at = 0 if parameter.name in aside else scan_axis
+                axes = axes_in(module, parameter.axes, at)
                 shape = tuple({**sizes, **stacks}[axis] for axis in axes)
                 path = module.path(number, parameter.name)
                 arrays.append(_stored(path, shape, parameter, axes, layers))
@@ -166,6 +169,7 @@ def detect_layout(
     blocks: Sequence[Block],
     *,
     scan_axis: int | None = None,
+    collections: Mapping[KeyPath, str] | None = None,
 ) -> Layout:
     """Finds out how the arrays of a checkpoint are laid out.
 
@@ -175,6 +179,7 @@ def detect_layout(
             exactly these parameters is taken.
         scan_axis: `param_scan_axis` when the run's config tells it; only needed when hidden size
             and stacked layers are equal in number, so that shapes cannot tell.
+        collections: Where the arrays are that are not in `params` (`Parameter.may_be_in`).
 
     Raises:
         TensorError: An array that the block does not have (all are listed), a missing layer, a
@@ -184,7 +189,7 @@ def detect_layout(
     nearest: tuple[int, TensorError] | None = None
     for block in blocks:
         try:
-            return _Detection(block, shapes).layout(scan_axis)
+            return _Detection(block, shapes, collections or {}).layout(scan_axis)
         except TensorError as error:
             strange = len(_unknown(block, shapes))
             if nearest is None or strange < nearest[0]:
@@ -205,6 +210,17 @@ def _unknown(block: Block, shapes: Mapping[KeyPath, tuple[int, ...]]) -> list[st
             (place := stacking.place(path)) and place.name in inner for stacking in block.stackings
         )
     ]
+
+
+def may_hold(block: Block, path: KeyPath, collection: str) -> bool:
+    """True if a block has a parameter at a key path, and may have it in this collection."""
+    places = [stacking.place(path) for stacking in block.stackings]
+    names = {".".join(path), *(place.name for place in places if place is not None)}
+    return any(
+        parameter.may_be_in(collection)
+        for name, parameter in block.parameters().items()
+        if name in names
+    )
 
 
 def listing(names: Iterable[str], count: int | None = None) -> str:
@@ -239,8 +255,8 @@ def _ordered(arrays: Iterable[StoredParameter]) -> tuple[StoredParameter, ...]:
     return tuple(sorted(arrays, key=lambda array: array.path))
 
 
-# Length of a stack, by its axis, its segment and, for a nested one, its module.
-_Lengths = dict[tuple[str, int, int | None], int]
+# Length of an axis by its name; of a stack by that, its segment and, for a nested one, its module.
+_Lengths = dict[Any, int]
 
 
 @dataclass(frozen=True)
@@ -257,8 +273,13 @@ class _Slot:
 class _Detection:
     """The layout of one checkpoint, as one block would have it."""
 
-    def __init__(self, block: Block, shapes: Mapping[KeyPath, tuple[int, ...]]) -> None:
-        self._block, self._shapes = block, shapes
+    def __init__(
+        self,
+        block: Block,
+        shapes: Mapping[KeyPath, tuple[int, ...]],
+        collections: Mapping[KeyPath, str],
+    ) -> None:
+        self._block, self._shapes, self._collections = block, shapes, collections
         self._parameters = block.parameters()
         self._outer = {tuple(p.name.split(".")): p for p in block.outer}
 
@@ -290,7 +311,7 @@ class _Detection:
             block = zip(modules, widths, strict=True)
             kinds += [each.kind for each, width in block for _ in range(width)] * depth
             for each, held in zip(modules, layers_of(widths, depth, first), strict=True):
-                arrays += self._arrays(each, axis, held)
+                arrays += self._arrays(each, axis, held, {**lengths, STACKED: depth})
             first += sum(widths) * depth
             cycle = max(cycle, sum(widths)) if segment.stacked else cycle
         self._refuse_too_many_experts(arrays, len(kinds))
@@ -384,12 +405,44 @@ class _Detection:
         return kind
 
     def _arrays(
-        self, slot: "_Slot", axis: int, layers: tuple[int, ...]
+        self, slot: "_Slot", axis: int, layers: tuple[int, ...], sizes: Mapping[Any, int]
     ) -> Iterator[StoredParameter]:
         for path, place in slot.places.items():
             parameter = self._parameter(place.name, slot.kind)
-            axes = axes_in(slot.module, parameter.axes, axis)
-            yield _stored(path, self._shapes[path], parameter, axes, layers)
+            if not parameter.may_be_in(where := self._collections.get(path, "params")):
+                raise TensorError(
+                    f"the checkpoint holds {'.'.join(path)} in {where}, not among the parameters; "
+                    "what is there is not what this decoder block has by that name"
+                )
+            shape, ways = self._shapes[path], self._ways(slot.module, path, parameter, axis)
+            fits = [
+                axes
+                for axes in ways
+                if all(sizes.get(a, n) == n for a, n in zip(axes, shape, strict=False))
+            ]
+            if len(fits) > 1:
+                places = " or ".join(str(axes.index(STACKED)) for axes in fits)
+                raise ConfigError(
+                    f"{'.'.join(path)} {list(shape)} may have its layers on axis {places}, by the "
+                    "MaxText that wrote it; convert a train state that MaxText 0.2.4 or later "
+                    "saves of this run, or one with scan_layers=false"
+                )
+            yield _stored(path, shape, parameter, (fits or ways)[0], layers)
+
+    def _ways(
+        self, module: Module, path: KeyPath, parameter: Parameter, axis: int
+    ) -> list[tuple[str, ...]]:
+        """What the axes of an array may be.
+
+        A variable of a class of its own is stacked on axis 0. Among the parameters, and in an NNX
+        state, it may have been an `nnx.Param` when it was saved.
+        """
+        usual, first = (axes_in(module, parameter.axes, at) for at in (axis, 0))
+        if parameter.variable is None or usual == first:
+            return [usual]
+        return (
+            [usual, first] if self._collections.get(path, "params") in ("params", "") else [first]
+        )
 
     def _parameter(self, name: str, kind: LayerKind) -> Parameter:
         return next(p for p in self._block.layers[kind] if p.name == name)
@@ -442,14 +495,17 @@ class _Detection:
             stacks = {STACKED: (STACKED, number, None), NESTED: (NESTED, number, slot.position)}
             for path, place in slot.places.items():
                 shape = self._shapes[path]
-                axes = axes_in(slot.module, self._parameter(place.name, slot.kind).axes, axis)
+                parameter = self._parameter(place.name, slot.kind)
+                axes, *others = self._ways(slot.module, path, parameter, axis)
+                if others:
+                    continue  # the sizes that the others have tell which it is
                 fits = len(axes) == len(shape) and all(
                     sizes.setdefault(stacks.get(name, name), n) == n
                     for name, n in zip(axes, shape, strict=True)
                 )
                 if not fits:
                     return {}, f"{'.'.join(path)} {list(shape)}"
-        return {name: n for name, n in sizes.items() if isinstance(name, tuple)}, None
+        return sizes, None
 
     @staticmethod
     def _refuse_too_many_experts(arrays: Sequence[StoredParameter], layers: int) -> None:

@@ -74,15 +74,25 @@ class Parameter:
     Attributes:
         name: Dotted MaxText name, without the layer part.
         axes: Its axes in one layer (or in the model), e.g. `("D", "H", "h")`.
+        variable: MaxText's class of it where that is not `nnx.Param`, e.g. `MoEBiasVar`
+            (layers/moe.py). It then may also be stored in the Flax collection of that name below
+            `params`, or in a train state's `nnx_aux`, where its layers are stacked on axis 0
+            (layers/nnx_scan.py stacks all but `nnx.Param` so).
     """
 
     name: str
     axes: tuple[str, ...]
+    variable: str | None = None
 
     @classmethod
-    def of(cls, name: str, axes: str) -> "Parameter":
+    def of(cls, name: str, axes: str, variable: str | None = None) -> "Parameter":
         """With the axes as `D H h`."""
-        return cls(name, tuple(axes.split()))
+        return cls(name, tuple(axes.split()), variable)
+
+    def may_be_in(self, collection: str) -> bool:
+        """True if a checkpoint may have it in this collection (`orbax.trees`)."""
+        beside = () if self.variable is None else (self.variable, "nnx_aux")
+        return collection in ("params", "", *beside)
 
 
 # MaxText layers/embeddings.py `Embed`, layers/nnx_decoders.py `apply_output_head`.

@@ -1,14 +1,16 @@
 """`moeconv convert`: from what MaxText wrote to a model that loads anywhere."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moeconv.cli.options import (
     ACCEPT,
-    CKPT,
     CONFIG,
     JSON,
     QUIET,
@@ -19,10 +21,20 @@ from moeconv.cli.options import (
 )
 from moeconv.cli.streams import interruptible
 
+if TYPE_CHECKING:
+    from moeconv.planning.plan import Plan
+
 
 @click.command("convert")
-@CKPT
-@click.argument("out", metavar="OUT", type=LocalPath())
+@click.argument("ckpt", metavar="CKPT", required=False)
+@click.argument("out", metavar="OUT", required=False)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=LocalPath(dir_okay=False),
+    help="Carry out a plan that --dry-run --json has printed; in place of CKPT and of what decides "
+    "the output.",
+)
 @CONFIG
 @SET
 @ACCEPT
@@ -51,7 +63,7 @@ from moeconv.cli.streams import interruptible
 @click.option(
     "--tokenizer",
     metavar="PATH_OR_ID",
-    help="A tokenizer directory, a file of tiktoken ranks (Llama 3), or a Hub id "
+    help="A tokenizer directory, a sentencepiece model, tiktoken ranks, or a Hub id "
     "(with HF_TOKEN from the environment). Default: the one the run's moeconv.json names.",
 )
 @click.option(
@@ -82,9 +94,13 @@ from moeconv.cli.streams import interruptible
 )
 @JSON
 @QUIET
+@click.pass_context
 def command(
-    ckpt: str,
-    out: Path,
+    ctx: click.Context,
+    /,
+    ckpt: str | None,
+    out: str | None,
+    plan_file: Path | None,
     dry_run: bool,
     overwrite: bool,
     resume: bool,
@@ -99,26 +115,56 @@ def command(
     address of one; the newest complete step is taken unless one is named. OUT appears whole or not
     at all.
     """
-    from moeconv.api.convert import convert, plan
-    from moeconv.artifact.destination import resolve_out
+    from moeconv.api.convert import convert, load_plan, plan
 
     output = output_of(json_mode, quiet)
-    resolve_out(out)  # before minutes of work
-    tell_of_store(output, ckpt)
-    planned = plan(ckpt, **options)
-    for text in planned.warnings:
-        output.warn(text)
+    if plan_file is not None and out is None:
+        ckpt, out = None, ckpt
+    if (ckpt is None) == (plan_file is None) or (out is None and not dry_run):
+        raise click.UsageError("give CKPT and OUT, or --plan FILE and OUT", ctx)
+    source: str | Plan = load_plan(plan_file) if plan_file is not None else str(ckpt)
+    if isinstance(source, str):
+        tell_of_store(output, source)
+    else:
+        options = _of_the_machine(ctx, options)
     if dry_run:
+        planned = plan(source, **options) if isinstance(source, str) else source
+        for text in planned.warnings:
+            output.warn(text)
         output.answer(planned)
         return
-    with interruptible(f"{out} is untouched; go on with --resume"):
-        made = convert(
-            planned,
-            out,
+
+    @contextmanager
+    def progress(read_bytes: int, write_bytes: int) -> Iterator[Callable[[int, int], None]]:
+        with (
+            interruptible(f"{out} is untouched; go on with --resume"),
+            output.progress(read_bytes, write_bytes) as meter,
+        ):
+            yield meter
+
+    output.answer(
+        convert(
+            source,
+            LocalPath().convert(out, None, ctx),
             overwrite=overwrite,
             resume=resume,
             allow_nonfinite=allow_nonfinite,
-            progress=output.progress,
+            progress=progress,
             note=output.note,
+            **options,
         )
-    output.answer(made)
+    )
+
+
+def _of_the_machine(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, of those that may still be given to a plan.
+
+    Raises:
+        click.UsageError: Another was given.
+    """
+    default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    given = {n: v for n, v in options.items() if ctx.get_parameter_source(n) not in default}
+    decided = given.keys() - {"jobs", "max_memory"}
+    if flags := [param.opts[0] for param in ctx.command.params if param.name in decided]:
+        raise click.UsageError(f"{', '.join(flags)}: decided by the plan; make another", ctx)
+    return given

@@ -12,6 +12,7 @@ import click
 from moeconv.cli.options import ACCEPT, JSON, QUIET, LocalPath, output_of
 from moeconv.cli.streams import say
 from moeconv.errors import MoeconvError
+from moeconv.verification.levels import LEVELS
 from moeconv.verification.settings import DTYPES
 
 FAILED, COULD_NOT_RUN = 1, 2
@@ -42,12 +43,11 @@ FAILED, COULD_NOT_RUN = 1, 2
 )
 @click.option(
     "--level",
+    type=click.Choice([*(level.value for level in LEVELS), "all"]),
     default="all",
     show_default=True,
-    metavar="NAME",
-    help="structure: files, tensors, config and tokenizer, without the checkpoint; weights: every "
-    "value against the checkpoint; logits: whole models, side by side; layers: the same one layer "
-    "at a time, for models larger than memory. `all` skips, and says so, what cannot run here.",
+    help="; ".join(f"{level}: {spec.summary}" for level, spec in LEVELS.items())
+    + ". `all` skips, and says so, what cannot run here.",
 )
 @click.option(
     "--prompts",

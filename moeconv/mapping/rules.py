@@ -140,17 +140,33 @@ def constant(key: str, value: Any, text: str | None = None) -> ConfigKey:
 class Probe:
     """How verify finds the parts of transformers' model, and runs one layer of it alone.
 
+    Every name is a dotted attribute, and that of a parameter is the same with `.weight`.
+
     Attributes:
-        attention: Attribute of a layer.
-        mlp: Attributes of a layer of which the first that it has is its feed-forward half.
-        router: Attribute of a feed-forward half with experts, which gives its logits first.
+        layers: The decoder layers, below the model.
+        embedding: The token embedding, below the model.
+        norm: The final norm, below the model.
+        head: The output head, below the model.
+        attention: The attention, below a layer.
+        mlp: Names below a layer of which the first that it has is its feed-forward half.
+        router: The router, below a feed-forward half with experts.
+        scores: The values by which the experts are ranked, [..., E], in the form in which
+            MaxText's router gives them (`Taps.router`): `(feed-forward half, what its router
+            returned)`. By default what it returned first or alone.
         alone: Changes a config of one layer so that this layer is of the kind that layer `n` of
-            the whole model is: `(config, n, is_moe)`.
+            the whole model is: `(config, n, is_moe)`. `layer_types` is cut already.
     """
 
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
     attention: str = "self_attn"
     mlp: tuple[str, ...] = ("mlp",)
     router: str = "gate"
+    scores: Callable[[Any, Any], Any] = lambda mlp, output: (
+        output[0] if isinstance(output, tuple) else output
+    )
     alone: Callable[[Any, int, bool], None] = lambda config, n, is_moe: None
 
 

@@ -5,11 +5,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
+from moeconv.errors import NotACheckpointError, TensorError
+from moeconv.orbax.database import MANIFEST, parts_of
 from moeconv.orbax.store import Folder
+from moeconv.orbax.trees import PARAMS, KeyPath, Leaf, is_of_training, leaf_of, root_of
 from moeconv.untrusted import strict_json
-
-KeyPath = tuple[str, ...]
 
 # Runs write some thousand.
 _MOST_LEAVES = 100_000
@@ -26,30 +26,38 @@ class Tree:
 
     Attributes:
         leaves: Key path of every leaf.
+        root: Where the model's tree begins, one of `trees.ROOTS`.
+        model: The arrays of the model, no two of one name.
+        superseded: Arrays of `params.params` that another collection has as well; MaxText takes
+            that one's (common/checkpointing.py `load_params_from_path`).
         use_ocdbt: Leaves lie in one OCDBT store instead of a folder each.
         use_zarr3: zarr v3, else v2.
         zeros_stored: Chunks of zeros are written too, so that an absent chunk is a damaged one.
     """
 
     leaves: tuple[KeyPath, ...]
+    root: KeyPath
+    model: tuple[Leaf, ...]
+    superseded: tuple[Leaf, ...]
     use_ocdbt: bool
     use_zarr3: bool
     zeros_stored: bool
 
     @property
-    def parameters(self) -> tuple[KeyPath, ...]:
-        """Key paths below `params.params`, the prefix left out."""
-        return tuple(leaf[2:] for leaf in self.leaves if _is_parameter(leaf))
+    def collections(self) -> dict[KeyPath, str]:
+        """The collection of every array that is not among the parameters, by `Leaf.path`."""
+        return {leaf.path: leaf.collection for leaf in self.model if leaf.collection != PARAMS}
 
     @property
     def is_train_state(self) -> bool:
         """Whether optimizer state lies beside the parameters."""
-        return any(leaf[0] == "opt_state" for leaf in self.leaves)
+        return any(leaf[0] in ("opt_state", "optimizer") for leaf in self.leaves)
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Top-level entries beside `params`, which conversion leaves alone on purpose."""
-        return tuple(sorted({leaf[0] for leaf in self.leaves} - {"params"}))
+        """Top-level entries without an array of the model, left alone on purpose."""
+        used = {leaf.stored[0] for leaf in (*self.model, *self.superseded)}
+        return tuple(sorted({leaf[0] for leaf in self.leaves} - used))
 
     def describe(self) -> str:
         """The storage format for people."""
@@ -64,8 +72,7 @@ def read_tree(items: Folder) -> Tree:
     Raises:
         NotACheckpointError: It is not readable as Orbax tree metadata, or holds no MaxText
             parameters.
-        TensorError: There are leaves that are neither parameters nor the state of a training.
-        UnsupportedError: Among them are biases of a router.
+        TensorError: There are leaves that are neither of a model nor the state of a training.
     """
     raw = items.read("_METADATA")
     if raw is None:
@@ -96,57 +103,66 @@ def read_tree(items: Folder) -> Tree:
         )
     use_ocdbt = content.get("use_ocdbt")
     if use_ocdbt is None:
-        use_ocdbt = items.has("manifest.ocdbt")
-    tree = Tree(
+        use_ocdbt = items.has(MANIFEST) or any(True for _ in parts_of(items))
+    root = root_of(leaves)
+    if root is None:
+        found = ", ".join(sorted({leaf[0] for leaf in leaves})[:20]) or "nothing"
+        raise NotACheckpointError(
+            f"{items} holds no parameters of a MaxText model (it holds {found}): none below "
+            "params.params, and no decoder or token_embedder below params, base, model or at the "
+            "top"
+        )
+    model, superseded = _model(items, leaves, root)
+    return Tree(
         tuple(leaves),
+        root,
+        model,
+        superseded,
         bool(use_ocdbt),
         bool(content.get("use_zarr3", False)),
         bool(content.get("store_array_data_equal_to_fill_value", False)),
     )
-    if not tree.parameters:
-        found = ", ".join(sorted({leaf[0] for leaf in leaves})[:20]) or "nothing"
-        raise NotACheckpointError(
-            f"{items} holds no parameters below params.params (it holds {found}), so it is no "
-            "MaxText train state or parameters-only checkpoint"
-        )
-    _refuse_strangers(items, leaves)
-    return tree
 
 
-def _refuse_strangers(items: Folder, leaves: list[KeyPath]) -> None:
-    """Leaves that may belong to the model are never passed over."""
-    strangers = [
-        ".".join(leaf) for leaf in leaves if not (_is_parameter(leaf) or is_of_training(leaf))
-    ]
-    if not strangers:
-        return
-    more = f"\n  … and {len(strangers) - 20} more" if strangers[20:] else ""
-    names = "".join(f"\n  {name}" for name in strangers[:20]) + more
-    # `MoEBiasVar` (MaxText layers/moe.py): in `params` of MaxText's converter, in `nnx_aux` of a
-    # train state (common/train_state_nnx.py `split_for_checkpoint`).
-    if any("MoEBiasVar" in name or name.endswith("gate.bias") for name in strangers):
-        raise UnsupportedError(
-            f"{items} keeps biases of a router outside of params.params, which no supported target "
-            f"has:{names}"
-        )
-    raise TensorError(
-        f"{items} holds arrays outside of params.params that are neither an optimizer's nor random "
-        f"state, so converting it might drop a part of the model:{names}"
+def _model(
+    items: Folder, leaves: list[KeyPath], root: KeyPath
+) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
+    """The arrays of the model; leaves that may belong to it are never passed over."""
+    found: dict[KeyPath, list[Leaf]] = {}
+    strangers = []
+    for stored in leaves:
+        if is_of_training(stored):
+            continue
+        if (leaf := leaf_of(stored, root)) is None:
+            strangers.append(".".join(stored))
+        else:
+            found.setdefault(leaf.path, []).append(leaf)
+    if strangers:
+        raise outside(items, root, strangers)
+    superseded = []
+    for same in found.values():
+        own = [leaf for leaf in same if leaf.collection == PARAMS]
+        if len(same) == 2 and len(own) == 1:
+            superseded += own
+            same.remove(own[0])
+        elif len(same) > 1:
+            names = " and ".join(leaf.stored_name for leaf in same)
+            raise NotACheckpointError(
+                f"{items}/_METADATA names one parameter as {names}, so which array it is cannot be "
+                "told"
+            )
+    return tuple(same[0] for same in found.values()), tuple(superseded)
+
+
+def outside(items: Folder, root: KeyPath, names: list[str]) -> TensorError:
+    """Arrays that may belong to the model, and that nothing here would read."""
+    more = f"\n  … and {len(names) - 20} more" if names[20:] else ""
+    listed = "".join(f"\n  {name}" for name in names[:20]) + more
+    return TensorError(
+        f"{items} holds arrays outside of {'.'.join(root) or 'decoder and token_embedder'} that "
+        "are neither an optimizer's nor random state, so converting it might drop a part of the "
+        f"model:{listed}"
     )
-
-
-def _is_parameter(leaf: KeyPath) -> bool:
-    return leaf[:2] == ("params", "params") and len(leaf) > 2
-
-
-def is_of_training(leaf: KeyPath) -> bool:
-    """True if it is of a train state, and the model's function does not depend on it.
-
-    Random state is the key or the counter of a stream (flax `nnx/rnglib.py`, `RngStream`).
-    """
-    if leaf[0] == "nnx_aux":
-        return "rngs" in leaf[-3:-1] and leaf[-1] in ("key", "count")
-    return leaf[0] == "opt_state" or leaf == ("step",)
 
 
 def _key(key: Any) -> str:

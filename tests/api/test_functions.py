@@ -72,7 +72,7 @@ def test_a_plan_and_its_checkpoint_convert_alike(made, config, tmp_path):
     ran = command("convert", made.run, tmp_path / "third", "--config", config, "--json")
     third = json.loads(ran.out)
     assert third.pop("out") == str(tmp_path / "third")
-    whole = moeconv.convert(plan.checkpoint.step.items.local, tmp_path / "fourth", config=config)
+    whole = moeconv.convert(plan.source.path, tmp_path / "fourth", config=config)
     assert whole.as_dict() == {"out": str(tmp_path / "fourth"), **third}
     assert printed(whole)[0].startswith(f"{tmp_path}/fourth: MixtralForCausalLM, 78 tensors, ")
 

@@ -15,7 +15,7 @@ import moeconv
 from moeconv.api.convert import PlanOptions
 from moeconv.cli.main import COMMANDS
 
-FUNCTIONS = ["convert", "open_checkpoint", "plan", "push", "verify"]
+FUNCTIONS = ["convert", "load_plan", "open_checkpoint", "plan", "push", "verify"]
 
 
 def python(code: str) -> str:
@@ -79,7 +79,7 @@ def keywords(name: str) -> dict[str, inspect.Parameter]:
 
 
 def test_convert_takes_what_plan_takes():
-    hints = get_type_hints(moeconv.plan, localns={"Prepared": object})
+    hints = get_type_hints(moeconv.plan, localns={"Plan": object})
     assert {name: hints[name] for name in keywords("plan")} == get_type_hints(PlanOptions)
     assert not keywords("plan").keys() & keywords("convert").keys()
 
@@ -87,7 +87,11 @@ def test_convert_takes_what_plan_takes():
 # Command -> its functions, the options that are the command's own, and arguments that it fills.
 SAME = {
     "inspect": (["open_checkpoint"], {"json_mode"}, set()),
-    "convert": (["plan", "convert"], {"json_mode", "quiet", "dry_run"}, {"progress", "note"}),
+    "convert": (
+        ["plan", "convert"],
+        {"json_mode", "quiet", "dry_run", "plan_file"},
+        {"progress", "note"},
+    ),
     "verify": (["verify"], {"json_mode", "quiet", "level"}, {"levels", "progress", "note"}),
     "push": (["push"], {"json_mode", "quiet", "repo_id"}, {"note"}),
 }

@@ -52,7 +52,7 @@ def test_the_state_of_a_training_is_left_alone(tmp_path):
         ("model", "decoder", "kernel"),
         ("lora", "decoder", "layers", "query", "kernel_lora_a"),
         ("opt_states", "0", "count"),
-        ("rngs", "params", "key"),
+        ("rngs", "params", "seed"),
     ],
     ids=".".join,
 )

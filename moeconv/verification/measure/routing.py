@@ -9,7 +9,7 @@ they are everywhere; what they do to later positions is of the order of the roun
 only the flipped positions are set apart, in the output and in the measured rounding alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,42 @@ from moeconv.tensor.axes import Array
 from moeconv.verification.checks import Status, worse
 from moeconv.verification.measure.limits import ROUTER
 from moeconv.verification.measure.metrics import demand_finite
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a model chooses experts: those with the highest scores, among all or some.
+
+    Attributes:
+        top_k: Experts a token goes to.
+        eligible: Scores [..., E] to a mask of those that may be chosen; None where all may.
+    """
+
+    top_k: int
+    eligible: Callable[[Array], Array] | None = None
+
+    def ranked(self, scores: Array) -> Array:
+        """Scores [..., E], minus infinity where an expert cannot be chosen."""
+        if self.eligible is None:
+            return scores
+        return np.where(self.eligible(scores), scores, -np.inf)
+
+    def chosen(self, scores: Array) -> Array:
+        """True for the chosen ones of experts with these scores [..., E]."""
+        chosen = np.zeros(scores.shape, bool)
+        top_k = min(self.top_k, scores.shape[-1])
+        best = np.argpartition(-self.ranked(scores), top_k - 1, axis=-1)[..., :top_k]
+        np.put_along_axis(chosen, best, True, axis=-1)
+        return chosen
+
+    def margin(self, scores: Array) -> float | None:
+        """Smallest distance between the last chosen and the next; None where there is no next."""
+        if self.top_k >= scores.shape[-1]:
+            return None
+        ordered = np.sort(self.ranked(scores), axis=-1)[..., ::-1]
+        next_one = ordered[..., self.top_k]
+        apart = (ordered[..., self.top_k - 1] - next_one)[np.isfinite(next_one)]
+        return float(apart.min()) if apart.size else None
 
 
 @dataclass(frozen=True)
@@ -68,7 +104,7 @@ def compare_routing(
     reference: Mapping[int, Array],
     candidate: Mapping[int, Array],
     *,
-    top_k: int,
+    choice: Choice,
     shape: tuple[int, int],
     rounded: bool = False,
     rounding: "Routing | None" = None,
@@ -79,7 +115,7 @@ def compare_routing(
         reference: MaxText's.
         candidate: The converted model's; a dense layer written as copies has an idle router here,
             and none there.
-        top_k: Experts a token goes to.
+        choice: How both choose experts.
         shape: (B, T).
         rounded: Whether the candidate's weights or arithmetic are rounded.
         rounding: The same of a reference that was moved as much as rounding does; without it all
@@ -98,14 +134,8 @@ def compare_routing(
         whole = bool(np.isfinite(right).all())
         unit = float(left.std()) or 1.0
         absolute = np.abs(right - left).max(axis=-1) / unit if whole else np.full(shape, np.inf)
-        ordered = np.sort(left, axis=-1)[..., ::-1]
-        experts = left.shape[-1]
-        margin = (
-            float((ordered[..., top_k - 1] - ordered[..., top_k]).min()) / unit
-            if top_k < experts
-            else None
-        )
-        flipped = (chosen(left, top_k) != chosen(right, top_k)).any(axis=-1)
+        margin = choice.margin(left)
+        flipped = (choice.chosen(left) != choice.chosen(right)).any(axis=-1)
         seen = absolute[settled] if settled.any() else absolute
         difference, rms = float(seen.max()), float(np.sqrt((seen**2).mean()))
         if rounded and rounding is None and whole:
@@ -121,21 +151,13 @@ def compare_routing(
                 flips=int(flipped.sum()),
                 difference=difference,
                 rms=rms,
-                margin=margin,
+                margin=None if margin is None else margin / unit,
                 status=status,
             )
         )
         if status is Status.PASS:
             settled &= ~(flipped if rounded else np.logical_or.accumulate(flipped, axis=1))
     return Routing(tuple(found), settled)
-
-
-def chosen(logits: Array, top_k: int) -> Array:
-    """[B, T, E], True for the chosen experts."""
-    chosen = np.zeros(logits.shape, bool)
-    best = np.argpartition(-logits, min(top_k, logits.shape[-1]) - 1, axis=-1)[..., :top_k]
-    np.put_along_axis(chosen, best, True, axis=-1)
-    return chosen
 
 
 def status_of(routing: Routing) -> Status:

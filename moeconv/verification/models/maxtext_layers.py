@@ -19,8 +19,8 @@ from moeconv.arch.layout import Layout
 from moeconv.arch.parameters import LayerKind
 from moeconv.errors import MissingPackageError, TensorError, UnsupportedError, to_install
 from moeconv.tensor.axes import Array
-from moeconv.verification.models.layerwise import Trace
-from moeconv.verification.models.maxtext import abstract_model, dotted, zeros
+from moeconv.verification.models.layerwise import LayerTrace
+from moeconv.verification.models.maxtext import abstract_model, dotted, running, zeros
 from moeconv.verification.models.maxtext_config import build_config, quiet
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
 
@@ -66,6 +66,7 @@ class MaxTextLayers:
         self._read, self._taps, self._kinds = read, layout.block.taps, layout.kinds
         unscanned = next(way for way in layout.block.stackings if not way.scanned)
         self._names = unscanned.modules(layout.kinds)
+        self._known = layout.block.parameters().keys()
         self._jitted: dict[str, Any] = {}
         self._traced: list[tuple[Any, Any]] = []
         self._globals: Any = None
@@ -77,7 +78,7 @@ class MaxTextLayers:
         return importlib.metadata.version("maxtext")
 
     def embed(self, tokens: Array) -> Array:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         import jax.numpy as jnp
 
         def embed(model: Any, ids: Any) -> Any:
@@ -87,11 +88,11 @@ class MaxTextLayers:
         return self._outer("embed", embed, jnp.asarray(tokens, jnp.int32))
 
     def norm(self, hidden: Array) -> Array:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         return self._outer("norm", lambda model, h: model.decoder.decoder_norm(h), hidden)
 
     def logits(self, normed: Array, head: Head) -> Array:
-        """See `Side`.
+        """See `LayerwiseModel`.
 
         A tied head is MaxText's own on some rows of the table at a time: whole, XLA holds the table
         thrice, once of it rounded.
@@ -124,12 +125,12 @@ class MaxTextLayers:
         return result
 
     def release(self) -> None:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         self._globals = None
         gc.collect()  # models of both frameworks lie in reference cycles
 
-    def layer(self, number: int, hidden: Array) -> Trace:
-        """See `Side`."""
+    def layer(self, number: int, hidden: Array) -> LayerTrace:
+        """See `LayerwiseModel`."""
         import jax
         import jax.numpy as jnp
         from flax import nnx
@@ -144,7 +145,9 @@ class MaxTextLayers:
         found = self._run(traced, state, jnp.asarray(hidden, self.config.dtype))
         jax.tree.map(lambda leaf: leaf.delete(), state)
         arrays = {name: np.asarray(value, np.float32) for name, value in found.items()}
-        return Trace(arrays["attention"], arrays.get("router"), arrays["experts"], arrays["output"])
+        return LayerTrace(
+            arrays["attention"], arrays.get("router"), arrays["experts"], arrays["output"]
+        )
 
     def _outer(self, name: str, function: Callable[[Any, Any], Any], argument: Any) -> Array:
         """Runs a part outside the layers: embedding, final norm, head."""
@@ -172,15 +175,20 @@ class MaxTextLayers:
 
         rules = logical_axis_rules(self.config.logical_axis_rules)
         precision = jax.default_matmul_precision("highest")
-        with quiet(), precision, jax.set_mesh(self._mesh), rules:
+        with running(), quiet(), precision, jax.set_mesh(self._mesh), rules:
             return jax.block_until_ready(function(state, argument))
 
     def _fill(self, abstract: Any, read: Callable[[str], Array]) -> Any:
-        """A state with its parameters read; random streams, never drawn from, are 0."""
+        """A state with its parameters read; random streams, never drawn from, are 0.
+
+        What the block declares is a parameter, also where MaxText keeps it in a variable of another
+        class (layers/moe.py `MoEBiasVar`).
+        """
         import jax
         from flax import nnx
 
-        parameters, streams, rest = nnx.split_state(abstract, nnx.Param, nnx.RngState, ...)
+        declared = nnx.Any(nnx.Param, lambda path, _: dotted(path) in self._known)
+        parameters, streams, rest = nnx.split_state(abstract, declared, nnx.RngState, ...)
         if unknown := [dotted(path) for path, _ in nnx.to_flat_state(rest)]:
             raise UnsupportedError(f"MaxText's layer keeps state besides parameters: {unknown}.")
         filled = []
