@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from moeconv.untrusted import strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_EVERY = 5.0  # seconds between two lines of progress
 
 
 class Output:
@@ -59,6 +61,18 @@ class Output:
         """A warning, on stderr, in every mode."""
         say(f"warning: {text}")
 
+    def now_and_then(self) -> Callable[[str], None]:
+        """What says how far something is, a note every few seconds, however often it is called."""
+        last = time.monotonic()
+
+        def report(text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > _EVERY:
+                last = time.monotonic()
+                self.note(text)
+
+        return report
+
     @contextmanager
     def progress(
         self, read_bytes: int, write_bytes: int, what: str = "converting"
@@ -95,7 +109,7 @@ class Meter:
             self.written += written
             if self.update is not None:
                 self.update(self.read + self.written)
-            due = self.report is not None and time.monotonic() - self._last > 5
+            due = self.report is not None and time.monotonic() - self._last > _EVERY
             if due:
                 self._last = time.monotonic()
         if due:
