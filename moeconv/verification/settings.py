@@ -58,8 +58,8 @@ class VerifyOptions:
         jobs: Chunks worked on at the same time.
         memory: Bytes that level weights may take.
         parity: Of the levels logits and layers.
-        skip: Whether a level whose packages are missing, or whose checkpoint is not there or
-            cannot be read where it is, is skipped; otherwise that is an error. A checkpoint that
+        skip: True to skip a level whose packages are missing, or whose checkpoint is not there or
+            cannot be read where it is; otherwise that is an error. A checkpoint that
             the user named must be there.
     """
 

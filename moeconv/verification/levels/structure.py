@@ -193,7 +193,7 @@ def _config(candidate: Candidate) -> Check:
         return _OF.warned(
             "config",
             f"{summary}; but the run's config has settings that moeconv does not know, and that "
-            f"the conversion was told to accept: {', '.join(accepted)}",
+            f"the conversion accepted: {', '.join(accepted)}",
             metrics={"accepted_keys": accepted},
         )
     return _OF.passed("config", summary)
