@@ -44,7 +44,7 @@ class ParityOptions:
     scratch: Path | None = None
 
     @property
-    def side(self) -> Literal["maxtext", "hf"]:
+    def reference_kind(self) -> Literal["maxtext", "hf"]:
         """Which kind of model is compared with."""
         return "maxtext" if self.against is None else "hf"
 

@@ -87,7 +87,7 @@ class Reference:
         if accepted:
             summary += f"; what {', '.join(accepted)} in its config means is not known"
         metrics = {
-            "against": self.options.side,
+            "against": self.options.reference_kind,
             "config": self.origin,
             "independent": independent,
         }
