@@ -41,7 +41,7 @@ from moeconv.verification.checks import CandidateError
 from moeconv.verification.files import demand_loadable_files, read_object
 from moeconv.verification.measure.routing import Choice
 
-# Tensors that a small model may lack and still be told which.
+# Tensors that a small model may lack, and which are still listed one by one.
 _FEW = 1000
 
 
@@ -175,8 +175,8 @@ class Candidate:
         named = f"{self.out / MANIFEST_NAME} names"
         if Folder.open(self.source).local is None:
             raise SourceGoneError(
-                f"{self.source}, which {named}, is at an address; none is asked that only OUT "
-                "tells of: give it with --source"
+                f"{self.source}, which {named}, is at an address; an address that only OUT "
+                "names is not contacted: give it with --source"
             )
         try:
             return locate(self.source)
@@ -290,7 +290,7 @@ class Candidate:
             )
 
     def demand_described(self) -> None:
-        """What transformers would build is the described model, as far as it can be told before.
+        """What transformers would build is the described model, as far as that is known before.
 
         Raises:
             CandidateError: config.json is another model's, or as `demand_count`.
