@@ -69,8 +69,9 @@ CKPT = click.argument("ckpt", metavar="CKPT")
 CONFIG = click.option(
     "--config",
     type=LocalPath(dir_okay=False),
-    help="MaxText YAML of the run; keys it leaves out have MaxText's defaults. Without it the "
-    "run's moeconv.json is looked for beside the checkpoint.",
+    help="The run's settings: its MaxText YAML (keys it leaves out have MaxText's defaults), "
+    "MaxText's own log, or W&B's config.yaml. Without it the run's moeconv.json is looked for "
+    "beside the checkpoint, then a log or a resolved config.",
 )
 
 SET = click.option(

@@ -30,6 +30,7 @@ from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.checkpoint import UNUSED
+from moeconv.maxtext.fused import take_apart
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
@@ -195,7 +196,9 @@ class Candidate:
     def arrays(self) -> Arrays:
         """The source's parameters, opened."""
         missing = bool(self.manifest.missing_chunks)
-        return Arrays(self.step.items, read_tree(self.step.items), allow_missing=missing)
+        arrays = Arrays(self.step.items, read_tree(self.step.items), allow_missing=missing)
+        take_apart(arrays)
+        return arrays
 
     @cached_property
     def layout(self) -> Layout:
