@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import config_file, run
-from maxtext_lab import GPT_OSS, LLAMA4
+from maxtext_lab import GPT_OSS, LLAMA4, OLMO3
 from parity_lab import Compiled, check
 
 from moeconv.families import targets
@@ -26,7 +26,8 @@ from moeconv.verification.models.maxtext import MaxTextModel
 from moeconv.verification.settings import ParityOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("mistakes of families"), pytest.mark.maxtext]
-MODELS = {"gpt_oss": (GPT_OSS,), "llama4": (LLAMA4, {"base_num_decoder_layers": 4})}
+FOUR = {"base_num_decoder_layers": 4}
+MODELS = {"gpt_oss": (GPT_OSS,), "llama4": (LLAMA4, FOUR), "olmo3": (OLMO3, FOUR)}
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +135,12 @@ PAGES: dict[str, tuple[str, Page, str]] = {
         "llama4", rule("experts.gate_up_proj", source=ROUTED), "layer 1 experts"),
     "Llama's gate and up in turn": (
         "llama4", rule("experts.gate_up_proj", place="E D M -> E D (M g)"), "layer 1 experts"),
+    "OLMo's window one wider": (
+        "olmo3", key("sliding_window", lambda n: n + 1), "layer 0 attention"),
+    "OLMo's windows one layer on": ("olmo3", key("layer_types", other_way), "layer 2 attention"),
+    "no norm of keys' scale": ("olmo3", rule("k_norm.weight", scale=ZERO), "layer 0 attention"),
+    "no norm behind the MLP": (
+        "olmo3", rule("post_feedforward_layernorm.weight", scale=ZERO), "layer 0"),
 }  # fmt: skip
 
 
@@ -181,7 +188,8 @@ def test_a_tensor_that_was_lost_is_found_by_its_values(maxtext_lab, tmp_path, fa
 @pytest.mark.parametrize(
     ("family", "told"),
     [("gpt_oss", "sliding_window_size=9"), ("gpt_oss", "rope_factor=5"),
-     ("gpt_oss", "mlp_activations_limit=7"), ("llama4", "chunk_attn_window_size=17"),
+     ("gpt_oss", "mlp_activations_limit=7"), ("olmo3", "sliding_window_size=7"),
+     ("llama4", "chunk_attn_window_size=17"),
      ("llama4", "nope_layer_interval=2"), ("llama4", "use_qk_norm=false")],
 )  # fmt: skip
 def test_what_the_conversion_was_told_wrong_is_found(maxtext_lab, tmp_path, family, told):
