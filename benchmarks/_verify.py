@@ -17,8 +17,8 @@ from pathlib import Path
 
 def main(level: str, out: str, source: str, config: str, tokens: str, scratch: str) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-    from moeconv.verification.run import VerifyOptions, verify
-    from moeconv.verification.settings import ParityOptions
+    from moeconv.verification.run import verify
+    from moeconv.verification.settings import ParityOptions, VerifyOptions
 
     if level in ("logits", "layers"):
         import jax

@@ -87,9 +87,10 @@ DEEPSEEK_V3: Mapping[str, object] = {
     "topk_routing_group": 2,
     "normalization_layer_epsilon": 1e-6,
     "rope_type": "yarn",
-    "rope_max_timescale": 10_000,
-    "max_position_embeddings": 128,
-    "original_max_position_embeddings": 32,
+    # The range that YaRN corrects is 1.2 to 3.1 of 4 pairs, rounded 1 to 4.
+    "rope_max_timescale": 20,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 64,
     "rope_factor": 4,
     "beta_fast": 4,
     "mscale": 0.8,

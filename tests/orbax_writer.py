@@ -5,8 +5,9 @@ For properties that need arbitrary chunking, and for damage. What MaxText itself
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +29,10 @@ def write(
     zeros: bool = True,
     scan_layers: bool | None = None,
     beside: Mapping[KeyPath, np.ndarray] | None = None,
+    item: str = "items",
+    rename: Callable[[KeyPath], KeyPath] = lambda path: ("params", "params", *path),
+    parts: int = 0,
+    custom: Mapping[str, object] | None = None,
 ) -> Path:
     """Writes a complete step with the arrays below `params.params`; returns the step.
 
@@ -40,11 +45,15 @@ def write(
         zarr3: zarr v3, else v2.
         scan_layers: What `custom_metadata` says.
         beside: Leaves outside of `params`.
+        item: Name of the item; empty for the step's directory itself.
+        rename: The key path of a leaf in the tree.
+        parts: Chunks are spread over OCDBT stores of so many processes, which are not merged.
+        custom: More of `custom_metadata`.
     """
-    items = step / "items"
+    items = step / item
     items.mkdir(parents=True)
-    leaves = {("params", "params", *path): array for path, array in arrays.items()}
-    shapes = {("params", "params", *path): chunk for path, chunk in (chunks or {}).items()}
+    leaves = {rename(path): array for path, array in arrays.items()}
+    shapes = {rename(path): chunk for path, chunk in (chunks or {}).items()}
     leaves.update(beside or {})
     transaction = ts.Transaction()
     writes = []
@@ -61,6 +70,9 @@ def write(
             "metadata": _zarr3(array, chunk) if zarr3 else _zarr2(array, chunk),
             "store_data_equal_to_fill_value": zeros,
         }
+        if parts:
+            _write_parts(items, name, spec, array, chunk, parts)
+            continue
         where = transaction if ocdbt else None
         store = ts.open(spec, create=True, open=True, transaction=where).result()
         writes.append(store.write(array))
@@ -76,14 +88,40 @@ def write(
     }
     (items / "_METADATA").write_text(json.dumps(content))
     content = {
-        "item_handlers": {"items": "orbax.checkpoint.experimental.v1._src.PyTreeHandler"},
+        "item_handlers": {item: "orbax.checkpoint.experimental.v1._src.PyTreeHandler"},
         "init_timestamp_nsecs": 1,
         "commit_timestamp_nsecs": 2,
-        "custom_metadata": {} if scan_layers is None else {"scan_layers": scan_layers},
+        "custom_metadata": {
+            **({} if scan_layers is None else {"scan_layers": scan_layers}),
+            **(custom or {}),
+        },
     }
     (step / "_CHECKPOINT_METADATA").write_text(json.dumps(content))
     (step / "commit_success.txt").write_text(f"Checkpoint commit was successful to {step}")
     return step
+
+
+def _write_parts(
+    items: Path,
+    name: str,
+    spec: Mapping[str, Any],
+    array: np.ndarray,
+    chunk: list[int],
+    parts: int,
+) -> None:
+    """Chunk N of an array goes to the store of process N modulo their number."""
+    grid = [-(-n // c) for n, c in zip(array.shape, chunk, strict=True)]
+    for part in range(parts):
+        base = {"driver": "file", "path": f"{items}/ocdbt.process_{part}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "config": _OCDBT}
+        store = ts.open({**spec, "kvstore": kvstore}, create=True, open=True).result()
+        for number, index in enumerate(np.ndindex(*grid)):
+            if number % parts == part:
+                box = tuple(
+                    slice(i * c, min((i + 1) * c, n))
+                    for i, c, n in zip(index, chunk, array.shape, strict=True)
+                )
+                store[box].write(array[box]).result()
 
 
 def _entry(path: KeyPath, array: np.ndarray) -> dict[str, object]:

@@ -97,9 +97,11 @@ class Synthetic:
     arrays: Mapping[str, np.ndarray] = field(repr=False)
     axes: Mapping[str, str] = field(repr=False)
 
+    item: str = "items"
+
     @property
     def items(self) -> Path:
-        return self.step_dir / "items"
+        return self.step_dir / self.item
 
     def config_file(self, folder: Path | None = None, **changes: object) -> Path:
         """The run's YAML; `changes` replace or, with None, remove keys."""
@@ -203,4 +205,5 @@ def write(
         scan_layers=scanned,
         **storage,
     )
-    return Synthetic(run, step_dir, {**TOLD, **BLOCKS[block]}, arrays, axes)
+    item = storage.get("item", "items")
+    return Synthetic(run, step_dir, {**TOLD, **BLOCKS[block]}, arrays, axes, item)

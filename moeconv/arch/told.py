@@ -10,20 +10,21 @@ import difflib
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from moeconv.arch.config_file import ConfigFile, load_config_file
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.keys import keys, unknown_keys
-from moeconv.arch.yaml_file import SIZE_LIMIT, read_yaml, short
+from moeconv.arch.yaml_file import read_yaml, short
 from moeconv.errors import ConfigError
-from moeconv.untrusted.files import is_file, read_inside, read_regular
 
-_ENUM = re.compile(r"[A-Z]\w*(?:Type|Mode)\.([A-Z0-9_]+)\Z")
+# Enums of MaxText (common/common_types.py, configs/types.py) are printed so, by their member.
+_ENUM = re.compile(r"[A-Z]\w*[a-z]\w*\.([A-Z0-9_]+)\Z", re.ASCII)
 
 # A further pair within what may be one value.
 _INNER = re.compile(r"[\s;,&|]([A-Za-z_][\w.]*)\s*=(?!=)", re.ASCII)
@@ -100,6 +101,11 @@ class ToldConfig(Mapping[str, Told]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def without(self, of: Callable[[str], bool]) -> "ToldConfig":
+        """All but the keys of which this is true."""
+        kept = {key: told for key, told in self._values.items() if not of(key)}
+        return ToldConfig(kept, ignored=self.ignored, accepted=self.accepted)
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, or `default`."""
@@ -206,7 +212,8 @@ def tell(
     if content is None:
         return flags
     if "model_name" in flags:
-        content = {**content, "model_name": flags["model_name"].value}
+        named = {**content, "model_name": flags["model_name"].value}
+        content = replace(content, settings=named) if isinstance(content, ConfigFile) else named
     explicit = {key: told for key, told in flags.items() if told.explicit}
     accepted = sorted(set(accept) & content.keys() - keys().keys())
     return ToldConfig(
@@ -257,60 +264,12 @@ def from_config_file(path: Path) -> dict[str, Told]:
     return from_mapping(load_config_file(path), Provenance(Origin.CONFIG, str(path)))
 
 
-def load_config_file(path: Path) -> dict[str, Any]:
-    """The keys of a MaxText YAML and of the files it builds on, as they stand there.
-
-    Raises:
-        ConfigError: A file cannot be read, is no YAML mapping, or has a key misspelt.
-    """
-    return _load(path, set())
-
-
-def _load(path: Path, seen: set[Path], folder: Path | None = None) -> dict[str, Any]:
-    """Reads a file that the user named, or one that another names, which must lie in `folder`."""
-    try:
-        if folder is None:
-            raw = read_regular(path, limit=SIZE_LIMIT)
-        else:
-            raw = read_inside(folder, path.relative_to(folder).as_posix(), limit=SIZE_LIMIT)
-        content = read_yaml(raw.decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"cannot read --config {path}: {error.strerror}") from None
-    except ValueError as error:  # also bytes that are no text
-        raise ConfigError(f"--config {path} is not YAML of MaxText: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"--config {path} holds no `key: value` lines, so it is no MaxText config"
-        )
-    parent = content.get("base_config")
-    if not parent or Path(str(parent)).name == "base.yml":
-        return content
-    above = path.parent / str(parent)
-    if Path(str(parent)).is_absolute() or ".." in Path(str(parent)).parts:
-        raise ConfigError(
-            f"--config {path}: its base_config {short(parent)} leads out of {path.parent}; copy "
-            "that file beside it and give its name alone"
-        )
-    seen = {*seen, path.resolve()}
-    why = ""
-    try:
-        there = is_file(path.parent, str(parent)) and above.resolve() not in seen
-    except OSError as error:  # a name that is none, a link that leads out, a FIFO
-        there, why = False, f" ({short(error.strerror, 300)})"
-    if not there:
-        raise ConfigError(
-            f"--config {path}: its base_config {short(parent)} is not at {short(above, 200)}{why}; "
-            "copy it there"
-        )
-    return _load(above, seen, path.parent) | content
-
-
 def from_mapping(
     content: Mapping[str, Any], provenance: Provenance, accept: Collection[str] = ()
 ) -> dict[str, Told]:
     """Puts a config over MaxText's defaults, and the model file it names over both.
+
+    Of a part of a resolved config, such as a log that is cut, nothing is filled in.
 
     In a YAML file `model_name` wins over the file's own keys, as in MaxText (configs/pyconfig.py
     `_initialize_pydantic` merges base, model, command line in that order); a resolved config,
@@ -329,11 +288,23 @@ def from_mapping(
             "or a fork, and cannot tell whether that changes the model; for each that does not, "
             "pass --accept-key KEY"
         )
+    where = content.where if isinstance(content, ConfigFile) else {}
     said = {
-        str(key): Told(_plain(value), provenance)
+        str(key): Told(
+            _plain(value), Provenance(provenance.origin, where.get(key, provenance.detail))
+        )
         for key, value in content.items()
         if key in known_keys()
     }
+    if isinstance(content, ConfigFile):
+        for key in content.twice.keys() & known_keys():
+            one, other = content.twice[key]
+            raise ConfigError(
+                f"{key} has two values, at {one} and at {other}, as in a log of two runs; give the "
+                "part of the run that is converted"
+            )
+        if not content.whole:
+            return said
     if any(key in content for key in SCALED_KEYS):
         return _defaults() | said
     return _defaults() | said | _model(content.get("model_name"), provenance.detail)
@@ -379,7 +350,7 @@ def _plain(value: Any) -> Any:
         return None
     if match := _ENUM.match(value):
         member = match[1].lower()
-        return {"llama3_1": "llama3.1", "none": None}.get(member, member)
+        return {"llama3_1": "llama3.1", "none": None, "empty": ""}.get(member, member)
     try:
         return float(value)
     except ValueError:

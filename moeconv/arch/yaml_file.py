@@ -62,6 +62,13 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"{short(why, 200)}{where}") from None
 
 
+def key_lines(text: str) -> dict[str, int]:
+    """The line of every key at the top of a YAML that `read_yaml` has read, counted from 1."""
+    root = yaml.compose(text, Loader=_Base)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return {str(key.value): key.start_mark.line + 1 for key, _ in pairs}
+
+
 def _check_events(text: str) -> None:
     """Before anything is built: an alias makes a short file long, nesting exhausts the stack."""
     depth = 0

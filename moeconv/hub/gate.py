@@ -16,14 +16,14 @@ from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import UnverifiedError
 from moeconv.hub.local import Output
 from moeconv.untrusted.text import printable
-from moeconv.verification.checks import CHECKS, Level, Status, passed, worst
+from moeconv.verification.checks import CheckFactory, Status, worst
+from moeconv.verification.levels import LEVELS, RUNNING, Level
 from moeconv.verification.report.markdown import verdict_line
 from moeconv.verification.report.plots import find
 from moeconv.verification.report.report import ENOUGH, REPORT_NAME, Report, levels_of
 
 _PROVEN = (Status.PASS, Status.WARN)
-_ALWAYS: tuple[Level, ...] = ("structure", "weights")
-_ONE_OF: tuple[Level, ...] = ("logits", "layers")
+_ALWAYS = tuple(level for level in LEVELS if level not in RUNNING)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _contradiction(output: Output, report: Report) -> str | None:
             return f"level {level} lacks {_few(lacking)}"
     claimed = output.manifest.source
     lines = [f"{name} {digest}" for name, digest in sorted(claimed.arrays.items())]
-    read = find(report, "weights", "source")
+    read = find(report, Level.WEIGHTS, "source")
     digests = {report.source, hashlib.sha256("\n".join(lines).encode()).hexdigest()}
     if read is not None and read.status is Status.PASS:
         digests.add(str(read.metrics.get("digest")))
@@ -100,11 +100,11 @@ def _contradiction(output: Output, report: Report) -> str | None:
 
 def _lacking(output: Output, report: Report, level: Level) -> list[str]:
     """Checks that a level has whenever it ran, and that are not there or were not made."""
-    known = CHECKS[level]
+    known = LEVELS[level]
     made = {c.name for c in report.checks if c.level == level and c.status in _PROVEN}
     there = {c.name for c in report.checks if c.level == level}
     wanted = {name: there if name in known.can_skip else made for name in known.always}
-    if level in _ONE_OF and output.model.moe_layers:
+    if level in RUNNING and output.model.moe_layers:
         wanted["router"] = made
     return [f"check {name}" for name, among in wanted.items() if name not in among]
 
@@ -112,8 +112,8 @@ def _lacking(output: Output, report: Report, level: Level) -> list[str]:
 def _of_what_is_sent(report: Report) -> Report:
     """Without the warning of files beside the model: they are not sent, nor are their names."""
     checks = [
-        passed("structure", "files", "every file has the size and SHA-256 of the manifest")
-        if (c.level, c.name, c.status) == ("structure", "files", Status.WARN)
+        CheckFactory(c.level).passed(c.name, "every file has the size and SHA-256 of the manifest")
+        if (c.level, c.name, c.status) == (Level.STRUCTURE, "files", Status.WARN)
         else c
         for c in report.checks
     ]
@@ -169,7 +169,7 @@ def _problem(report: Report) -> str | None:
     for level in _ALWAYS:
         if report.levels.get(level) not in _PROVEN:
             return f"level {level} {_why(report, level)}"
-    ran = [level for level in _ONE_OF if report.levels.get(level) in _PROVEN]
+    ran = [level for level in RUNNING if report.levels.get(level) in _PROVEN]
     long = [level for level in ran if report.positions(level) >= ENOUGH]
     if ran and not long:
         return (
@@ -178,7 +178,7 @@ def _problem(report: Report) -> str | None:
         )
     if not ran:
         return "neither level logits nor level layers ran" + "".join(
-            f" ({reason})" for reason in dict.fromkeys(_reasons(report, *_ONE_OF))
+            f" ({reason})" for reason in dict.fromkeys(_reasons(report, *RUNNING))
         )
     if not any(_against_maxtext(report, level) for level in long):
         return f"level {long[0]} compared it with another model than MaxText's"
@@ -208,7 +208,7 @@ def _reasons(report: Report, *levels: Level) -> list[str]:
 def _skipped(report: Report) -> list[str]:
     return [
         f"level {level} {_why(report, level)}"
-        for level in (*_ALWAYS, *_ONE_OF)
+        for level in (*_ALWAYS, *RUNNING)
         if report.levels.get(level) not in (*_PROVEN, Status.FAIL)
     ]
 

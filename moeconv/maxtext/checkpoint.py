@@ -1,21 +1,20 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import Layout, detect_layout, may_hold
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
-from moeconv.arch.told import ToldConfig, load_config_file, tell
+from moeconv.arch.told import ToldConfig, tell
 from moeconv.arch.yaml_file import short
 from moeconv.errors import (
     ConfigError,
@@ -26,20 +25,37 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext import inspection
+from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
-from moeconv.orbax.locate import Step, locate, read_beside
+from moeconv.orbax.locate import METADATA, Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, outside, read_tree
 from moeconv.orbax.store import Folder
 from moeconv.orbax.trees import PARAMS, UNTOLD
+from moeconv.printing import Printable
 from moeconv.untrusted import strict_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
     "mtp_block": "multi-token prediction heads, which the main logits do not use "
-    "(MaxText models/models.py)"
+    "(MaxText models/models.py)",
+    "vision_encoder": "the encoder of images, which text does not go through (MaxText "
+    "models/models.py); the text model is converted alone",
+    "audio_encoder": "the encoder of sound, which text does not go through (MaxText "
+    "models/models.py); the text model is converted alone",
+}
+
+# Settings that say something of these alone, by how their names begin.
+_SETTINGS_OF = {
+    "mtp_block": ("mtp_", "quantize_mtp"),
+    "vision_encoder": ("use_multimodal", "vision_"),
+    "audio_encoder": ("use_multimodal", "use_audio", "audio_"),
 }
 # Why an array of `Tree.superseded` is left out.
 SUPERSEDED = (
@@ -47,57 +63,75 @@ SUPERSEDED = (
     "(common/checkpointing.py `load_params_from_path`)"
 )
 
-# Of the step; Orbax writes when the save began into it.
-_CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 # Of its items, beside the arrays.
 _OWN = ("_METADATA", "manifest.ocdbt")
 _SIDECAR_LIMIT = 4 * 2**20  # a resolved config has some 60 KB
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as moeconv understands it.
+class StoredCheckpoint:
+    """A checkpoint as it is stored, whatever model is in it.
 
     Attributes:
         step: Where it is.
         tree: Its leaves.
         arrays: Its parameters, opened.
-        layout: How layers are stored.
-        told: What config and flags said.
-        resolution: What is known of the model, and what is missing.
-        sidecar: The run's sidecar and its folder, if one was found.
-        dropped: Parameters left out on purpose, with the reason.
         files: Digest of the names, sizes and times of all its files; None where it is remote.
         unchanged: Looks for changes since before it was read.
+        notes: Warnings about how it is stored.
     """
 
     step: Step
     tree: Tree
     arrays: Arrays
+    files: str | None
+    unchanged: Unchanged
+    notes: tuple[str, ...]
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """SHA-256 of its metadata files, by name.
+
+        OCDBT's manifest changes with every chunk. Without one nothing among them does.
+        """
+        items = self.step.items
+        parts = {name: items.read(name) for name in _OWN}
+        if self.step.folder != items:
+            parts[METADATA] = self.step.folder.read(METADATA)
+        return {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+
+
+@dataclass(frozen=True)
+class Checkpoint(StoredCheckpoint, Printable):
+    """A checkpoint as moeconv understands it.
+
+    Attributes:
+        layout: How layers are stored.
+        told: What config and flags said.
+        resolution: What is known of the model, and what is missing.
+        sidecar: The run's sidecar and its folder, if one was found.
+        dropped: Parameters left out on purpose, with the reason.
+    """
+
     layout: Layout
     told: ToldConfig
     resolution: Resolution
     sidecar: tuple[RunSidecar, Folder] | None
     dropped: Mapping[str, str]
-    files: str | None
-    unchanged: Unchanged
 
-    @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: place, step, and digests of its metadata.
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv inspect --json` prints."""
+        return inspection.as_dict(self)
 
-        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
-        that the files tell, if they are known.
-        """
-        items = self.step.items
-        parts = {name: items.read(name) for name in _OWN}
-        if items.name == "items":
-            parts[_CHECKPOINT_METADATA] = items.parent.read(_CHECKPOINT_METADATA)
-        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
-        found = {"path": str(items), "step": self.step.number, "metadata": digests}
-        if "manifest.ocdbt" not in digests and self.files is not None:
-            found["files"] = self.files
-        return found
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv inspect` prints, without the warnings."""
+        return inspection.parts(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Things to know before converting, a sentence each."""
+        left_out = [f"{name} is left out: {why}" for name, why in self.dropped.items()]
+        return (*self.resolution.warnings, *left_out)
 
     @property
     def tokenizer(self) -> str | None:
@@ -115,8 +149,9 @@ class Checkpoint:
 def _look(step: Step) -> Mapping[str, object]:
     """What changes when the checkpoint does: on this machine, the stamp of every file."""
     if (local := step.items.local) is not None:
-        return {**inventory(local), **stamps(local.parent / _CHECKPOINT_METADATA)}
-    return versions(step.items, _OWN) | versions(step.items.parent, [_CHECKPOINT_METADATA])
+        step_metadata = (step.folder.local or local.parent) / METADATA
+        return {**inventory(local), **stamps(step_metadata)}
+    return versions(step.items, _OWN) | versions(step.folder, [METADATA])
 
 
 def _files_digest(files: Mapping[str, Stamp]) -> str:
@@ -147,6 +182,51 @@ def open_checkpoint(
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
+    stored = open_stored(spec, allow_missing_chunks=allow_missing_chunks)
+    step, arrays, tree = stored.step, stored.arrays, stored.tree
+    sidecar, unread = None, list(stored.notes)
+    try:
+        sidecar = _read_sidecar(step)
+    except _DamagedError as error:
+        if config is None:
+            raise error.needed() from None
+        unread.append(
+            f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"
+        )
+    content, provenance = run_config(config, sidecar, step)
+    unread += said_of(content, provenance, given=config is not None)
+    told = tell(content, provenance, sets, accept)
+    used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
+    dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
+    dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
+    layout = _layout(used, told, tree.collections)
+    unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
+    deciding = told.without(lambda key: key.startswith(tuple(unused))) if unused else told
+    resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
+    resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
+    return Checkpoint(
+        step,
+        stored.tree,
+        arrays,
+        stored.files,
+        stored.unchanged,
+        stored.notes,
+        layout,
+        told,
+        resolution,
+        sidecar,
+        dropped,
+    )
+
+
+def open_stored(spec: str, *, allow_missing_chunks: bool = False) -> StoredCheckpoint:
+    """Opens a checkpoint without asking what model it is; see `open_checkpoint`.
+
+    Raises:
+        NotACheckpointError: There is no complete checkpoint.
+        TensorError: Arrays are damaged.
+        UnsupportedError: A dtype or compression is not supported.
+    """
     step = locate(spec)
     unchanged = Unchanged()
     unchanged.watch(partial(_look, step))
@@ -159,39 +239,49 @@ def open_checkpoint(
         names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
         unchanged.watch(partial(versions, step.items, names))
     arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
-    sidecar, unread = None, []
-    try:
-        sidecar = _read_sidecar(step)
-    except _DamagedError as error:
-        if config is None:
-            raise error.needed() from None
-        unread = [f"{error}; --config replaces it, but its tokenizer and the run's facts are lost"]
-    told = tell(*run_config(config, sidecar), sets, accept)
-    used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
-    dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
-    dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
-    layout = _layout(used, told, tree.collections)
-    resolution = resolve(layout, told, scan_layers=step.scan_layers, dated=step.dated)
-    resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
-    return Checkpoint(
-        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
-    )
+    notes = _demand_whole(step, arrays)
+    return StoredCheckpoint(step, tree, arrays, files, unchanged, tuple(notes))
 
 
-def run_config(
-    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None
-) -> tuple[Mapping[str, Any] | None, Provenance]:
-    """What told of a run's config, for `tell`: the user's file, else the run's sidecar, else none.
+def _has(arrays: Arrays, module: str) -> bool:
+    return any(info.path[0] == module for info in arrays.info.values())
+
+
+def _demand_whole(step: Step, arrays: Arrays) -> list[str]:
+    """Of a save that is not known to have finished, demands every chunk of the model.
+
+    Returns:
+        A warning that says what told, if it was such a one.
 
     Raises:
-        ConfigError: The user's file cannot be read.
+        TensorError: Chunks are missing; names the first array.
+        NotACheckpointError: Whether some are cannot be found out.
     """
-    if config is not None:
-        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
-    if sidecar is not None:
-        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
-        return sidecar[0].config, where
-    return None, Provenance(Origin.FLAG, "")
+    why = [step.uncommitted] if step.uncommitted else []
+    if arrays.unmerged:
+        count = len(arrays.unmerged)
+        many = "1 process" if count == 1 else f"{count} processes"
+        why.append(f"Orbax never merged what {many} wrote, or the index of that is lost")
+    if not why:
+        return []
+    if arrays.missing and not arrays.may_lack:
+        name, (stored, count) = next(iter(arrays.missing.items()))
+        more = f", and of {len(arrays.missing) - 1} others" if len(arrays.missing) > 1 else ""
+        unsure = (
+            ""
+            if arrays.tree.zeros_stored
+            else "; its Orbax left out chunks of nothing but zeros, and a lost one looks the same: "
+            "pass --allow-missing-chunks to read them as zeros"
+        )
+        raise TensorError(
+            f"{step.items} is no whole save: {' and '.join(why)}, and of {name} {stored} of "
+            f"{count} chunks are there{more}; copy what is missing (each process of a run may have "
+            f"written to a disk of its own), or use another step{unsure}"
+        )
+    return [
+        f"{' and '.join(why)}, but every array of the model is whole, as in a copy of a finished "
+        "save; it is taken as such"
+    ]
 
 
 def _refuse_unclaimed(items: Folder, tree: Tree) -> None:

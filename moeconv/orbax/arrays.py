@@ -5,20 +5,23 @@ decoded once however many boxes are cut from it. The cache is dropped with the r
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
+from moeconv.orbax.database import Database, array_of, is_chunk
 from moeconv.orbax.inventory import ARRAY_LIMIT, inventory
 from moeconv.orbax.metadata import Tree
 from moeconv.orbax.store import Folder, context, reason
 from moeconv.orbax.trees import KeyPath, is_of_training
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.stored import ArrayInfo, Box
 
 # Far more than runs write (a chunk is what one device held), and still counted in a second.
 MOST_CHUNKS = 2**20
@@ -30,56 +33,6 @@ _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _MISSING = "NOT_FOUND"
 # What tensorstore raises about metadata and data.
 _REFUSED = (ValueError, OSError, TypeError, RuntimeError, OverflowError)
-
-Box = tuple[slice | int, ...]
-
-
-@dataclass(frozen=True)
-class ArrayInfo:
-    """One array as stored.
-
-    Attributes:
-        path: Key path in the model (`trees.Leaf.path`).
-        shape: Its shape.
-        dtype: A key of `ops.DTYPES`.
-        chunk: Shape of the unit that is decoded at once (the inner chunk of a sharded zarr3 array),
-            cut to the array.
-        codec: Compression, for people.
-        decoded_bytes: Bytes of one chunk when it is decoded, which is done whole: it may reach
-            beyond the array.
-    """
-
-    path: KeyPath
-    shape: tuple[int, ...]
-    dtype: str
-    chunk: tuple[int, ...]
-    codec: str
-    decoded_bytes: int
-
-    @property
-    def name(self) -> str:
-        """Dotted key path."""
-        return ".".join(self.path)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one value."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array, decoded."""
-        return math.prod(self.shape) * self.itemsize
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of the part of one chunk that lies in the array."""
-        return math.prod(self.chunk) * self.itemsize
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Number of chunks along each axis."""
-        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
 
 
 class Arrays:
@@ -112,9 +65,11 @@ class Arrays:
         self.may_lack = allow_missing and not tree.zeros_stored
         self._context = context(cache_pool={"total_bytes_limit": 0})
         self.info: dict[str, ArrayInfo] = {}
-        if tree.use_ocdbt and items.local is not None:
-            self._check_metadata()
         self._leaves = {leaf.path: leaf for leaf in tree.model}
+        self._grids: dict[KeyPath, int] = {}
+        self._database = Database(items, self._context) if tree.use_ocdbt else None
+        if self._database is not None and items.local is not None:
+            self._check_metadata(self._database)
         opened = [(path, self._open(path, self._context)) for path in self._leaves]
         self._demand_named()
         chunks = 0
@@ -140,32 +95,55 @@ class Arrays:
 
     def _stored(self) -> set[str]:
         """Names of all stored arrays; none where a remote store would have to list its files."""
-        if self.tree.use_ocdbt:
-            spec = {"driver": "ocdbt", "base": self.items.kvstore()}
+        return {array_of(key)[0] for key in self._keys if not is_chunk(array_of(key)[1])}
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        """All keys of the item; none where a remote store would have to list its files."""
+        if self._database is not None:
             try:
-                store = ts.KvStore.open(spec, context=self._context).result()
-                keys = [key.decode(errors="replace") for key in store.list().result()]
+                return self._database.keys()
             except _REFUSED as error:
                 self.check_store(error, str(self.items))
                 raise NotACheckpointError(
                     f"{self.items} cannot be listed, so the save is damaged: {reason(error)}"
                 ) from None
-        elif self.items.local is not None:
-            keys = list(inventory(self.items.local))
-        else:
-            return set()
-        return {key.rpartition("/")[0] for key in keys if key.endswith(("/zarr.json", "/.zarray"))}
+        return list(inventory(self.items.local)) if self.items.local is not None else []
 
-    def _check_metadata(self) -> None:
+    @cached_property
+    def missing(self) -> Mapping[str, tuple[int, int]]:
+        """Arrays of which not all chunks are stored: how many are, and of how many.
+
+        Raises:
+            NotACheckpointError: The store cannot list its files.
+        """
+        keys = self._keys
+        if not keys:  # files, in a remote store
+            keys = [
+                f"{leaf.stored_name}/{key}"
+                for leaf in self.tree.model
+                for key in (self.items / leaf.stored_name).files()
+            ]
+        stored = Counter(name for name, rest in map(array_of, keys) if is_chunk(rest))
+        counts = {
+            path: (stored[self._leaves[path].stored_name], count)
+            for path, count in self._grids.items()
+        }
+        return {".".join(path): count for path, count in counts.items() if count[0] < count[1]}
+
+    @property
+    def unmerged(self) -> tuple[str, ...]:
+        """The parts of a save that Orbax never merged."""
+        return self._database.parts if self._database is not None else ()
+
+    def _check_metadata(self, database: Database) -> None:
         """Looks at the size of what tensorstore parses; where they are files `inventory` does."""
-        base = {"driver": "ocdbt", "base": self.items.kvstore()}
         file = "zarr.json" if self.tree.use_zarr3 else ".zarray"
-        try:
-            store = ts.KvStore.open(base, context=self._context).result()
-        except _REFUSED:
-            return  # opening the arrays says why
         for leaf in self.tree.model:
-            future = store.read(f"{leaf.stored_name}/{file}")
+            try:
+                future = database.read(f"{leaf.stored_name}/{file}")
+            except _REFUSED:
+                return  # opening the arrays says why
             if future.exception() is None and len(future.result().value) > ARRAY_LIMIT:
                 raise TensorError(
                     f"{self.items}: parameter {leaf.name}: its {file} is larger than "
@@ -174,8 +152,8 @@ class Arrays:
 
     def _spec(self, path: KeyPath) -> dict[str, Any]:
         name = self._leaves[path].stored_name
-        if self.tree.use_ocdbt:
-            kvstore: Any = {"driver": "ocdbt", "base": self.items.kvstore(), "path": f"{name}/"}
+        if self._database is not None:
+            kvstore: Any = self._database.kvstore(name)
         else:
             kvstore = (self.items / name).kvstore()
         return {"driver": "zarr3" if self.tree.use_zarr3 else "zarr", "kvstore": kvstore}
@@ -250,6 +228,8 @@ class Arrays:
                 f"parameter {name} has shards of {math.prod(written) // math.prod(chunk)} chunks; "
                 "its metadata are damaged"
             )
+        grid = (-(-n // c) for n, c in zip(shape, written, strict=True))
+        self._grids[path] = math.prod(grid)
         clipped = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
         decoded = math.prod(chunk if sharded else written) * DTYPES[dtype].itemsize
         codec = "+".join(c for c in codecs if c != "bytes") or "none"

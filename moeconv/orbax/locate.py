@@ -1,11 +1,17 @@
-"""Finding the step to convert: CKPT may be a run, its `checkpoints/`, a step, or a step's `items/`.
+"""Finding the step to convert: CKPT may be a run, its `checkpoints/`, a step, or a step's item.
 
-    <run>/checkpoints/<step>/items/_METADATA
+    <run>/checkpoints/<step>/<item>/_METADATA
     <run>/checkpoints/<step>/_CHECKPOINT_METADATA, commit_success.txt
-    <params-only checkpoint>/items/_METADATA, or <params-only checkpoint>/_METADATA
+    <parameters only>/<item>/_METADATA, or <parameters only>/_METADATA
 
-A step is complete once its commit marker is there; on a local disk Orbax renames a finished step
-into place, so its name alone tells (orbax-checkpoint `path/atomicity.py`).
+MaxText calls the item `items`; its emergency managers `state`; its training engine, which
+fine-tunes, `model_params`, beside items of the optimizer and of gradients; Orbax itself `default`
+or `pytree`.
+
+A step is complete once its commit marker is there. On a local disk Orbax renames a finished step
+into place, so its name alone tells, and before its v1 it left no marker there; elsewhere the time
+of the commit is recorded before the marker is (orbax-checkpoint `path/atomicity.py`). So a copy of
+a finished save may lack the marker; whether it is whole, its arrays tell (`Step.uncommitted`).
 """
 
 import itertools
@@ -23,6 +29,17 @@ from moeconv.untrusted import strict_json
 # `step_prefix`); Orbax may pad it with zeros (orbax-checkpoint `path/step.py`).
 _STEP = re.compile(r"[0-9]{1,18}\Z")
 _COMMIT = "commit_success.txt"
+METADATA = "_CHECKPOINT_METADATA"
+# Names of the item that holds the model: common/checkpointing.py, common/emergency_checkpointing.py
+# `save`, training_engine/checkpointing.py; orbax-checkpoint's own defaults; what people choose.
+ITEMS = ("items", "state", "default", "model_params", "pytree", "model", "params")
+# Its other items (training_engine/checkpointing.py), and what they hold.
+OTHER_ITEMS = {
+    "optimizer_state": "the optimizer's state",
+    "accumulated_grads": "gradients",
+    "accumulated_metrics": "metrics",
+    "iter": "the state of the input pipeline",
+}
 
 
 @dataclass(frozen=True)
@@ -31,20 +48,26 @@ class Step:
 
     Attributes:
         items: Folder that holds `_METADATA`.
+        folder: Folder of the step, which may be the same.
         number: Training step, None when the path does not tell.
         custom_metadata: What MaxText recorded beside it (`scan_layers`).
         beside: Folders where the run's sidecar may lie, nearest first.
         skipped: Newer steps passed over because their save is unfinished.
         dated: Whether it has the step metadata that Orbax writes since 0.5.11 of May 2024, so that
             no older MaxText saved it.
+        handler: Orbax's name of what wrote its items, as far as it is recorded.
+        uncommitted: Why it counts as finished only if its arrays are whole; None if it does anyway.
     """
 
     items: Folder
+    folder: Folder
     number: int | None
     custom_metadata: dict[str, Any]
     beside: tuple[Folder, ...]
     skipped: tuple[str, ...] = ()
     dated: bool = True
+    handler: str = ""
+    uncommitted: str | None = None
 
     @property
     def scan_layers(self) -> bool | None:
@@ -65,44 +88,95 @@ def locate(spec: str) -> Step:
         raise NotACheckpointError(f"{folder} {what}; give a MaxText run, step or items directory")
     if folder.has("_METADATA"):
         return _step(folder)
-    if (folder / "items").has("_METADATA"):
+    if (item := _item(folder)) is not None:
         if folder.local is not None and "checkpoints" in folder.children():
-            raise _ambiguous(folder / "items", folder / "checkpoints")
-        return _step(folder / "items")
+            raise _ambiguous(item, folder / "checkpoints")
+        return _step(item, folder)
     names = list(folder.children())
     if "checkpoints" in names:
         for name in _steps(names):
-            if (folder / name / "items").has("_METADATA"):
+            if _item(folder / name) is not None:
                 raise _ambiguous(folder / name, folder / "checkpoints")
         folder = folder / "checkpoints"
         names = list(folder.children())
+    return _newest(folder, names)
+
+
+def _newest(folder: Folder, names: list[str]) -> Step:
+    """The newest complete step of a folder of steps."""
     for one, other in itertools.pairwise(_steps(names)):
         if int(one) == int(other):
             raise _ambiguous(folder / one, folder / other)
-    skipped = []
+    passed: dict[str, str] = {}
+    doubtful: tuple[Folder, Folder, tuple[str, ...]] | None = None
+    unfinished = 0
     for name in _steps(names):
-        items = folder / name / "items"
-        if not items.has("_METADATA") or _unfinished(items) is not None:
-            skipped.append(name)
+        step = folder / name
+        if (item := _item(step)) is None:
+            passed[name] = _without_item(step)
             continue
-        return _step(items, tuple(skipped))
-    if skipped:
+        state = _commit(item, step)
+        if state.unfinished is None and (state.uncommitted is None or state.dated):
+            return _step(item, step, tuple(passed))
+        if state.unfinished is None and doubtful is None:
+            doubtful = item, step, tuple(passed)
+        unfinished += 1
+        passed[name] = "no commit marker"
+    if doubtful is not None:
+        return _step(*doubtful)
+    if passed:
+        shown = [f"{name}: {why}" for name, why in list(passed.items())[:5]]
+        listed = "; ".join([*shown, "…"] if len(passed) > 5 else shown)
+        if unfinished == len(passed):
+            raise NotACheckpointError(
+                f"{folder} holds only unfinished saves ({listed}); let the run save once more"
+            )
         raise NotACheckpointError(
-            f"{folder} holds only unfinished saves ({', '.join(skipped)}: no commit marker or no "
-            "_METADATA); let the run save once more"
+            f"{folder} holds no step that can be read ({listed}); a step holds an item, such as "
+            "items/, with the _METADATA that Orbax writes"
         )
     tmp = [n for n in names if "orbax-checkpoint-tmp" in n]
     if tmp:
         raise NotACheckpointError(f"{folder} holds only unfinished saves ({', '.join(tmp)})")
-    passed = [n for n in names if re.search(r"\d", n)]
+    if _STEP.match(folder.name) or METADATA in names:
+        raise NotACheckpointError(
+            f"{folder} is a step that cannot be read: {_without_item(folder)}; a step holds an "
+            "item, such as items/, with the _METADATA that Orbax writes"
+        )
+    rest = [n for n in names if re.search(r"\d", n)]
     more = (
-        f" (no step's name, and passed over: {', '.join(passed[:5])}{', …' if passed[5:] else ''}; "
+        f" (no step's name, and passed over: {', '.join(rest[:5])}{', …' if rest[5:] else ''}; "
         "a step is called by its number alone, and any folder that holds one can be given itself)"
     )
     raise NotACheckpointError(
         f"{folder} is no MaxText checkpoint: it has no _METADATA, no items/, and no numbered steps "
-        f"below it or below checkpoints/{more if passed else ''}"
+        f"below it or below checkpoints/{more if rest else ''}"
     )
+
+
+def _item(step: Folder) -> Folder | None:
+    """The item of a step that holds the model; None if there is none.
+
+    Raises:
+        NotACheckpointError: There are several.
+    """
+    if step.has("_METADATA"):
+        return step
+    found = [step / name for name in ITEMS if (step / name).has("_METADATA")]
+    if not found and step.local is not None and (_STEP.match(step.name) or step.has(METADATA)):
+        names = list(step.children()) if step.exists() else []
+        others = [name for name in names if name not in OTHER_ITEMS and not _STEP.match(name)]
+        found = [step / name for name in others if (step / name).has("_METADATA")]
+    if len(found) > 1:
+        raise _ambiguous(found[0], found[1])
+    return found[0] if found else None
+
+
+def _without_item(step: Folder) -> str:
+    """What a step holds instead."""
+    names = list(step.children()) if step.local is not None else []
+    listed = f"; it holds {', '.join(names[:6])}{', …' if names[6:] else ''}" if names else ""
+    return f"no _METADATA{listed}"
 
 
 def _ambiguous(one: Folder, other: Folder) -> NotACheckpointError:
@@ -134,23 +208,29 @@ def _steps(names: list[str]) -> list[str]:
     return [name for _, name in numbered]
 
 
-def _unfinished(items: Folder) -> str | None:
-    """Why a step's save is not complete; None when it is."""
-    step = items.parent
+@dataclass(frozen=True)
+class _Commit:
+    """Whether a save is complete: why not, or why that is in doubt; and whether it is dated."""
+
+    unfinished: str | None = None
+    uncommitted: str | None = None
+    dated: bool = False
+
+
+def _commit(items: Folder, step: Folder) -> _Commit:
     for folder in (items, step):
         if "orbax-checkpoint-tmp" in folder.name:
-            return f"{folder} is a save in progress (its name says so)"
-    raw = step.read("_CHECKPOINT_METADATA")
+            return _Commit(f"{folder} is a save in progress (its name says so)")
+    raw = step.read(METADATA)
     metadata = _json(step, raw) if raw is not None else {}
-    # Orbax v1 always leaves a marker; before it, local saves were committed by a rename alone and
-    # saves to object stores by the marker (orbax-checkpoint `path/atomicity.py`).
+    if raw is not None and not metadata.get("commit_timestamp_nsecs", True):
+        return _Commit(f"{step}/{METADATA} has no commit time, so its save did not finish")
     handler = json.dumps(metadata.get("item_handlers"))
     marks = "experimental.v1" in handler or items.local is None or items.has(_COMMIT)
-    if marks and not step.has(_COMMIT) and (raw is not None or not items.has(_COMMIT)):
-        return f"{step} has no {_COMMIT}, so its save did not finish"
-    if raw is not None and not metadata.get("commit_timestamp_nsecs", True):
-        return f"{step}/_CHECKPOINT_METADATA has no commit time, so its save did not finish"
-    return None
+    if not marks or step.has(_COMMIT) or (raw is None and items.has(_COMMIT)):
+        return _Commit()
+    dated = metadata.get("commit_timestamp_nsecs") is not None
+    return _Commit(uncommitted=f"{step} has no {_COMMIT}", dated=dated)
 
 
 def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
@@ -163,16 +243,24 @@ def _json(folder: Folder, raw: bytes) -> dict[str, Any]:
     return content
 
 
-def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
-    items = items.real()
+def _step(item: Folder, step: Folder | None = None, skipped: tuple[str, ...] = ()) -> Step:
+    items = item.real()
     if items.local is not None:
         inventory(items.local)  # tensorstore and Orbax follow every link, and wait at a FIFO
-    if (why := _unfinished(items)) is not None:
-        raise NotACheckpointError(f"{why}; name an older step, or let the run save once more")
-    step = items.parent if items.name == "items" else items
-    raw = step.read("_CHECKPOINT_METADATA")
-    custom = _json(step, raw).get("custom_metadata") if raw is not None else None
-    custom = custom if isinstance(custom, dict) else {}
+    if step is None or items != item:
+        step = _folder_of(items)
+    if items != step and items.name in OTHER_ITEMS:
+        raise NotACheckpointError(
+            f"{items} holds {OTHER_ITEMS[items.name]}, not the model; give the step, {step}"
+        )
+    state = _commit(items, step)
+    if state.unfinished is not None:
+        raise NotACheckpointError(
+            f"{state.unfinished}; name an older step, or let the run save once more"
+        )
+    raw = step.read(METADATA)
+    content = _json(step, raw) if raw is not None else {}
+    custom = content.get("custom_metadata")
     beside, number = [step], None
     # Above any other folder there may lie a sidecar of something else.
     if _STEP.match(step.name):
@@ -180,4 +268,23 @@ def _step(items: Folder, skipped: tuple[str, ...] = ()) -> Step:
         beside.append(step.parent)
         if step.parent.name == "checkpoints":
             beside.append(step.parent.parent)
-    return Step(items, number, custom, tuple(beside), skipped, dated=raw is not None)
+    return Step(
+        items,
+        step,
+        number,
+        custom if isinstance(custom, dict) else {},
+        tuple(beside),
+        skipped,
+        dated=raw is not None,
+        handler=json.dumps(content.get("item_handlers")),
+        uncommitted=state.uncommitted,
+    )
+
+
+def _folder_of(items: Folder) -> Folder:
+    """The step of a folder with `_METADATA`: itself, or the one above that it is an item of."""
+    if items.has(METADATA) or _STEP.match(items.name):
+        return items
+    above = items.parent
+    is_item = items.name in ITEMS or items.name in OTHER_ITEMS or _STEP.match(above.name)
+    return above if is_item or above.has(METADATA) else items

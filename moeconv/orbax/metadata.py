@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeconv.errors import NotACheckpointError, TensorError
+from moeconv.orbax.database import MANIFEST, parts_of
 from moeconv.orbax.store import Folder
 from moeconv.orbax.trees import PARAMS, KeyPath, Leaf, is_of_training, leaf_of, root_of
 from moeconv.untrusted import strict_json
@@ -102,7 +103,7 @@ def read_tree(items: Folder) -> Tree:
         )
     use_ocdbt = content.get("use_ocdbt")
     if use_ocdbt is None:
-        use_ocdbt = items.has("manifest.ocdbt")
+        use_ocdbt = items.has(MANIFEST) or any(True for _ in parts_of(items))
     root = root_of(leaves)
     if root is None:
         found = ", ".join(sorted({leaf[0] for leaf in leaves})[:20]) or "nothing"

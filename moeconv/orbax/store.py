@@ -237,6 +237,21 @@ class Folder:
             ) from None
         yield from sorted({key.decode().split("/", 1)[0] for key in keys})
 
+    def files(self) -> list[str]:
+        """Names of all files below a folder of a remote store, relative to it.
+
+        Raises:
+            NotACheckpointError: The store cannot list them.
+            StorageError: It does not answer.
+        """
+        try:
+            return [key.decode() for key in self._ask("", lambda store: store.list())]
+        except (OSError, NotImplementedError, DeniedError) as error:
+            raise NotACheckpointError(
+                f"cannot list {self} ({reason(error)}), so whether all of it is there cannot be "
+                "known"
+            ) from None
+
     def exists(self) -> bool:
         """Whether a local folder is there; remote ones are found out by reading."""
         return self.local is None or self.local.is_dir()

@@ -11,8 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout, detect_layout
@@ -36,14 +34,13 @@ from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
 from moeconv.orbax.store import Folder
-from moeconv.untrusted.files import UnsafeFileError, demand_inside, read_inside
+from moeconv.untrusted.files import read_inside
 from moeconv.untrusted.strict_json import loads
+from moeconv.verification.boundary import blaming
 from moeconv.verification.checks import CandidateError
+from moeconv.verification.files import demand_loadable_files, read_object
 from moeconv.verification.measure.routing import Choice
 
-_INDEX = "model.safetensors.index.json"
-# The folder that transformers looks into for more chat templates (its `utils/hub.py`).
-_TEMPLATES = "additional_chat_templates"
 # Tensors that a small model may lack and still be told which.
 _FEW = 1000
 
@@ -62,7 +59,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     """An output directory under verification.
 
     Attributes:
@@ -78,7 +75,7 @@ class Subject:
     stamps: Mapping[str, Stamp | None]
 
     @classmethod
-    def open(cls, out: Path, *, source: str | None = None) -> "Subject":
+    def open(cls, out: Path, *, source: str | None = None) -> "Candidate":
         """Reads the manifest.
 
         Raises:
@@ -91,24 +88,29 @@ class Subject:
         demand_loadable_files(out)
         try:
             first = stamp(path)
-            manifest = Manifest.model_validate(loads(read_inside(out, MANIFEST_NAME)))
-            names = filter(is_output_name, manifest.files)
-            stamps = {MANIFEST_NAME: first, **{n: stamp(out / n) for n in names}}
-            subject = cls(out, manifest, source, stamps)
-            # Read once here, so that what does not describe a model is a damaged manifest.
-            if reason := cannot_hold(subject.family, subject.model):
-                raise ValueError(reason)
+            raw = read_inside(out, MANIFEST_NAME)
         except FileNotFoundError:
             raise NotACheckpointError(
                 f"{out} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
             ) from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, RecursionError, ValidationError):
+        try:
+            manifest = Manifest.model_validate(loads(raw))
+            names = filter(is_output_name, manifest.files)
+            stamps = {MANIFEST_NAME: first, **{n: stamp(out / n) for n in names}}
+            candidate = cls(out, manifest, source, stamps)
+            # Computed once here, so that what does not describe a model is a damaged manifest.
+            if reason := cannot_hold(candidate.family, candidate.model):
+                raise ValueError(reason)
+            _ = candidate.count, candidate.wanted_config
+        except Exception as error:  # rules and config keys of a page meet any values
+            if isinstance(error, MemoryError):
+                raise
             raise ConfigError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
-        return subject
+        return candidate
 
     def demand_unchanged(self) -> None:
         """What was looked at is still there.
@@ -221,23 +223,22 @@ class Subject:
             CandidateError: The checkpoint's parameters do not give the model that OUT describes.
         """
         self.demand_count()
+        layout = self.layout
         dtypes = {name: info.dtype for name, info in self.arrays.info.items()}
         dtype = None if self.manifest.dtype_kept else self.manifest.dtype
-        try:
-            edges = expand(
-                self.family, self.model, self.layout, dtypes, dtype=dtype, options=self.options
-            )
-        except (TensorError, UnsupportedError) as error:
-            raise CandidateError(
-                f"the model that {self.out / MANIFEST_NAME} describes is not that of "
-                f"{self.source}: {error}",
-                "tensors",
-            ) from None
+        what = f"the model that {self.out / MANIFEST_NAME} describes is not that of {self.source}"
+        with blaming(what, check="tensors"):
+            try:
+                edges = expand(
+                    self.family, self.model, layout, dtypes, dtype=dtype, options=self.options
+                )
+            except (TensorError, UnsupportedError) as error:
+                raise CandidateError(f"{what}: {error}", "tensors") from None
         return {edge.target: edge for edge in edges}
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """`config.json` as it lies there.
+        """`config.json` as it is stored.
 
         Raises:
             CandidateError: It is no JSON object, or not there.
@@ -253,7 +254,8 @@ class Subject:
         """
         wanted, found = self.wanted_config, self.config
         keys = wanted.keys() | found.keys()
-        return sorted(k for k in keys if not _same(wanted.get(k), found.get(k)))
+        with blaming(f"{self.out / 'config.json'} cannot be compared", check="config"):
+            return sorted(k for k in keys if not _same(wanted.get(k), found.get(k)))
 
     @cached_property
     def wanted_config(self) -> dict[str, Any]:
@@ -309,56 +311,13 @@ class Subject:
         """
         found = {}
         for file in sorted(self.out.glob("*.safetensors")):
-            try:
+            with blaming(f"{file} cannot be read", check="tensors"):
                 header = read_header(file)
-            except TensorError as error:
-                raise CandidateError(str(error), "tensors") from None
             for name, (spec, offset) in header.items():
                 found[name] = Stored(file, spec, offset)
         return found
 
 
-def demand_loadable_files(folder: Path) -> None:
-    """A model's folder that transformers may be given, which opens what it finds there.
-
-    Raises:
-        ConfigError: A link in it leads out, or something there is no regular file.
-    """
-    try:
-        demand_inside(folder)
-        with suppress(FileNotFoundError, NotADirectoryError):
-            demand_inside(folder / _TEMPLATES)
-        _demand_own_shards(folder)
-    except OSError as error:
-        raise ConfigError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
-
-
-def _demand_own_shards(folder: Path) -> None:
-    """Refuses an index with names that lead out: transformers opens the files that it names."""
-    try:
-        index = loads(read_inside(folder, _INDEX))
-        names = {str(name) for name in index["weight_map"].values()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return  # no index, or one that nothing is read by; level structure says so
-    if out := sorted(name for name in names if "/" in name):
-        raise UnsafeFileError(folder / _INDEX, f"it names {out[0]}, which leads out of {folder}")
-
-
 def _same(one: Any, other: Any) -> bool:
     """Equal, and of one kind: in JSON true is not 1, and 2 may be written 2.0."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
-
-
-def read_object(path: Path, check: str = "config") -> dict[str, Any]:
-    """A JSON object of OUT.
-
-    Raises:
-        CandidateError: The file holds none, or cannot be read.
-    """
-    try:
-        content = loads(read_inside(path.parent, path.name))
-    except (OSError, ValueError) as error:
-        raise CandidateError(f"{path} cannot be read as JSON: {error}", check) from None
-    if not isinstance(content, dict):
-        raise CandidateError(f"{path} is no JSON object", check)
-    return content

@@ -4,18 +4,22 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from moeconv.errors import OutputError
 from moeconv.untrusted.text import printable
+from moeconv.verification.levels import LEVELS, Level
 
-Level = Literal["structure", "weights", "logits", "layers"]
+# Of the checks of OUT itself, which any level may find to fail (`CandidateError`).
+_OF_OUT = ("model", *LEVELS[Level.STRUCTURE].always)
+# Characters of a summary, values deep of a metric: what OUT holds may be of any length and depth.
+_LONGEST, _DEEPEST = 2000, 12
 
 
 class Status(StrEnum):
-    """A graded verdict; the worst of several is theirs together."""
+    """A graded verdict."""
 
     PASS = "pass"
     WARN = "warn"
@@ -35,41 +39,7 @@ class CandidateError(OutputError):
         self.check = check
 
 
-# Characters of a summary, values deep of a metric: what OUT holds may be of any length and depth.
-_LONGEST, _DEEPEST = 2000, 12
-
 _RANK = {Status.SKIP: 0, Status.PASS: 1, Status.WARN: 2, Status.FAIL: 3}
-
-
-@dataclass(frozen=True)
-class Checks:
-    """The checks of a level.
-
-    Attributes:
-        always: A level that has run and not failed has each of these.
-        at_times: It may have these besides.
-        can_skip: Of `always`, those that need packages or files that may be absent.
-    """
-
-    always: tuple[str, ...]
-    at_times: tuple[str, ...] = ()
-    can_skip: tuple[str, ...] = ()
-
-
-# Every check there is: `Check` takes no other, and push demands those that a level always has.
-CHECKS: dict[Level, Checks] = {
-    "structure": Checks(
-        ("files", "tensors", "dtypes", "index", "tying", "finite", "config", "readers",
-         "transformers", "tokenizer"),
-        can_skip=("readers", "transformers", "tokenizer"),
-    ),
-    "weights": Checks(("source", "values"), ("tensors", "tokenizer")),
-    "logits": Checks(("reference", "parity", "greedy"), ("description", "stock", "router")),
-    "layers": Checks(
-        ("reference", "hidden", "parity"), ("description", "depth", "stock", "router")
-    ),
-}  # fmt: skip
-_OF_OUT = ("model", *CHECKS["structure"].always)
 
 
 class Check(BaseModel):
@@ -112,10 +82,9 @@ class Check(BaseModel):
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:
-        known = CHECKS[self.level]
+        known = LEVELS[self.level]
         # A level that cannot run here is skipped under its own name.
         skipped = self.name == self.level and self.status is Status.SKIP
-        # What any level finds wrong with OUT itself (`CandidateError`).
         of_out = self.name in _OF_OUT and self.status is Status.FAIL
         if not (skipped or of_out) and self.name not in (*known.always, *known.at_times):
             raise ValueError(f"level {self.level} has no check {self.name!a}")
@@ -143,23 +112,35 @@ def worst(checks: Iterable[Check]) -> Status:
 
 
 def worse(one: Status, other: Status) -> Status:
-    """The graver of two verdicts."""
+    """The worse of two verdicts."""
     return max(one, other, key=_RANK.__getitem__)
 
 
-def passed(level: Level, name: str, summary: str, **more: Any) -> Check:
-    """A check that found nothing wrong."""
-    return Check(level=level, name=name, status=Status.PASS, summary=summary, **more)
+@dataclass(frozen=True)
+class CheckFactory:
+    """Makes the checks of one level, which all bear its name."""
 
+    level: Level
 
-def failed(level: Level, name: str, summary: str, **more: Any) -> Check:
-    """A check that found something wrong."""
-    return Check(level=level, name=name, status=Status.FAIL, summary=summary, **more)
+    def passed(self, name: str, summary: str, **more: Any) -> Check:
+        """A check that found nothing wrong."""
+        return self.graded(Status.PASS, name, summary, **more)
 
+    def warned(self, name: str, summary: str, **more: Any) -> Check:
+        """A check that found what may be wrong."""
+        return self.graded(Status.WARN, name, summary, **more)
 
-def skipped(level: Level, name: str, why: str) -> Check:
-    """A check that could not be made here."""
-    return Check(level=level, name=name, status=Status.SKIP, summary=why)
+    def failed(self, name: str, summary: str, **more: Any) -> Check:
+        """A check that found something wrong."""
+        return self.graded(Status.FAIL, name, summary, **more)
+
+    def skipped(self, name: str, why: str) -> Check:
+        """A check that could not be made here."""
+        return self.graded(Status.SKIP, name, why)
+
+    def graded(self, status: Status, name: str, summary: str, **more: Any) -> Check:
+        """A check with the verdict that was measured."""
+        return Check(level=self.level, name=name, status=status, summary=summary, **more)
 
 
 def first_line(error: Exception) -> str:

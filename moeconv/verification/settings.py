@@ -1,15 +1,22 @@
-"""What the user chose about the comparison of logits and layers."""
+"""What the user chose, and how the work is shown while it is done."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from moeconv.errors import UsageError
 from moeconv.untrusted.files import is_address, without_access
+from moeconv.verification.levels import LEVELS
 
-# Called with what is being done, for people who wait.
+# Called with what is being done.
 Note = Callable[[str], None]
+# Called with the bytes that were compared since the last call.
+Progress = Callable[[int], None]
+# Given the bytes that a level will compare, a context in which it reports those it has.
+Meter = Callable[[int], AbstractContextManager[Progress]]
+
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -40,6 +47,33 @@ class ParityOptions:
     def side(self) -> Literal["maxtext", "hf"]:
         """Which kind of model is compared with."""
         return "maxtext" if self.against is None else "hf"
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What is verified, and with how much.
+
+    Attributes:
+        levels: Which ones.
+        jobs: Chunks worked on at the same time.
+        memory: Bytes that level weights may take.
+        parity: Of the levels logits and layers.
+        skip: Whether a level whose packages are missing, or whose checkpoint is not there or
+            cannot be read where it is, is skipped; otherwise that is an error. A checkpoint that
+            the user named must be there.
+    """
+
+    levels: Sequence[str] = tuple(LEVELS)
+    jobs: int = 2
+    memory: int = 4 << 30
+    parity: ParityOptions = field(default_factory=ParityOptions)
+    skip: bool = False
+
+
+@contextmanager
+def unseen(total: int) -> Iterator[Progress]:
+    """A meter that shows nothing."""
+    yield lambda done: None
 
 
 def parse_against(text: str) -> Path | None:

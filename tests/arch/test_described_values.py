@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from moeconv.artifact.manifest import Manifest
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 
 
 @pytest.fixture(scope="module")
@@ -52,4 +52,4 @@ def test_no_token_is_below(out):
 
 
 def test_the_layout_is_the_one_described(out):
-    assert Subject.open(out).layout.scan_axis == 1
+    assert Candidate.open(out).layout.scan_axis == 1

@@ -15,9 +15,10 @@ from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError
 from moeconv.maxtext.checkpoint import open_checkpoint
 from moeconv.orbax.locate import locate
-from moeconv.verification.candidate import Subject
-from moeconv.verification.checks import Status
-from moeconv.verification.levels.config_parity import check_description
+from moeconv.verification.candidate import Candidate
+from moeconv.verification.checks import CheckFactory, Status
+from moeconv.verification.levels import Level
+from moeconv.verification.levels.config_parity import check_config_parity
 from moeconv.verification.models.reference import reference_config
 
 # What a user writes over the sample's YAML (None: left out), and what MaxText makes of it.
@@ -100,9 +101,9 @@ def test_convert_and_verify_read_alike(made, tmp_path, name, sidecar):
 def test_a_right_conversion_is_described_right(made, tmp_path):
     config = made.config_file(tmp_path, model_name="mixtral-8x7b", rope_max_timescale=500_000)
     convert(plan_conversion(str(made.run), ConvertOptions(config=config)), tmp_path / "out")
-    subject = Subject.open(tmp_path / "out")
-    reference = reference_config(subject.model, subject.layout, subject.step, config)
-    (found,) = check_description("layers", subject, reference)
+    candidate = Candidate.open(tmp_path / "out")
+    reference = reference_config(candidate.model, candidate.layout, candidate.step, config)
+    (found,) = check_config_parity(CheckFactory(Level.LAYERS), candidate, reference)
     assert found.status is Status.PASS
 
 
@@ -208,10 +209,10 @@ def test_a_default_that_changed_is_asked_for(undated, tmp_path):
     assert not out.exists()
     flag = ("--set", "normalization_layer_epsilon=1e-6")
     assert moeconv("convert", undated.run, out, "--config", config, *flag).code == 0
-    subject = Subject.open(out)
-    reference = reference_config(subject.model, subject.layout, subject.step, config)
+    candidate = Candidate.open(out)
+    reference = reference_config(candidate.model, candidate.layout, candidate.step, config)
     assert reference.keys["normalization_layer_epsilon"] == 1e-6
-    (found,) = check_description("layers", subject, reference)
+    (found,) = check_config_parity(CheckFactory(Level.LAYERS), candidate, reference)
     assert found.status is Status.WARN
     assert set(found.metrics) == {"rms_norm_eps"}
 

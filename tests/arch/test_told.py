@@ -67,7 +67,7 @@ def test_keys_left_out_have_maxtexts_defaults(tmp_path):
     path.write_text("decoder_block: mixtral\nnormalization_layer_epsilon: 1e-6\n")
     told = from_config_file(path)
     assert told["normalization_layer_epsilon"].value == 1e-6  # YAML 1.1 reads it as text
-    assert told["decoder_block"].provenance == Provenance(Origin.CONFIG, str(path))
+    assert told["decoder_block"].provenance == Provenance(Origin.CONFIG, f"{path}:1")
     assert told["rope_max_timescale"].value == 10_000
     assert told["rope_max_timescale"].provenance.origin is Origin.DEFAULT
     assert not told["rope_max_timescale"].explicit

@@ -20,7 +20,7 @@ from moeconv.errors import NotACheckpointError, TensorError, UsageError
         ("missing", ["does not exist"]),
         ("random", ["is no MaxText checkpoint"]),
         ("empty-checkpoints", ["is no MaxText checkpoint"]),
-        ("empty-step", ["holds only unfinished saves (7"]),
+        ("empty-step", ["holds no step that can be read (7: no _METADATA"]),
         ("converted", ["is no MaxText checkpoint"]),
     ],
 )
@@ -74,11 +74,18 @@ def test_no_arguments():
         assert "Traceback" not in ran.err
 
 
+def leave_unfinished(step):
+    """As Orbax leaves a save that was killed: the time of the commit comes before the marker."""
+    (step / "commit_success.txt").unlink()
+    path = step / "_CHECKPOINT_METADATA"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "commit_timestamp_nsecs": None}))
+
+
 def test_an_unfinished_save(checkpoint):
-    (checkpoint.step_dir / "commit_success.txt").unlink()
+    leave_unfinished(checkpoint.step_dir)
     for spec in (checkpoint.step_dir, checkpoint.items):
         ran = moeconv("convert", spec, out_of(checkpoint))
-        refused(ran, NotACheckpointError, "has no commit_success.txt", out=out_of(checkpoint))
+        refused(ran, NotACheckpointError, "has no commit time", out=out_of(checkpoint))
     ran = convert(checkpoint)
     refused(ran, NotACheckpointError, "only unfinished saves (0", out=out_of(checkpoint))
 
@@ -98,7 +105,7 @@ def test_newer_unfinished_steps_are_passed_over(checkpoint):
     steps = checkpoint.step_dir.parent
     for name in ("3", "12"):
         shutil.copytree(checkpoint.step_dir, steps / name)
-    (steps / "12" / "commit_success.txt").unlink()
+    leave_unfinished(steps / "12")
     (steps / "20").mkdir()
     (steps / "30.orbax-checkpoint-tmp-1").mkdir()
     ran = convert(checkpoint)

@@ -52,7 +52,7 @@ def test_no_layers_at_all(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["decoder.layers.self_attention.query_norm.scale", "decoder.layers.mlp.wi_0.kernel",
-     "vision_encoder.patch.kernel", "decoder.layers.MoeBlock_0.gate.bias"],
+     "image_encoder.patch.kernel", "decoder.layers.MoeBlock_0.gate.bias"],
 )  # fmt: skip
 def test_an_extra_parameter(tmp_path, name):
     """Never dropped."""
@@ -112,7 +112,7 @@ def test_another_frameworks_checkpoint(tmp_path):
     beside = {("model", "w"): np.zeros((2, 2), np.float32)}
     step = orbax_writer.write(tmp_path / "run" / "1", {}, beside=beside)
     ran = moeconv("convert", step, tmp_path / "out")
-    words = ("no parameters below params.params (it holds model)",)
+    words = ("no parameters of a MaxText model (it holds model)", "none below params.params")
     refused(ran, NotACheckpointError, *words, out=tmp_path / "out")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tensorstore as ts
+import yaml
 from cli_runner import moeconv
 from maxtext_lab import ENVY, TIED
 from refusals import WI_0, convert, out_of, refused
@@ -56,8 +57,16 @@ def test_an_ocdbt_file_without_its_content(made, tmp_path, damage):
     assert f"{checkpoint.items}: parameter " in sentence
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut", "zeros"])
-@pytest.mark.parametrize("pattern", ["manifest.ocdbt", "d/*"])
+@pytest.mark.parametrize(
+    ("pattern", "damage"),
+    [
+        ("manifest.ocdbt", "cut"),
+        ("manifest.ocdbt", "zeros"),
+        ("d/*", "gone"),
+        ("d/*", "cut"),
+        ("d/*", "zeros"),
+    ],
+)
 def test_a_damaged_ocdbt_index(maxtext_lab, tmp_path, damage, pattern):
     """As MaxText wrote it."""
     run = tmp_path / "run"
@@ -70,6 +79,22 @@ def test_a_damaged_ocdbt_index(maxtext_lab, tmp_path, damage, pattern):
     ran = moeconv("convert", run, tmp_path / "out")
     words = ("checkpoints/0/items", "the save is", "damaged")
     refused(ran, NotACheckpointError, *words, out=tmp_path / "out")
+
+
+def test_without_the_merged_index_the_processes_parts_are_read(maxtext_lab, tmp_path):
+    """They stay when Orbax merges them, and have it all."""
+    lab = maxtext_lab.checkpoint(ENVY, TIED)
+    run = tmp_path / "run"
+    shutil.copytree(lab.run_dir, run)
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(dict(lab.config)))
+    assert moeconv("convert", run, tmp_path / "merged", "--config", config).code == 0
+    (run / "checkpoints" / "0" / "items" / "manifest.ocdbt").unlink()
+    ran = moeconv("convert", run, tmp_path / "parts", "--config", config)
+    assert ran.code == 0
+    assert "Orbax never merged what 1 process wrote" in ran.err
+    one, other = (tmp_path / name / "model.safetensors" for name in ("merged", "parts"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 @pytest.mark.parametrize("zarr3", [True, False])

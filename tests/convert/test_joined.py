@@ -16,7 +16,7 @@ from moeconv.families import blocks, targets
 from moeconv.mapping.reverse import restore
 from moeconv.mapping.rules import EVERY_LAYER, MOE_LAYERS, Rule
 from moeconv.tensor.form import Form
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.levels.weights import check_weights
 
@@ -83,7 +83,7 @@ def test_what_is_written_is_what_numpy_joins(tmp_path, split, scanned) -> None:
         ]
         rows = [head.reshape(head.shape[0], -1).T for head in heads]
         assert np.array_equal(found[QKV.format(L=number)], np.concatenate(rows))
-    verdict = check_weights(Subject.open(tmp_path / "out"), jobs=2, memory=2**30)
+    verdict = check_weights(Candidate.open(tmp_path / "out"), jobs=2, memory=2**30)
     assert worst(verdict) is Status.PASS, verdict
 
 
@@ -91,7 +91,7 @@ def test_the_way_back(tmp_path) -> None:
     checkpoint = synthetic.write(tmp_path / "run")
     prepared = plan(checkpoint)
     edges = tuple(prepared.plan.edges.values())
-    made = {e.target: e.apply(lambda source: checkpoint.arrays[source.name]) for e in edges}
+    made = {e.target: e.apply(lambda source: checkpoint.arrays[source]) for e in edges}
     back = restore(edges, made.__getitem__)
     assert set(back) == set(checkpoint.arrays)
     for name, array in checkpoint.arrays.items():
@@ -102,13 +102,13 @@ def test_one_flipped_bit_of_either_part_is_found(tmp_path) -> None:
     checkpoint = synthetic.write(tmp_path / "run")
     convert(plan(checkpoint, max_shard_bytes=10**9), tmp_path / "out")
     file = next((tmp_path / "out").glob("*.safetensors"))
-    place = plan(checkpoint).plan.places[GATE_UP.format(L=1)]
+    place = plan(checkpoint).plan.output.places[GATE_UP.format(L=1)]
     clean = file.read_bytes()
     for value in (0, 1, 7):
         data = bytearray(clean)
         data[place.offset + 4 * value] ^= 1
         file.write_bytes(data)
-        found = check_weights(Subject.open(tmp_path / "out"), jobs=1, memory=2**30)
+        found = check_weights(Candidate.open(tmp_path / "out"), jobs=1, memory=2**30)
         assert [check.tensors for check in found if check.status is Status.FAIL] == [
             [GATE_UP.format(L=1)]
         ]

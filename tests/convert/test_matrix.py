@@ -146,7 +146,7 @@ CASES |= {
     ),
     "deepseek_v3-yarn-not-stretched-not-truncated": (
         DEEPSEEK_V3,
-        {"original_max_position_embeddings": 128, "beta_fast": 8, "rope_truncate": False},
+        {"max_position_embeddings": 64, "rope_truncate": False},
     ),
     # Without a bias the router is the same under any name, but that groups are ignored.
     "deepseek_v3-own-name-without-bias": (

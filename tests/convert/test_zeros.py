@@ -8,7 +8,7 @@ import synthetic
 from moeconv.artifact.manifest import Manifest
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.levels.weights import check_weights
 
@@ -58,7 +58,7 @@ def test_who_insists_gets_zeros_and_never_a_pass(tmp_path, storage):
     written = Manifest.model_validate_json((out / "moeconv.json").read_bytes())
     assert written.missing_chunks == {NAME: [[0, 0, 0, 0]]}
     assert [w for w in written.warnings if NAME in w]
-    checks = check_weights(Subject.open(out), jobs=1, memory=2**30)
+    checks = check_weights(Candidate.open(out), jobs=1, memory=2**30)
     assert worst(checks) is Status.WARN
 
     whole = write(tmp_path / "whole", storage, zeros=True)

@@ -18,7 +18,7 @@ from moeconv.arch.layout import detect_layout
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError, OutputError, UnsupportedError
 from moeconv.hub.local import Output
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.levels.weights import check_weights
 
@@ -98,8 +98,8 @@ def test_an_output_passes_the_levels_that_need_no_framework(name: str, tmp_path:
     options = ConvertOptions(config=checkpoint.config_file())
     manifest = convert(plan_conversion(str(checkpoint.run), options), tmp_path / "out")
     assert manifest.target == BLOCKS[name].targets[0]
-    subject = Subject.open(tmp_path / "out")
-    found = check_weights(subject, jobs=1, memory=2**30)
+    candidate = Candidate.open(tmp_path / "out")
+    found = check_weights(candidate, jobs=1, memory=2**30)
     assert worst(found) is Status.PASS, found
 
 
@@ -215,6 +215,6 @@ def test_a_manifest_of_what_its_target_cannot_hold_is_none(tmp_path, target, kin
         content["model"]["layer_kinds"]["value"] = kinds
     (out / "moeconv.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="not a manifest that this moeconv can read"):
-        Subject.open(out)
+        Candidate.open(out)
     with pytest.raises(OutputError, match="not a manifest that this moeconv can read"):
         Output.open(out)

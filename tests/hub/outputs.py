@@ -10,15 +10,17 @@ import synthetic
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-from moeconv.verification.candidate import Subject
-from moeconv.verification.checks import Check, passed
+from moeconv.verification.candidate import Candidate
+from moeconv.verification.checks import Check, CheckFactory
+from moeconv.verification.levels import Level
 from moeconv.verification.levels.parity import Parity, parity_checks
 from moeconv.verification.measure.metrics import compare_logits
 from moeconv.verification.measure.routing import Choice, compare_routing
 from moeconv.verification.measure.tokens import TEXT, Rows
 from moeconv.verification.report.files import write_report
 from moeconv.verification.report.report import Report, make_report
-from moeconv.verification.run import VerifyOptions, verify
+from moeconv.verification.run import verify
+from moeconv.verification.settings import VerifyOptions
 
 FACTS = {
     "dataset": "roneneldan/TinyStories",
@@ -124,15 +126,15 @@ def parity(
     router = {1: rng.standard_normal((1, length, 4))}
     routing = compare_routing(router, router, choice=Choice(2), shape=(1, length))
     found = Parity(rows, other, other, other, routing)
+    logits = CheckFactory(Level.LOGITS)
     return [
-        passed(
-            "logits",
+        logits.passed(
             "reference",
             f"{reference}, by the run's sidecar",
             metrics={"against": against},
         ),
-        *parity_checks("logits", found, reference=reference),
-        passed("logits", "greedy", "all 24 greedy tokens are the same"),
+        *parity_checks(logits, found, reference=reference),
+        logits.passed("greedy", "all 24 greedy tokens are the same"),
     ]
 
 
@@ -140,7 +142,7 @@ def attest(out: Path, logits: list[Check] | None = None) -> Report:
     """Levels structure and weights as they are, and the given checks of level logits."""
     options = VerifyOptions(levels=("structure", "weights"))
     checks = [*verify(out, source=None, options=options).checks, *(logits or [])]
-    report = make_report(Subject.open(out), checks)
+    report = make_report(Candidate.open(out), checks)
     write_report(report, out)
     return report
 

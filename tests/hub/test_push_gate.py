@@ -8,7 +8,7 @@ import pytest
 from pushed import flip_byte
 
 from moeconv.errors import OutputError, UnverifiedError
-from moeconv.verification.checks import skipped
+from moeconv.verification.checks import CheckFactory
 
 
 def against_another(out) -> None:
@@ -21,7 +21,9 @@ def edit_report(out, **changes) -> None:
 
 
 NOT_INSTALLED = [
-    skipped(level, level, f"level {level} compares two models, but torch is not installed")
+    CheckFactory(level).skipped(
+        level, f"level {level} compares two models, but torch is not installed"
+    )
     for level in ("logits", "layers")
 ]
 

@@ -15,8 +15,8 @@ from moeconv.hub.gate import judge
 from moeconv.hub.local import Output
 from moeconv.verification.checks import Status
 from moeconv.verification.report.files import write_report
-from moeconv.verification.run import VerifyOptions, verify
-from moeconv.verification.settings import ParityOptions
+from moeconv.verification.run import verify
+from moeconv.verification.settings import ParityOptions, VerifyOptions
 
 pytestmark = pytest.mark.maxtext
 

@@ -6,7 +6,7 @@ import synthetic
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import StorageError
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status
 from moeconv.verification.levels import tokenizers
 
@@ -25,6 +25,6 @@ def test_a_store_that_fails_warns(tmp_path, monkeypatch):
         raise StorageError("gs://bucket/run: no answer")
 
     monkeypatch.setattr(tokenizers, "run_tokenizer", fails)
-    (found,) = tokenizers.check_own_tokenizer(Subject.open(tmp_path / "out"))
+    (found,) = tokenizers.check_own_tokenizer(Candidate.open(tmp_path / "out"))
     assert found.status is Status.WARN
     assert "gs://bucket/run: no answer" in found.summary

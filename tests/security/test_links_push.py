@@ -10,7 +10,7 @@ import pytest
 from moeconv.errors import OutputError
 from moeconv.hub.local import newest_output
 from moeconv.hub.prepare import Parcel, PushOptions, prepare
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.report.files import write_report
 from moeconv.verification.report.report import make_report
 
@@ -19,7 +19,7 @@ from moeconv.verification.report.report import make_report
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("push")
     out = outputs.convert_run(outputs.write_run(folder / "run"), folder / "out")
-    report = make_report(Subject.open(out), outputs.parity(1e-6))
+    report = make_report(Candidate.open(out), outputs.parity(1e-6))
     write_report(report, out)  # with plots; what it lacks does not matter here
     return out
 

@@ -135,7 +135,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_read(run, tmp_path):
 
 
 def test_a_tokenizer_without_end_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("moeconv.hf.tokenizer._LIMIT", 1000)
+    monkeypatch.setattr("moeconv.hf.tokenizer.source._LIMIT", 1000)
     (tmp_path / "tokenizer.json").write_text("{" + " " * 1000)
     for spec in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(TokenizerError, match="is larger than"):
@@ -187,7 +187,7 @@ class Quiet(SimpleHTTPRequestHandler):
 def test_verify_says_that_a_run_s_tokenizer_outside_was_not_compared(run, outside):
     """The model was converted with --tokenizer: there is a verdict, with a warning."""
     _tell(run, "../somebody")
-    subject = SimpleNamespace(step=locate(str(run)), out=run / "tokenizer")
-    (check,) = check_own_tokenizer(subject)
+    candidate = SimpleNamespace(step=locate(str(run)), out=run / "tokenizer")
+    (check,) = check_own_tokenizer(candidate)
     assert check.status is Status.WARN
     assert "leads out of" in check.summary

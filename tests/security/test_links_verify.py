@@ -13,7 +13,7 @@ import planted
 import pytest
 
 from moeconv.errors import ConfigError, MoeconvError, UsageError
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status
 from moeconv.verification.levels.structure import check_structure
 from moeconv.verification.measure.tokens import find_sample
@@ -64,7 +64,7 @@ def test_nothing_in_out_leads_out_of_it(out, outside, name, plant):
     (out / name).parent.mkdir(exist_ok=True)
     outside.plant(plant, out / name)
     with planted.at_once(), pytest.raises(ConfigError, match="cannot be read: "):
-        Subject.open(out)
+        Candidate.open(out)
     assert outside.untouched()
 
 
@@ -81,7 +81,7 @@ def test_nor_does_the_index(out, outside, name):
     index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=f"it names {name}, which leads out of"):
-        Subject.open(out)
+        Candidate.open(out)
     with pytest.raises(ConfigError, match="leads out of"):
         check_folder(out)
 
@@ -93,7 +93,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_verified(out, tmp_path, without_transf
     for path in sorted(snapshot.iterdir()):
         shutil.move(path, repo / "blobs" / path.name)
         path.symlink_to(os.path.relpath(repo / "blobs" / path.name, snapshot))
-    checks = check_structure(Subject.open(snapshot))
+    checks = check_structure(Candidate.open(snapshot))
     assert {check.status for check in checks} <= {Status.PASS, Status.SKIP}
 
 
@@ -104,7 +104,7 @@ def test_a_report_is_written_over_a_plant_not_through_it(out, outside, monkeypat
         return [folder / PLOTS[0]]
 
     monkeypatch.setattr(written, "draw_plots", draw)
-    report = make_report(Subject.open(out), [])
+    report = make_report(Candidate.open(out), [])
     for name in ("verify.json", "verify.md", *PLOTS):
         outside.plant(plant, out / name)
         (out / "zz-hop").unlink(missing_ok=True)
@@ -121,7 +121,7 @@ def test_a_report_is_written_over_a_plant_not_through_it(out, outside, monkeypat
 
 
 def test_a_plot_that_is_not_drawn_any_more_is_removed_itself(out, outside):
-    report = make_report(Subject.open(out), [])
+    report = make_report(Candidate.open(out), [])
     (out / PLOTS[0]).symlink_to(outside.folder / "secret")
     write_report(report, out)
     assert not (out / PLOTS[0]).is_symlink()
@@ -136,7 +136,7 @@ def test_prompts_are_a_regular_file(tmp_path, outside, plant):
 
 
 def _files(out: Path) -> Status:
-    return next(c.status for c in check_structure(Subject.open(out)) if c.name == "files")
+    return next(c.status for c in check_structure(Candidate.open(out)) if c.name == "files")
 
 
 def _leftover(out: Path, name: str = ".moeconv-verify-abc") -> Path:
@@ -151,7 +151,7 @@ def test_what_a_killed_verify_left_is_no_stranger_and_goes(out, without_transfor
     """Every later verdict was WARN."""
     left = _leftover(out)
     assert _files(out) is Status.PASS
-    write_report(make_report(Subject.open(out), []), out)
+    write_report(make_report(Candidate.open(out), []), out)
     assert not left.exists()
     assert not any(path.name.startswith(".moeconv") for path in out.iterdir())
 
@@ -161,11 +161,11 @@ def test_the_folder_of_a_verify_at_work_stays(out):
     fresh.mkdir()
     descriptor = os.open(held, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    write_report(make_report(Subject.open(out), []), out)
+    write_report(make_report(Candidate.open(out), []), out)
     assert held.is_dir()
     assert fresh.is_dir()  # it may not be held yet
     os.close(descriptor)
-    write_report(make_report(Subject.open(out), []), out)
+    write_report(make_report(Candidate.open(out), []), out)
     assert not held.exists()
 
 
@@ -194,7 +194,7 @@ def test_a_verify_holds_its_folder_while_it_writes(out, monkeypatch):
         seen.append(folder.is_dir())
 
     _while_written(monkeypatch, look)
-    write_report(make_report(Subject.open(out), []), out)
+    write_report(make_report(Candidate.open(out), []), out)
     assert seen == [True]
     assert not any(path.name.startswith(".moeconv") for path in out.iterdir())
 
@@ -214,7 +214,7 @@ def test_a_folder_that_becomes_a_link_while_a_report_is_written(tmp_path, out, m
         target.symlink_to(victim)
 
     _while_written(monkeypatch, swap)
-    write_report(make_report(Subject.open(out), []), shared)
+    write_report(make_report(Candidate.open(out), []), shared)
     assert {path.name: path.read_text() for path in victim.iterdir()} == {
         "verify.json": "precious",
         "verify.md": "precious",
@@ -227,7 +227,7 @@ def test_a_folder_with_a_leftover_s_name_and_other_files_stays(out):
     left = _leftover(out)
     (left / "photos").mkdir()
     os.utime(left, (time.time() - 60,) * 2)
-    write_report(make_report(Subject.open(out), []), out)
+    write_report(make_report(Candidate.open(out), []), out)
     assert (left / "photos").is_dir()
     assert (left / "verify.md").read_text() == "half"
 
@@ -247,11 +247,11 @@ def test_what_only_has_a_leftover_s_name_is_a_stranger(out, outside, plant, with
 def _report(out: Path, at: Path):
     aside = out.parent / "aside"
     shutil.copytree(out, aside, ignore=lambda *_: [at.name])
-    return make_report(Subject.open(aside), [])
+    return make_report(Candidate.open(aside), [])
 
 
 def test_a_file_with_a_leftover_s_name_is_a_stranger(out, without_transformers):
     (out / ".moeconv-verify-abc").write_text("mine")
     assert _files(out) is Status.WARN
-    write_report(make_report(Subject.open(out), []), out)
+    write_report(make_report(Candidate.open(out), []), out)
     assert (out / ".moeconv-verify-abc").read_text() == "mine"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.hf.safetensors import read_header
-from moeconv.verification.levels.structure import sha256
+from moeconv.verification.files import sha256
 
 SIZES = {"V": 32, "D": 16, "H": 4, "K": 2, "h": 8, "E": 4, "F": 24}
 

@@ -5,12 +5,13 @@ from typing import ClassVar
 
 import numpy as np
 
-from moeconv.verification.candidate import Subject
-from moeconv.verification.levels.layers import check_layers
-from moeconv.verification.levels.logits import check_logits
+from moeconv.verification.candidate import Candidate
+from moeconv.verification.checks import CandidateError, CheckFactory
+from moeconv.verification.context import Verification
+from moeconv.verification.levels import Level, runner
 from moeconv.verification.measure.tokens import RANDOM, Rows
 from moeconv.verification.models.maxtext_layers import MaxTextLayers
-from moeconv.verification.settings import ParityOptions
+from moeconv.verification.settings import ParityOptions, VerifyOptions, unseen
 
 # One row of the whole context is enough to see every mistake below.
 LENGTH = 64
@@ -22,10 +23,14 @@ def rows_for(vocab: int) -> Rows:
 
 
 def check(level, out, options=None):
-    function = {"logits": check_logits, "layers": check_layers}[level]
-    subject = Subject.open(out)
-    rows = rows_for(subject.model.vocab_size)
-    found = function(subject, rows, options or ParityOptions(), lambda text: None)
+    """The checks of a level, of whatever model OUT now is."""
+    options = VerifyOptions(parity=options or ParityOptions())
+    run = Verification(Candidate.open(out), options, lambda text: None, unseen)
+    run.__dict__["rows"] = rows_for(run.candidate.model.vocab_size)
+    try:
+        found = runner(Level(level))(run)
+    except CandidateError as error:
+        found = [CheckFactory(Level(level)).failed(error.check, str(error))]
     return {one.name: one for one in found}
 
 

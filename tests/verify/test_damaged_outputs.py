@@ -11,7 +11,8 @@ from outputs_lab import config
 
 from moeconv.cli.verify import command
 from moeconv.verification.checks import Status
-from moeconv.verification.run import VerifyOptions, verify
+from moeconv.verification.run import verify
+from moeconv.verification.settings import VerifyOptions
 
 
 def cut(out: Path) -> None:

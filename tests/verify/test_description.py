@@ -8,9 +8,10 @@ from parity_lab import check, edit
 from safetensors.numpy import load_file, save_file
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-from moeconv.verification.candidate import Subject
-from moeconv.verification.checks import Status
-from moeconv.verification.levels.config_parity import check_description
+from moeconv.verification.candidate import Candidate
+from moeconv.verification.checks import CheckFactory, Status
+from moeconv.verification.levels import Level
+from moeconv.verification.levels.config_parity import check_config_parity
 from moeconv.verification.models.reference import reference_config
 from moeconv.verification.settings import ParityOptions
 
@@ -35,9 +36,11 @@ TOLD = {
 
 
 def described(out, config=None):
-    subject = Subject.open(out)
-    return check_description(
-        "layers", subject, reference_config(subject.model, subject.layout, subject.step, config)
+    candidate = Candidate.open(out)
+    return check_config_parity(
+        CheckFactory(Level.LAYERS),
+        candidate,
+        reference_config(candidate.model, candidate.layout, candidate.step, config),
     )
 
 

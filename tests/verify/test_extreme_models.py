@@ -13,8 +13,9 @@ from outputs_lab import change, scale
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
 from moeconv.untrusted import strict_json
-from moeconv.verification.checks import Check, Status, passed, worst
-from moeconv.verification.levels.layers import _apart
+from moeconv.verification.checks import Check, CheckFactory, Status, worst
+from moeconv.verification.levels import Level
+from moeconv.verification.levels.hidden import difference
 from moeconv.verification.levels.parity import Parity, parity_checks
 from moeconv.verification.measure.limits import KL
 from moeconv.verification.measure.metrics import compare_logits
@@ -113,9 +114,8 @@ def test_one_bad_number_fails_even_where_a_near_tie_flipped(tmp_path, bad, where
     if where == "logits":
         assert not routing.settled[0, 5], "the position is judged apart"
     rows = Rows(tokens, (TEXT, RANDOM), "a test")
-    checks = parity_checks(
-        "logits", Parity(rows, compared, compared, compared, routing), reference="MaxText"
-    )
+    found = Parity(rows, compared, compared, compared, routing)
+    checks = parity_checks(CheckFactory(Level.LOGITS), found, reference="MaxText")
     assert worst(checks) is Status.FAIL
     report = Report(verdict=worst(checks), levels={}, checks=checks, source="", files={})
     write_report(report, tmp_path)
@@ -131,7 +131,7 @@ def test_hidden_states_that_are_no_numbers_fail_wherever_they_are():
     other = right.copy()
     other[0, 2, 1] = np.nan
     calm = np.array([[True, True, False, True]])
-    assert _apart(right, other, calm).largest == np.inf
+    assert difference(right, other, calm).largest == np.inf
 
 
 def test_no_rounding_excuses_what_is_infinite():
@@ -151,7 +151,9 @@ def test_what_a_check_says_can_be_written_and_shown():
     deep: list = []
     for _ in range(5000):
         deep = [deep]
-    made = passed("structure", "files", "y" * 10_000 + "\x1b[2J", metrics={**metrics, "deep": deep})
+    made = CheckFactory(Level.STRUCTURE).passed(
+        "files", "y" * 10_000 + "\x1b[2J", metrics={**metrics, "deep": deep}
+    )
     assert made.metrics["a"] == [1.0, None] and made.metrics["b"] == {"c": None}
     text = strict_json.dumps(made.model_dump(mode="json")).decode()
     assert "\x1b" not in made.summary and len(made.summary) == 2000

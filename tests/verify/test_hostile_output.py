@@ -10,11 +10,12 @@ from cli_runner import Ran, moeconv
 from outputs_lab import admit, edit
 
 from moeconv.untrusted import strict_json
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status
 from moeconv.verification.levels.structure import check_structure
 from moeconv.verification.report.report import Report
-from moeconv.verification.run import VerifyOptions, verify
+from moeconv.verification.run import verify
+from moeconv.verification.settings import VerifyOptions
 
 # Seconds of the processor that an answer may take, with the import of torch: each of these ran for
 # minutes, or until it was killed.
@@ -49,9 +50,9 @@ def described(**fields):
     def change(out: Path) -> None:
         rewrite(out, lambda m: [m["model"][k].update(value=v) for k, v in fields.items()])
         names = {"num_experts": "num_local_experts"}
-        subject = Subject.open(out)
-        (out / "config.json").write_text(json.dumps(subject.wanted_config))
-        assert set(fields) <= set(names) | set(subject.wanted_config) | {"layer_kinds"}
+        candidate = Candidate.open(out)
+        (out / "config.json").write_text(json.dumps(candidate.wanted_config))
+        assert set(fields) <= set(names) | set(candidate.wanted_config) | {"layer_kinds"}
         admit(out, "config.json")
 
     return change
@@ -171,11 +172,11 @@ def test_a_manifest_that_names_what_convert_never_writes_fails(out, name, monkey
     (out / "modeling_evil.py").write_text("evil")
     opened = []
     monkeypatch.setattr(
-        "moeconv.verification.levels.structure.open_inside",
+        "moeconv.verification.files.open_inside",
         lambda folder, name: opened.append(name),
     )
     rewrite(out, lambda m: m["files"].update({name: {"size": 1, "sha256": "0"}}))
-    found = {c.name: c for c in check_structure(Subject.open(out))}["files"]
+    found = {c.name: c for c in check_structure(Candidate.open(out))}["files"]
     assert found.status is Status.FAIL and "never writes" in found.summary
     assert opened == [], "nothing is opened by such a manifest"
     monkeypatch.undo()

@@ -18,7 +18,7 @@ from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.families import targets_of
 from moeconv.hf.safetensors import read_header
 from moeconv.mapping.edges import cannot_hold
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.levels.structure import check_structure
 from moeconv.verification.levels.weights import check_weights
@@ -27,7 +27,7 @@ GIB = 2**30
 
 
 def weights(out: Path):
-    return check_weights(Subject.open(out), jobs=2, memory=GIB)
+    return check_weights(Candidate.open(out), jobs=2, memory=GIB)
 
 
 @settings(
@@ -159,7 +159,7 @@ MUTATIONS = {
 
 
 def test_the_right_one_passes(right):
-    checks = check_structure(Subject.open(right)) + weights(right)
+    checks = check_structure(Candidate.open(right)) + weights(right)
     assert worst(checks) is Status.PASS
     assert {c.name for c in checks if c.status is Status.SKIP} == {"tokenizer"}
 
@@ -170,8 +170,8 @@ def test_every_mistake_is_found(right, tmp_path, name):
     out = tmp_path / "out"
     shutil.copytree(right, out)
     break_it(out)
-    subject = Subject.open(out)
-    found = {c.name: c for c in check_structure(subject)}
+    candidate = Candidate.open(out)
+    found = {c.name: c for c in check_structure(candidate)}
     assert found["files"].status is Status.FAIL, "the manifest's sha256 sees any change"
     if check == "values":
         found |= {c.name: c for c in weights(out)}
@@ -193,10 +193,10 @@ def test_rounded_weights_that_everything_calls_fp32_are_found(right, tmp_path):
     options = ConvertOptions(config=right.parent / "config.yml", dtype="bfloat16")
     out = tmp_path / "out"
     convert(plan_conversion(str(right.parent / "run"), options), out)
-    assert worst(check_structure(Subject.open(out))) is Status.PASS
+    assert worst(check_structure(Candidate.open(out))) is Status.PASS
     edit(out, dtype="float32", torch_dtype="float32")
     admit(out, "config.json", dtype="float32")
-    found = {c.name: c for c in check_structure(Subject.open(out))}
+    found = {c.name: c for c in check_structure(Candidate.open(out))}
     assert {n for n, c in found.items() if c.status is Status.FAIL} == {"dtypes"}
     assert "config.json says float32" in found["dtypes"].summary
     assert weights(out)[0].status is Status.FAIL

@@ -15,7 +15,7 @@ from outputs_lab import admit
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 
 ROOT = Path(__file__).parents[2]
-DOOR = ROOT / "moeconv" / "verify" / "transformers_load.py"
+DOOR = ROOT / "moeconv" / "verification" / "models" / "transformers_load.py"
 SOURCES = [p for folder in ("moeconv", "train") for p in sorted((ROOT / folder).rglob("*.py"))]
 
 # Methods and functions that load a model, a tokenizer or a config, or code for one.
@@ -47,6 +47,8 @@ IMPORTS = {
     ("moeconv/cli/main.py", "COMMANDS[cmd_name][0]"),  # a table of ours
     ("moeconv/families/__init__.py", "f'{__name__}.{name}'"),  # our own modules
     ("moeconv/families/__init__.py", "entry.value"),  # of a package that the user installed
+    ("moeconv/verification/levels/__init__.py", "f'{__name__}.{level}'"),  # our own modules
+    ("moeconv/verification/run.py", "package"),  # a table of ours
     ("train/seams.py", "f'maxtext.{module}'"),  # a table of ours
     ("moeconv/hf/hub_client.py", "HttpError.__module__.split('.')[0]"),  # the hub library's own
 }

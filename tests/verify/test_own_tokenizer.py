@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from outputs_lab import edit, write_tokenizer
 
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status
 from moeconv.verification.levels.structure import check_structure
 from moeconv.verification.levels.tokenizers import check_own_tokenizer
@@ -30,7 +30,7 @@ def test_a_stale_tokenizer_is_found(told, tmp_path, name):
     out = tmp_path / "out"
     shutil.copytree(told, out)
     write_tokenizer(out, words, **options)
-    (check,) = check_own_tokenizer(Subject.open(out))
+    (check,) = check_own_tokenizer(Candidate.open(out))
     assert (check.status, check.level) == (status, "weights")
     assert summary in check.summary
 
@@ -49,7 +49,7 @@ def test_a_tokenizer_that_does_not_fit_is_found_without_the_checkpoint(told, tmp
 
 
 def tokenizer_check(out: Path):
-    return next(c for c in check_structure(Subject.open(out)) if c.name == "tokenizer")
+    return next(c for c in check_structure(Candidate.open(out)) if c.name == "tokenizer")
 
 
 def test_text_must_survive_the_tokenizer(told, tmp_path):

@@ -11,10 +11,10 @@ from parity_lab import Compiled, check, edit
 
 from moeconv.errors import UnsupportedError, UsageError
 from moeconv.hf.safetensors import read_header
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
-from moeconv.verification.run import VerifyOptions, verify
-from moeconv.verification.settings import ParityOptions, parse_against
+from moeconv.verification.run import verify
+from moeconv.verification.settings import ParityOptions, VerifyOptions, parse_against
 
 PROOF = pytest.mark.proof("parity")
 MISTAKES = pytest.mark.proof("parity of mistakes")
@@ -22,7 +22,8 @@ MISTAKES = pytest.mark.proof("parity of mistakes")
 
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
-    monkeypatch.setattr("moeconv.verification.levels.layers.MaxTextLayers", Compiled)
+    for module in ("layers", "reference"):
+        monkeypatch.setattr(f"moeconv.verification.levels.{module}.MaxTextLayers", Compiled)
 
 
 @pytest.mark.parametrize("name", ["fp32", pytest.param("bf16", marks=PROOF), "compact"])
@@ -228,6 +229,6 @@ def test_what_cannot_run_says_why(envy, monkeypatch):
     with pytest.raises(UsageError, match="neither"):
         parse_against("pytorch")
     assert parse_against("maxtext") is None and str(parse_against("hf:x")) == "x"
-    monkeypatch.setattr(Subject, "items", None)
+    monkeypatch.setattr(Candidate, "items", None)
     with pytest.raises(UnsupportedError, match="local disk"):
         check("logits", envy / "fp32")

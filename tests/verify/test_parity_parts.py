@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moeconv.tensor.values import Affine, Fold
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError, Status
 from moeconv.verification.measure.limits import HIDDEN, KL, LIMITS
 from moeconv.verification.measure.rounding import Rounding, roundings
@@ -46,18 +46,18 @@ def test_moved_weights_stay_within_the_rounding(dtype):
 
 
 def test_exact_edges_are_not_moved(envy):
-    assert roundings(Subject.open(envy / "fp32").edges.values()) == {}
-    names = roundings(Subject.open(envy / "bf16").edges.values())
-    assert set(names) == set(Subject.open(envy / "bf16").arrays.info)
+    assert roundings(Candidate.open(envy / "fp32").edges.values()) == {}
+    names = roundings(Candidate.open(envy / "bf16").edges.values())
+    assert set(names) == set(Candidate.open(envy / "bf16").arrays.info)
 
 
 def test_layers_are_laid_out_once_and_cleaned_up(envy, tmp_path):
-    subject = Subject.open(envy / "fp32")
+    candidate = Candidate.open(envy / "fp32")
     name = ("MoeBlock_0.wi_0", 3)
-    stored = subject.layout.places[name]
-    info = subject.arrays.info[stored.name]
-    whole = subject.arrays.reader(info.name, 1 << 20).read(tuple(slice(0, n) for n in info.shape))
-    with LayerReader(subject.arrays, subject.layout, scratch=tmp_path) as read:
+    stored = candidate.layout.places[name]
+    info = candidate.arrays.info[stored.name]
+    whole = candidate.arrays.reader(info.name, 1 << 20).read(tuple(slice(0, n) for n in info.shape))
+    with LayerReader(candidate.arrays, candidate.layout, scratch=tmp_path) as read:
         assert read.scratch_bytes > 0
         assert np.array_equal(
             read(*name), np.take(whole, stored.entry(3)["L"], stored.axes.index("L"))

@@ -5,7 +5,8 @@ import pytest
 
 from moeconv.mapping.rules import Probe
 from moeconv.verification.models import transformers as hf
-from moeconv.verification.models.run_layers import walk
+from moeconv.verification.models.run_layers import run_layers
+from moeconv.verification.models.transformers_parts import router_of
 
 SIZES = {
     "vocab_size": 48,
@@ -104,12 +105,12 @@ def test_one_layer_at_a_time_is_the_whole(name, tmp_path, monkeypatch):
     whole = hf.HfModel.load(tmp_path)
     logits, routers = whole.run(tokens)
     layers = hf.HfLayers(tmp_path)
-    walked = walk(layers, tokens)
-    found = layers.logits(layers.norm(walked.hidden))
+    output = run_layers(layers, tokens)
+    found = layers.logits(layers.norm(output.hidden))
     assert np.abs(found - logits).max() <= 1e-5 * np.abs(logits).max()
-    moe = [n for n, layer in enumerate(whole._model.model.layers) if hf._router(layer, probe)]
-    assert sorted(routers) == sorted(walked.routers) == moe
+    moe = [n for n, layer in enumerate(whole._model.model.layers) if router_of(layer, probe)]
+    assert sorted(routers) == sorted(output.routers) == moe
     for n, scores in routers.items():
         assert scores.shape == (2, 24, settings.get("num_local_experts", 8))
         assert np.isfinite(scores).all() and scores.std() > 0
-        assert np.abs(walked.routers[n] - scores).max() <= 1e-5
+        assert np.abs(output.routers[n] - scores).max() <= 1e-5

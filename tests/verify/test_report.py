@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moeconv.errors import OutputError
-from moeconv.verification.checks import Check, Status, failed, passed, skipped, worst
+from moeconv.verification.checks import Check, CheckFactory, Status, worst
+from moeconv.verification.levels import Level
 from moeconv.verification.levels.parity import Parity, parity_checks
 from moeconv.verification.measure.limits import LIMITS
 from moeconv.verification.measure.metrics import compare_logits
@@ -22,6 +23,7 @@ from moeconv.verification.report.plots import PLOTS
 from moeconv.verification.report.report import Report
 
 ROOT = Path(__file__).parents[2]
+STRUCTURE, WEIGHTS, LAYERS = map(CheckFactory, (Level.STRUCTURE, Level.WEIGHTS, Level.LAYERS))
 
 
 def parity(noise: float, *, experts: bool = True) -> list[Check]:
@@ -34,7 +36,7 @@ def parity(noise: float, *, experts: bool = True) -> list[Check]:
     router = {0: rng.standard_normal((2, 40, 4))} if experts else {}
     routing = compare_routing(router, router, choice=Choice(2), shape=(2, 40))
     found = Parity(rows, other, other, other, routing)
-    return parity_checks("logits", found, reference="MaxText")
+    return parity_checks(CheckFactory(Level.LOGITS), found, reference="MaxText")
 
 
 def report(checks: list[Check]) -> Report:
@@ -56,7 +58,7 @@ def cells(line: str) -> int:
 @pytest.mark.parametrize("experts", [True, False])
 def test_every_row_has_as_many_cells_as_its_header(tmp_path, experts):
     checks = parity(1e-6, experts=experts)
-    checks += [skipped("layers", "layers", "maxtext | is not installed")]
+    checks += [LAYERS.skipped("layers", "maxtext | is not installed")]
     page = to_markdown(report(checks), [])
     assert len(tables(page)) >= (4 if experts else 3)
     for table in tables(page):
@@ -75,7 +77,7 @@ def test_files_come_and_go_with_the_levels(tmp_path):
         assert name in (tmp_path / "verify.md").read_text()
     read = Report.model_validate(json.loads((tmp_path / "verify.json").read_text()))
     assert read.verdict is Status.PASS
-    write_report(report([passed("structure", "files", "whole")]), tmp_path)
+    write_report(report([STRUCTURE.passed("files", "whole")]), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"verify.json", "verify.md"}
 
 
@@ -95,14 +97,14 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
     monkeypatch.setattr(written, late, fails)
     expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected):
-        write_report(report([passed("structure", "files", "whole")]), tmp_path)
+        write_report(report([STRUCTURE.passed("files", "whole")]), tmp_path)
     assert content(tmp_path) == before
 
 
 def test_the_first_line_says_where_it_fails():
     right, wrong = (
-        passed("structure", "files", "fine"),
-        failed("weights", "values", "one differs", tensors=["model.norm.weight"], layer=3),
+        STRUCTURE.passed("files", "fine"),
+        WEIGHTS.failed("values", "one differs", tensors=["model.norm.weight"], layer=3),
     )
     assert verdict_line(report([right])).startswith("PASS")
     line = verdict_line(report([right, wrong]))

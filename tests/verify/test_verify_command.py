@@ -16,7 +16,8 @@ from outputs_lab import admit, edit, scale
 
 from moeconv.cli.verify import command
 from moeconv.errors import OutputError
-from moeconv.verification.run import VerifyOptions, verify
+from moeconv.verification.run import verify
+from moeconv.verification.settings import VerifyOptions
 
 
 def test_a_verdict_is_of_the_bytes_that_were_seen(right, tmp_path):
@@ -88,7 +89,7 @@ def test_a_bug_is_no_verdict(right, monkeypatch, tmp_path):
     def fails(*args, **kwargs):
         raise AttributeError("of ours")
 
-    monkeypatch.setattr("moeconv.verification.run.check_structure", fails)
+    monkeypatch.setattr("moeconv.verification.levels.structure.run_level", fails)
     options = [str(right), "--level", "structure", "--report", str(tmp_path / "report")]
     result = CliRunner().invoke(command, options)
     assert result.exit_code == 2
@@ -114,12 +115,12 @@ def test_signals_end_it_alike(right, tmp_path, number):
     """Interrupted while it works, it ends with 130 and leaves nothing."""
     code = (
         "import os, sys, tempfile, time\n"
-        "from moeconv.verification import run\n"
-        "def waits(subject):\n"
+        "from moeconv.verification.levels import structure\n"
+        "def waits(run):\n"
         "    with tempfile.TemporaryDirectory(prefix='moeconv-verify-'):\n"
         "        os.write(1, b'working\\n')\n"
         "        time.sleep(60)\n"
-        "run.check_structure = waits\n"
+        "structure.run_level = waits\n"
         "from moeconv.cli.main import main\n"
         f"sys.argv = ['moeconv', 'verify', {str(right)!r}, '--level', 'structure', '-q',\n"
         f"            '--report', {str(tmp_path / 'report')!r}]\n"

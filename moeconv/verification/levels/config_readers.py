@@ -8,12 +8,15 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from moeconv.verification.candidate import Subject
-from moeconv.verification.checks import CandidateError, Check, failed, passed
-from moeconv.verification.models.transformers_load import load_config, quiet, told_of
+from moeconv.verification.boundary import blaming
+from moeconv.verification.candidate import Candidate
+from moeconv.verification.checks import Check, CheckFactory
+from moeconv.verification.levels import Level
+from moeconv.verification.models.transformers_load import load_config, quiet
 
 Config = Mapping[str, Any]
 
+_OF = CheckFactory(Level.STRUCTURE)
 # Written for other releases; 5 keeps them as something else, or writes its own.
 _RENAMED = {"torch_dtype", "dtype", "transformers_version", "architectures", "rope_scaling"}
 
@@ -45,44 +48,45 @@ def as_transformers_5(config: Config) -> dict[str, Any]:
     return {"rope": rope, "dtype": config.get("dtype")}
 
 
-def check_readers(subject: Subject) -> Check:
+def check_config_readers(candidate: Candidate) -> Check:
     """The rules of 4.x and 5.x, and the installed release itself, read the same model.
 
     The release is only asked of a config.json that check `config` finds right: of another one it
     would build whatever that asks for.
     """
-    config = subject.config
+    config = candidate.config
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
         if not isinstance(value, dict | None):
             summary = f"{key} of config.json is {value!r}, not an object"
-            return failed("structure", "readers", summary)
+            return _OF.failed("readers", summary)
     four, five = as_transformers_4(config), as_transformers_5(config)
     wrong = [
         f"{key}: {four[key]} by the rules of transformers 4, {five[key]} by those of 5"
         for key in four
         if four[key] != five[key]
     ]
-    told = "the rules of transformers 4 and 5"
-    if not wrong and not subject.wrong_keys and importlib.util.find_spec("transformers"):
-        with told_of(subject.out, CandidateError, "read config.json of"), quiet():
-            version, read = _installed(subject)
-        told += f", and {version} itself,"
+    asked = "the rules of transformers 4 and 5"
+    if not wrong and not candidate.wrong_keys and importlib.util.find_spec("transformers"):
+        what = f"transformers cannot read config.json of {candidate.out}"
+        with blaming(what, check="readers"), quiet():
+            version, read = _installed(candidate)
+        asked += f", and {version} itself,"
         wrong += [
             f"{key}: {value!r} by transformers {version}, {config[key]!r} in the file"
             for key, value in read.items()
             if value != config[key]
         ]
     if wrong:
-        return failed("structure", "readers", "config.json is not read alike: " + "; ".join(wrong))
-    return passed("structure", "readers", f"{told} read the same model from config.json")
+        return _OF.failed("readers", "config.json is not read alike: " + "; ".join(wrong))
+    return _OF.passed("readers", f"{asked} read the same model from config.json")
 
 
-def _installed(subject: Subject) -> tuple[str, dict[str, Any]]:
+def _installed(candidate: Candidate) -> tuple[str, dict[str, Any]]:
     """The installed release, and its values of the keys that it keeps under their own names."""
     import transformers
 
-    read = load_config(subject.out)
-    names = [k for k in subject.config if k not in _RENAMED and hasattr(read, k)]
+    read = load_config(candidate.out)
+    names = [k for k in candidate.config if k not in _RENAMED and hasattr(read, k)]
     own = {k: getattr(read, k) for k in names}
     return transformers.__version__, own

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from moeconv.tensor.axes import Array
-from moeconv.verification.checks import Check, failed, passed
+from moeconv.verification.checks import Check, CheckFactory
 from moeconv.verification.models.transformers import HfModel
 
 _PROMPT, _NEW = 16, 32
 
 
 def greedy_check(
-    candidate: HfModel,
+    of: CheckFactory,
+    converted: HfModel,
     row: Array,
     others: Mapping[str, Callable[[Array], Array]],
     *,
@@ -25,14 +26,15 @@ def greedy_check(
     """Continues the beginning of `row` with the cache and holds the outcome against `others`.
 
     Args:
-        candidate: The converted model.
+        of: The level.
+        converted: The converted model.
         row: [T] ids whose first ones are the prompt.
         others: Logits [1, T, V] of tokens [1, T], by name.
         tie: Two likeliest tokens closer than this are a tie, at which the comparison ends.
     """
     prompt = row[: max(1, min(_PROMPT, len(row) - 1))]
     count = max(1, min(_NEW, len(row) - len(prompt)))
-    made = candidate.generate(prompt, count)
+    made = converted.generate(prompt, count)
     chosen = made[len(prompt) :]
     same = {}
     for name, forward in others.items():
@@ -42,8 +44,7 @@ def greedy_check(
         differing = np.flatnonzero(best != chosen)
         same[name] = int(differing[0]) if len(differing) else count
         if len(differing) and behind[same[name]] > tie:
-            return failed(
-                "logits",
+            return of.failed(
                 "greedy",
                 f"greedy token {same[name] + 1} of {count} is {chosen[same[name]]} with the KV "
                 f"cache, {best[same[name]]} {name}",
@@ -52,8 +53,7 @@ def greedy_check(
     short = min(same.values())
     text = f"all {count} greedy tokens are" if short == count else f"{short} greedy tokens are"
     rest = "" if short == count else "; then two tokens tie"
-    return passed(
-        "logits",
+    return of.passed(
         "greedy",
         f"{text} the same with the KV cache, {' and '.join(others)}{rest}",
         metrics={"prompt": prompt.tolist(), "tokens": chosen.tolist(), "same": same},

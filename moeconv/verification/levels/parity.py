@@ -1,15 +1,16 @@
 """The verdict on logits and routers, however they were computed: whole models or layer by layer."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, overload
 
 import numpy as np
 
 from moeconv.tensor.axes import Array
-from moeconv.verification.checks import Check, Level, Status, worse
+from moeconv.verification.checks import Check, CheckFactory, Status, worse
 from moeconv.verification.measure.limits import KL, LOGITS
 from moeconv.verification.measure.metrics import Positions
-from moeconv.verification.measure.routing import Routing, status_of
+from moeconv.verification.measure.routing import Choice, Routing, compare_routing, status_of
 from moeconv.verification.measure.tokens import Rows
 
 # Positions drawn in the plot of KL by position.
@@ -42,17 +43,53 @@ class Parity:
     rounding_routing: Routing | None = None
 
 
-def parity_checks(level: Level, parity: Parity, *, reference: str) -> list[Check]:
+def compare_routers(
+    choice: Choice,
+    rows: Rows,
+    reference: Mapping[int, Array],
+    converted: Mapping[int, Array],
+    rounded: Mapping[int, Array] | None,
+) -> tuple[Routing, Routing | None]:
+    """Routing of the converted model, and of a reference that is rounded as the output is.
+
+    Args:
+        choice: How the model chooses experts.
+        rows: What was run.
+        reference: Router scores [B, T, E] by layer.
+        converted: The same of the converted model.
+        rounded: The same of the rounded reference, None where rounding plays no part.
+
+    Raises:
+        TensorError: A score of the reference is NaN or infinite.
+    """
+    batch, length = rows.tokens.shape
+    baseline = None
+    if rounded is not None:
+        baseline = compare_routing(
+            reference, rounded, choice=choice, shape=(batch, length), rounded=True
+        )
+    found = compare_routing(
+        reference,
+        converted,
+        choice=choice,
+        shape=(batch, length),
+        rounded=baseline is not None,
+        rounding=baseline,
+    )
+    return found, baseline
+
+
+def parity_checks(of: CheckFactory, parity: Parity, *, reference: str) -> list[Check]:
     """The checks of a level: `parity`, `stock` (a tied head), `router` (a Mixture of Experts)."""
-    checks = [_parity(level, parity, reference)]
+    checks = [_parity(of, parity, reference)]
     if parity.stock is not None and parity.head is not None:
-        checks.append(_stock(level, parity))
+        checks.append(_stock(of, parity))
     if parity.routing.layers:
-        checks.append(_router(level, parity))
+        checks.append(_router(of, parity))
     return checks
 
 
-def _parity(level: Level, parity: Parity, reference: str) -> Check:
+def _parity(of: CheckFactory, parity: Parity, reference: str) -> Check:
     found, moved = parity.unrounded, parity.rounding
     settled = parity.routing.settled.reshape(-1)
     strict, slack = _strict(found, parity.routing), _strict(moved, parity.rounding_routing)
@@ -84,11 +121,10 @@ def _parity(level: Level, parity: Parity, reference: str) -> Check:
         summary = f"its logits are NaN or infinite at {found.lost} of {len(found.kl)} positions"
     if status is Status.FAIL:
         summary = f"the converted model is not {reference}'s: {summary}"
-    return Check(
-        level=level,
-        name="parity",
-        status=status,
-        summary=summary,
+    return of.graded(
+        status,
+        "parity",
+        summary,
         layer=first.layer if status is Status.FAIL and first is not None else None,
         metrics=_figures(parity, found, moved) | {"settled": share},
     )
@@ -141,7 +177,7 @@ def _by_position(kl: Array) -> dict[str, list[float]]:
     }
 
 
-def _stock(level: Level, parity: Parity) -> Check:
+def _stock(of: CheckFactory, parity: Parity) -> Check:
     """Against MaxText as it is: no further than the rounding of its head takes MaxText itself."""
     assert parity.stock is not None
     assert parity.head is not None
@@ -150,18 +186,17 @@ def _stock(level: Level, parity: Parity) -> Check:
     moved = _strict(parity.rounding, parity.rounding_routing)
     allowed = float(head.kl.mean()) + (float(moved.kl.mean()) if moved is not None else 0.0)
     status = Status.FAIL if found.lost else KL.grade(kl, allowed)
-    return Check(
-        level=level,
-        name="stock",
-        status=status,
-        summary=f"against MaxText as it is, whose tied head rounds to bfloat16: KL {kl:.1e} on "
+    return of.graded(
+        status,
+        "stock",
+        f"against MaxText as it is, whose tied head rounds to bfloat16: KL {kl:.1e} on "
         f"average; that rounding alone does {head.kl.mean():.1e}; same top token at "
         f"{found.top1.mean():.2%}",
         metrics={"all": found.summary(), "head_rounding": head.summary()},
     )
 
 
-def _router(level: Level, parity: Parity) -> Check:
+def _router(of: CheckFactory, parity: Parity) -> Check:
     """Both send every token to the same experts."""
     routing = parity.routing
     status, first = status_of(routing), routing.first_wrong
@@ -185,11 +220,10 @@ def _router(level: Level, parity: Parity) -> Check:
     metrics: dict[str, Any] = {"layers": [asdict(one) for one in routing.layers]}
     if parity.rounding_routing is not None:
         metrics["rounding"] = [asdict(one) for one in parity.rounding_routing.layers]
-    return Check(
-        level=level,
-        name="router",
-        status=status,
-        summary=summary,
+    return of.graded(
+        status,
+        "router",
+        summary,
         layer=first.layer if first is not None else None,
         metrics=metrics,
     )

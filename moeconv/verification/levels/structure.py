@@ -1,12 +1,11 @@
 """Level `structure`: files, headers, config and tokenizer, without the checkpoint.
 
 What transformers would build from config.json is asked of transformers itself, on the meta device,
-so that this level holds our rules against somebody else's.
+so that this level checks our rules against an independent reading of the same file.
 """
 
-import hashlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,189 +13,156 @@ import numpy as np
 
 from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.artifact.names import KNOWN, is_leftover
-from moeconv.errors import MemoryLimitError, MoeconvError, OutputError
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
-from moeconv.untrusted.files import open_inside
-from moeconv.verification.candidate import Stored, Subject, read_object
-from moeconv.verification.checks import CandidateError, Check, Status, failed, passed, skipped
-from moeconv.verification.levels.config_readers import check_readers
+from moeconv.verification.boundary import blaming
+from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status
+from moeconv.verification.context import Verification
+from moeconv.verification.files import INDEX_NAME, read_object, sha256
+from moeconv.verification.levels import Level
+from moeconv.verification.levels.config_readers import check_config_readers
 from moeconv.verification.levels.tokenizers import check_tokenizer
-from moeconv.verification.models.transformers_load import build_empty, load_config, quiet, told_of
+from moeconv.verification.models.transformers_load import build_empty, load_config, quiet
 
-_HASH_BLOCK = 1 << 20
+_OF = CheckFactory(Level.STRUCTURE)
 _SCAN_BLOCK = 1 << 22
 # Keys of config.json that a check names.
 _SHOWN = 20
 _EXPONENT = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 
 
-def check_structure(subject: Subject) -> list[Check]:
-    """Every check that needs nothing but the output directory."""
-    checks: list[Check] = []
-    for check in (
-        _files,
-        _tensors,
-        _dtypes,
-        _index,
-        _tying,
-        _finite,
-        _config,
-        check_readers,
-        _transformers,
-        check_tokenizer,
-    ):
+def run_level(run: Verification) -> list[Check]:
+    """The level."""
+    return check_structure(run.candidate)
+
+
+def check_structure(candidate: Candidate) -> list[Check]:
+    """Every check that needs nothing but the output directory.
+
+    Raises:
+        MachineError: This machine cannot read a file.
+        MemoryLimitError: It has too little memory.
+    """
+    checks = []
+    for name, check in _CHECKS.items():
         try:
-            checks.append(check(subject))
-        except MemoryLimitError:  # the machine's, and no check's
-            raise
-        except MoeconvError as error:
-            checks.append(
-                failed("structure", check.__name__.removeprefix("check").strip("_"), str(error))
-            )
+            with blaming(f"{candidate.out}: check {name} cannot be made", check=name):
+                checks.append(check(candidate))
+        except CandidateError as error:
+            checks.append(_OF.failed(name, str(error)))
     return checks
 
 
-def _files(subject: Subject) -> Check:
+def _files(candidate: Candidate) -> Check:
     """Size and SHA-256 of every file against the manifest, and no file that it does not name."""
-    foreign = sorted(set(subject.manifest.files) - set(subject.names))
+    foreign = sorted(set(candidate.manifest.files) - set(candidate.names))
     if foreign:  # they are not opened: a name may lead anywhere
-        return failed(
-            "structure",
+        return _OF.failed(
             "files",
             f"the manifest names {len(foreign)} files that moeconv convert never writes",
             tensors=foreign,
         )
     wrong = []
-    for name in subject.names:
-        record = subject.manifest.files[name]
-        path = subject.out / name
+    for name in candidate.names:
+        record = candidate.manifest.files[name]
+        path = candidate.out / name
         if not path.is_file():
             wrong.append(f"{name} (missing)")
         elif path.stat().st_size != record.size:
             wrong.append(f"{name} (size)")
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
-    known = {*subject.manifest.files, MANIFEST_NAME, *KNOWN}
-    try:
-        extra = sorted({p.name for p in subject.out.iterdir() if not is_leftover(p)} - known)
-    except OSError as error:
-        raise OutputError(f"{subject.out} cannot be listed: {error.strerror}") from None
+    known = {*candidate.manifest.files, MANIFEST_NAME, *KNOWN}
+    extra = sorted({p.name for p in candidate.out.iterdir() if not is_leftover(p)} - known)
     if wrong:
-        return failed(
-            "structure", "files", f"{len(wrong)} files are not as they were written", tensors=wrong
+        return _OF.failed(
+            "files", f"{len(wrong)} files are not as they were written", tensors=wrong
         )
     if extra:
-        return Check(
-            level="structure",
-            name="files",
-            status=Status.WARN,
-            summary="files that the manifest does not name lie beside the model",
-            tensors=extra,
+        return _OF.warned(
+            "files", "files that the manifest does not name are beside the model", tensors=extra
         )
-    count = len(subject.manifest.files)
-    return passed("structure", "files", f"{count} files have the size and SHA-256 of the manifest")
+    count = len(candidate.manifest.files)
+    return _OF.passed("files", f"{count} files have the size and SHA-256 of the manifest")
 
 
-def sha256(path: Path, *, links: bool = True) -> str:
-    """SHA-256 of a file that lies directly in OUT; `links` as in `open_inside`.
-
-    Raises:
-        OutputError: It cannot be read.
-    """
-    digest = hashlib.sha256()
-    try:
-        with open_inside(path.parent, path.name, links=links) as file:
-            while block := file.read(_HASH_BLOCK):
-                digest.update(block)
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
-
-
-def _tensors(subject: Subject) -> Check:
+def _tensors(candidate: Candidate) -> Check:
     """Every file's header, no tensor in two files, and as many as the described model has."""
-    count = len(subject.tensors)
-    if count != subject.count:
-        summary = f"the described model has {subject.count:,} tensors, the files hold {count:,}"
-        return failed("structure", "tensors", summary)
-    listed = sum(1 for n in subject.names if n.endswith(".safetensors"))
-    found = {stored.file.name for stored in subject.tensors.values()}
+    count = len(candidate.tensors)
+    if count != candidate.count:
+        summary = f"the described model has {candidate.count:,} tensors, the files hold {count:,}"
+        return _OF.failed("tensors", summary)
+    listed = sum(1 for n in candidate.names if n.endswith(".safetensors"))
+    found = {stored.file.name for stored in candidate.tensors.values()}
     if len(found) != listed:
-        return failed(
-            "structure", "tensors", f"{len(found)} of {listed} safetensors files hold tensors"
-        )
-    return passed("structure", "tensors", f"{count} tensors in {len(found)} files, no gaps")
+        return _OF.failed("tensors", f"{len(found)} of {listed} safetensors files hold tensors")
+    return _OF.passed("tensors", f"{count} tensors in {len(found)} files, no gaps")
 
 
-def _dtypes(subject: Subject) -> Check:
+def _dtypes(candidate: Candidate) -> Check:
     """What config.json declares is what the tensors have."""
-    claimed = subject.config.get("dtype")
+    claimed = candidate.config.get("dtype")
     sizes: dict[str, int] = {}
-    for stored in subject.tensors.values():
+    for stored in candidate.tensors.values():
         sizes[stored.spec.dtype] = sizes.get(stored.spec.dtype, 0) + stored.spec.nbytes
     most = max(sorted(sizes), key=sizes.__getitem__, default=None)  # as convert chooses
-    kept = subject.manifest.dtype_kept
+    kept = candidate.manifest.dtype_kept
     if most == claimed and (kept or len(sizes) == 1):
         also = f", {len(sizes) - 1} other dtypes of the checkpoint kept" if len(sizes) > 1 else ""
-        return passed("structure", "dtypes", f"tensors are {claimed}, as config.json says{also}")
-    other = [n for n, stored in subject.tensors.items() if stored.spec.dtype != claimed]
-    return failed(
-        "structure",
+        return _OF.passed("dtypes", f"tensors are {claimed}, as config.json says{also}")
+    other = [n for n, stored in candidate.tensors.items() if stored.spec.dtype != claimed]
+    return _OF.failed(
         "dtypes",
-        f"config.json says {claimed}, but {len(other)} of {len(subject.tensors)} tensors are "
+        f"config.json says {claimed}, but {len(other)} of {len(candidate.tensors)} tensors are "
         f"{' and '.join(sorted(dtype for dtype in sizes if dtype != claimed))}",
         tensors=other,
     )
 
 
-def _index(subject: Subject) -> Check:
+def _index(candidate: Candidate) -> Check:
     """The index names the file of every tensor, and only those."""
-    path = subject.out / "model.safetensors.index.json"
-    files = {name: stored.file.name for name, stored in subject.tensors.items()}
+    path = candidate.out / INDEX_NAME
+    files = {name: stored.file.name for name, stored in candidate.tensors.items()}
     if not path.is_file():
         if len(set(files.values())) > 1:
-            return failed(
-                "structure", "index", "several files, but no model.safetensors.index.json"
-            )
-        return passed("structure", "index", "one file needs no index")
+            return _OF.failed("index", f"several files, but no {INDEX_NAME}")
+        return _OF.passed("index", "one file needs no index")
     listed = read_object(path, "index").get("weight_map")
     if not isinstance(listed, Mapping):
-        return failed("structure", "index", f"{path.name} has no weight_map of names to files")
-    wrong = sorted(n for n in set(listed) | set(files) if listed.get(n) != files.get(n))
+        return _OF.failed("index", f"{path.name} has no weight_map of names to files")
+    wrong = sorted(n for n in listed.keys() | files.keys() if listed.get(n) != files.get(n))
     if wrong:
-        return failed(
-            "structure",
+        return _OF.failed(
             "index",
             f"{len(wrong)} tensors are not where the index says",
             tensors=wrong,
         )
-    return passed("structure", "index", f"the index places all {len(files)} tensors")
+    return _OF.passed("index", f"the index places all {len(files)} tensors")
 
 
-def _tying(subject: Subject) -> Check:
+def _tying(candidate: Candidate) -> Check:
     """Tied means no head tensor; untied means one."""
-    tied, head = subject.config.get("tie_word_embeddings"), "lm_head.weight" in subject.tensors
+    tied, head = candidate.config.get("tie_word_embeddings"), "lm_head.weight" in candidate.tensors
     if tied is head:
         state = "tied, yet has" if tied else "untied, yet lacks"
-        return failed(
-            "structure",
+        return _OF.failed(
             "tying",
             f"config.json says the head is {state} lm_head.weight",
             tensors=["lm_head.weight"],
         )
-    return passed("structure", "tying", "tied" if tied else "untied, with its own head")
+    return _OF.passed("tying", "tied" if tied else "untied, with its own head")
 
 
-def _finite(subject: Subject) -> Check:
+def _finite(candidate: Candidate) -> Check:
     """No NaN or Inf."""
-    files = {stored.file for stored in subject.tensors.values()}
+    files = {stored.file for stored in candidate.tensors.values()}
     data = {file: np.memmap(file, np.uint8, "r") for file in files}
-    tensors = subject.tensors.items()
+    tensors = candidate.tensors.items()
     wrong = [name for name, stored in tensors if not _is_finite(stored, data[stored.file])]
     if wrong:
-        return failed("structure", "finite", f"{len(wrong)} tensors hold NaN or Inf", tensors=wrong)
-    return passed("structure", "finite", "all values are finite")
+        return _OF.failed("finite", f"{len(wrong)} tensors hold NaN or Inf", tensors=wrong)
+    return _OF.passed("finite", "all values are finite")
 
 
 def _is_finite(stored: Stored, data: Array) -> bool:
@@ -211,70 +177,65 @@ def _is_finite(stored: Stored, data: Array) -> bool:
     )
 
 
-def _config(subject: Subject) -> Check:
+def _config(candidate: Candidate) -> Check:
     """config.json against what the described model should have, key by key."""
-    expected, actual, wrong = subject.wanted_config, subject.config, subject.wrong_keys
+    expected, actual, wrong = candidate.wanted_config, candidate.config, candidate.wrong_keys
     if wrong:
         shown = wrong[:_SHOWN]
         more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-        return failed(
-            "structure",
+        return _OF.failed(
             "config",
             f"config.json differs from the described model in: {', '.join(shown)}{more}",
             metrics={k: [expected.get(k), actual.get(k)] for k in shown if k in actual},
         )
     summary = f"{len(expected)} keys of config.json are the described model's"
-    if accepted := subject.manifest.accepted_keys:
-        return Check(
-            level="structure",
-            name="config",
-            status=Status.WARN,
-            summary=f"{summary}; but the run's config has settings that moeconv does not know, "
-            f"which the conversion was told to accept: {', '.join(accepted)}",
+    if accepted := candidate.manifest.accepted_keys:
+        return _OF.warned(
+            "config",
+            f"{summary}; but the run's config has settings that moeconv does not know, and that "
+            f"the conversion was told to accept: {', '.join(accepted)}",
             metrics={"accepted_keys": accepted},
         )
-    return passed("structure", "config", summary)
+    return _OF.passed("config", summary)
 
 
-def demand_loadable(subject: Subject) -> None:
+def demand_loadable(candidate: Candidate) -> None:
     """What the levels of running models load is what the manifest describes.
 
     Raises:
         CandidateError: config.json or the tensors are another model's.
     """
-    subject.demand_described()
-    if (check := _transformers(subject)).status is Status.FAIL:
+    candidate.demand_described()
+    if (check := _transformers(candidate)).status is Status.FAIL:
         raise CandidateError(check.summary, check.name)
 
 
-def _transformers(subject: Subject) -> Check:
+def _transformers(candidate: Candidate) -> Check:
     """Names and shapes against the architecture that transformers builds on the meta device."""
     missing = [p for p in ("torch", "transformers") if importlib.util.find_spec(p) is None]
     if missing:
-        return skipped(
-            "structure", "transformers", f"{' and '.join(missing)} not installed (moeconv[verify])"
+        return _OF.skipped(
+            "transformers", f"{' and '.join(missing)} not installed (moeconv[verify])"
         )
     try:
-        subject.demand_described()
+        candidate.demand_described()
     except CandidateError as error:  # so what it would build may be anything, of any size
-        return skipped("structure", "transformers", f"not asked, since {error}")
-    with told_of(subject.out, CandidateError, "build a model from config.json of"), quiet():
-        wanted = _architecture(subject.out)
-    found = {name: stored.spec.shape for name, stored in subject.tensors.items()}
+        return _OF.skipped("transformers", f"not asked, since {error}")
+    what = f"transformers cannot build a model from config.json of {candidate.out}"
+    with blaming(what, check="transformers"), quiet():
+        wanted = _architecture(candidate.out)
+    found = {name: stored.spec.shape for name, stored in candidate.tensors.items()}
     problems = [f"{n} (missing)" for n in sorted(set(wanted) - set(found))]
     problems += [f"{n} (unexpected)" for n in sorted(set(found) - set(wanted))]
     both = sorted(set(found) & set(wanted))
     problems += [f"{n} {found[n]} for {wanted[n]}" for n in both if found[n] != wanted[n]]
     if problems:
-        return failed(
-            "structure",
+        return _OF.failed(
             "transformers",
             f"transformers builds another model from config.json: {len(problems)} tensors differ",
             tensors=problems,
         )
-    return passed(
-        "structure", "transformers", f"transformers builds exactly these {len(both)} tensors"
-    )
+    return _OF.passed("transformers", f"transformers builds exactly these {len(both)} tensors")
 
 
 def _architecture(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -287,3 +248,17 @@ def _architecture(folder: Path) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+_CHECKS: Mapping[str, Callable[[Candidate], Check]] = {
+    "files": _files,
+    "tensors": _tensors,
+    "dtypes": _dtypes,
+    "index": _index,
+    "tying": _tying,
+    "finite": _finite,
+    "config": _config,
+    "readers": check_config_readers,
+    "transformers": _transformers,
+    "tokenizer": check_tokenizer,
+}

@@ -1,6 +1,6 @@
 """Level `weights`: every output tensor taken back to the checkpoint and compared, value by value.
 
-The way back is the inverse of the rule's ops, applied to what lies in the output files; the forward
+The way back is the inverse of the rule's ops, applied to the bytes of the output files; the forward
 path that wrote them is not used. Placement must agree bit for bit; where a rule rounds, each value
 must be the product rounded once, within half a unit in the last place. Chunks of the checkpoint are
 read once, within a memory budget.
@@ -9,7 +9,7 @@ read once, within a memory budget.
 import hashlib
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -19,27 +19,31 @@ from moeconv.errors import MemoryLimitError
 from moeconv.execution.digest import array_digest, chunk_digests
 from moeconv.execution.memory import Budget
 from moeconv.mapping.edges import Edge
-from moeconv.orbax.arrays import Reader
-from moeconv.planning.plan import WORKER_BYTES
+from moeconv.planning.estimate import unit_cost
+from moeconv.planning.slabs import MIB
 from moeconv.planning.units import (
-    MIB,
-    UNIT_BYTES,
     Route,
     Unit,
     blocks,
+    cut_into_units,
     pieces,
     routes_of,
     source_box,
-    unit_boxes,
 )
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES, bits
 from moeconv.tensor.form import Form, Ranges
-from moeconv.verification.candidate import Stored, Subject
-from moeconv.verification.checks import Check, Status, failed, passed
+from moeconv.tensor.stored import Reader
+from moeconv.verification.boundary import blaming
+from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.checks import Check, CheckFactory
+from moeconv.verification.context import Verification
+from moeconv.verification.levels import Level
+from moeconv.verification.levels.tokenizers import check_own_tokenizer
+from moeconv.verification.settings import Progress
 
-Progress = Callable[[int], None]
+_OF = CheckFactory(Level.WEIGHTS)
 
 
 @dataclass
@@ -71,13 +75,22 @@ class _Findings:
             fault.first = min(fault.first or first, first)
 
 
+def run_level(run: Verification) -> list[Check]:
+    """The level, with the tokenizer that the run kept."""
+    with run.meter(source_bytes(run.candidate)) as progress:
+        checks = check_weights(
+            run.candidate, jobs=run.options.jobs, memory=run.options.memory, progress=progress
+        )
+    return checks + check_own_tokenizer(run.candidate)
+
+
 def check_weights(
-    subject: Subject, *, jobs: int, memory: int, progress: Progress = lambda done: None
+    candidate: Candidate, *, jobs: int, memory: int, progress: Progress = lambda done: None
 ) -> list[Check]:
     """Compares every tensor with the checkpoint.
 
     Args:
-        subject: What is verified.
+        candidate: What is verified.
         jobs: Chunks worked on at the same time.
         memory: Bytes that the decoded chunks may take together.
         progress: Called with bytes of the checkpoint that were compared.
@@ -88,7 +101,7 @@ def check_weights(
         CandidateError: A header cannot be read.
         NotACheckpointError: The checkpoint is not there.
     """
-    edges, stored = subject.edges, subject.tensors
+    edges, stored = candidate.edges, candidate.tensors
     absent, unknown = sorted(set(edges) - set(stored)), sorted(set(stored) - set(edges))
     wrong = [
         n
@@ -97,8 +110,7 @@ def check_weights(
     ]
     if absent or unknown or wrong:
         return [
-            failed(
-                "weights",
+            _OF.failed(
                 "tensors",
                 f"{len(absent)} tensors are missing, {len(unknown)} are not the checkpoint's, and "
                 f"{len(wrong)} have another shape or dtype than its mapping gives them",
@@ -107,55 +119,45 @@ def check_weights(
             )
         ]
     findings = _Findings()
-    _compare_all(subject, findings, jobs, memory, progress)
-    _check_filled(subject, findings)
-    return [_source_check(subject, findings), _values_check(subject, findings)]
+    _compare_all(candidate, findings, jobs, memory, progress)
+    _check_filled(candidate, findings)
+    return [_source_check(candidate, findings), _values_check(candidate, findings)]
 
 
-def _cost(unit: Unit) -> int:
-    """Bytes of a unit while it is compared: decoded, and compressed while it is decoded."""
-    return 2 * unit.decoded_bytes + WORKER_BYTES
-
-
-def source_bytes(subject: Subject) -> int:
+def source_bytes(candidate: Candidate) -> int:
     """Bytes of the checkpoint that level weights compares."""
-    sources = routes_of(list(subject.edges.values()))
-    return sum(subject.arrays.info[name].nbytes for name in sources)
+    sources = routes_of(list(candidate.edges.values()))
+    return sum(candidate.arrays.info[name].nbytes for name in sources)
 
 
 def _compare_all(
-    subject: Subject, findings: _Findings, jobs: int, memory: int, progress: Progress
+    candidate: Candidate, findings: _Findings, jobs: int, memory: int, progress: Progress
 ) -> None:
-    routes = routes_of(list(subject.edges.values()))
-    info = subject.arrays.info
-    limit = max(UNIT_BYTES, *(info[name].chunk_bytes for name in routes))
-    units = [
-        Unit(info[name], box, 0)
-        for name, group in routes.items()
-        for box in unit_boxes(info[name], group, limit)
-    ]
-    units.sort(key=lambda unit: (-unit.decoded_bytes, unit.array.name, unit.box))
+    routes = routes_of(list(candidate.edges.values()))
+    info = candidate.arrays.info
+    units = sorted(cut_into_units(routes, info), key=unit_cost, reverse=True)
     largest = units[0]
-    if memory < _cost(largest):
+    needed = unit_cost(largest)
+    if memory < needed:
         raise MemoryLimitError(
-            f"--max-memory {format_size(memory)} is below the {format_size(_cost(largest))} that "
-            f"level weights needs: {largest.array.name} is compared in pieces of "
+            f"--max-memory {format_size(memory)} is below the {format_size(needed)} that level "
+            f"weights needs: {largest.array.name} is compared in pieces of "
             f"{format_size(largest.decoded_bytes)}; give --max-memory "
-            f"{math.ceil(_cost(largest) / MIB)}MiB or more"
+            f"{math.ceil(needed / MIB)}MiB or more"
         )
     budget = Budget(memory)
 
     def work(unit: Unit) -> None:
-        cost = _cost(unit)
+        cost = unit_cost(unit)
         budget.acquire(cost)
         try:
-            reader = subject.arrays.reader(unit.array.name, unit.chunk_count)
+            reader = candidate.arrays.reader(unit.array.name, unit.chunk_count)
             digests = chunk_digests(unit, reader)
             with findings.lock:
                 findings.chunks.setdefault(unit.array.name, {}).update(digests)
             group = routes[unit.array.name]
             for number, ranges in pieces(unit, group):
-                _compare_piece(subject, findings, unit, group[number], ranges, reader)
+                _compare_piece(candidate, findings, unit, group[number], ranges, reader)
             progress(unit.nbytes)
         finally:
             budget.release(cost)
@@ -170,7 +172,7 @@ def _compare_all(
 
 
 def _compare_piece(
-    subject: Subject,
+    candidate: Candidate,
     findings: _Findings,
     unit: Unit,
     route: Route,
@@ -178,10 +180,10 @@ def _compare_piece(
     reader: Reader,
 ) -> None:
     form = route.form
-    for part in blocks(route, ranges):
+    for part in blocks(form, ranges):
         source = reader.read(source_box(unit, form, part))
         for edge in route.edges:
-            piece = np.array(_open(subject.tensors[edge.target], form)[form.box(part)])
+            piece = _read(candidate.tensors[edge.target], form, form.box(part))
             wrong = form.wrong(source, piece)
             with findings.lock:
                 findings.values += piece.size
@@ -189,29 +191,27 @@ def _compare_piece(
                 findings.note(edge, wrong, [part[axis][0] for axis in form.target_axes])
 
 
-def _open(stored: Stored, form: Form) -> Array:
-    """The stretch of a tensor that a form places values in, unread, with its axes apart."""
-    return np.memmap(
-        stored.file,
-        dtype=form.dtype,
-        mode="r",
-        offset=stored.offset + form.base * form.dtype.itemsize,
-        shape=form.target_shape,
-    )
+def _read(stored: Stored, form: Form, box: tuple[slice, ...]) -> Array:
+    """A box of the stretch of a tensor that a form places values in, with its axes apart."""
+    offset = stored.offset + form.base * form.dtype.itemsize
+    with blaming(f"{stored.file} cannot be read", check="tensors"):
+        data: Array = np.memmap(stored.file, form.dtype, "r", offset, form.target_shape)
+        return np.array(data[box])
 
 
-def _check_filled(subject: Subject, findings: _Findings) -> None:
+def _check_filled(candidate: Candidate, findings: _Findings) -> None:
     """Tensors without a source, and the padding of those with one."""
-    for edge in subject.edges.values():
-        stored = subject.tensors[edge.target]
+    for edge in candidate.edges.values():
+        stored = candidate.tensors[edge.target]
         if not edge.parts:
             dtype = DTYPES[edge.dtype]
-            filled: Array = np.memmap(stored.file, dtype, "r", stored.offset, edge.shape)
+            with blaming(f"{stored.file} cannot be read", check="tensors"):
+                filled: Array = np.memmap(stored.file, dtype, "r", stored.offset, edge.shape)
             expected = np.full(edge.shape, edge.fill, dtype)
             findings.note(edge, bits(filled) != bits(expected), [0] * filled.ndim)
         for part in edge.parts:
             for box in part.form.padding():
-                data = _open(stored, part.form)[box]
+                data = _read(stored, part.form, box)
                 findings.note(edge, bits(data) != 0, [index.start or 0 for index in box])
 
 
@@ -220,46 +220,42 @@ def _first_layer(edges: Mapping[str, Edge], names: Sequence[str]) -> int | None:
     return min((layer for layer in layers if layer is not None), default=None)
 
 
-def _source_check(subject: Subject, findings: _Findings) -> Check:
+def _source_check(candidate: Candidate, findings: _Findings) -> Check:
     """Whether the checkpoint is the one that was converted."""
-    claimed = subject.manifest.source.arrays
+    claimed = candidate.manifest.source.arrays
     digests = {}
     for name, chunks in findings.chunks.items():
-        info = subject.arrays.info[name]
+        info = candidate.arrays.info[name]
         digests[name] = array_digest(info.dtype, info.shape, info.chunk, chunks)
     changed = sorted(n for n in set(claimed) | set(digests) if claimed.get(n) != digests.get(n))
     lines = [f"{name} {digest}" for name, digest in sorted(digests.items())]
     total = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     if changed:
-        return failed(
-            "weights",
+        return _OF.failed(
             "source",
-            f"{len(changed)} of {len(digests)} arrays of {subject.source} are not those that were "
-            "converted",
+            f"{len(changed)} of {len(digests)} arrays of {candidate.source} are not those that "
+            "were converted",
             tensors=changed,
         )
-    if lacking := subject.manifest.missing_chunks:
-        return Check(
-            level="weights",
-            name="source",
-            status=Status.WARN,
-            summary=f"chunks of {len(lacking)} arrays of {subject.source} are not stored and count "
+    if lacking := candidate.manifest.missing_chunks:
+        return _OF.warned(
+            "source",
+            f"chunks of {len(lacking)} arrays of {candidate.source} are not stored and count "
             "as zeros; whether they were lost cannot be told",
             tensors=sorted(lacking),
             metrics={"digest": total},
         )
-    return passed(
-        "weights",
+    return _OF.passed(
         "source",
-        f"all {len(digests)} arrays of {subject.source} are those that were converted",
+        f"all {len(digests)} arrays of {candidate.source} are those that were converted",
         metrics={"digest": total},
     )
 
 
-def _values_check(subject: Subject, findings: _Findings) -> Check:
+def _values_check(candidate: Candidate, findings: _Findings) -> Check:
     """The verdict over all values."""
-    exact = sum(edge.bound() == 0.0 for edge in subject.edges.values())
-    count = len(subject.edges)
+    exact = sum(edge.bound() == 0.0 for edge in candidate.edges.values())
+    count = len(candidate.edges)
     metrics = {
         "tensors": count,
         "exact_tensors": exact,
@@ -267,8 +263,7 @@ def _values_check(subject: Subject, findings: _Findings) -> Check:
         "differing": {name: fault.differing for name, fault in sorted(findings.faults.items())},
     }
     if not findings.faults:
-        return passed(
-            "weights",
+        return _OF.passed(
             "values",
             f"{count} tensors, {findings.values:,} values: {exact} tensors bit for bit, "
             f"{count - exact} within one rounding",
@@ -276,17 +271,16 @@ def _values_check(subject: Subject, findings: _Findings) -> Check:
         )
 
     def place(name: str) -> tuple[int, str]:
-        layer = subject.edges[name].layer
+        layer = candidate.edges[name].layer
         return (-1 if layer is None else layer, name)
 
     names = sorted(findings.faults, key=place)
     first = findings.faults[names[0]]
-    return failed(
-        "weights",
+    return _OF.failed(
         "values",
         f"{len(names)} of {count} tensors differ from the checkpoint; the first is {names[0]} "
         f"({first.differing:,} values, from {list(first.first or ())})",
         tensors=names,
-        layer=_first_layer(subject.edges, names),
+        layer=_first_layer(candidate.edges, names),
         metrics=metrics,
     )

@@ -16,9 +16,9 @@ from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.orbax.locate import Step
 from moeconv.tensor.axes import Array
 from moeconv.untrusted.files import read_inside, read_regular
-from moeconv.verification.candidate import read_object
+from moeconv.verification.boundary import blaming
 from moeconv.verification.checks import CandidateError
-from moeconv.verification.models.transformers_load import told_of
+from moeconv.verification.files import read_object
 
 KINDS = TEXT, RANDOM = "text", "random"
 
@@ -86,9 +86,10 @@ def _packed(out: Path, documents: Sequence[str], rows: int, length: int, vocab_s
 
     path = out / "tokenizer.json"
     eos = read_object(out / "config.json").get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos
     end = [eos] if isinstance(eos, int) else []
     stream: list[int] = []
-    with told_of(path, CandidateError, "use"):
+    with blaming(f"{path} cannot be used", check="tokenizer"):
         tokenizer = Tokenizer.from_str(read_inside(out, path.name).decode())
         for encoded in tokenizer.encode_batch(list(documents)):
             stream += encoded.ids if encoded.ids[-1:] == end else [*encoded.ids, *end]

@@ -8,7 +8,7 @@ from moeconv.verification.models.maxtext_head import Head
 
 
 @dataclass(frozen=True)
-class Trace:
+class LayerTrace:
     """What one decoder layer computes; B rows, T positions, D hidden size, E experts; float32.
 
     Attributes:
@@ -24,7 +24,7 @@ class Trace:
     output: Array
 
 
-class Side(Protocol):
+class LayerwiseModel(Protocol):
     """One of the two models. Layers are asked for in order; one at a time is in memory."""
 
     name: str
@@ -34,7 +34,7 @@ class Side(Protocol):
         """Hidden states [B, T, D] of integer `tokens` [B, T]."""
         ...
 
-    def layer(self, number: int, hidden: Array) -> Trace:
+    def layer(self, number: int, hidden: Array) -> LayerTrace:
         """Runs layer `number` (from 0) on hidden states [B, T, D], causally, positions from 0."""
         ...
 

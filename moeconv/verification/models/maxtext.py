@@ -27,6 +27,7 @@ from moeconv.errors import (
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.metadata import read_tree
 from moeconv.orbax.store import Folder
+from moeconv.verification.boundary import blaming
 from moeconv.verification.models.maxtext_config import build_config, quiet
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
 
@@ -116,7 +117,7 @@ class MaxTextModel:
             self._forwards[head] = jax.jit(_forward(self._graph, head))
         rules = logical_axis_rules(self.config.logical_axis_rules)
         precision = jax.default_matmul_precision("highest")
-        with quiet(), precision, jax.set_mesh(self._mesh), rules:
+        with running(), quiet(), precision, jax.set_mesh(self._mesh), rules:
             result = self._forwards[head](self._state, jnp.asarray(tokens, jnp.int32))
         return np.asarray(result, np.float32)
 
@@ -139,6 +140,11 @@ def _forward(graph: Any, head: Head) -> Callable[[Any, Any], Any]:
     return forward
 
 
+def running() -> contextlib.AbstractContextManager[None]:
+    """Whatever MaxText and XLA raise while they compute, as one sentence."""
+    return blaming("MaxText cannot run the model of this config", ConfigError)
+
+
 def abstract_model(config: Any) -> tuple[Any, Any, Any]:
     """The mesh of one CPU device, the model's graph, and its state as shapes only."""
     import jax
@@ -146,10 +152,8 @@ def abstract_model(config: Any) -> tuple[Any, Any, Any]:
     from maxtext.utils import maxtext_utils, model_creation_utils
 
     mesh = maxtext_utils.get_mesh_from_config(config, jax.devices("cpu")[:1])
-    try:
+    with blaming("MaxText cannot build the model of this config", ConfigError):
         _, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
-    except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"MaxText cannot build the model of this config: {error}") from error
     graph, abstract = nnx.split(model)
     return mesh, graph, abstract
 

@@ -20,8 +20,8 @@ from moeconv.arch.parameters import LayerKind
 from moeconv.arch.stacks import CYCLED
 from moeconv.errors import MissingPackageError, TensorError, UnsupportedError, to_install
 from moeconv.tensor.axes import Array
-from moeconv.verification.models.layerwise import Trace
-from moeconv.verification.models.maxtext import abstract_model, dotted, zeros
+from moeconv.verification.models.layerwise import LayerTrace
+from moeconv.verification.models.maxtext import abstract_model, dotted, running, zeros
 from moeconv.verification.models.maxtext_config import build_config, quiet
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
 
@@ -81,7 +81,7 @@ class MaxTextLayers:
         return importlib.metadata.version("maxtext")
 
     def embed(self, tokens: Array) -> Array:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         import jax.numpy as jnp
 
         def embed(model: Any, ids: Any) -> Any:
@@ -91,11 +91,11 @@ class MaxTextLayers:
         return self._outer("embed", embed, jnp.asarray(tokens, jnp.int32))
 
     def norm(self, hidden: Array) -> Array:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         return self._outer("norm", lambda model, h: model.decoder.decoder_norm(h), hidden)
 
     def logits(self, normed: Array, head: Head) -> Array:
-        """See `Side`.
+        """See `LayerwiseModel`.
 
         A tied head is MaxText's own on some rows of the table at a time: whole, XLA holds the table
         thrice, once of it rounded.
@@ -128,12 +128,12 @@ class MaxTextLayers:
         return result
 
     def release(self) -> None:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         self._globals = None
         gc.collect()  # models of both frameworks lie in reference cycles
 
-    def layer(self, number: int, hidden: Array) -> Trace:
-        """See `Side`."""
+    def layer(self, number: int, hidden: Array) -> LayerTrace:
+        """See `LayerwiseModel`."""
         import jax
         import jax.numpy as jnp
         from flax import nnx
@@ -148,7 +148,9 @@ class MaxTextLayers:
         found = self._run(traced, state, jnp.asarray(hidden, self.config.dtype))
         jax.tree.map(lambda leaf: leaf.delete(), state)
         arrays = {name: np.asarray(value, np.float32) for name, value in found.items()}
-        return Trace(arrays["attention"], arrays.get("router"), arrays["experts"], arrays["output"])
+        return LayerTrace(
+            arrays["attention"], arrays.get("router"), arrays["experts"], arrays["output"]
+        )
 
     def _outer(self, name: str, function: Callable[[Any, Any], Any], argument: Any) -> Array:
         """Runs a part outside the layers: embedding, final norm, head."""
@@ -176,7 +178,7 @@ class MaxTextLayers:
 
         rules = logical_axis_rules(self.config.logical_axis_rules)
         precision = jax.default_matmul_precision("highest")
-        with quiet(), precision, jax.set_mesh(self._mesh), rules:
+        with running(), quiet(), precision, jax.set_mesh(self._mesh), rules:
             return jax.block_until_ready(function(state, argument))
 
     def _fill(self, abstract: Any, read: Callable[[str], Array]) -> Any:

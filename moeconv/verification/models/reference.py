@@ -1,7 +1,7 @@
 """The MaxText config that the reference is built from: the run's own where there is one.
 
-It is resolved by the very function that convert resolves by (`arch.told.tell`, `arch.resolve`), and
-MaxText is given the outcome: a YAML has one meaning.
+It is resolved by the functions that convert uses (`arch.told.tell`, `arch.resolve`), and MaxText is
+given the outcome: a YAML has one meaning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,22 @@ from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.told import CHANGED, SCALED_KEYS, Told, ToldConfig, known_keys, tell
-from moeconv.maxtext.checkpoint import find_sidecar, run_config
+from moeconv.maxtext.checkpoint import find_sidecar
+from moeconv.maxtext.run_config import run_config
 from moeconv.orbax.locate import Step
-from moeconv.verification.checks import Check, Level, Status
 
 _NAMES = {"decoder_block": "decoder_block", **{field.key: field.name for field in FIELDS}}
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """What tells of the run.
+    """The sources of the run's config.
 
     Attributes:
         model: The model that the manifest claims.
         layout: How the checkpoint stores it.
         step: The checkpoint.
-        content: The run's config as it stands; None where only the manifest tells.
+        content: The run's config as it is written; None where only the manifest describes the run.
         told: The same with MaxText's defaults.
         origin: For people.
     """
@@ -45,15 +45,16 @@ class ReferenceConfig:
 
     @property
     def independent(self) -> bool:
-        """Whether somebody else than the conversion told.
+        """True if the config comes from the run and not from the conversion.
 
-        A reference built from what the conversion believed cannot find out that it was told wrong.
+        A reference built from what the conversion was given cannot show that it was given a wrong
+        value.
         """
         return self.content is not None
 
     @property
     def unsaid(self) -> Mapping[str, Any]:
-        """Fields that the config leaves to a default which may not have been the run's, with it.
+        """Fields that the config leaves to a default which may not have been the run's.
 
         The reference has the manifest's values there.
         """
@@ -105,57 +106,23 @@ def reference_config(
         layout: How the checkpoint stores it.
         step: The checkpoint.
         config: A MaxText YAML given by the user, instead of the run's sidecar.
-        accepted: Settings of it that the conversion was told to let pass.
+        accepted: Settings of it that are unknown and that the user accepted.
 
     Raises:
         ConfigError: The user's file or the run's sidecar cannot be read.
     """
     sidecar = find_sidecar(step, needed=True) if config is None else None
-    content, provenance = run_config(config, sidecar)
+    content, provenance = run_config(config, sidecar, step)
     if config is not None:
         origin = str(config)
+    elif sidecar is None and content is not None:
+        origin = provenance.detail
     elif sidecar is not None:
         origin = f"the run's sidecar in {sidecar[1]}"
     else:
         origin = "the description in the output's manifest"
     told = tell(content, provenance, (), accepted)
     return ReferenceConfig(model, layout, step, content, told, origin)
-
-
-def reference_check(
-    level: Level,
-    name: str,
-    *,
-    side: str,
-    origin: str,
-    independent: bool,
-    accepted: Sequence[str] = (),
-) -> Check:
-    """What a level compared with.
-
-    Args:
-        level: The level.
-        name: The model's name.
-        side: `maxtext` or `hf`.
-        origin: See `ReferenceConfig`.
-        independent: See `ReferenceConfig`; a warning where it is not.
-        accepted: Settings of the run's config that nobody knows; a warning where there are any.
-    """
-    summary = f"{name}, by {origin}"
-    if not independent:
-        summary += (
-            ": what the conversion was told wrong (rope_theta, say) is wrong there too and cannot "
-            "be found; give the run's own config with --config"
-        )
-    if accepted:
-        summary += f"; what {', '.join(accepted)} in its config means is not known"
-    return Check(
-        level=level,
-        name="reference",
-        status=Status.PASS if independent and not accepted else Status.WARN,
-        summary=summary,
-        metrics={"against": side, "config": origin, "independent": independent},
-    )
 
 
 def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
@@ -186,7 +153,7 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
 
 
 def _semantics(model: ModelDescription, block: Block) -> dict[str, Any]:
-    """What shapes cannot say, as the conversion understood it."""
+    """What shapes do not determine, as the conversion understood it."""
     keys: dict[str, Any] = {
         "normalize_embedding_logits": model.normalize_embedding_logits,
         "rope_type": model.rope_type,

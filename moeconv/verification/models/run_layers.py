@@ -8,7 +8,7 @@ import numpy as np
 from moeconv.arch.layout import Layout
 from moeconv.tensor.axes import Array
 from moeconv.verification.measure.rounding import Rounding
-from moeconv.verification.models.layerwise import Side
+from moeconv.verification.models.layerwise import LayerwiseModel
 from moeconv.verification.models.maxtext import MaxTextModel
 from moeconv.verification.models.maxtext_layers import ReadParameter
 
@@ -17,14 +17,14 @@ BLOCK = 64
 
 
 @dataclass(frozen=True)
-class Walked:
+class LayersOutput:
     """A model's last hidden states [B, T, D], before the final norm, and its router logits."""
 
     hidden: Array
     routers: Mapping[int, Array]
 
 
-def walk(side: Side, tokens: Array) -> Walked:
+def run_layers(side: LayerwiseModel, tokens: Array) -> LayersOutput:
     """Runs every layer of one side over `tokens` [B, T]."""
     hidden, routers = side.embed(tokens), {}
     for number in range(side.num_layers):
@@ -32,7 +32,7 @@ def walk(side: Side, tokens: Array) -> Walked:
         hidden = trace.output
         if trace.router is not None:
             routers[number] = trace.router
-    return Walked(hidden, routers)
+    return LayersOutput(hidden, routers)
 
 
 def blocks(hidden: Array) -> list[Array]:

@@ -6,10 +6,9 @@ Both ways load through `from_pretrained`, so that transformers' own conversion o
 
 import contextlib
 import copy
-import functools
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,14 @@ from moeconv.errors import (
     UsageError,
     to_install,
 )
-from moeconv.families import targets
 from moeconv.hf.safetensors import TensorSpec, read_header
-from moeconv.mapping.rules import Probe
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import SIGNIFICAND_BITS
 from moeconv.tensor.values import Cast
-from moeconv.verification.candidate import demand_loadable_files
+from moeconv.verification.boundary import blaming
+from moeconv.verification.files import demand_loadable_files
 from moeconv.verification.measure.rounding import Rounding
-from moeconv.verification.models.layerwise import Trace
+from moeconv.verification.models.layerwise import LayerTrace
 from moeconv.verification.models.maxtext_head import Head
 from moeconv.verification.models.transformers_load import (
     build_empty,
@@ -39,7 +37,16 @@ from moeconv.verification.models.transformers_load import (
     load_model,
     load_tensors,
     quiet,
-    told_of,
+)
+from moeconv.verification.models.transformers_parts import (
+    feed_forward,
+    owner_of,
+    part_at,
+    probe_of,
+    router_of,
+    tap,
+    tap_router,
+    to_numpy,
 )
 
 
@@ -76,12 +83,15 @@ class HfModel:
             MemoryLimitError: The machine is too small.
         """
         folder = check_folder(folder)
-        with quiet(), told_of(folder, blame):
+        with quiet(), blaming(f"transformers cannot load {folder}", blame):
             import torch
 
             model, report = load_model(folder, dtype=getattr(torch, dtype))
             _check_whole(folder, report)
             return cls(model.to(device).eval(), folder, blame)
+
+    def _running(self) -> contextlib.AbstractContextManager[None]:
+        return blaming(f"transformers cannot run {self._folder}", self._blame)
 
     def run(self, tokens: Array) -> tuple[Array, dict[int, Array]]:
         """Logits [B, T, V] of `tokens` [B, T], and router logits [B, T, E] by layer; float32."""
@@ -89,15 +99,15 @@ class HfModel:
 
         kept: dict[int, Any] = {}
         with contextlib.ExitStack() as stack, torch.inference_mode():
-            stack.enter_context(told_of(self._folder, self._blame, "run"))
+            stack.enter_context(self._running())
             probe = probe_of(self._model.config)
-            for number, layer in enumerate(_at(self._model, probe.layers)):
-                stack.enter_context(_router_tap(layer, probe, kept, number))
+            for number, layer in enumerate(part_at(self._model, probe.layers)):
+                stack.enter_context(tap_router(layer, probe, kept, number))
             ids = torch.from_numpy(np.asarray(tokens, np.int64)).to(self._model.device)
             logits = self._model(input_ids=ids, use_cache=False).logits
             shape = tokens.shape
-            routers = {n: _numpy(value).reshape(*shape, -1) for n, value in kept.items()}
-            return _numpy(logits), routers
+            routers = {n: to_numpy(value).reshape(*shape, -1) for n, value in kept.items()}
+            return to_numpy(logits), routers
 
     def generate(self, prompt: Array, count: int) -> Array:
         """`prompt` [T] and `count` greedy tokens more, with the KV cache, by `generate`."""
@@ -108,7 +118,7 @@ class HfModel:
             do_sample=False, max_new_tokens=count, use_cache=True, eos_token_id=None, pad_token_id=0
         )
         ids = torch.from_numpy(np.asarray(prompt, np.int64))[None].to(self._model.device)
-        with torch.inference_mode(), quiet(), told_of(self._folder, self._blame, "run"):
+        with torch.inference_mode(), quiet(), self._running():
             whole = self._model.generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
             )
@@ -148,7 +158,7 @@ class HfLayers:
         """
         self._folder, self._blame = check_folder(folder), blame
         self.name = "transformers"
-        with quiet(), told_of(self._folder, blame):
+        with quiet(), blaming(f"transformers cannot load {self._folder}", blame):
             import torch
 
             self._config = load_config(self._folder)
@@ -160,27 +170,30 @@ class HfLayers:
         self.num_layers: int = self._config.num_hidden_layers
         self._outer: Any = None
 
+    def _running(self) -> contextlib.AbstractContextManager[None]:
+        return blaming(f"transformers cannot run {self._folder}", self._blame)
+
     def embed(self, tokens: Array) -> Array:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         import torch
 
         ids = torch.from_numpy(np.asarray(tokens, np.int64))
-        with torch.inference_mode(), told_of(self._folder, self._blame, "run"):
-            return _numpy(_at(self._globals(), self._probe.embedding)(ids))
+        with torch.inference_mode(), self._running():
+            return to_numpy(part_at(self._globals(), self._probe.embedding)(ids))
 
     def norm(self, hidden: Array) -> Array:
-        """See `Side`."""
-        return self._apply(lambda model: _at(model, self._probe.norm), hidden)
+        """See `LayerwiseModel`."""
+        return self._apply(lambda model: part_at(model, self._probe.norm), hidden)
 
     def logits(self, normed: Array, head: Head = "stock") -> Array:
-        """See `Side`; transformers has one head only.
+        """See `LayerwiseModel`; transformers has one head only.
 
         With all that the model does around it, such as a soft cap: it is run whole, without layers,
         on `normed` in place of the final norm's output.
         """
 
         def whole(model: Any) -> Callable[[Any], Any]:
-            owner, name = _owner(model, self._probe.norm)
+            owner, name = owner_of(model, self._probe.norm)
             norm = getattr(owner, name)
 
             def run(values: Any) -> Any:
@@ -197,35 +210,37 @@ class HfLayers:
         return self._apply(whole, normed)
 
     def release(self) -> None:
-        """See `Side`."""
+        """See `LayerwiseModel`."""
         self._outer = None
         gc.collect()  # models of both frameworks lie in reference cycles
 
-    def layer(self, number: int, hidden: Array) -> Trace:
-        """See `Side`."""
+    def layer(self, number: int, hidden: Array) -> LayerTrace:
+        """See `LayerwiseModel`."""
         import torch
 
         kept: dict[str, Any] = {}
         with contextlib.ExitStack() as stack, torch.inference_mode():
-            stack.enter_context(told_of(self._folder, self._blame, "run"))
+            stack.enter_context(self._running())
             model = self._single(number)
-            layer = _at(model, self._probe.layers)[0]
-            stack.enter_context(_tap(_at(layer, self._probe.attention), kept, "attention"))
-            stack.enter_context(_tap(_feed_forward(layer, self._probe), kept, "experts"))
-            stack.enter_context(_tap(layer, kept, "output"))
-            stack.enter_context(_router_tap(layer, self._probe, kept, "router"))
+            layer = part_at(model, self._probe.layers)[0]
+            stack.enter_context(tap(part_at(layer, self._probe.attention), kept, "attention"))
+            stack.enter_context(tap(feed_forward(layer, self._probe), kept, "experts"))
+            stack.enter_context(tap(layer, kept, "output"))
+            stack.enter_context(tap_router(layer, self._probe, kept, "router"))
             inputs = torch.from_numpy(np.array(hidden)).to(self._dtype)
             model(inputs_embeds=inputs, use_cache=False)
             shape = hidden.shape[:2]
-            found = {name: _numpy(value).reshape(*shape, -1) for name, value in kept.items()}
-        return Trace(found["attention"], found.get("router"), found["experts"], found["output"])
+            found = {name: to_numpy(value).reshape(*shape, -1) for name, value in kept.items()}
+        return LayerTrace(
+            found["attention"], found.get("router"), found["experts"], found["output"]
+        )
 
     def _apply(self, part: Callable[[Any], Any], values: Array) -> Array:
         import torch
 
-        with torch.inference_mode(), told_of(self._folder, self._blame, "run"):
+        with torch.inference_mode(), self._running():
             module = part(self._globals())
-            return _numpy(module(torch.from_numpy(np.array(values)).to(self._dtype)))
+            return to_numpy(module(torch.from_numpy(np.array(values)).to(self._dtype)))
 
     def _globals(self) -> Any:
         """The model of no layers."""
@@ -242,9 +257,9 @@ class HfLayers:
         config, probe = self._cut(slice(number, number + 1)), self._probe
         config.vocab_size = 1
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-        whole = _at(self._meta, probe.layers)[number]
-        wanted = type(_feed_forward(whole, probe))
-        probe.alone(config, number, _router(whole, probe) is not None)
+        whole = part_at(self._meta, probe.layers)[number]
+        wanted = type(feed_forward(whole, probe))
+        probe.alone(config, number, router_of(whole, probe) is not None)
         prefix = f"{probe.layers}.{number}."
         tensors = self._tensors(
             {
@@ -259,7 +274,7 @@ class HfLayers:
         if not config.tie_word_embeddings:
             tensors[f"{probe.head}.weight"] = torch.zeros(1, width)
         model = self._build(config, tensors)
-        built = type(_feed_forward(_at(model, probe.layers)[0], probe))
+        built = type(feed_forward(part_at(model, probe.layers)[0], probe))
         if built is not wanted:
             raise TensorError(
                 f"{self._folder / 'config.json'}: layer {number} alone is a {built.__name__}, "
@@ -334,7 +349,7 @@ def _specs(folder: Path) -> list[TensorSpec]:
 def _moved(rounding: Rounding, tensor: Any) -> Any:
     import torch
 
-    return torch.from_numpy(rounding.move(_numpy(tensor))).to(tensor.dtype)
+    return torch.from_numpy(rounding.move(to_numpy(tensor))).to(tensor.dtype)
 
 
 def check_tokens(tokens: Array) -> Array:
@@ -367,81 +382,6 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         except (SafetensorError, OSError) as error:
             raise TensorError(f"{file} cannot be read: {error}") from None
     return found
-
-
-def probe_of(config: Any) -> Probe:
-    """Where the parts of a model are, by its architecture; as in most models if none is known."""
-    named = set(config.architectures or ())
-    return next((each.probe for each in targets().values() if each.architecture in named), Probe())
-
-
-def _feed_forward(layer: Any, probe: Probe) -> Any:
-    """The MLP or MoE block."""
-    found = [part for name in probe.mlp if (part := _at(layer, name, None)) is not None]
-    return found[0]
-
-
-def _router(layer: Any, probe: Probe) -> Any:
-    """The router of a MoE layer; None in a dense one."""
-    return _at(_feed_forward(layer, probe), probe.router, None)
-
-
-def _router_tap(
-    layer: Any, probe: Probe, kept: dict[Any, Any], name: Any
-) -> contextlib.AbstractContextManager[None]:
-    """Keeps the scores of a MoE layer's router; nothing of a dense layer."""
-    if (router := _router(layer, probe)) is None:
-        return contextlib.nullcontext()
-    mlp = _feed_forward(layer, probe)
-    return _tap(router, kept, name, lambda output: probe.scores(mlp, output))
-
-
-_DEMANDED = object()
-
-
-def _at(module: Any, path: str, default: Any = _DEMANDED) -> Any:
-    """What a dotted attribute leads to.
-
-    Raises:
-        AttributeError: Nothing, and there is no default.
-    """
-    try:
-        return functools.reduce(getattr, path.split("."), module)
-    except AttributeError:
-        if default is _DEMANDED:
-            raise
-        return default
-
-
-def _owner(module: Any, path: str) -> tuple[Any, str]:
-    """The module that has a submodule as an attribute, and the attribute."""
-    above, _, name = path.rpartition(".")
-    return (_at(module, above) if above else module), name
-
-
-def _first(output: Any) -> Any:
-    return output[0] if isinstance(output, tuple) else output
-
-
-@contextlib.contextmanager
-def _tap(
-    module: Any, kept: dict[Any, Any], name: Any, of: Callable[[Any], Any] = _first
-) -> Iterator[None]:
-    """Keeps something of what a module returns."""
-
-    def keep(_module: Any, _inputs: Any, output: Any) -> None:
-        kept[name] = of(output)
-
-    handle = module.register_forward_hook(keep)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _numpy(tensor: Any) -> Array:
-    array: Array = tensor.float().cpu().numpy()
-    return array
 
 
 def _check_whole(folder: Path, report: Mapping[str, Any]) -> None:

@@ -1,10 +1,10 @@
-"""The one door to transformers' loaders: nothing that lies in a model is run, nothing is fetched.
+"""The one door to transformers' loaders: no code of a model is run, nothing is fetched.
 
 Whatever is called here gets `trust_remote_code=False` (without it transformers asks on the
 terminal), `local_files_only=True`, safetensors only (a pickle can run anything), and plain
 implementations, since config.json may name kernels of the Hub. What still would make transformers
-look beyond the weights is refused before it sees the folder. A test holds every other module to
-have no such call.
+look beyond the weights is refused before it sees the folder. A test checks that no other module has
+such a call.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeconv.errors import MemoryLimitError, MoeconvError, TensorError
+from moeconv.errors import TensorError
 from moeconv.untrusted.files import read_inside
 from moeconv.untrusted.strict_json import loads
 
@@ -33,8 +33,6 @@ _HOOKS = {
 }
 # With peft installed, transformers puts an adapter over the weights, or loads another model.
 _ADAPTER = "adapter_config.json"
-# Characters of what others raise: with a hostile config it can be all of it.
-_LONGEST = 600
 
 
 def load_config(folder: Path) -> Any:
@@ -112,34 +110,6 @@ def load_tokenizer(folder: Path) -> Any:
 
     _demand_plain(folder, "config.json", "tokenizer_config.json")
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-
-
-@contextlib.contextmanager
-def told_of(folder: Path, error: type[MoeconvError], doing: str = "load") -> Iterator[None]:
-    """What transformers, torch, safetensors and tokenizers raise, as one sentence.
-
-    Args:
-        folder: The model.
-        error: Raised where the model is at fault.
-        doing: What transformers cannot do with it.
-
-    Raises:
-        MemoryLimitError: The machine has too little memory.
-    """
-    try:
-        yield
-    except TensorError as problem:
-        raise error(str(problem)) from None
-    except (MoeconvError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as problem:  # a panic of tokenizers is no Exception
-        said = " ".join(str(problem).split()) or type(problem).__name__
-        if isinstance(problem, MemoryError) or "allocate memory" in said:
-            raise MemoryLimitError(
-                f"this machine has too little memory to {doing} {folder}; level layers holds one "
-                "layer at a time"
-            ) from None
-        raise error(f"transformers cannot {doing} {folder}: {said[:_LONGEST]}") from problem
 
 
 @contextlib.contextmanager

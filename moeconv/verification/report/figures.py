@@ -1,13 +1,14 @@
 """What the checks of running models have measured, as verify.json holds it and the page shows it.
 
-A report that somebody else wrote is held against this before anything is read out of it.
+A report, which anybody can have written, is validated against this before its figures are used.
 """
 
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from pydantic import Field, TypeAdapter
 
-from moeconv.verification.checks import Check, Level, Status
+from moeconv.verification.checks import Check, Status
+from moeconv.verification.levels import RUNNING
 
 # Null is what is NaN or infinite; what a length or a position is never is.
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -24,7 +25,7 @@ class Curve(TypedDict):
 
 
 class Parity(TypedDict):
-    """Metrics of check `parity`; other reports of `verify/metrics.py` beside `all`."""
+    """Metrics of check `parity`; other summaries of `measure/metrics.py` beside `all`."""
 
     all: dict[str, Number]
     origin: str
@@ -59,20 +60,20 @@ class Router(TypedDict):
     layers: list[Layer]
 
 
-class Apart(TypedDict):
-    """See `layers.Apart`."""
+class Difference(TypedDict):
+    """See `levels/hidden.py`."""
 
     largest: Number
 
 
 class Place(TypedDict):
-    """See `layers.Place`."""
+    """See `levels/hidden.py`."""
 
     part: str
     layer: Count | None
-    local: Apart
-    own: Apart
-    rounding: Apart | None
+    local: Difference
+    own: Difference
+    rounding: Difference | None
     status: Status
 
 
@@ -88,16 +89,15 @@ _METRICS: dict[str, TypeAdapter[Any]] = {
     "router": TypeAdapter(Router),
     "hidden": TypeAdapter(Hidden),
 }
-_RUNNING: tuple[Level, ...] = ("logits", "layers")
 
 
 def demand_figures(check: Check) -> None:
-    """Whether a check has what is read out of its metrics.
+    """Looks for the metrics of a check that others read.
 
     Raises:
-        ValueError: It has not.
+        ValueError: One is missing or of another form.
     """
-    if check.level not in _RUNNING or check.name not in _METRICS:
+    if check.level not in RUNNING or check.name not in _METRICS:
         return
     found = _METRICS[check.name].validate_python(check.metrics)
     for curve in (found.get("kl_by_position"), found.get("kl_by_position_stock")):

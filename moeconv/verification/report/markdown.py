@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.verification.checks import Check, Status
+from moeconv.verification.levels import RUNNING, Level
 from moeconv.verification.measure.limits import LIMITS, PASS_ROUNDING, WARN_ROUNDING
 from moeconv.verification.report.plots import ERROR_PLOT, KL_PLOT, LOGIT_PLOT, find
 from moeconv.verification.report.report import Report
@@ -68,10 +69,10 @@ def to_markdown(report: Report, plots: Iterable[Path]) -> str:
     if wrong := [c for c in report.checks if c.tensors and c.status is not Status.PASS]:
         rows = [(f"{c.level}/{c.name}", code(t)) for c in wrong for t in c.tensors[:10]]
         parts += ["## Tensors and files at fault", table(("check", "name"), rows)]
-    for level in ("logits", "layers"):
+    for level in RUNNING:
         if (parity := find(report, level, "parity")) is not None:
             parts += _parity(report, level, parity)
-    if (hidden := find(report, "layers", "hidden")) is not None:
+    if (hidden := find(report, Level.LAYERS, "hidden")) is not None:
         parts += ["## Hidden states, layer by layer", _hidden(hidden)]
     parts += [f"![{name}]({name})" for name in (KL_PLOT, ERROR_PLOT, LOGIT_PLOT) if name in drawn]
     parts += ["## Limits", limits_table()]
@@ -89,7 +90,7 @@ def limits_table() -> str:
     return table(("figure", "passes up to", "warns up to", "meaning"), rows) + note
 
 
-def _parity(report: Report, level: str, parity: Check) -> list[str]:
+def _parity(report: Report, level: Level, parity: Check) -> list[str]:
     columns: list[tuple[str, Mapping[str, float | None]]] = [
         (name, parity.metrics[key])
         for key, name in _COLUMNS

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.verification.checks import Check
+from moeconv.verification.levels import RUNNING, Level
 from moeconv.verification.report.report import Report
 
 KL_PLOT, ERROR_PLOT, LOGIT_PLOT = (
@@ -19,14 +20,14 @@ PLOTS = (KL_PLOT, ERROR_PLOT, LOGIT_PLOT)
 _FLOOR = 1e-18
 
 
-def find(report: Report, level: str, name: str) -> Check | None:
+def find(report: Report, level: Level, name: str) -> Check | None:
     """A check of a report."""
     return next((c for c in report.checks if (c.level, c.name) == (level, name)), None)
 
 
 def parity_of(report: Report) -> Check | None:
     """The logits that the report shows: those of the whole models, else of the layers."""
-    return find(report, "logits", "parity") or find(report, "layers", "parity")
+    return next((found for level in RUNNING if (found := find(report, level, "parity"))), None)
 
 
 def draw_plots(report: Report, folder: Path) -> list[Path]:
@@ -36,7 +37,7 @@ def draw_plots(report: Report, folder: Path) -> list[Path]:
     drawn = []
     if (parity := parity_of(report)) is not None:
         drawn += [_kl(parity, folder / KL_PLOT), _logits(parity, folder / LOGIT_PLOT)]
-    if (hidden := find(report, "layers", "hidden")) is not None:
+    if (hidden := find(report, Level.LAYERS, "hidden")) is not None:
         drawn.append(_errors(hidden, folder / ERROR_PLOT))
     return drawn
 

@@ -10,9 +10,10 @@ from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.artifact.names import LEGAL
 from moeconv.untrusted.files import is_file
 from moeconv.untrusted.strict_json import loads
-from moeconv.verification.candidate import Subject
-from moeconv.verification.checks import Check, Level, Status, worst
-from moeconv.verification.levels.structure import sha256
+from moeconv.verification.candidate import Candidate
+from moeconv.verification.checks import Check, Status, worst
+from moeconv.verification.files import sha256
+from moeconv.verification.levels import RUNNING, Level
 from moeconv.verification.measure.tokens import KINDS
 from moeconv.verification.report.figures import demand_figures
 
@@ -21,7 +22,7 @@ REPORT_NAME = "verify.json"
 ENOUGH = 512
 # Instead of the digest of a file that is not of the manifest's size, however large it is.
 _NOT_READ = ""
-_ORDER: tuple[Level, ...] = ("structure", "weights", "logits", "layers")
+_ORDER = list(Level)
 
 
 class Report(BaseModel):
@@ -70,8 +71,8 @@ class Report(BaseModel):
         some tokens may differ in a row of the embedding.
         """
         good = {name for name, found in self.levels.items() if found in (Status.PASS, Status.WARN)}
-        ran = good & {"logits", "layers"}
-        return "weights" in good and any(self.positions(level) >= ENOUGH for level in ran)
+        ran = good & {*RUNNING}
+        return Level.WEIGHTS in good and any(self.positions(level) >= ENOUGH for level in ran)
 
     def positions(self, level: Level) -> int:
         """Positions of each kind (text, random ids) that a level of running models compared."""
@@ -101,28 +102,30 @@ def levels_of(checks: list[Check]) -> dict[Level, Status]:
     return {level: worst(group) for level, group in levels.items()}
 
 
-def make_report(subject: Subject, checks: list[Check]) -> Report:
+def make_report(candidate: Candidate, checks: list[Check]) -> Report:
     """Puts the verdict together.
 
     Raises:
         OutputError: The bytes are not those that the levels saw.
     """
-    names = [*subject.names, MANIFEST_NAME]
-    present = [n for n in sorted(names) if (subject.out / n).is_file()]
-    files = {name: _digest(subject, name) for name in present}
-    subject.demand_unchanged()
+    names = [*candidate.names, MANIFEST_NAME]
+    present = [n for n in sorted(names) if (candidate.out / n).is_file()]
+    files = {name: _digest(candidate, name) for name in present}
+    candidate.demand_unchanged()
     return Report(
         verdict=worst(checks),
         levels=levels_of(checks),
         checks=checks,
-        source=subject.manifest.source.digest,
+        source=candidate.manifest.source.digest,
         files=files,
-        beside={name: sha256(subject.out / name) for name in LEGAL if _is_own(subject.out, name)},
+        beside={
+            name: sha256(candidate.out / name) for name in LEGAL if _is_own(candidate.out, name)
+        },
     )
 
 
-def _digest(subject: Subject, name: str) -> str:
-    path, record = subject.out / name, subject.manifest.files.get(name)
+def _digest(candidate: Candidate, name: str) -> str:
+    path, record = candidate.out / name, candidate.manifest.files.get(name)
     if record is not None and path.stat().st_size != record.size:
         return _NOT_READ
     return sha256(path)

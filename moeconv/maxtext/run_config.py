@@ -1,0 +1,120 @@
+"""A run's config: what the user gives, the run's sidecar, or what is found in the run's directory.
+
+Looked for beside the checkpoint, in its step, its `checkpoints/` and its run, in this order: logs
+(`*.log`, `*.out`, `*.txt`) that hold MaxText's settings; W&B's `wandb/*run*/files/config.yaml`; a
+YAML that holds a resolved config. A YAML that a run was started with is not taken unasked, since
+the command line and the release's defaults belong to it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moeconv.arch.config_file import ConfigFile, load_config_file, read_found
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.told import known_keys
+from moeconv.errors import ConfigError
+from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.orbax.locate import Step
+from moeconv.orbax.store import Folder
+
+_LOGS = (".log", ".out", ".txt")
+_YAML = (".yml", ".yaml")
+# Files of each kind that are looked at; a run directory holds few.
+_MOST = 20
+
+
+def run_config(
+    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None, step: Step | None = None
+) -> tuple[Mapping[str, Any] | None, Provenance]:
+    """What told of a run's config, for `tell`.
+
+    Args:
+        config: The user's file, which is taken first.
+        sidecar: The run's.
+        step: Where else to look, if there is neither.
+
+    Raises:
+        ConfigError: The user's file cannot be read, or two files of the run contradict each other.
+    """
+    if config is not None:
+        return load_config_file(config), Provenance(Origin.CONFIG, str(config))
+    if sidecar is not None:
+        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
+        return sidecar[0].config, where
+    if step is not None and (found := _found(step)) is not None:
+        path, content = found
+        return content, Provenance(Origin.CONFIG, str(path))
+    return None, Provenance(Origin.FLAG, "")
+
+
+def said_of(
+    content: Mapping[str, Any] | None, provenance: Provenance, *, given: bool
+) -> Iterator[str]:
+    """What the user should know of where the config comes from.
+
+    Args:
+        content: From `run_config`.
+        provenance: Likewise.
+        given: True if the user named the file.
+    """
+    if not isinstance(content, ConfigFile):
+        return
+    if not given:
+        yield (
+            f"the settings are those of {provenance.detail} ({content.kind}), which was found with "
+            "the checkpoint; --config gives another file"
+        )
+    if not content.whole:
+        yield (
+            f"{provenance.detail} has {len(content)} settings, a part of {content.kind}; those "
+            "that it does not have are not taken to be MaxText's defaults"
+        )
+
+
+def _found(step: Step) -> tuple[Path, ConfigFile] | None:
+    """A resolved config beside a step on this machine."""
+    folders = [folder.local for folder in step.beside if folder.local is not None]
+    for kind in (_logs, _wandb, _yamls):
+        for folder in folders:
+            found = [
+                (folder / name, content)
+                for name in sorted(kind(folder))[:_MOST]
+                if (content := read_found(folder, name)) is not None
+            ]
+            if found:
+                _demand_equal(found)
+                return found[-1]
+    return None
+
+
+def _demand_equal(found: Sequence[tuple[Path, ConfigFile]]) -> None:
+    """Refuses files of one kind and folder that are of different models."""
+    (first, one), *others = found
+    for path, other in others:
+        for key in sorted(known_keys() & {*one, *other}):
+            if one.get(key) != other.get(key):
+                raise ConfigError(
+                    f"{first} and {path} both hold a run's settings, and say {key}="
+                    f"{one.get(key)} and {other.get(key)}; give that of this run with --config"
+                )
+
+
+def _logs(folder: Path) -> Iterator[str]:
+    return (name for name in _names(folder) if name.endswith(_LOGS))
+
+
+def _yamls(folder: Path) -> Iterator[str]:
+    return (name for name in _names(folder) if name.endswith(_YAML))
+
+
+def _wandb(folder: Path) -> Iterator[str]:
+    runs = (name for name in _names(folder / "wandb") if "run" in name)
+    return (f"wandb/{name}/files/config.yaml" for name in runs)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
