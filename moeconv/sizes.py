@@ -4,6 +4,9 @@ import re
 
 from moeconv.errors import UsageError
 
+# The largest file that the Hub takes (huggingface.co/docs/hub/storage-limits).
+HUB_FILE_LIMIT = 50 * 10**9
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -34,6 +37,21 @@ def parse_size(text: str) -> int:
     size = int(number)
     if size < 1:
         raise UsageError(f"{text!r} is not a size above zero")
+    return size
+
+
+def parse_file_size(text: str) -> int:
+    """As `parse_size`, for the largest file of a model, which the Hub has to take.
+
+    Raises:
+        UsageError: It is no size, or more than the Hub takes.
+    """
+    size = parse_size(text)
+    if size > HUB_FILE_LIMIT:
+        raise UsageError(
+            f"{text!r} is too large for a file: the Hub takes up to {format_size(HUB_FILE_LIMIT)} "
+            "as one; give that or less"
+        )
     return size
 
 

@@ -370,11 +370,13 @@ def _token_ids(told: ToldConfig, known: dict[str, Any], sources: dict[str, Prove
         entry = told.get(name)
         if entry is None or entry.value is None:
             continue
-        token = entry.value
-        if not _is_whole(token) or not 0 <= token < known["vocab_size"]:
+        several = isinstance(entry.value, list) and name == "eos_token_id"
+        tokens = entry.value if several else [entry.value]
+        if not tokens or any(not _is_whole(t) or not 0 <= t < known["vocab_size"] for t in tokens):
             raise ConfigError(
-                f"{name}={short(token)} ({entry.provenance}) is no row of the embedding, which has "
-                f"{known['vocab_size']}"
+                f"{name}={short(entry.value)} ({entry.provenance}) is no row of the embedding, "
+                f"which has {known['vocab_size']}"
             )
-        known[name] = int(token)
+        ids = tuple(dict.fromkeys(map(int, tokens)))
+        known[name] = ids[0] if len(ids) == 1 else ids
         sources[name] = entry.provenance

@@ -1,15 +1,16 @@
 """`moeconv convert`: from what MaxText wrote to a model that loads anywhere."""
 
 import os
-import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from moeconv.cli.options import (
     ACCEPT,
-    CKPT,
     CONFIG,
     JSON,
     QUIET,
@@ -18,14 +19,22 @@ from moeconv.cli.options import (
     output_of,
     tell_of_store,
 )
-from moeconv.cli.output import Output
-from moeconv.cli.streams import say
-from moeconv.cli.tables import fold
+from moeconv.cli.streams import interruptible
+
+if TYPE_CHECKING:
+    from moeconv.planning.plan import Plan
 
 
 @click.command("convert")
-@CKPT
-@click.argument("out", metavar="OUT", type=LocalPath())
+@click.argument("ckpt", metavar="CKPT", required=False)
+@click.argument("out", metavar="OUT", required=False)
+@click.option(
+    "--plan",
+    "plan_file",
+    type=LocalPath(dir_okay=False),
+    help="Carry out a plan that --dry-run --json has printed; in place of CKPT and of what decides "
+    "the output.",
+)
 @CONFIG
 @SET
 @ACCEPT
@@ -54,7 +63,7 @@ from moeconv.cli.tables import fold
 @click.option(
     "--tokenizer",
     metavar="PATH_OR_ID",
-    help="A tokenizer directory, a file of tiktoken ranks (Llama 3), or a Hub id "
+    help="A tokenizer directory, a sentencepiece model, tiktoken ranks, or a Hub id "
     "(with HF_TOKEN from the environment). Default: the one the run's moeconv.json names.",
 )
 @click.option(
@@ -85,116 +94,77 @@ from moeconv.cli.tables import fold
 )
 @JSON
 @QUIET
-def command(ckpt: str, out: Path, json_mode: bool, quiet: bool, **options: Any) -> None:
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    ckpt: str | None,
+    out: str | None,
+    plan_file: Path | None,
+    dry_run: bool,
+    overwrite: bool,
+    resume: bool,
+    allow_nonfinite: bool,
+    json_mode: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Convert a MaxText checkpoint to a Hugging Face model.
 
     CKPT is a run directory, its checkpoints/, a step, a step's items/, or a gs://, s3:// or http://
     address of one; the newest complete step is taken unless one is named. OUT appears whole or not
     at all.
     """
-    from moeconv.artifact.destination import resolve_out
-    from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-    from moeconv.sizes import format_size, parse_size
+    from moeconv.api.convert import convert, load_plan, plan
 
     output = output_of(json_mode, quiet)
-    dry_run = options.pop("dry_run")
-    settings = ConvertOptions(
-        max_shard_bytes=parse_size(options.pop("max_shard_size")),
-        max_memory=parse_size(options.pop("max_memory")),
-        **options,
-    )
-    resolve_out(out)  # before minutes of work
-    tell_of_store(output, ckpt)
-    prepared = plan_conversion(ckpt, settings)
-    plan = prepared.plan
-    for text in plan.warnings:
-        output.warn(text)
+    if plan_file is not None and out is None:
+        ckpt, out = None, ckpt
+    if (ckpt is None) == (plan_file is None) or (out is None and not dry_run):
+        raise click.UsageError("give CKPT and OUT, or --plan FILE and OUT", ctx)
+    source: str | Plan = load_plan(plan_file) if plan_file is not None else str(ckpt)
+    if isinstance(source, str):
+        tell_of_store(output, source)
+    else:
+        options = _of_the_machine(ctx, options)
     if dry_run:
-        report = describe_plan(prepared)
-        output.data(report)
-        if not json_mode:
-            _print_plan(output, report)
+        planned = plan(source, **options) if isinstance(source, str) else source
+        for text in planned.warnings:
+            output.warn(text)
+        output.answer(planned)
         return
-    try:
-        with output.progress(plan.read_bytes, plan.tensor_bytes) as meter:
-            manifest = convert(prepared, out, progress=meter, note=output.note)
-    except KeyboardInterrupt:
-        say(f"interrupted: {out} is untouched; go on with --resume")
-        sys.exit(130)
-    output.data({"out": str(out), **manifest.model_dump(mode="json")})
-    size = sum(f.size for f in manifest.files.values())
-    output.print(
-        f"{out}: {plan.family.architecture}, {len(plan.edges)} tensors, {format_size(size)}"
+
+    @contextmanager
+    def progress(read_bytes: int, write_bytes: int) -> Iterator[Callable[[int, int], None]]:
+        with (
+            interruptible(f"{out} is untouched; go on with --resume"),
+            output.progress(read_bytes, write_bytes) as meter,
+        ):
+            yield meter
+
+    output.answer(
+        convert(
+            source,
+            LocalPath().convert(out, None, ctx),
+            overwrite=overwrite,
+            resume=resume,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
+            note=output.note,
+            **options,
+        )
     )
-    for fold_ in manifest.folds:
-        exact = "exact" if fold_.exact else "rounded once"
-        output.print(f"folded {fold_.factor} into {fold_.target} ({exact})")
 
 
-def describe_plan(prepared: Any) -> dict[str, Any]:
-    """The plan as data."""
-    plan, options = prepared.plan, prepared.options
-    tensors = [
-        {
-            "name": edge.target,
-            "shape": list(edge.shape),
-            "dtype": edge.dtype,
-            "sources": [part.source.name for part in edge.parts],
-            "ops": edge.steps(),
-            "summary": edge.describe(),
-            "error_bound": edge.bound(),
-            "file": plan.files[plan.places[name].file].name,
-            "offset": plan.places[name].offset,
-            "bytes": edge.nbytes,
-        }
-        for name, edge in plan.edges.items()
-    ]
-    return {
-        "target": plan.family.name,
-        "architecture": plan.family.architecture,
-        "digest": plan.digest,
-        "tensors": tensors,
-        "files": [{"name": f.name, "bytes": f.layout.size} for f in plan.files],
-        "read_bytes": plan.read_bytes,
-        "write_bytes": plan.write_bytes,
-        "scratch_bytes": plan.scratch_bytes,
-        "disk_bytes": plan.disk_bytes,
-        "memory_floor": plan.memory_floor,
-        "memory_budget": plan.memory_budget(options.max_memory, options.jobs),
-        "units": len(plan.units),
-        "warnings": list(plan.warnings),
-        "dropped": dict(plan.dropped),
-    }
+def _of_the_machine(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, of those that may still be given to a plan.
 
-
-def _print_plan(output: Output, report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from moeconv.sizes import format_size
-
-    table = Table(box=None, pad_edge=False)
-    for heading in ("tensor", "shape", "dtype", "from", "by", "exact"):
-        table.add_column(heading, overflow="fold")
-    rows = []
-    for tensor in report["tensors"]:
-        bound = tensor["error_bound"]
-        exact = "yes" if bound == 0 else f"within {bound:.1g}"
-        sources = " + ".join(tensor["sources"]) or "—"
-        rest = (str(tensor["shape"]), tensor["dtype"], sources, tensor["summary"])
-        rows.append((tensor["name"], (*rest, exact)))
-    for name, line, _ in fold(rows):
-        table.add_row(name, *line)
-    output.print(f"{report['architecture']}, {len(report['tensors'])} tensors")
-    output.print(table)
-    output.print()
-    for file in report["files"]:
-        output.print(f"{file['name']}  {format_size(file['bytes'])}")
-    output.print(
-        f"reads {format_size(report['read_bytes'])} in {report['units']} units, writes "
-        f"{format_size(report['write_bytes'])}; disk {format_size(report['disk_bytes'])}"
-        + (f" (scratch {format_size(report['scratch_bytes'])})" if report["scratch_bytes"] else "")
-    )
-    output.print(
-        f"memory: at most {format_size(report['memory_budget'])}, at least "
-        f"{format_size(report['memory_floor'])}"
-    )
+    Raises:
+        click.UsageError: Another was given.
+    """
+    default = (ParameterSource.DEFAULT, ParameterSource.DEFAULT_MAP)
+    given = {n: v for n, v in options.items() if ctx.get_parameter_source(n) not in default}
+    decided = given.keys() - {"jobs", "max_memory"}
+    if flags := [param.opts[0] for param in ctx.command.params if param.name in decided]:
+        raise click.UsageError(f"{', '.join(flags)}: decided by the plan; make another", ctx)
+    return given

@@ -2,19 +2,14 @@
 
 import importlib
 import importlib.util
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moeconv.cli.options import JSON, QUIET, LocalPath, Revision, Text, output_of
-from moeconv.cli.output import Output
-from moeconv.cli.streams import say
+from moeconv.cli.streams import interruptible
 from moeconv.errors import MissingPackageError, to_install
-
-_REPORT_EVERY = 5.0
 
 
 @click.group("data")
@@ -108,75 +103,13 @@ def prepare(
     data = importlib.import_module("moeconv_train.data")
     output = output_of(json_mode, quiet)
     separator = separator.replace("\\n", "\n").replace("\\t", "\t")
-    try:
+    with interruptible("nothing was written"):
         dataset = data.prepare_dataset(
             source,
             out,
             data.PrepareOptions(separator=separator, **options),
-            progress=_Report(output),
+            progress=output.now_and_then(),
             note=output.note,
             quiet=quiet or json_mode,
         )
-    except KeyboardInterrupt:
-        say("interrupted: nothing was written")
-        sys.exit(130)
-    output.data(describe(dataset))
-    _print(output, dataset)
-
-
-def describe(dataset: Any) -> dict[str, Any]:
-    """A dataset as data: everything in data.json but the shards, and what follows from it."""
-    return {
-        "out": str(dataset.directory),
-        "digest": dataset.digest,
-        **dataset.manifest.model_dump(mode="json", exclude={"shards"}),
-        "fill": {split: dataset.fill(split) for split in dataset.manifest.splits},
-        "shards": len(dataset.manifest.shards),
-        "bytes": sum(shard.bytes for shard in dataset.manifest.shards),
-        "overrides": dataset.overrides(),
-    }
-
-
-def progress_report(output: Output) -> Any:
-    """What prints the progress of a preparation; `moeconv train` prepares data too."""
-    return _Report(output)
-
-
-class _Report:
-    """Progress as a line now and then on stderr."""
-
-    def __init__(self, output: Output) -> None:
-        self._output = output
-        self._last = time.monotonic()
-
-    def __call__(self, text: str) -> None:
-        if time.monotonic() - self._last > _REPORT_EVERY:
-            self._last = time.monotonic()
-            self._output.note(text)
-
-
-def _print(output: Output, dataset: Any) -> None:
-    from moeconv.sizes import format_size
-
-    request = dataset.manifest.request
-    size = sum(shard.bytes for shard in dataset.manifest.shards)
-    output.print(
-        f"{dataset.directory}: rows of {request.sequence_length} tokens, "
-        f"{len(dataset.manifest.shards)} shards, {format_size(size)}"
-    )
-    for split, counts in dataset.manifest.splits.items():
-        if not counts.rows:
-            continue
-        line = (
-            f"{split}: {counts.stories:,} stories, {counts.tokens:,} tokens in {counts.rows:,} "
-            f"rows, {dataset.fill(split):.2%} of the positions are targets"
-        )
-        if counts.cut:
-            line += f"; {counts.cut:,} stories were longer than a row"
-        if counts.empty:
-            line += f"; {counts.empty:,} empty ones left out"
-        output.print(line)
-    output.print(
-        f"one epoch is {dataset.steps_for_epochs(1, 8):,} steps of 8 rows, two are "
-        f"{dataset.steps_for_epochs(2, 8):,}; vocab_size must be at least {request.tokenizer.size}"
-    )
+    output.answer(dataset)

@@ -75,7 +75,6 @@ CONFIG = click.option(
 
 SET = click.option(
     "--set",
-    "sets",
     multiple=True,
     metavar="KEY=VALUE",
     help="One field, by its MaxText name (or bos_token_id, eos_token_id, pad_token_id); wins over "
@@ -84,7 +83,7 @@ SET = click.option(
 
 ACCEPT = click.option(
     "--accept-key",
-    "accept",
+    "accept_keys",
     multiple=True,
     metavar="KEY",
     help="A setting in the run's config that moeconv does not know, of a newer MaxText or a fork, "

@@ -3,17 +3,19 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from moeconv.cli.streams import say
 from moeconv.errors import ConfigError
+from moeconv.printing import Printable, console, show
 from moeconv.untrusted import strict_json
-from moeconv.untrusted.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_EVERY = 5.0  # seconds between two lines of progress
 
 
 class Output:
@@ -23,29 +25,18 @@ class Output:
         self.json_mode = json_mode
         self.quiet = quiet
 
-    def _console(self, *, stderr: bool) -> "Console":
-        from rich.console import Console
-        from rich.segment import Segment
-
-        class Harmless(Console):
-            """Control characters of others act on no terminal; rich's own are added later."""
-
-            def render(self, renderable: Any, options: Any = None) -> Any:
-                for text, style, control in super().render(renderable, options):
-                    yield Segment(text if control else printable(text), style, control)
-
-        # Into a file or a pipe, tables take the width they need.
-        stream = sys.stderr if stderr else sys.stdout
-        width = None if stream.isatty() else 240
-        return Harmless(stderr=stderr, highlight=False, width=width)
-
     def print(self, renderable: Any = "") -> None:
         """The command's answer, for people; nothing in json or quiet mode."""
         if not self.json_mode and not self.quiet:
-            line = isinstance(renderable, str)  # of which rich would drop what is escaped here
-            self._console(stderr=False).print(
-                printable(renderable) if line else renderable, markup=False, soft_wrap=line
-            )
+            show(console(sys.stdout), renderable)
+
+    def answer(self, value: Printable) -> None:
+        """The command's answer, for people or for machines."""
+        if self.json_mode:
+            self.data(value.as_dict())
+        elif not self.quiet:
+            for part in value.parts():
+                self.print(part)
 
     def data(self, content: Any) -> None:
         """The command's answer, for machines; only in json mode.
@@ -70,6 +61,18 @@ class Output:
         """A warning, on stderr, in every mode."""
         say(f"warning: {text}")
 
+    def now_and_then(self) -> Callable[[str], None]:
+        """What says how far something is, a note every few seconds, however often it is called."""
+        last = time.monotonic()
+
+        def report(text: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > _EVERY:
+                last = time.monotonic()
+                self.note(text)
+
+        return report
+
     @contextmanager
     def progress(
         self, read_bytes: int, write_bytes: int, what: str = "converting"
@@ -79,7 +82,7 @@ class Output:
         if self.quiet:
             yield meter
         elif sys.stderr.isatty():
-            with _bar(self._console(stderr=True), meter, what):
+            with _bar(console(sys.stderr), meter, what):
                 yield meter
         else:
             meter.report = self.note
@@ -106,7 +109,7 @@ class Meter:
             self.written += written
             if self.update is not None:
                 self.update(self.read + self.written)
-            due = self.report is not None and time.monotonic() - self._last > 5
+            due = self.report is not None and time.monotonic() - self._last > _EVERY
             if due:
                 self._last = time.monotonic()
         if due:

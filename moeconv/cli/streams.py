@@ -4,8 +4,10 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Buffer
+from collections.abc import Buffer, Iterator
+from contextlib import contextmanager
 
+from moeconv.cli.start import INTERRUPTED
 from moeconv.untrusted import native_logs
 from moeconv.untrusted.text import printable
 
@@ -67,3 +69,17 @@ def lost(below: list[_Raw]) -> str | None:
 def say(text: str) -> None:
     """A line on stderr; what others wrote into it acts on no terminal."""
     sys.stderr.write(f"{printable(text)}\n")
+
+
+@contextmanager
+def interruptible(words: str) -> Iterator[None]:
+    """Ends the process with a line on stderr when Ctrl-C or a signal interrupts what is inside.
+
+    Args:
+        words: What is left behind, and how to go on.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted: {words}")
+        sys.exit(INTERRUPTED)

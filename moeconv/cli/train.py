@@ -108,10 +108,8 @@ def _train(
     quiet: bool,
     trial: tuple[str, ...] | None,
 ) -> Any:
-    from moeconv.cli.data import progress_report
-
     trainer = importlib.import_module("moeconv_train.trainer")
-    report, run_dir = progress_report(output), begun.plan.run_dir
+    report, run_dir = output.now_and_then(), begun.plan.run_dir
     limit = begun.plan.run.time_limit
 
     def prepared(state: Any) -> None:

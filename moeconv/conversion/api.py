@@ -1,196 +1,27 @@
-"""Converting as a library call: `plan_conversion`, then `convert`."""
+"""Converting, in two steps: a plan is prepared, then carried out; what both CLI and Python call."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from moeconv import __version__
-from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.told import TOKEN_IDS
 from moeconv.artifact.destination import resolve_out
-from moeconv.artifact.manifest import (
-    MANIFEST_NAME,
-    FieldRecord,
-    FileRecord,
-    Manifest,
-    SourceRecord,
-    folds,
-    rules,
-)
+from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
+from moeconv.conversion.contents import make_manifest, small_files
+from moeconv.conversion.prepare import ConvertOptions, Prepared, plan_conversion, reopen
 from moeconv.errors import (
-    ConfigError,
     NotACheckpointError,
     OutputError,
     StorageError,
     TensorError,
-    UsageError,
 )
-from moeconv.execution.engine import Engine, Progress, Result
+from moeconv.execution.engine import Engine, Result
 from moeconv.execution.journal import Journal
 from moeconv.execution.memory import resident_bytes
+from moeconv.execution.mover import Progress
 from moeconv.execution.staging import Staging
-from moeconv.families import target_for, targets
-from moeconv.hf.config import generation_config, model_config, to_json
-from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
-from moeconv.mapping.edges import expand
-from moeconv.mapping.rules import Options
-from moeconv.maxtext.checkpoint import Checkpoint, open_checkpoint
-from moeconv.maxtext.run_record import RunRecord, read_run
-from moeconv.orbax.inventory import stamps
-from moeconv.planning.plan import IMPORT_BYTES, Plan, build_plan, index_json
-from moeconv.tensor.dtypes import DTYPES
-
-GB = 10**9
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Everything `moeconv convert` can be told; see the command's help.
-
-    Attributes:
-        config: MaxText YAML.
-        sets: `key=value` pairs.
-        accept: Settings of the config that no known MaxText has, and that decide nothing.
-        target: A family's name, or `auto`.
-        dtype: Output dtype, or `keep`.
-        max_shard_bytes: Largest safetensors file.
-        untie: Write an explicit output head.
-        tokenizer: Directory, tiktoken ranks file or Hub id.
-        jobs: Workers.
-        max_memory: Bytes the process may use.
-        overwrite: Replace a non-empty OUT.
-        resume: Go on with an interrupted conversion.
-        allow_nonfinite: Copy NaN and Inf instead of refusing them.
-        allow_missing_chunks: Read chunks that are not stored as zeros, where the checkpoint's
-            format leaves out chunks of zeros.
-    """
-
-    config: Path | None = None
-    sets: Sequence[str] = ()
-    accept: Sequence[str] = ()
-    target: str = "auto"
-    dtype: str = "keep"
-    max_shard_bytes: int = 5 * GB
-    untie: bool = False
-    tokenizer: str | None = None
-    jobs: int = 1
-    max_memory: int = 4 * GIB
-    overwrite: bool = False
-    resume: bool = False
-    allow_nonfinite: bool = False
-    allow_missing_chunks: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A conversion that is planned and ready to run."""
-
-    checkpoint: Checkpoint
-    plan: Plan
-    tokenizer: TokenizerFiles | None
-    options: ConvertOptions
-    run: RunRecord | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
-    """Reads the checkpoint's metadata and makes the plan; writes nothing.
-
-    Raises:
-        MoeconvError: Any of its subclasses; see `moeconv.errors`.
-    """
-    if options.jobs < 1:
-        raise UsageError("--jobs takes a whole number from 1")
-    if options.target != "auto" and options.target not in targets():
-        raise UsageError(f"--target {options.target} is none of auto, {', '.join(targets())}")
-    if options.dtype != "keep" and options.dtype not in DTYPES:
-        raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
-    checkpoint = open_checkpoint(
-        ckpt,
-        config=options.config,
-        sets=options.sets,
-        accept=options.accept,
-        allow_missing_chunks=options.allow_missing_chunks,
-    )
-    model = checkpoint.resolution.model()
-    warnings = list(checkpoint.resolution.warnings)
-    if checkpoint.step.skipped:
-        warnings.append(
-            f"newer steps are unfinished and were passed over: {', '.join(checkpoint.step.skipped)}"
-        )
-    spec = options.tokenizer or checkpoint.tokenizer
-    tokenizer = None
-    if spec is not None:
-        with suppress(RuntimeError):  # ~name of no user, of which read_tokenizer tells
-            checkpoint.unchanged.watch(partial(stamps, Path(spec).expanduser()))
-        length = model.max_position_embeddings
-        if options.tokenizer is not None:
-            tokenizer = read_tokenizer(spec, model_max_length=length)
-        else:
-            tokenizer = checkpoint.read_tokenizer(length)
-        warnings += [*tokenizer.notes, *check_fits(tokenizer, model.vocab_size)]
-        model = _with_token_ids(model, tokenizer)
-    else:
-        warnings.append(
-            "no tokenizer was given or found beside the run, so none is written and the token ids "
-            "of config.json are null; pass --tokenizer"
-        )
-    run, unread = read_run(checkpoint.step, checkpoint.sidecar[0] if checkpoint.sidecar else None)
-    warnings += unread
-    if options.tokenizer is not None and run is not None and run.facts is not None:
-        # Of its own tokenizer, which this may not be.
-        facts = run.facts.model_copy(update={"tokenizer_license": None})
-        run = run.model_copy(update={"facts": facts})
-    choices = Options(untie=options.untie)
-    if options.untie and not model.tie_word_embeddings:
-        warnings.append("--untie changes nothing: the model's output head is its own parameter")
-    family = target_for(model, options.target)
-    dtype = None if options.dtype == "keep" else options.dtype
-    dtypes = {name: info.dtype for name, info in checkpoint.arrays.info.items()}
-    edges = expand(family, model, checkpoint.layout, dtypes, dtype=dtype, options=choices)
-    warnings += family.caveats(model, choices)
-    warnings += [f"{name} is left out: {why}" for name, why in checkpoint.dropped.items()]
-    plan = build_plan(
-        model=model,
-        layout=checkpoint.layout,
-        family=family,
-        options=choices,
-        dtype=dtype,
-        edges=edges,
-        arrays=checkpoint.arrays,
-        source=checkpoint.identity,
-        max_shard_bytes=options.max_shard_bytes,
-        warnings=warnings,
-        dropped=checkpoint.dropped,
-    )
-    plan.memory_budget(options.max_memory, options.jobs)
-    _demand_json(plan, run, tokenizer)
-    return Prepared(checkpoint, plan, tokenizer, options, run)
-
-
-def _demand_json(plan: Plan, run: RunRecord | None, tokenizer: TokenizerFiles | None) -> None:
-    """What others told must fit into the manifest, which is written when all work is done.
-
-    Raises:
-        ConfigError: Something is no number or no text.
-    """
-    told = {
-        "model": plan.model.values(),
-        "sources": {name: str(source) for name, source in plan.model.sources.items()},
-        "tokenizer": tokenizer and tokenizer.source,
-        "dropped": dict(plan.dropped),
-        "warnings": list(plan.warnings),
-        "run": run and run.model_dump(mode="json"),
-    }
-    for name, value in told.items():
-        try:
-            to_json(value)
-        except ValueError as error:
-            raise ConfigError(f"{name}: cannot stand in the manifest: {error}") from None
+from moeconv.maxtext.checkpoint import (
+    StoredCheckpoint,
+)
+from moeconv.planning.estimate import IMPORT_BYTES
 
 
 def convert(
@@ -203,7 +34,7 @@ def convert(
     """Carries out a planned conversion; OUT appears whole, or not at all.
 
     Args:
-        prepared: From `plan_conversion`.
+        prepared: From `plan_conversion`, or `reopen`.
         out: Directory to make.
         progress: Called with bytes read and bytes written, from any thread.
         note: Called with sentences for people.
@@ -213,7 +44,7 @@ def convert(
             `resume` goes on.
     """
     options = prepared.options
-    out = _place(out, prepared.checkpoint)
+    out = _place(out, prepared.source)
     staging = Staging(out, overwrite=options.overwrite, resume=options.resume)
     try:
         for text in staging.notes:
@@ -251,18 +82,12 @@ def _carry_out(
     prepared: Prepared, staging: Staging, progress: Progress, note: Callable[[str], None]
 ) -> Manifest:
     """Fills the staging folder; the manifest is written last."""
-    options, plan = prepared.options, prepared.plan
-    staging.check_space(plan.disk_bytes)
-    # A resumed conversion must not inherit units that were let pass.
-    identity = f"{plan.digest}, NaN and Inf {'copied' if options.allow_nonfinite else 'refused'}"
-    if prepared.checkpoint.files is not None:
-        identity += f", files {prepared.checkpoint.files}"
-    if options.allow_missing_chunks:
-        identity += ", missing chunks read as zeros"
+    options, plan, source = prepared.options, prepared.plan, prepared.source
+    staging.check_space(plan.estimate.disk_bytes)
     try:
         journal = Journal(
             staging.folder,
-            identity,
+            _identity(prepared),
             units=plan.units,
             assemblies=[each.name for each in plan.assemblies],
             resume=options.resume,
@@ -278,12 +103,11 @@ def _carry_out(
         note(f"resuming: {len(journal.done)} of {len(plan.units)} units are already written")
     engine = Engine(
         plan,
-        prepared.checkpoint.arrays,
+        source.arrays,
         staging.folder,
-        jobs=options.jobs,
+        jobs=plan.jobs,
         # What was set aside for the interpreter and is not used yet will be.
-        memory=plan.memory_budget(options.max_memory, options.jobs)
-        - max(resident_bytes(), IMPORT_BYTES),
+        memory=plan.memory_budget - max(resident_bytes(), IMPORT_BYTES),
         journal=journal,
         allow_nonfinite=options.allow_nonfinite,
         progress=progress,
@@ -292,20 +116,43 @@ def _carry_out(
     try:
         result = engine.run()
     except (NotACheckpointError, TensorError):
-        prepared.checkpoint.unchanged.check()  # what is damaged now may be half of another save
+        source.unchanged.check()  # what is damaged now may be half of another save
         raise
     finally:
         journal.close()
-    prepared.checkpoint.unchanged.check()
+    source.unchanged.check()
     for text in result.warnings:
         note(f"warning: {text}")
-    return _write_small_files(prepared, staging, result)
+    return _write_the_rest(prepared, staging, result)
 
 
-def _place(out: Path, checkpoint: Checkpoint) -> Path:
+def _identity(prepared: Prepared) -> str:
+    """What a resumed conversion must share with the one that was interrupted.
+
+    It must not take over units that were let pass.
+    """
+    options, source = prepared.options, prepared.source
+    identity = prepared.plan.digest
+    identity += f", NaN and Inf {'copied' if options.allow_nonfinite else 'refused'}"
+    if source.files is not None:
+        identity += f", files {source.files}"
+    if prepared.plan.source.may_lack:
+        identity += ", missing chunks read as zeros"
+    return identity
+
+
+def _write_the_rest(prepared: Prepared, staging: Staging, result: Result) -> Manifest:
+    files = small_files(prepared.plan, prepared.tokenizer)
+    staging.write(files)
+    manifest = make_manifest(prepared.plan, result, files)
+    staging.write({MANIFEST_NAME: manifest.to_json()})
+    return manifest
+
+
+def _place(out: Path, source: StoredCheckpoint) -> Path:
     """OUT as an absolute path without symbolic links, outside of the checkpoint."""
     place = resolve_out(out)
-    items = checkpoint.step.items.local
+    items = source.step.items.local
     if items is None:
         return place
     step = (items.parent if items.name == "items" else items).resolve()
@@ -322,92 +169,4 @@ def _place(out: Path, checkpoint: Checkpoint) -> Path:
     return place
 
 
-def _with_token_ids(model: ModelDescription, tokenizer: TokenizerFiles) -> ModelDescription:
-    """Token ids nobody told come from the tokenizer."""
-    where = Provenance(Origin.TOKENIZER, tokenizer.source)
-    found = {
-        name: getattr(tokenizer, name)
-        for name in TOKEN_IDS
-        if getattr(model, name) is None and getattr(tokenizer, name) is not None
-    }
-    sources = {**model.sources, **dict.fromkeys(found, where)}
-    return replace(model, **found, sources=sources)
-
-
-def _write_small_files(prepared: Prepared, staging: Staging, result: Result) -> Manifest:
-    plan = prepared.plan
-    dtype = plan.dtype or _main_dtype(plan)
-    files: dict[str, bytes] = {}
-    if prepared.tokenizer is not None:
-        files |= prepared.tokenizer.files
-    files["config.json"] = to_json(model_config(plan.family, plan.model, dtype, plan.options))
-    files["generation_config.json"] = to_json(generation_config(plan.family, plan.model))
-    if (index := index_json(plan)) is not None:
-        files["model.safetensors.index.json"] = to_json(index)
-    staging.write(files)
-    manifest = make_manifest(prepared, result, files, dtype)
-    staging.write({MANIFEST_NAME: manifest.to_json()})
-    return manifest
-
-
-def _main_dtype(plan: Plan) -> str:
-    """The dtype most bytes have, which config.json names."""
-    weight: dict[str, int] = {}
-    for edge in plan.edges.values():
-        weight[edge.dtype] = weight.get(edge.dtype, 0) + edge.nbytes
-    return max(sorted(weight), key=weight.__getitem__)
-
-
-def make_manifest(
-    prepared: Prepared, result: Result, files: dict[str, bytes], dtype: str
-) -> Manifest:
-    """Puts the manifest together from what was planned and what was done."""
-    import hashlib
-
-    plan, checkpoint = prepared.plan, prepared.checkpoint
-    records = {
-        f.name: FileRecord(size=f.layout.size, sha256=result.files[f.name]) for f in plan.files
-    }
-    records |= {
-        name: FileRecord(size=len(raw), sha256=hashlib.sha256(raw).hexdigest())
-        for name, raw in files.items()
-    }
-    lines = [f"{name} {digest}" for name, digest in sorted(result.arrays.items())]
-    values: dict[str, Any] = plan.model.values()
-    return Manifest(
-        moeconv_version=__version__,
-        source=SourceRecord(
-            path=str(checkpoint.step.items),
-            step=checkpoint.step.number,
-            format=checkpoint.tree.describe(),
-            layout=checkpoint.layout.describe(),
-            digest=hashlib.sha256("\n".join(lines).encode()).hexdigest(),
-            arrays=dict(sorted(result.arrays.items())),
-            metadata=checkpoint.identity["metadata"],
-        ),
-        target=plan.family.name,
-        architecture=plan.family.architecture,
-        dtype=dtype,
-        dtype_kept=plan.dtype is None,
-        untied=plan.options.untie,
-        model={
-            name: FieldRecord(
-                value=value,
-                source=str(plan.model.sources[name]) if name in plan.model.sources else None,
-            )
-            for name, value in values.items()
-        },
-        rules=rules(plan),
-        folds=folds(plan),
-        dropped=dict(plan.dropped),
-        warnings=[*plan.warnings, *result.warnings],
-        tokenizer=prepared.tokenizer.source if prepared.tokenizer else None,
-        plan=plan.digest,
-        files=dict(sorted(records.items())),
-        run=prepared.run,
-        missing_chunks={n: [list(p) for p in places] for n, places in result.missing.items()},
-        accepted_keys=list(checkpoint.told.accepted),
-    )
-
-
-__all__ = ["ConvertOptions", "Prepared", "convert", "make_manifest", "plan_conversion"]
+__all__ = ["ConvertOptions", "Prepared", "convert", "plan_conversion", "reopen"]

@@ -1,14 +1,13 @@
 """Digests of what is read, which do not depend on how it is read."""
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from moeconv.hf.safetensors import payload
-from moeconv.orbax.arrays import Reader
-from moeconv.planning.units import BLOCK_BYTES, Unit
+from moeconv.planning.slabs import slabs
+from moeconv.planning.units import Unit
 from moeconv.tensor.axes import Array
-from moeconv.tensor.form import Range
+from moeconv.tensor.stored import Reader
 
 Part = tuple[slice, ...]
 Position = tuple[int, ...]
@@ -30,7 +29,8 @@ def chunk_digests(
     digests: dict[Position, str] = {}
     for position, box in unit.chunks():
         digest = hashlib.sha256()
-        for part in slabs(box, unit.array.itemsize):
+        for slab in slabs(box, unit.array.itemsize):
+            part = tuple(slice(*ends) for ends in slab)
             data = reader.read(part)
             digest.update(payload(data))
             if not see(position, part, data):
@@ -53,19 +53,3 @@ def array_digest(
     """
     lines = [f"{dtype} {list(shape)} {list(chunk)}", *(chunks[p] for p in sorted(chunks))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def slabs(box: Sequence[Range], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Cuts a box into parts of a few MiB that follow each other in C order."""
-    cut, inner = len(box) - 1, itemsize
-    while cut > 0 and inner * (box[cut][1] - box[cut][0]) <= BLOCK_BYTES:
-        inner *= box[cut][1] - box[cut][0]
-        cut -= 1
-    step = max(1, BLOCK_BYTES // inner)
-    outer = [[slice(i, i + 1) for i in range(*r)] for r in box[:cut]]
-    rest = tuple(slice(*r) for r in box[cut + 1 :])
-    for head in itertools.product(*outer):
-        start, stop = box[cut] if box else (0, 1)
-        for first in range(start, stop, step):
-            middle = (slice(first, min(first + step, stop)),) if box else ()
-            yield (*head, *middle, *rest)

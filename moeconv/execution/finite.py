@@ -2,10 +2,10 @@
 
 from moeconv.arch.layout import listing
 from moeconv.errors import TensorError
-from moeconv.orbax.arrays import ArrayInfo
 from moeconv.planning.units import Route
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import count_nonfinite
+from moeconv.tensor.stored import ArrayInfo
 
 
 def check_finite(array: Array, dtype: str, what: str) -> None:

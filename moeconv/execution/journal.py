@@ -1,7 +1,7 @@
 """The journal of a conversion under way: what is safely on disk, so that `--resume` can go on.
 
 One JSON line each, appended after the data it speaks of was synced: first the plan's digest, then
-finished units, and assemblies of parked pieces that were put together. Each line has a checksum
+finished units, and assemblies of spilled pieces. Each line has a checksum
 of its own and one of the bytes that it speaks of: a journal is believed as far as it is whole, and
 the files as far as they are what it says.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from moeconv.execution.files import open_own
+from moeconv.execution.own_files import open_own
 from moeconv.planning.units import Unit
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import read_inside
@@ -62,7 +62,7 @@ class Journal:
 
     Attributes:
         done: Finished units, by number.
-        settled: Assemblies whose pieces are in their places, with the CRC-32 of their bytes.
+        assemblies: Those whose pieces are in their places, with the CRC-32 of their bytes.
         resumed: An earlier process's journal is taken over.
         notes: Sentences for people.
     """
@@ -90,10 +90,10 @@ class Journal:
             OSError: It cannot be read or written.
         """
         self.done: dict[int, Done] = {}
-        self.settled: dict[str, int] = {}
+        self.assemblies: dict[str, int] = {}
         self.resumed = False
         self.notes: list[str] = []
-        self._units, self._assemblies = units, assemblies
+        self._units, self._names = units, assemblies
         whole = 0
         if resume:
             with contextlib.suppress(FileNotFoundError):
@@ -128,10 +128,10 @@ class Journal:
             if entry["plan"] != plan_digest:
                 raise _AnotherPlanError
             self.resumed = True
-        elif "settled" in entry:
-            if entry["settled"] not in self._assemblies:
+        elif "assembled" in entry:
+            if entry["assembled"] not in self._names:
                 raise ValueError
-            self.settled[entry["settled"]] = int(entry["written"])
+            self.assemblies[entry["assembled"]] = int(entry["written"])
         else:
             number = entry["unit"]
             if type(number) is not int or number < 0:
@@ -142,9 +142,9 @@ class Journal:
         """Records a unit whose bytes are synced."""
         self._append({"unit": number, **done.to_json()})
 
-    def settle(self, array: str, written: int) -> None:
+    def assembled(self, name: str, written: int) -> None:
         """Records an assembly whose pieces are in their places, synced."""
-        self._append({"settled": array, "written": written})
+        self._append({"assembled": name, "written": written})
 
     def close(self) -> None:
         """Closes the file."""

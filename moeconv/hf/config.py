@@ -4,6 +4,7 @@ transformers 5's `save_pretrained` drops `rope_theta`, and transformers 4, mlx-l
 load a default one silently; so both spellings of RoPE and of the dtype are written here.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
@@ -20,6 +21,8 @@ def model_config(
         for key in family.config
         if key.when.holds(model, options)
     }
+    if isinstance(config.get("eos_token_id"), tuple):
+        config["eos_token_id"] = list(config["eos_token_id"])  # as reading it back gives
     return {
         **config,
         "torch_dtype": dtype,
@@ -29,8 +32,17 @@ def model_config(
     }
 
 
-def generation_config(family: Target, model: ModelDescription) -> dict[str, Any]:
-    """Token ids for `generate`; greedy unless the caller asks for sampling."""
+def generation_config(
+    family: Target, model: ModelDescription, own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Token ids for `generate`; greedy unless the tokenizer's own file asks for sampling.
+
+    Args:
+        family: What is written.
+        model: Its token ids are written, several as a list.
+        own: What the tokenizer's own generation_config.json says
+            (`moeconv.hf.tokenizer.generation.read_generation`).
+    """
     ids = {
         "bos_token_id": model.bos_token_id,
         "eos_token_id": model.eos_token_id,
@@ -39,8 +51,9 @@ def generation_config(family: Target, model: ModelDescription) -> dict[str, Any]
     known = {key: value for key, value in ids.items() if value is not None}
     return {
         "_from_model_config": False,
-        **known,
         "do_sample": False,
+        **(own or {}),
+        **known,
         "transformers_version": family.since,
     }
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError
@@ -15,11 +14,12 @@ from moeconv.errors import HubError, OutputError, UsageError
 from moeconv.hf.hub_address import Address, read_address, stranger_warning
 from moeconv.hf.hub_client import hub_client
 from moeconv.hub.account import Account, demand_token, read_account
-from moeconv.hub.changes import Change, plan_changes
+from moeconv.hub.changes import plan_changes
 from moeconv.hub.failures import Note, hub_errors, patiently, status_of, upload_errors
 from moeconv.hub.gate import demand
 from moeconv.hub.local import File
 from moeconv.hub.metadata import read_metadata
+from moeconv.hub.plan import Pushed, PushPlan
 from moeconv.hub.prepare import Parcel, PushOptions
 from moeconv.hub.public import demand_sendable
 from moeconv.hub.remote import Remote, read_remote
@@ -34,35 +34,6 @@ from moeconv.hub.upload import (
     send,
 )
 from moeconv.sizes import format_size
-
-
-@dataclass(frozen=True)
-class PushPlan:
-    """What a push would do.
-
-    Attributes:
-        parcel: What is sent.
-        address: To which Hub.
-        account: Whose token it is; None without a token, or if the Hub does not tell.
-        remote: What is there; None when the Hub could not be reached.
-        changes: File by file.
-        card: The README as it would be.
-        card_origin: Whose text it is.
-        card_checked: Whether the Hub has validated its metadata.
-        warnings: The parcel's, and what could not be found out; a sentence each.
-        dry_run: It is for looking at: nothing was refused.
-    """
-
-    parcel: Parcel
-    address: Address
-    account: Account | None
-    remote: Remote | None
-    changes: tuple[Change, ...]
-    card: str
-    card_origin: str
-    card_checked: bool
-    warnings: tuple[str, ...]
-    dry_run: bool
 
 
 def plan_push(
@@ -133,6 +104,7 @@ def _plan(
         _demand_place(account, remote, repo_id, options)
     return PushPlan(
         parcel,
+        options,
         address,
         account,
         remote,
@@ -176,22 +148,7 @@ def _demand_place(
         )
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """What was done.
-
-    Attributes:
-        commit: The commit, or the head where nothing had to change.
-        changes: File by file.
-        sent_bytes: Of the files that were new or replaced.
-    """
-
-    commit: Commit
-    changes: tuple[Change, ...]
-    sent_bytes: int
-
-
-def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
+def push(plan: PushPlan, *, note: Note) -> Pushed:
     """Carries a plan out, and compares the Hub's listing with it afterwards.
 
     Raises:
@@ -199,11 +156,11 @@ def push(plan: PushPlan, options: PushOptions, *, note: Note) -> Pushed:
             the Hub, so that another run does not send them again.
     """
     with hub_client(plan.address), ExitStack() as opened:
-        return _push(plan, options, opened, note)
+        return _push(plan, opened, note)
 
 
-def _push(plan: PushPlan, options: PushOptions, opened: ExitStack, note: Note) -> Pushed:
-    repo_id = plan.parcel.repo_id
+def _push(plan: PushPlan, opened: ExitStack, note: Note) -> Pushed:
+    repo_id, options = plan.parcel.repo_id, plan.options
     # `plan_push` has refused already what must not go; a dry run's plan may be of such.
     assert not plan.dry_run
     assert plan.account is not None
@@ -236,9 +193,8 @@ def _push(plan: PushPlan, options: PushOptions, opened: ExitStack, note: Note) -
     if not adds and not deletes:
         note("the Hub has every file already; nothing to commit")
         url = f"{plan.address.url}/{repo_id}/commit/{target.head}"
-        return Pushed(
-            Commit(target.head, url, target.revision, _pr(plan, number)), tuple(changes), 0
-        )
+        head = Commit(target.head, url, target.revision, _pr(plan, number))
+        return Pushed(plan, head, tuple(changes), 0)
     size = sum(add.upload_info.size for add in adds)
     note(f"sending {len(adds)} files, {format_size(size)}, to {plan.address.url}/{repo_id}")
     with hub_errors("uploading", repo_id), upload_errors(repo_id):
@@ -257,7 +213,7 @@ def _push(plan: PushPlan, options: PushOptions, opened: ExitStack, note: Note) -
         check_listing(api, repo_id, commit, changes, note)
     if number is not None:
         commit = Commit(commit.oid, commit.url, commit.revision, _pr(plan, number))
-    return Pushed(commit, tuple(changes), size)
+    return Pushed(plan, commit, tuple(changes), size)
 
 
 def _api(address: Address, token: str | None) -> HfApi:

@@ -28,11 +28,11 @@ class Part:
     """One array's share in a tensor.
 
     Attributes:
-        source: The array.
+        source: Name of the array.
         form: What becomes of it.
     """
 
-    source: StoredParameter
+    source: str
     form: Form
 
 
@@ -45,7 +45,7 @@ class Edge:
         shape: Its shape.
         dtype: Its dtype, a key of `DTYPES`.
         parts: The arrays it comes from: none when it is filled with one value.
-        rule: The rule it was expanded from.
+        rule: Number of the rule it was expanded from, in the family's table.
         layer: Target layer, None for a tensor outside the layers.
         fill: Value of a tensor without parts.
         copy: Which of how many equal tensors this is, and the axis they stand for.
@@ -55,7 +55,7 @@ class Edge:
     shape: tuple[int, ...]
     dtype: str
     parts: tuple[Part, ...]
-    rule: Rule
+    rule: int
     layer: int | None
     fill: float = 0.0
     copy: tuple[int, int, str] | None = None
@@ -79,11 +79,11 @@ class Edge:
         """Largest relative error of one value, 0.0 when the edge is exact."""
         return max((value.bound() for value in self.values), default=0.0)
 
-    def apply(self, read: Callable[[StoredParameter], Array]) -> Array:
+    def apply(self, read: Callable[[str], Array]) -> Array:
         """Makes the tensor from whole arrays: what the engine does block by block.
 
         Args:
-            read: Gives an array.
+            read: Gives an array by its name.
         """
         if not self.parts:
             return np.full(self.shape, self.fill, DTYPES[self.dtype])
@@ -146,9 +146,13 @@ def expand(
     if reason := cannot_hold(family, model):
         raise UnsupportedError(f"--target {family.name} cannot hold this model: {reason}")
     expander = _Expander(family, model, layout, dtypes, dtype)
-    rules = [rule for rule in family.rules if rule.when.holds(model, options)]
-    edges = [edge for rule in rules for edge in expander.edges(rule)]
-    _check_totality(edges, layout)
+    edges = [
+        edge
+        for number, rule in enumerate(family.rules)
+        if rule.when.holds(model, options)
+        for edge in expander.edges(number, rule)
+    ]
+    _check_totality(edges, family, layout)
     return tuple(edges)
 
 
@@ -177,7 +181,7 @@ class _Expander:
         self._dtype = dtype
         self._held = layout.places
 
-    def edges(self, rule: Rule) -> Iterator[Edge]:
+    def edges(self, number: int, rule: Rule) -> Iterator[Edge]:
         """One edge for every layer and expert that the rule writes."""
         model = self._model
         layers: list[int | None] = [None]
@@ -187,9 +191,9 @@ class _Expander:
             for expert in range(model.num_experts or 0) if "{E}" in rule.target else [None]:
                 target = rule.target.format(L=layer, E=expert)
                 if rule.sources:
-                    yield self._moved(rule, target, layer, expert)
+                    yield replace(self._moved(rule, target, layer, expert), rule=number)
                 else:
-                    yield self._filled(rule, target, layer)
+                    yield replace(self._filled(rule, target, layer), rule=number)
 
     def _find(self, source: str, layer: int | None) -> StoredParameter:
         """The array that holds a parameter of a layer."""
@@ -207,18 +211,17 @@ class _Expander:
         shape = tuple(sizes[axis] for axis in flatten(place.right))
         beside = self._find("post_self_attention_layer_norm.scale", layer)
         dtype = self._dtype or self._dtypes[beside.name]
-        return Edge(target, shape, dtype, (), rule, layer, fill=rule.fill)
+        return Edge(target, shape, dtype, (), 0, layer, fill=rule.fill)
 
     def _moved(self, rule: Rule, target: str, layer: int | None, expert: int | None) -> Edge:
         """A tensor made from one entry of each of a rule's source arrays."""
         parts: list[Part] = []
         for number, name in enumerate(rule.sources):
             source = self._find(name, layer)
-            parts.append(
-                Part(source, self._form(rule, number, source, source.entry(layer), expert))
-            )
+            form = self._form(rule, number, source, source.entry(layer), expert)
+            parts.append(Part(source.name, form))
         copy = None
-        if expert is not None and "E" not in parts[0].source.axes:
+        if expert is not None and "E" not in parts[0].form.axes:
             copy = (expert, self._model.num_experts or 1, "E")
         shape = list(parts[0].form.shape)
         if not parts[0].form.place:  # the parts follow each other
@@ -227,7 +230,7 @@ class _Expander:
                 parts[number] = replace(part, form=replace(part.form, base=base))
                 shape[0] += part.form.shape[0]
         dtype = parts[0].form.value.target
-        return Edge(target, tuple(shape), dtype, tuple(parts), rule, layer, copy=copy)
+        return Edge(target, tuple(shape), dtype, tuple(parts), 0, layer, copy=copy)
 
     def _form(
         self,
@@ -281,16 +284,17 @@ class _Expander:
         return {axis: width for axis in ("F", "M") if sizes.get(axis, width) != width}
 
 
-def _check_totality(edges: list[Edge], layout: Layout) -> None:
+def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
     twice = [name for name, n in Counter(e.target for e in edges).items() if n > 1]
     if twice:
         raise TensorError(f"the rules would write these tensors twice:{listing(twice)}")
     consumed: dict[tuple[Any, ...], list[int | None]] = {}
+    stacked = {array.name: array.stacked for array in layout.arrays}
     for edge in edges:
         for part in edge.parts:
-            if edge.is_first_copy and not edge.rule.again:
-                entry = tuple(part.form.take[axis] for axis in part.source.stacked)
-                found = consumed.setdefault((part.source.name, *entry), [])
+            if edge.is_first_copy and not family.rules[edge.rule].again:
+                entry = tuple(part.form.take[axis] for axis in stacked[part.source])
+                found = consumed.setdefault((part.source, *entry), [])
                 found.append(part.form.take.get("E"))
     holes = [edge.target for edge in edges if edge.parts and not _is_covered(edge)]
     if holes:

@@ -55,10 +55,11 @@ def restore(edges: Iterable[Edge], read: Callable[[str], Array]) -> dict[str, Ar
         if not edge.parts and not np.array_equal(tensor, np.full_like(tensor, edge.fill)):
             raise TensorError(f"{edge.target} should be {edge.describe()}")
         for part in edge.parts:
-            values, name, take = restore_part(edge, part, tensor), part.source.name, part.form.take
+            values, name, take = restore_part(edge, part, tensor), part.source, part.form.take
             if name not in arrays:
-                arrays[name] = np.empty(part.source.shape, values.dtype)
-            place = tuple(take.get(axis, slice(None)) for axis in part.source.axes)
+                shape = [part.form.sizes[axis] for axis in part.form.axes]
+                arrays[name] = np.empty(shape, values.dtype)
+            place = tuple(take.get(axis, slice(None)) for axis in part.form.axes)
             key = (name, tuple(sorted(take.items())))
             if key in seen:
                 if not np.array_equal(bits(arrays[name][place]), bits(values)):

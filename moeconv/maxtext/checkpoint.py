@@ -1,12 +1,12 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -25,6 +25,7 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.maxtext import inspection
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
@@ -34,7 +35,11 @@ from moeconv.orbax.locate import METADATA, Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, outside, read_tree
 from moeconv.orbax.store import Folder
 from moeconv.orbax.trees import PARAMS, UNTOLD
+from moeconv.printing import Printable
 from moeconv.untrusted import strict_json
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # Parameters that the model's logits do not use, by their first key; left out, and said so.
 UNUSED = {
@@ -64,49 +69,69 @@ _SIDECAR_LIMIT = 4 * 2**20  # a resolved config has some 60 KB
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint as moeconv understands it.
+class StoredCheckpoint:
+    """A checkpoint as it is stored, whatever model is in it.
 
     Attributes:
         step: Where it is.
         tree: Its leaves.
         arrays: Its parameters, opened.
-        layout: How layers are stored.
-        told: What config and flags said.
-        resolution: What is known of the model, and what is missing.
-        sidecar: The run's sidecar and its folder, if one was found.
-        dropped: Parameters left out on purpose, with the reason.
         files: Digest of the names, sizes and times of all its files; None where it is remote.
         unchanged: Looks for changes since before it was read.
+        notes: Warnings about how it is stored.
     """
 
     step: Step
     tree: Tree
     arrays: Arrays
-    layout: Layout
-    told: ToldConfig
-    resolution: Resolution
-    sidecar: tuple[RunSidecar, Folder] | None
-    dropped: Mapping[str, str]
     files: str | None
     unchanged: Unchanged
+    notes: tuple[str, ...]
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
-        """What tells this checkpoint from another: place, step, and digests of its metadata.
+    def metadata(self) -> dict[str, str]:
+        """SHA-256 of its metadata files, by name.
 
-        OCDBT's manifest changes with every chunk. Without one nothing among the metadata does, so
-        that the files tell, if they are known.
+        OCDBT's manifest changes with every chunk. Without one nothing among them does.
         """
         items = self.step.items
         parts = {name: items.read(name) for name in _OWN}
         if self.step.folder != items:
             parts[METADATA] = self.step.folder.read(METADATA)
-        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
-        found = {"path": str(items), "step": self.step.number, "metadata": digests}
-        if "manifest.ocdbt" not in digests and self.files is not None:
-            found["files"] = self.files
-        return found
+        return {n: hashlib.sha256(raw).hexdigest() for n, raw in parts.items() if raw}
+
+
+@dataclass(frozen=True)
+class Checkpoint(StoredCheckpoint, Printable):
+    """A checkpoint as moeconv understands it.
+
+    Attributes:
+        layout: How layers are stored.
+        told: What config and flags said.
+        resolution: What is known of the model, and what is missing.
+        sidecar: The run's sidecar and its folder, if one was found.
+        dropped: Parameters left out on purpose, with the reason.
+    """
+
+    layout: Layout
+    told: ToldConfig
+    resolution: Resolution
+    sidecar: tuple[RunSidecar, Folder] | None
+    dropped: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv inspect --json` prints."""
+        return inspection.as_dict(self)
+
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv inspect` prints, without the warnings."""
+        return inspection.parts(self)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Things to know before converting, a sentence each."""
+        left_out = [f"{name} is left out: {why}" for name, why in self.dropped.items()]
+        return (*self.resolution.warnings, *left_out)
 
     @property
     def tokenizer(self) -> str | None:
@@ -157,20 +182,9 @@ def open_checkpoint(
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
-    step = locate(spec)
-    unchanged = Unchanged()
-    unchanged.watch(partial(_look, step))
-    local = step.items.local
-    files = _files_digest(inventory(local)) if local is not None else None
-    tree = read_tree(step.items)
-    _refuse_unclaimed(step.items, tree)
-    if local is None and not tree.use_ocdbt:
-        name = "zarr.json" if tree.use_zarr3 else ".zarray"
-        names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
-        unchanged.watch(partial(versions, step.items, names))
-    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
-    unread = _demand_whole(step, arrays)
-    sidecar = None
+    stored = open_stored(spec, allow_missing_chunks=allow_missing_chunks)
+    step, arrays, tree = stored.step, stored.arrays, stored.tree
+    sidecar, unread = None, list(stored.notes)
     try:
         sidecar = _read_sidecar(step)
     except _DamagedError as error:
@@ -191,8 +205,42 @@ def open_checkpoint(
     resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
-        step, tree, arrays, layout, told, resolution, sidecar, dropped, files, unchanged
+        step,
+        stored.tree,
+        arrays,
+        stored.files,
+        stored.unchanged,
+        stored.notes,
+        layout,
+        told,
+        resolution,
+        sidecar,
+        dropped,
     )
+
+
+def open_stored(spec: str, *, allow_missing_chunks: bool = False) -> StoredCheckpoint:
+    """Opens a checkpoint without asking what model it is; see `open_checkpoint`.
+
+    Raises:
+        NotACheckpointError: There is no complete checkpoint.
+        TensorError: Arrays are damaged.
+        UnsupportedError: A dtype or compression is not supported.
+    """
+    step = locate(spec)
+    unchanged = Unchanged()
+    unchanged.watch(partial(_look, step))
+    local = step.items.local
+    files = _files_digest(inventory(local)) if local is not None else None
+    tree = read_tree(step.items)
+    _refuse_unclaimed(step.items, tree)
+    if local is None and not tree.use_ocdbt:
+        name = "zarr.json" if tree.use_zarr3 else ".zarray"
+        names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
+        unchanged.watch(partial(versions, step.items, names))
+    arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
+    notes = _demand_whole(step, arrays)
+    return StoredCheckpoint(step, tree, arrays, files, unchanged, tuple(notes))
 
 
 def _has(arrays: Arrays, module: str) -> bool:

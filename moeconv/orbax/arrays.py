@@ -7,7 +7,6 @@ decoded once however many boxes are cut from it. The cache is dropped with the r
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +21,7 @@ from moeconv.orbax.store import Folder, context, reason
 from moeconv.orbax.trees import KeyPath, is_of_training
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.stored import ArrayInfo, Box
 
 # Far more than runs write (a chunk is what one device held), and still counted in a second.
 MOST_CHUNKS = 2**20
@@ -33,56 +33,6 @@ _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _MISSING = "NOT_FOUND"
 # What tensorstore raises about metadata and data.
 _REFUSED = (ValueError, OSError, TypeError, RuntimeError, OverflowError)
-
-Box = tuple[slice | int, ...]
-
-
-@dataclass(frozen=True)
-class ArrayInfo:
-    """One array as stored.
-
-    Attributes:
-        path: Key path in the model (`trees.Leaf.path`).
-        shape: Its shape.
-        dtype: A key of `ops.DTYPES`.
-        chunk: Shape of the unit that is decoded at once (the inner chunk of a sharded zarr3 array),
-            cut to the array.
-        codec: Compression, for people.
-        decoded_bytes: Bytes of one chunk when it is decoded, which is done whole: it may reach
-            beyond the array.
-    """
-
-    path: KeyPath
-    shape: tuple[int, ...]
-    dtype: str
-    chunk: tuple[int, ...]
-    codec: str
-    decoded_bytes: int
-
-    @property
-    def name(self) -> str:
-        """Dotted key path."""
-        return ".".join(self.path)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one value."""
-        return DTYPES[self.dtype].itemsize
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the array, decoded."""
-        return math.prod(self.shape) * self.itemsize
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of the part of one chunk that lies in the array."""
-        return math.prod(self.chunk) * self.itemsize
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Number of chunks along each axis."""
-        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
 
 
 class Arrays:

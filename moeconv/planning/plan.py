@@ -1,279 +1,281 @@
 """The plan: every output tensor with its source, place and bytes, before the first byte is written.
 
-A plan is a value. Executing it adds nothing: the engine only carries it out. It can be printed
-(`--dry-run`) and hashed (`digest`, which `--resume` compares).
+A plan is data. Executing it adds nothing: the engine only carries it out. It can be printed, hashed
+(`digest`, which `--resume` compares), pickled, and written to a file that another process executes
+(`planning.plan_file`). It knows a `PlannedSource` and an `Output`, and not which of them is
+MaxText's.
 """
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from moeconv import __version__
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.layout import Layout
-from moeconv.errors import MemoryLimitError
-from moeconv.hf.safetensors import FileLayout, TensorSpec, lay_out
+from moeconv.families import targets
+from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.mapping.edges import Edge
 from moeconv.mapping.rules import Options, Target
-from moeconv.orbax.arrays import ArrayInfo, Arrays
+from moeconv.maxtext.run_record import RunRecord
+from moeconv.planning.estimate import Estimate
+from moeconv.planning.output import SafetensorsOutput, model_order, safetensors_output
+from moeconv.planning.shown import plan_parts
 from moeconv.planning.units import (
-    BLOCK_BYTES,
-    MIB,
-    UNIT_BYTES,
     Assembly,
     Route,
     Unit,
     assemblies,
+    cut_into_units,
     routes_of,
-    unit_boxes,
 )
-from moeconv.sizes import format_size
+from moeconv.printing import Printable
+from moeconv.tensor.stored import ArrayInfo
 
-# Source block, transposed block, one temporary of a value op: what a worker holds beside its unit.
-WORKER_BYTES = 4 * BLOCK_BYTES
-# numpy, tensorstore, pydantic, rich: the interpreter before any work, measured and rounded up.
-IMPORT_BYTES = 128 * MIB
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """One safetensors file: its tensors in file order and where each begins."""
-
-    name: str
-    tensors: tuple[str, ...]
-    layout: FileLayout
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a tensor goes."""
+class PlannedSource:
+    """What is read: which model, and how it is stored.
 
-    file: int
-    offset: int
+    Attributes:
+        kind: As manifests name it.
+        path: Where it is: a path, or an address.
+        step: Of the run, where there is one.
+        format: How its files are written, for people.
+        layout: How it keeps its layers, for people.
+        scan_axis: Axis on which layers are stacked; None where each has arrays of its own.
+        metadata: SHA-256 of its own metadata files, by name.
+        files: Digest of the names, sizes and times of its files, where they are on this machine.
+        may_lack: Chunks that are not stored count as zeros, where the format leaves zeros out.
+        arrays: How each array is stored, by name.
+        collections: The collection of each array, by name, as its key path does not tell it.
+    """
+
+    kind: Literal["maxtext"]
+    path: str
+    step: int | None
+    format: str
+    layout: str
+    scan_axis: int | None
+    metadata: Mapping[str, str]
+    files: str | None
+    may_lack: bool
+    arrays: Mapping[str, ArrayInfo]
+    collections: Mapping[str, str]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from another of the same shapes.
+
+        It may have been moved; but without OCDBT, whose manifest changes with every chunk, and not
+        on this machine, only its place tells it from another.
+        """
+        told_apart = "manifest.ocdbt" in self.metadata or self.files is not None
+        return {
+            "kind": self.kind,
+            "step": self.step,
+            "metadata": dict(self.metadata),
+            "files": None if "manifest.ocdbt" in self.metadata else self.files,
+            "path": None if told_apart else self.path,
+        }
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedTokenizer:
+    """The tokenizer that is written beside the tensors.
+
+    Attributes:
+        option: `--tokenizer`; None where it is the run's own.
+        source: What was read, as the user named it.
+        files: SHA-256 of what is written of it, by name.
+    """
+
+    option: str | None
+    source: str
+    files: Mapping[str, str]
+
+    @classmethod
+    def of(cls, files: TokenizerFiles, option: str | None) -> "PlannedTokenizer":
+        """Of a tokenizer that was read."""
+        digests = {n: hashlib.sha256(raw).hexdigest() for n, raw in files.files.items()}
+        return cls(option, files.source, digests)
+
+
+@dataclass(frozen=True)
+class Plan(Printable):
     """A whole conversion.
 
     Attributes:
         model: What the model is.
-        layout: How the checkpoint keeps it.
-        family: The target.
+        target: Name of the family's page that it becomes, of which `page` is the value.
         options: The user's choices about tensors.
-        dtype: `--dtype`; None keeps the checkpoint's.
-        edges: Every output tensor, by name.
-        files: The safetensors files.
-        places: File and offset of every output tensor.
+        dtype: `--dtype`; None keeps the source's.
+        max_shard_bytes: Largest file of tensors, unless one tensor is larger.
+        edges: Every target array, by name.
+        output: The files, and the place of every target.
         routes: Work by source array.
         units: Work in the order it is begun, largest first.
-        assemblies: Arrays whose pieces go through a scratch file, and the tensors that these make.
-        source: Identity of what is read: URL, step and digests of the checkpoint's metadata.
+        assemblies: What goes through a scratch file, as the output does not take it as it comes.
+        source: What is read.
         warnings: Sentences for people.
         dropped: Parameters left out on purpose, with the reason.
+        tokenizer: What is written beside the tensors.
+        run: What the source's run tells of its training.
+        accepted_keys: Settings that `--accept-key` let pass.
+        jobs: Units worked on at the same time, unless `convert` says otherwise.
+        max_memory: Bytes of memory to stay within, unless `convert` says otherwise.
     """
 
     model: ModelDescription
-    layout: Layout
-    family: Target
+    target: str
     options: Options
     dtype: str | None
+    max_shard_bytes: int
     edges: Mapping[str, Edge]
-    files: tuple[PlannedFile, ...]
-    places: Mapping[str, Place]
+    output: SafetensorsOutput
     routes: Mapping[str, tuple[Route, ...]]
     units: tuple[Unit, ...]
     assemblies: tuple[Assembly, ...]
-    source: Mapping[str, Any]
-    warnings: tuple[str, ...]
-    dropped: Mapping[str, str]
+    source: PlannedSource
+    warnings: tuple[str, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    tokenizer: PlannedTokenizer | None = None
+    run: RunRecord | None = None
+    accepted_keys: tuple[str, ...] = ()
+    jobs: int = 1
+    max_memory: int = 4 << 30
+
+    @property
+    def page(self) -> Target:
+        """The Hugging Face half of the family's page."""
+        return targets()[self.target]
 
     @cached_property
     def constants(self) -> tuple[Edge, ...]:
-        """Tensors without a source."""
+        """Targets without a source."""
         return tuple(e for e in self.edges.values() if not e.parts)
 
-    @property
-    def read_bytes(self) -> int:
-        """Bytes of the parameters, decoded; each is read once."""
-        return sum(u.nbytes for u in self.units)
+    @cached_property
+    def estimate(self) -> Estimate:
+        """What carrying it out takes."""
+        return Estimate.of(self.units, self.assemblies, self.output)
 
     @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all output tensors."""
+    def target_bytes(self) -> int:
+        """Bytes of all target arrays."""
         return sum(e.nbytes for e in self.edges.values())
 
-    @property
-    def write_bytes(self) -> int:
-        """Bytes of all safetensors files."""
-        return sum(f.layout.size for f in self.files)
-
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes of scratch files that may exist at the same time."""
-        return sum(sorted(each.size for each in self.assemblies)[-2:])
-
-    @property
-    def disk_bytes(self) -> int:
-        """Free space needed: the files, scratch, and room for configs and tokenizer."""
-        return self.write_bytes + self.scratch_bytes + 96 * MIB
-
-    def unit_cost(self, unit: Unit) -> int:
-        """Peak bytes of one unit: decoded, and compressed (never larger) while it is decoded."""
-        return 2 * unit.decoded_bytes + WORKER_BYTES
-
-    @property
-    def memory_floor(self) -> int:
-        """The least memory with which the plan can be carried out, one unit at a time."""
-        return IMPORT_BYTES + max(self.unit_cost(u) for u in self.units)
-
-    def memory_budget(self, limit: int, jobs: int) -> int:
-        """Memory the engine will keep within.
-
-        It takes what one unit at a time needs, plus something for every job, and never more than
-        the limit: on a small machine memory matters more than the last few percent of speed.
-
-        Raises:
-            MemoryLimitError: The limit lies below the floor.
-        """
-        if limit < self.memory_floor:
-            largest = max(self.units, key=lambda u: u.decoded_bytes)
-            raise MemoryLimitError(
-                f"--max-memory {format_size(limit)} is below the {format_size(self.memory_floor)} "
-                f"that this checkpoint needs: {largest.array.name} is stored in chunks of "
-                f"{format_size(largest.decoded_bytes)}, and a chunk is decoded whole; give "
-                f"--max-memory {math.ceil(self.memory_floor / MIB)}MiB or more"
-            )
-        return min(limit, max(int(1.1 * self.memory_floor), jobs * 384 * MIB))
+    @cached_property
+    def main_dtype(self) -> str:
+        """The dtype that most bytes have, which config.json names."""
+        if self.dtype is not None:
+            return self.dtype
+        weight: dict[str, int] = {}
+        for edge in self.edges.values():
+            weight[edge.dtype] = weight.get(edge.dtype, 0) + edge.nbytes
+        return max(sorted(weight), key=weight.__getitem__)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of everything that decides the output's bytes.
-
-        The source may have been moved, but where nothing else tells it from another of the same
-        shapes (stored without OCDBT, and not on this machine), its place has to.
-        """
-        moved = "manifest.ocdbt" in self.source["metadata"] or "files" in self.source
+        """SHA-256 of everything that decides the output's bytes."""
         content = {
             "moeconv": __version__,
-            "source": {k: v for k, v in self.source.items() if k != "path" or not moved},
+            "source": self.source.identity,
             "model": self.model.values(),
-            "family": self.family.name,
+            "target": self.target,
             "untie": self.options.untie,
-            "files": [[f.name, f.layout.header.decode("latin-1")] for f in self.files],
+            "output": [self.output.kind, self.output.identity],
             "tensors": [
-                [e.target, [part.source.name for part in e.parts], e.steps()]
+                [e.target, [part.source for part in e.parts], e.steps()]
                 for e in self.edges.values()
             ],
             "units": [[u.array.name, u.box] for u in self.units],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def memory_budget(self) -> int:
+        """Memory that carrying it out keeps within.
+
+        Raises:
+            MemoryLimitError: `max_memory` is below what one unit at a time needs.
+        """
+        return self.estimate.memory_budget(self.max_memory, self.jobs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv convert --dry-run --json` prints: the content of plan.json."""
+        from moeconv.planning.plan_file import to_json
+
+        return to_json(self)
+
+    def parts(self) -> "Iterable[RenderableType]":
+        """What `moeconv convert --dry-run` prints."""
+        return plan_parts(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes plan.json, which `load_plan` reads.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        from moeconv.planning.plan_file import save_plan
+
+        save_plan(self, Path(path))
+
 
 def build_plan(
     *,
     model: ModelDescription,
-    layout: Layout,
-    family: Target,
+    target: str,
     options: Options,
     dtype: str | None,
     edges: Sequence[Edge],
-    arrays: Arrays,
-    source: Mapping[str, Any],
+    source: PlannedSource,
     max_shard_bytes: int,
-    warnings: Sequence[str] = (),
-    dropped: Mapping[str, str] | None = None,
+    **beside: Any,
 ) -> Plan:
-    """Makes the plan.
+    """Makes the plan: units of work, the order of tensors, files and places.
 
-    Tensors are assigned to files in the order of the layers, as loaders expect; within a file they
-    lie in the order they are made, so that finished parts can be hashed while others are read.
+    Args:
+        model: As the attributes of `Plan`.
+        target: As there.
+        options: As there.
+        dtype: As there.
+        edges: Every target array, from `mapping.edges.expand`.
+        source: As the attributes of `Plan`.
+        max_shard_bytes: As there.
+        beside: The attributes of `Plan` that say nothing of its tensors.
     """
     routes = routes_of(edges)
-    units = _units(routes, arrays.info)
+    units = cut_into_units(routes, source.arrays)
     rank = {u.array.name: u.number for u in reversed(units)}
     by_name = {e.target: e for e in edges}
     made = sorted(
         by_name,
         key=lambda n: (
-            max((rank[part.source.name] for part in by_name[n].parts), default=-1),
-            _model_order(by_name[n]),
+            max((rank[part.source] for part in by_name[n].parts), default=-1),
+            model_order(by_name[n]),
         ),
     )
-    files, places = _files(by_name, made, max_shard_bytes)
+    output = safetensors_output(by_name, made, max_shard_bytes)
     return Plan(
         model=model,
-        layout=layout,
-        family=family,
+        target=target,
         options=options,
         dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
         edges=by_name,
-        files=files,
-        places=places,
+        output=output,
         routes=routes,
         units=units,
-        assemblies=assemblies(routes, units),
+        assemblies=assemblies(routes, units, output.takes),
         source=source,
-        warnings=tuple(warnings),
-        dropped=dropped or {},
+        **beside,
     )
-
-
-def _units(
-    routes: Mapping[str, tuple[Route, ...]], info: Mapping[str, ArrayInfo]
-) -> tuple[Unit, ...]:
-    limit = max(UNIT_BYTES, *(info[name].chunk_bytes for name in routes))
-    boxes = []
-    for name, group in routes.items():
-        boxes += [(info[name], box) for box in unit_boxes(info[name], group, limit)]
-    boxes.sort(key=lambda b: (-Unit(b[0], b[1], 0).nbytes, b[0].name, b[1]))
-    return tuple(Unit(array, box, n) for n, (array, box) in enumerate(boxes))
-
-
-def _model_order(edge: Edge) -> tuple[Any, ...]:
-    """Embedding, layers from the first to the last, final norm, head; names in natural order."""
-    ends = {"model.embed_tokens.weight": -1}
-    layer = edge.layer if edge.layer is not None else ends.get(edge.target, 10**9)
-    natural = [int(p) if p.isdigit() else 0 for p in edge.target.split(".")]
-    return (layer, [p if not p.isdigit() else "" for p in edge.target.split(".")], natural)
-
-
-def _files(
-    edges: Mapping[str, Edge], made: Sequence[str], max_shard_bytes: int
-) -> tuple[tuple[PlannedFile, ...], dict[str, Place]]:
-    from huggingface_hub import split_state_dict_into_shards_factory
-
-    ordered = sorted(edges, key=lambda n: _model_order(edges[n]))
-    split = split_state_dict_into_shards_factory(
-        {name: edges[name] for name in ordered},
-        get_storage_size=lambda edge: edge.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_bytes,
-    )
-    order = {name: n for n, name in enumerate(made)}
-    files: list[PlannedFile] = []
-    places: dict[str, Place] = {}
-    for number, (file, names) in enumerate(sorted(split.filename_to_tensors.items())):
-        tensors = sorted(names, key=order.__getitem__)
-        specs = [TensorSpec(n, edges[n].dtype, edges[n].shape) for n in tensors]
-        layout = lay_out(specs)
-        files.append(
-            PlannedFile(file, tuple(sorted(tensors, key=layout.offsets.__getitem__)), layout)
-        )
-        places |= {n: Place(number, layout.offsets[n]) for n in tensors}
-    return tuple(files), places
-
-
-def index_json(plan: Plan) -> dict[str, Any] | None:
-    """Content of model.safetensors.index.json; None when one file holds everything."""
-    if len(plan.files) == 1:
-        return None
-    weights = {name: plan.files[place.file].name for name, place in plan.places.items()}
-    return {
-        "metadata": {"total_size": plan.tensor_bytes},
-        "weight_map": dict(sorted(weights.items())),
-    }

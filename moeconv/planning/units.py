@@ -2,33 +2,32 @@
 
 A unit is a box of one source array that is read and decoded once. It is one chunk, or several where
 the chunks are small or cut an axis that a rule splits. Each entry of the unit's stacked axes (a
-layer, an expert) takes a route into one target tensor, or into several copies of it.
+layer, an expert) takes a route into one target array, or into several copies of it.
 
-A route's piece is contiguous in the target when it holds all of every axis behind the outermost.
-Otherwise (a checkpoint sharded along the inner axis of the transposed tensor, or several arrays
-that take turns in one tensor) pieces are parked in a scratch file, and each tensor is settled from
+The output says which pieces it takes as they come (`Output.takes`). It takes no others: those of a
+checkpoint sharded along the inner axis of a transposed tensor, or of several arrays that take turns
+in one tensor. These are spilled to a scratch file, and each stretch of the target is assembled from
 them once all have arrived.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from moeconv.mapping.edges import Edge, Part
-from moeconv.orbax.arrays import ArrayInfo, Box
+from moeconv.planning.slabs import slabs
 from moeconv.tensor.form import Form, Range, Ranges
+from moeconv.tensor.stored import ArrayInfo, Box
 
-MIB = 2**20
-BLOCK_BYTES = 8 * MIB  # of a target tensor, transposed and written at a time
-UNIT_BYTES = 64 * MIB  # chunks are read together up to this, or up to the largest single chunk
+UNIT_BYTES = 64 << 20  # chunks are read together up to this, or up to the largest single chunk
 
 
 @dataclass(frozen=True)
 class Route:
-    """How one entry of a source array's stacked axes becomes a tensor, or a part of one.
+    """How one entry of a source array's stacked axes becomes a target array, or a part of one.
 
     Attributes:
-        edges: The tensors it is written to: one, or the copies of a replicated one.
+        edges: The targets it is written to: one, or the copies of a replicated one.
         part: Which part of them.
     """
 
@@ -42,22 +41,17 @@ class Route:
 
     @property
     def slot(self) -> "Slot":
-        """The stretch of the tensor that it shares with parts that lie between its own values."""
+        """The stretch of the target that it shares with parts that lie between its own values."""
         return Slot(self.edges[0].target, self.form.base)
-
-    @property
-    def rows_per_block(self) -> int:
-        """Steps along the form's `lead` that fit a block, in float64 where values are computed."""
-        return max(1, BLOCK_BYTES // max(1, self.form.row_scratch))
 
 
 @dataclass(frozen=True, order=True)
 class Slot:
-    """A stretch of a tensor that is put together at once.
+    """A stretch of a target that is assembled at once.
 
     Attributes:
-        target: The tensor, of copies the first.
-        base: Values of it before.
+        target: Its name, of copies the first.
+        base: Values of it before the stretch.
     """
 
     target: str
@@ -130,12 +124,12 @@ def routes_of(edges: Sequence[Edge]) -> dict[str, tuple[Route, ...]]:
     groups: dict[tuple[object, ...], list[list[Edge]]] = {}
     for edge in edges:
         for number, part in enumerate(edge.parts):
-            key = (part.source.name, number, *sorted(part.form.take.items()))
+            key = (part.source, number, *sorted(part.form.take.items()))
             alike = groups.setdefault(key, [])
             group = next((group for group in alike if group[0].parts == edge.parts), None)
             if group is None:
                 alike.append(group := [])
-                routes.setdefault(part.source.name, []).append((part, group))
+                routes.setdefault(part.source, []).append((part, group))
             group.append(edge)
     return {
         name: tuple(Route(tuple(group), part) for part, group in of_array)
@@ -171,6 +165,20 @@ def unit_boxes(info: ArrayInfo, routes: Sequence[Route], limit: int) -> list[tup
     ]
 
 
+def cut_into_units(
+    routes: Mapping[str, Sequence[Route]], info: Mapping[str, ArrayInfo]
+) -> tuple[Unit, ...]:
+    """Cuts every array that feeds something into units, the largest first."""
+    limit = max(UNIT_BYTES, *(info[name].chunk_bytes for name in routes))
+    boxes = [
+        (info[name], box)
+        for name, group in routes.items()
+        for box in unit_boxes(info[name], group, limit)
+    ]
+    boxes.sort(key=lambda b: (-Unit(b[0], b[1], 0).nbytes, b[0].name, b[1]))
+    return tuple(Unit(array, box, number) for number, (array, box) in enumerate(boxes))
+
+
 def pieces(unit: Unit, routes: Sequence[Route]) -> Iterator[tuple[int, dict[str, Range]]]:
     """Routes that a unit feeds (by position), with the ranges of the target's axes it holds."""
     held = dict(zip(routes[0].form.axes, unit.box, strict=True))
@@ -181,23 +189,30 @@ def pieces(unit: Unit, routes: Sequence[Route]) -> Iterator[tuple[int, dict[str,
                 yield number, ranges
 
 
-def blocks(route: Route, ranges: Ranges) -> Iterator[dict[str, Range]]:
-    """Cuts a piece along its outermost axis into blocks that stay in the cache."""
-    lead = route.form.lead
-    if not lead:
+def blocks(form: Form, ranges: Ranges) -> Iterator[dict[str, Range]]:
+    """Cuts a piece into blocks that stay in the cache and follow each other in the target.
+
+    An axis that is taken apart is held whole (its parts are no axes of the source), and behind a
+    padded axis nothing is cut, as its last entry brings the zeros with it.
+    """
+    axes = form.target_axes
+    parts = {part for group in form.split.values() for part in group}
+    whole = next((n for n, axis in enumerate(axes) if axis in parts), len(axes))
+    padded = next((n for n, axis in enumerate(axes) if axis in form.extent), len(axes))
+    if whole == 0:
         yield dict(ranges)
         return
-    start, stop = ranges[lead]
-    for first in range(start, stop, route.rows_per_block):
-        yield {**ranges, lead: (first, min(first + route.rows_per_block, stop))}
+    box = [ranges[axis] for axis in axes]
+    itemsize = max(form.value.scratch, form.dtype.itemsize)
+    for slab in slabs(box, itemsize, deepest=min(whole - 1, padded)):
+        yield dict(zip(axes, slab, strict=True))
 
 
-def stretches(form: Form) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Cuts all that a form's tensor has from `base` on into blocks: first row, and shape."""
-    rows, *inner = form.target_shape
-    step = max(1, BLOCK_BYTES // max(1, math.prod(inner) * form.dtype.itemsize))
-    for first in range(0, rows, step):
-        yield first, (min(step, rows - first), *inner)
+def stretches(form: Form) -> Iterator[dict[str, Range]]:
+    """Cuts all that a form's target has from `base` on into blocks."""
+    box = [(0, size) for size in form.target_shape]
+    for slab in slabs(box, form.dtype.itemsize):
+        yield dict(zip(form.target_axes, slab, strict=True))
 
 
 def source_box(unit: Unit, form: Form, ranges: Ranges) -> Box:
@@ -213,11 +228,11 @@ def source_box(unit: Unit, form: Form, ranges: Ranges) -> Box:
 
 @dataclass
 class Assembly:
-    """Tensors that are put together from parked pieces, and the arrays that these come from.
+    """Targets that are assembled from spilled pieces, and the arrays that these come from.
 
     Attributes:
         arrays: Of their names the first names the assembly.
-        slots: The stretches of tensors.
+        slots: The stretches of targets.
         size: Bytes of all pieces.
     """
 
@@ -232,23 +247,25 @@ class Assembly:
 
 
 def assemblies(
-    routes: Mapping[str, Sequence[Route]], units: Sequence[Unit]
+    routes: Mapping[str, Sequence[Route]],
+    units: Sequence[Unit],
+    takes: Callable[[Form, Ranges], bool],
 ) -> tuple[Assembly, ...]:
-    """Finds the tensors with a piece that is not contiguous; all of their pieces are parked.
+    """Finds the targets with a piece that the output does not take; all their pieces are spilled.
 
-    Arrays that share such a tensor are one assembly, as it is complete only when both are read.
+    Arrays that share such a target are one assembly, as it is complete only when both are read.
     """
-    parked: set[Slot] = set()
+    spilled: set[Slot] = set()
     for unit in units:
         group = routes[unit.array.name]
-        parked |= {
+        spilled |= {
             group[number].slot
             for number, ranges in pieces(unit, group)
-            if not group[number].form.is_contiguous(ranges)
+            if not takes(group[number].form, ranges)
         }
     found: list[Assembly] = []
     for name, group in routes.items():
-        mine = [route for route in group if route.slot in parked]
+        mine = [route for route in group if route.slot in spilled]
         if not mine:
             continue
         size = sum(route.form.piece_bytes(route.form.whole) for route in mine)

@@ -32,7 +32,8 @@ def bits(array: Array) -> Array:
 
 def ulp(values: Array, dtype: str) -> Array:
     """The distance between neighbouring numbers of a dtype around each float64 value."""
-    exponent = np.maximum(np.frexp(np.abs(values))[1] - 1, SMALLEST_EXPONENT[dtype])
+    exponent = np.where(values == 0, SMALLEST_EXPONENT[dtype], np.frexp(values)[1] - 1)
+    exponent = np.maximum(exponent, SMALLEST_EXPONENT[dtype])
     spacing: Array = np.ldexp(1.0, exponent - (SIGNIFICAND_BITS[dtype] - 1))
     return spacing
 

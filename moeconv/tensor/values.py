@@ -201,10 +201,13 @@ class Affine:
 
     def wrong(self, source: Array, target: Array) -> Array:
         """Where a value is not the exact one rounded once."""
-        wide = source.astype(np.float64)
-        # The rounding of this very product, and sum, in float64.
-        slack = (np.abs(wide * self.fold.factor) + abs(self.fold.offset)) * 2.0**-51
-        return _not_rounded(self._exact(source), slack, target, self.target)
+        exact = self._exact(source)
+        # The rounding of this very sum, and product, in float64. Two numbers of 24 bits, as all
+        # dtypes have at most, make an exact product.
+        slack = np.abs(exact) * 2.0**-52
+        if np.float32(self.fold.factor) != self.fold.factor:
+            slack += np.abs(source.astype(np.float64) * self.fold.factor) * 2.0**-52
+        return _not_rounded(exact, slack, target, self.target)
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """Moved by `noise` units in the last place of the target, and taken back."""

@@ -24,8 +24,12 @@ _SPECIAL = "is a FIFO, device or socket, not a regular file"
 _HUB_REPO = ("models--", "datasets--", "spaces--")
 
 
-# `gs://bucket/x`, or `gs:/bucket/x` as pathlib writes it, or `hf:name/x`.
-_ADDRESS = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]+:/|hf:)")
+# `gs://bucket/x`, or `gs:/bucket/x` as pathlib writes it; a store's scheme without a slash (a local
+# name may have a colon otherwise); `user@host:x` of scp and rsync; a share of Windows.
+_SCHEMES = "abfss?|adl|az|dbfs|file|ftps?|gcs|gs|hdfs|hf|https?|oss|s3[an]?|sftp|wasbs?"
+_ADDRESS = re.compile(
+    rf"\s*(?:[A-Za-z][A-Za-z0-9+.-]+:/|(?i:{_SCHEMES}):|[^/\\\s:@]+@[^/\\\s:]+:|\\\\)"
+)
 
 
 def is_address(text: object) -> bool:

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moeconv.cli.output import Meter, Output
-from moeconv.cli.tables import fold
 from moeconv.errors import UsageError
+from moeconv.printing import fold
 from moeconv.sizes import format_size, parse_size
 
 

@@ -4,16 +4,12 @@ import pytest
 import synthetic
 from engine_lab import Crashes, contents, to
 
-from moeconv.execution import digest
-from moeconv.planning import units as work
-
 
 @pytest.fixture
 def small_units(monkeypatch):
     """A unit is one chunk, and a block a few rows, so that a small array takes every path."""
-    monkeypatch.setattr("moeconv.planning.plan.UNIT_BYTES", 1)
-    monkeypatch.setattr(work, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(digest, "BLOCK_BYTES", 256)
+    monkeypatch.setattr("moeconv.planning.units.UNIT_BYTES", 1)
+    monkeypatch.setattr("moeconv.planning.slabs.BLOCK_BYTES", 256)
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,12 @@ from safetensors import safe_open
 
 from moeconv.conversion.api import convert, plan_conversion
 from moeconv.errors import MemoryLimitError
-from moeconv.execution import digest
-from moeconv.planning import units as work
 from moeconv.tensor import form
 
 
 def test_jobs_and_memory_do_not_show(big, expected, tmp_path):
     prepared = plan_conversion(str(big.run), options(big))
-    floor = prepared.plan.memory_floor
+    floor = prepared.plan.estimate.memory_floor
     for n, more in enumerate(({"jobs": 1}, {"jobs": 4}, {"jobs": 4, "max_memory": floor},
                               {"jobs": 1, "max_memory": 2 * floor})):  # fmt: skip
         to(big, tmp_path / f"out{n}", **more)
@@ -31,8 +29,8 @@ def test_jobs_and_memory_do_not_show(big, expected, tmp_path):
 
 @pytest.mark.parametrize("target", ["mixtral", "ernie4_5_moe"])
 def test_sharded_arrays_give_the_same_tensors(tmp_path, small_units, target):
-    """However the devices cut the arrays; the pieces of most cuts have to be parked."""
-    results, parked = [], []
+    """However the devices cut the arrays; the pieces of most cuts have to be spilled."""
+    results, spilled = [], []
     for n, split in enumerate(({}, {"D": 4}, {"M": 3, "F": 2, "h": 2}, {"E": 2, "D": 3, "V": 5},
                                {"L": 2, "H": 2, "K": 2})):  # fmt: skip
         checkpoint = synthetic.write(tmp_path / f"run{n}", "envy", split=split)
@@ -43,25 +41,24 @@ def test_sharded_arrays_give_the_same_tensors(tmp_path, small_units, target):
             )
             convert(prepared, tmp_path / f"out{n}-{jobs}")
             results.append(tensors(tmp_path / f"out{n}-{jobs}"))
-        parked.append(len(prepared.plan.assemblies))
+        spilled.append(len(prepared.plan.assemblies))
     assert all(result == results[0] for result in results)
-    assert parked[0] == 0
-    assert max(parked) >= 3
+    assert spilled[0] == 0
+    assert max(spilled) >= 3
 
 
-@pytest.mark.parametrize("kind", ["whole", "parked"])
+@pytest.mark.parametrize("kind", ["whole", "spilled"])
 @pytest.mark.parametrize("storage", [{}, {"zarr3": False, "ocdbt": False}])
 def test_every_chunk_is_read_once(tmp_path, monkeypatch, kind, storage):
     """Counted in the bytes that tensorstore fetches."""
-    monkeypatch.setattr("moeconv.planning.plan.UNIT_BYTES", 1)
-    monkeypatch.setattr(digest, "BLOCK_BYTES", MIB)
-    monkeypatch.setattr(work, "BLOCK_BYTES", MIB)
+    monkeypatch.setattr("moeconv.planning.units.UNIT_BYTES", 1)
+    monkeypatch.setattr("moeconv.planning.slabs.BLOCK_BYTES", MIB)
     sizes = {"L": 2, "V": 8192, "D": 512, "M": 512, "F": 512, "h": 64}
-    split = {"D": 2} if kind == "parked" else {}
+    split = {"D": 2} if kind == "spilled" else {}
     checkpoint = synthetic.write(tmp_path / "run", sizes=sizes, split=split, **storage)
     checkpoint.config_file()
     prepared = plan_conversion(str(checkpoint.run), options(checkpoint))
-    assert bool(prepared.plan.assemblies) == (kind == "parked")
+    assert bool(prepared.plan.assemblies) == (kind == "spilled")
     files = [p for p in checkpoint.items.rglob("*") if p.is_file() and p.stat().st_size > 10_000]
     stored = sum(p.stat().st_size for p in files)
     before = fetched()
@@ -96,7 +93,7 @@ finally:
 """
 
 
-@pytest.mark.parametrize("split", [{"V": 16}, {"D": 16}], ids=["rows", "columns (parked)"])
+@pytest.mark.parametrize("split", [{"V": 16}, {"D": 16}], ids=["rows", "columns (spilled)"])
 def test_peak_memory_stays_within_the_limit(tmp_path, split):
     """A 268 MB array in 16 chunks, with a limit at the floor and with two workers."""
     name, sizes = "token_embedder.embedding", {"L": 2, "V": 131_072, "D": 512}
@@ -109,7 +106,7 @@ def test_peak_memory_stays_within_the_limit(tmp_path, split):
     plan = plan_conversion(str(checkpoint.run), options(checkpoint)).plan
     assert max(u.nbytes for u in plan.units) == 2**26
     assert bool(plan.assemblies) == ("D" in split)
-    limit = -(-plan.memory_floor // MIB)
+    limit = -(-plan.estimate.memory_floor // MIB)
     assert limit < 300
     args = ["convert", checkpoint.run, tmp_path / "out", "--config", config, "--jobs", 2]
     ran = subprocess.run(
@@ -124,7 +121,7 @@ def test_peak_memory_stays_within_the_limit(tmp_path, split):
 
 
 def test_memory_below_the_floor(big, tmp_path):
-    floor = plan_conversion(str(big.run), options(big)).plan.memory_floor
+    floor = plan_conversion(str(big.run), options(big)).plan.estimate.memory_floor
     out, config = tmp_path / "out", ("--config", big.run / "config.yml")
     ran = moeconv("convert", big.run, out, *config, "--max-memory", floor - MIB)
     assert ran.code == MemoryLimitError.exit_code == 9

@@ -15,7 +15,6 @@ from models import samples
 from safetensors import safe_open
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-from moeconv.execution import digest
 from moeconv.families import targets_of
 from moeconv.mapping.edges import cannot_hold
 from moeconv.planning import units as work
@@ -29,10 +28,9 @@ from moeconv.verification.levels.weights import check_weights
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks and units of a few hundred bytes, so that small arrays take every path."""
-    monkeypatch.setattr(work, "BLOCK_BYTES", 256)
-    monkeypatch.setattr(digest, "BLOCK_BYTES", 256)
+    monkeypatch.setattr("moeconv.planning.slabs.BLOCK_BYTES", 256)
     monkeypatch.setattr(form, "_STRIP", 3)
-    monkeypatch.setattr("moeconv.planning.plan.UNIT_BYTES", 300)
+    monkeypatch.setattr("moeconv.planning.units.UNIT_BYTES", 300)
 
 
 def chunk_of(draw, shape):
@@ -65,8 +63,8 @@ def test_engine_writes_what_the_ops_say(small_blocks, sample, data):
             max_shard_bytes=data.draw(st.sampled_from([3000, 10**9])),
         )
         prepared = plan_conversion(str(step), options)
-        event(f"parked arrays: {bool(prepared.plan.assemblies)}")
-        event(f"files: {min(2, len(prepared.plan.files))}")
+        event(f"spilled arrays: {bool(prepared.plan.assemblies)}")
+        event(f"files: {min(2, len(prepared.plan.output.files))}")
         manifest = convert(prepared, root / "out")
         seen = set()
         for file in manifest.files:
@@ -76,7 +74,7 @@ def test_engine_writes_what_the_ops_say(small_blocks, sample, data):
                 names = opened.keys()
                 for name in names:
                     edge = prepared.plan.edges[name]
-                    expected = edge.apply(lambda source: sample.arrays[source.path])
+                    expected = edge.apply(lambda source: sample.arrays[tuple(source.split("."))])
                     got = opened.get_tensor(name)
                     assert got.shape == expected.shape
                     assert got.dtype == expected.dtype
@@ -90,7 +88,7 @@ def test_engine_writes_what_the_ops_say(small_blocks, sample, data):
 def test_units_tile_every_array(sample, data, limit):
     """Units cover every value once, and hold whole chunks."""
     from moeconv.mapping.edges import expand
-    from moeconv.orbax.arrays import ArrayInfo
+    from moeconv.tensor.stored import ArrayInfo
 
     for family in targets_of(sample.model):
         if cannot_hold(family, sample.model):

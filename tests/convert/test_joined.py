@@ -91,7 +91,7 @@ def test_the_way_back(tmp_path) -> None:
     checkpoint = synthetic.write(tmp_path / "run")
     prepared = plan(checkpoint)
     edges = tuple(prepared.plan.edges.values())
-    made = {e.target: e.apply(lambda source: checkpoint.arrays[source.name]) for e in edges}
+    made = {e.target: e.apply(lambda source: checkpoint.arrays[source]) for e in edges}
     back = restore(edges, made.__getitem__)
     assert set(back) == set(checkpoint.arrays)
     for name, array in checkpoint.arrays.items():
@@ -102,7 +102,7 @@ def test_one_flipped_bit_of_either_part_is_found(tmp_path) -> None:
     checkpoint = synthetic.write(tmp_path / "run")
     convert(plan(checkpoint, max_shard_bytes=10**9), tmp_path / "out")
     file = next((tmp_path / "out").glob("*.safetensors"))
-    place = plan(checkpoint).plan.places[GATE_UP.format(L=1)]
+    place = plan(checkpoint).plan.output.places[GATE_UP.format(L=1)]
     clean = file.read_bytes()
     for value in (0, 1, 7):
         data = bytearray(clean)

@@ -15,7 +15,7 @@ from engine_lab import MOMENTS, beside, contents, interrupted, journaled, option
 
 from moeconv.conversion.api import convert, plan_conversion
 from moeconv.errors import OutputError
-from moeconv.execution.engine import Engine
+from moeconv.execution.mover import Mover
 from moeconv.orbax.arrays import Reader
 
 PROOF = pytest.mark.proof("kill points", without=cli_runner.commands_but("convert"))
@@ -160,19 +160,19 @@ def test_killed_while_overwriting(crashes, tiny, tmp_path, swap, tail):
 
 
 def test_stopped_while_pieces_are_put_together(small_units, tmp_path, monkeypatch):
-    """An array whose pieces were parked is done only when all of them are in their places."""
+    """An array whose pieces were spilled is done only when all of them are in their places."""
     checkpoint = synthetic.write(tmp_path / "run", split={"D": 4, "M": 2})
     checkpoint.config_file()
     to(checkpoint, tmp_path / "whole")
     prepared = plan_conversion(str(checkpoint.run), options(checkpoint, jobs=1))
     assert "decoder.layers.MoeBlock_0.wi_0" in {a.name for a in prepared.plan.assemblies}
-    settle, write = Engine._settle, Engine._write
-    settling = threading.Event()
+    assemble, write = Mover.assemble, Mover._write
+    assembling = threading.Event()
 
-    def watched_settle(self, name):
-        settling.set()
-        written = settle(self, name)
-        settling.clear()
+    def watched_assemble(self, spill):
+        assembling.set()
+        written = assemble(self, spill)
+        assembling.clear()
         return written
 
     for stop_at in (1, 20, 90):
@@ -181,18 +181,18 @@ def test_stopped_while_pieces_are_put_together(small_units, tmp_path, monkeypatc
         def watched_write(self, route, row, values, written, stop_at=stop_at):
             nonlocal writes
             written = write(self, route, row, values, written)
-            writes += settling.is_set()
+            writes += assembling.is_set()
             if writes == stop_at:
                 signal.raise_signal(signal.SIGINT)
-                assert self._stop.wait(10)
+                assert self._stopped.wait(10)
             return written
 
         out = tmp_path / f"out{stop_at}"
         with monkeypatch.context() as patch:
-            patch.setattr(Engine, "_settle", watched_settle)
-            patch.setattr(Engine, "_write", watched_write)
+            patch.setattr(Mover, "assemble", watched_assemble)
+            patch.setattr(Mover, "_write", watched_write)
             with pytest.raises(KeyboardInterrupt):
                 convert(prepared, out)
-            settling.clear()
+            assembling.clear()
         to(checkpoint, out, resume=True)
         assert contents(out) == contents(tmp_path / "whole"), stop_at

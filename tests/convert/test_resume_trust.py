@@ -13,23 +13,21 @@ from safetensors import safe_open
 
 from moeconv.conversion import api
 from moeconv.errors import OutputError, StorageError
-from moeconv.execution import digest, journal
-from moeconv.planning import units as work
+from moeconv.execution import journal
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
     """As `small_units`, for the module: an array of some hundred bytes takes every path."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("moeconv.planning.plan.UNIT_BYTES", 1)
-        patched.setattr(work, "BLOCK_BYTES", 256)
-        patched.setattr(digest, "BLOCK_BYTES", 256)
+        patched.setattr("moeconv.planning.units.UNIT_BYTES", 1)
+        patched.setattr("moeconv.planning.slabs.BLOCK_BYTES", 256)
         yield
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Envy: each dense MLP is copied to every expert. D is split, so that arrays are parked."""
+    """Envy: each dense MLP is copied to every expert. D is split, so that arrays are spilled."""
     made = synthetic.write(
         tmp_path_factory.mktemp("trust") / "run", "envy", split={"D": 2}, sizes={"L": 2, "E": 2}
     )
@@ -51,7 +49,7 @@ def left(checkpoint, small):
 
     go_on(checkpoint, checkpoint.run.parent / "whole")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(api, "_write_small_files", stop)
+        patched.setattr(api, "_write_the_rest", stop)
         with pytest.raises(StorageError):
             go_on(checkpoint, checkpoint.run.parent / "out")
     return checkpoint.run.parent
@@ -90,7 +88,7 @@ def test_what_is_whole_is_not_done_again(checkpoint, unfinished, whole, monkeypa
 def test_a_flipped_byte_is_written_again_and_never_signed(
     checkpoint, unfinished, whole, monkeypatch
 ):
-    """One in every tensor: copies, parked arrays and filled ones among them."""
+    """One in every tensor: copies, spilled arrays and filled ones among them."""
     path = partial(unfinished) / "model.safetensors"
     raw = bytearray(path.read_bytes())
     header = 8 + int.from_bytes(raw[:8], "little")
@@ -158,8 +156,8 @@ LINES = {
     "no chunks": of_unit(chunks=[]),
     "missing elsewhere": of_unit(missing=[[7]]),
     "written nothing": of_unit(written=None),
-    "settled elsewhere": lambda line: signed({"settled": "x", "written": 0}),
-    "settled list": lambda line: signed({"settled": [], "written": 0}),
+    "assembled elsewhere": lambda line: signed({"assembled": "x", "written": 0}),
+    "assembled list": lambda line: signed({"assembled": [], "written": 0}),
 }
 
 

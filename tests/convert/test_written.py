@@ -24,7 +24,7 @@ def test_the_writer_of_these_tests_writes_what_maxtext_writes(maxtext_lab, tmp_p
         plan_conversion(str(path), ConvertOptions(config=config, sets=sets))
         for path in (lab.step_dir, step)
     ]
-    real, ours = (p.checkpoint for p in prepared)
+    real, ours = (p.source for p in prepared)
     assert ours.arrays.info == real.arrays.info
     assert ours.tree == real.tree
     manifests = [convert(p, tmp_path / f"out{n}") for n, p in enumerate(prepared)]
@@ -86,5 +86,5 @@ def test_maxtexts_checkpoint_becomes_what_the_ops_say(maxtext_lab, tmp_path, tar
     written = tensors(tmp_path / "out")
     assert written.keys() == prepared.plan.edges.keys()
     for name, edge in prepared.plan.edges.items():
-        made = edge.apply(lambda source: lab.params[source.name])
+        made = edge.apply(lambda source: lab.params[source])
         assert written[name] == made.tobytes(), name

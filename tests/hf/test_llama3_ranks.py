@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from moeconv.errors import TokenizerError
-from moeconv.hf.tiktoken_bpe import SPECIAL_TOKENS
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
+from moeconv.hf.tokenizer.special_sets import LLAMA3
 
 
 @pytest.fixture(scope="module")
@@ -137,15 +137,15 @@ def test_text_that_looks_like_a_special_token(loaded: Any, maxtext_tokenizer: An
 
 
 def test_special_tokens_are_those_of_maxtext(loaded: Any, maxtext_tokenizer: Any) -> None:
-    assert dict(zip(SPECIAL_TOKENS, range(128000, 128256), strict=True)) == (
+    assert dict(zip(LLAMA3.tokens, range(128000, 128256), strict=True)) == (
         maxtext_tokenizer.special_tokens
     )
-    assert loaded.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(128000, 128256))
+    assert loaded.convert_tokens_to_ids(list(LLAMA3.tokens)) == list(range(128000, 128256))
     assert loaded.decode(range(128000, 128256), skip_special_tokens=True) == ""
 
 
 def test_vocabulary_and_merges_are_those_of_transformers(llama3: TokenizerFiles) -> None:
-    converter = TikTokenConverter(vocab_file=str(RANKS), extra_special_tokens=SPECIAL_TOKENS)
+    converter = TikTokenConverter(vocab_file=str(RANKS), extra_special_tokens=LLAMA3.tokens)
     vocab, merges = converter.extract_vocab_merges_from_model(str(RANKS))
     ours = json.loads(llama3.files["tokenizer.json"])
     assert ours["model"]["vocab"] == vocab
@@ -158,7 +158,9 @@ def test_vocabulary_and_merges_are_those_of_transformers(llama3: TokenizerFiles)
 def test_it_is_described_and_loads_by_its_class(llama3: TokenizerFiles, tmp_path: Path) -> None:
     assert (llama3.kind, llama3.source, llama3.size) == ("tiktoken", str(RANKS), 128256)
     assert (llama3.bos_token_id, llama3.eos_token_id, llama3.pad_token_id) == (128000, 128001, None)
-    assert llama3.notes == ()
+    (note,) = llama3.notes
+    assert "Llama 3's are put after its 128000 ranks" in note
+    assert "give llama3.1:FILE" in note
     config = json.loads(llama3.files["tokenizer_config.json"])
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert config["clean_up_tokenization_spaces"] is False

@@ -1,13 +1,11 @@
 """Directories with a tokenizer: what is copied, made loadable, refused, and what fits."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 from denied import unreadable
 from tokenizer_lab import ASSETS, refused, small_ranks, write
 from tokenizers import Tokenizer, models
@@ -115,23 +113,12 @@ def test_maxtexts_qwen3_and_a_unigram_model(tmp_path: Path) -> None:
     assert read_tokenizer(str(tmp_path), model_max_length=None).size == 3
 
 
-def test_sentencepiece_alone_is_refused(tmp_path: Path) -> None:
-    model = ASSETS / "tokenizer.llama2"
-    shutil.copy(model, tmp_path / "tokenizer.model")
-    for spec in (model, tmp_path / "tokenizer.model", tmp_path):
-        assert "LlamaTokenizerFast.from_pretrained(DIR, legacy=True)" in refused(spec)
-    # Why: what transformers makes of the copy is not what MaxText trained on.
-    trained = sentencepiece.SentencePieceProcessor(model_file=str(model)).encode("hello world")
-    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
-    copied = AutoTokenizer.from_pretrained(tmp_path)
-    assert copied.encode("hello world", add_special_tokens=False) != trained
-
-
 def test_ranks_named_as_meta_names_them(tmp_path: Path) -> None:
     small_ranks(tmp_path).rename(tmp_path / "tokenizer.model")
-    assert "tokenizer.model holds tiktoken ranks: give that file itself" in refused(tmp_path)
-    tokenizer = read_tokenizer(str(tmp_path / "tokenizer.model"), model_max_length=None)
-    assert (tokenizer.kind, tokenizer.size) == ("tiktoken", 514)
+    for spec in (tmp_path, tmp_path / "tokenizer.model"):
+        tokenizer = read_tokenizer(str(spec), model_max_length=None)
+        assert (tokenizer.kind, tokenizer.size) == ("tiktoken", 514)
+        assert "tokenizer.model" not in tokenizer.files
 
 
 # Sentences ---------------------------------------------------------------------------------------
@@ -140,7 +127,7 @@ def test_ranks_named_as_meta_names_them(tmp_path: Path) -> None:
 def test_no_tokenizer_there(tmp_path: Path) -> None:
     assert "has no tokenizer.json; give a directory into which" in refused(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-    assert "holds neither a tokenizer.json nor tiktoken ranks; give" in refused(
+    assert "is no tokenizer.json, no sentencepiece model and no file of tiktoken" in refused(
         tmp_path / "model.safetensors"
     )
 

@@ -205,7 +205,7 @@ def test_an_answer_that_is_none(hub, there, parcel, limits, naps, monkeypatch, r
         plan = plan_push(
             parcel, PushOptions(), endpoint=None, dry_run=False, note=lambda text: None
         )
-        push_plan(plan, PushOptions(), note=lambda text: None)
+        push_plan(plan, note=lambda text: None)
     except HubError as error:
         assert "\n" not in str(error)
     else:  # a validation's answer is looked at no further than its status

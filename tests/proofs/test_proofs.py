@@ -130,6 +130,16 @@ def test_a_record_outlives_comments_docstrings_and_what_it_does_not_need(checkou
     assert CLAIM.digest(Tree(checkout)) == before
 
 
+def test_what_type_checkers_alone_import_is_not_needed(checkout):
+    with (checkout / "moeconv" / "core.py").open("a") as file:
+        file.write(
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import moeconv.never\n"
+        )
+    before = CLAIM.digest(Tree(checkout))
+    (checkout / "moeconv" / "never.py").write_text("changed = 1\n")
+    assert CLAIM.digest(Tree(checkout)) == before
+
+
 def test_a_module_that_is_named_and_not_imported_is_left_out(checkout):
     named = CLAIM.model_copy(update={"without": ("train/step.py",)})
     before = named.digest(Tree(checkout))

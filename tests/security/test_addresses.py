@@ -10,6 +10,8 @@ from moeconv.errors import OutputError, TokenizerError, UsageError
 ADDRESSES = (
     "gs://bucket/out", "gs:/bucket/out", "s3://bucket/out", "hf://user/model", "hf:user/model",
     "http://127.0.0.1:9/out", "file:///tmp/out", "GS://bucket/out", "abfs+x://a/b",
+    "gs:bucket/out", "S3:/bucket/out", "az://box/out", " gs://bucket/out", "me@host:out",
+    "\\\\server\\share",
 )  # fmt: skip
 USES = (
     ("convert", "run", "{}"),

@@ -110,7 +110,7 @@ def test_the_memory_of_a_chunk_beyond_its_array(tmp_path, zarr3):
     unit = next(u for u in plan.units if u.array.name == NAME)
     assert unit.nbytes == 64 * 16 * 4
     assert unit.decoded_bytes == wide.nbytes
-    assert plan.memory_floor > 2 * wide.nbytes
+    assert plan.estimate.memory_floor > 2 * wide.nbytes
 
 
 def test_more_rows_than_there_is_memory(checkpoint, tmp_path):

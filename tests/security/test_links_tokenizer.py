@@ -135,7 +135,7 @@ def test_a_snapshot_of_the_hub_s_cache_is_read(run, tmp_path):
 
 
 def test_a_tokenizer_without_end_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("moeconv.hf.tokenizer._LIMIT", 1000)
+    monkeypatch.setattr("moeconv.hf.tokenizer.source._LIMIT", 1000)
     (tmp_path / "tokenizer.json").write_text("{" + " " * 1000)
     for spec in (tmp_path, tmp_path / "tokenizer.json"):
         with pytest.raises(TokenizerError, match="is larger than"):

@@ -115,6 +115,21 @@ def test_a_box_is_the_box_of_the_whole_and_goes_back(name, value, data) -> None:
     assert list(np.flatnonzero(form.wrong(block, flipped))) == [bit]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", ["narrow", "scaled", "shifted"])
+def test_a_zero_is_nothing_else(value: str, dtype: str) -> None:
+    """However small: around zero the numbers of a dtype lie closest."""
+    op = VALUES[value](dtype)
+    zero = 2.0 if value == "shifted" else 0.0
+    right = op.run(np.full(1, zero, DTYPES[dtype]))
+    assert float(right[0]) == 0.0
+    least = right.copy()
+    least.view(f"u{least.itemsize}")[0] = 1
+    for other in (least, np.full(1, 1e-3, right.dtype)):
+        assert op.wrong(np.full(1, zero, DTYPES[dtype]), other).all()
+    assert not op.wrong(np.full(1, zero, DTYPES[dtype]), right).any()
+
+
 def test_an_offset_near_the_value_has_no_relative_error_and_an_absolute_bound() -> None:
     """`x - 1` of values around 1, as of a norm that is stored less one."""
     shift = Affine(Fold(1.0, "x - 1", -1.0), "float32", "bfloat16")

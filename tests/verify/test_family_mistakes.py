@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import config_file, run
-from maxtext_lab import DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, LLAMA4
+from maxtext_lab import DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, LLAMA4, OLMO3
 from parity_lab import Compiled, check
 
 from moeconv.families import targets
@@ -23,9 +23,11 @@ from moeconv.verification.models.maxtext import MaxTextModel
 from moeconv.verification.settings import ParityOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("mistakes of families"), pytest.mark.maxtext]
+FOUR = {"base_num_decoder_layers": 4}
 MODELS = {
     "gpt_oss": (GPT_OSS,),
-    "llama4": (LLAMA4, {"base_num_decoder_layers": 4}),
+    "llama4": (LLAMA4, FOUR),
+    "olmo3": (OLMO3, FOUR),
     "deepseek_v3": (DEEPSEEK_V3,),
     "deepseek_v2": (DEEPSEEK_V2,),
 }
@@ -136,6 +138,12 @@ PAGES: dict[str, tuple[str, Page, str]] = {
         "llama4", rule("experts.gate_up_proj", source=ROUTED), "layer 1 experts"),
     "Llama's gate and up in turn": (
         "llama4", rule("experts.gate_up_proj", place="E D M -> E D (M g)"), "layer 1 experts"),
+    "OLMo's window one wider": (
+        "olmo3", key("sliding_window", lambda n: n + 1), "layer 0 attention"),
+    "OLMo's windows one layer on": ("olmo3", key("layer_types", other_way), "layer 2 attention"),
+    "no norm of keys' scale": ("olmo3", rule("k_norm.weight", scale=ZERO), "layer 0 attention"),
+    "no norm behind the MLP": (
+        "olmo3", rule("post_feedforward_layernorm.weight", scale=ZERO), "layer 0"),
     "no correction of scores": (
         "deepseek_v3", rule("e_score_correction_bias", scale=ZERO), "layer 1 router"),
     "all groups of experts": ("deepseek_v3", key("topk_group", lambda n: 4), "layer 1 experts"),
@@ -222,7 +230,8 @@ def test_a_tensor_that_was_lost_is_found_by_its_values(maxtext_lab, tmp_path, fa
 @pytest.mark.parametrize(
     ("family", "told"),
     [("gpt_oss", "sliding_window_size=9"), ("gpt_oss", "rope_factor=5"),
-     ("gpt_oss", "mlp_activations_limit=7"), ("llama4", "chunk_attn_window_size=17"),
+     ("gpt_oss", "mlp_activations_limit=7"), ("olmo3", "sliding_window_size=7"),
+     ("llama4", "chunk_attn_window_size=17"),
      ("llama4", "nope_layer_interval=2"), ("llama4", "use_qk_norm=false"),
      ("deepseek_v3", "n_routing_groups=-1"), ("deepseek_v3", "topk_routing_group=3"),
      ("deepseek_v3", "mscale=1"), ("deepseek_v3", "rope_factor=5"),

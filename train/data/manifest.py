@@ -6,12 +6,14 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moeconv_train.words import first_line
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeconv.errors import ConfigError
+from moeconv.printing import Printable
+from moeconv.sizes import format_size
 from moeconv.untrusted.files import open_inside, read_inside
 
 NAME = "data.json"
@@ -132,7 +134,7 @@ class Manifest(Record):
 
 
 @dataclass(frozen=True)
-class DataSet:
+class DataSet(Printable):
     """A prepared dataset on disk."""
 
     directory: Path
@@ -171,6 +173,45 @@ class DataSet:
         if strange := sorted({file.name for file in directory.glob("*.array_record")} - named):
             raise ConfigError(f"{directory / strange[0]}: {NAME} does not name it; remove it")
         return cls(directory, manifest)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv data prepare --json` prints: all of data.json but the shards, and more."""
+        return {
+            "out": str(self.directory),
+            "digest": self.digest,
+            **self.manifest.model_dump(mode="json", exclude={"shards"}),
+            "fill": {split: self.fill(split) for split in self.manifest.splits},
+            "shards": len(self.manifest.shards),
+            "bytes": self._bytes(),
+            "overrides": self.overrides(),
+        }
+
+    def parts(self) -> Iterator[str]:
+        """What `moeconv data prepare` prints."""
+        request = self.manifest.request
+        yield (
+            f"{self.directory}: rows of {request.sequence_length} tokens, "
+            f"{len(self.manifest.shards)} shards, {format_size(self._bytes())}"
+        )
+        for split, counts in self.manifest.splits.items():
+            if not counts.rows:
+                continue
+            line = (
+                f"{split}: {counts.stories:,} stories, {counts.tokens:,} tokens in {counts.rows:,} "
+                f"rows, {self.fill(split):.2%} of the positions are targets"
+            )
+            if counts.cut:
+                line += f"; {counts.cut:,} stories were longer than a row"
+            if counts.empty:
+                line += f"; {counts.empty:,} empty ones left out"
+            yield line
+        yield (
+            f"one epoch is {self.steps_for_epochs(1, 8):,} steps of 8 rows, two are "
+            f"{self.steps_for_epochs(2, 8):,}; vocab_size must be at least {request.tokenizer.size}"
+        )
+
+    def _bytes(self) -> int:
+        return sum(shard.bytes for shard in self.manifest.shards)
 
     @property
     def digest(self) -> str:

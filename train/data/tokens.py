@@ -65,7 +65,7 @@ def load(spec: str) -> DataTokenizer:
     """
     place = spec
     if spec in (EMBEDDED, LLAMA3):
-        place = str(EMBEDDED_TOKENIZER if spec == EMBEDDED else _llama3())
+        place = str(EMBEDDED_TOKENIZER) if spec == EMBEDDED else f"llama3:{_llama3()}"
     read = read_tokenizer(place, model_max_length=None)
     bos, eos = read.bos_token_id, read.eos_token_id
     if bos is None or eos is None:

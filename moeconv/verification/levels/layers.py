@@ -89,7 +89,8 @@ def _models(reference: Reference, note: Note) -> Iterator[Models]:
             read.lay_out()
         note(f"MaxText and transformers: building, by {config.origin}")
         maxtext = MaxTextLayers(config.keys, read, candidate.layout)
-        (norm,) = (e for e in candidate.edges.values() if FINAL_NORM.name in e.rule.sources)
+        rules = candidate.family.rules
+        (norm,) = (e for e in candidate.edges.values() if FINAL_NORM.name in rules[e.rule].sources)
         yield Models(
             f"MaxText {maxtext.version}",
             maxtext,

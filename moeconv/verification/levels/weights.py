@@ -19,23 +19,22 @@ from moeconv.errors import MemoryLimitError
 from moeconv.execution.digest import array_digest, chunk_digests
 from moeconv.execution.memory import Budget
 from moeconv.mapping.edges import Edge
-from moeconv.orbax.arrays import Reader
-from moeconv.planning.plan import WORKER_BYTES
+from moeconv.planning.estimate import unit_cost
+from moeconv.planning.slabs import MIB
 from moeconv.planning.units import (
-    MIB,
-    UNIT_BYTES,
     Route,
     Unit,
     blocks,
+    cut_into_units,
     pieces,
     routes_of,
     source_box,
-    unit_boxes,
 )
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES, bits
 from moeconv.tensor.form import Form, Ranges
+from moeconv.tensor.stored import Reader
 from moeconv.verification.boundary import blaming
 from moeconv.verification.candidate import Candidate, Stored
 from moeconv.verification.checks import Check, CheckFactory
@@ -125,11 +124,6 @@ def check_weights(
     return [_source_check(candidate, findings), _values_check(candidate, findings)]
 
 
-def _cost(unit: Unit) -> int:
-    """Bytes of a unit while it is compared: decoded, and compressed while it is decoded."""
-    return 2 * unit.decoded_bytes + WORKER_BYTES
-
-
 def source_bytes(candidate: Candidate) -> int:
     """Bytes of the checkpoint that level weights compares."""
     sources = routes_of(list(candidate.edges.values()))
@@ -141,25 +135,20 @@ def _compare_all(
 ) -> None:
     routes = routes_of(list(candidate.edges.values()))
     info = candidate.arrays.info
-    limit = max(UNIT_BYTES, *(info[name].chunk_bytes for name in routes))
-    units = [
-        Unit(info[name], box, 0)
-        for name, group in routes.items()
-        for box in unit_boxes(info[name], group, limit)
-    ]
-    units.sort(key=lambda unit: (-unit.decoded_bytes, unit.array.name, unit.box))
+    units = sorted(cut_into_units(routes, info), key=unit_cost, reverse=True)
     largest = units[0]
-    if memory < _cost(largest):
+    needed = unit_cost(largest)
+    if memory < needed:
         raise MemoryLimitError(
-            f"--max-memory {format_size(memory)} is below the {format_size(_cost(largest))} that "
-            f"level weights needs: {largest.array.name} is compared in pieces of "
+            f"--max-memory {format_size(memory)} is below the {format_size(needed)} that level "
+            f"weights needs: {largest.array.name} is compared in pieces of "
             f"{format_size(largest.decoded_bytes)}; give --max-memory "
-            f"{math.ceil(_cost(largest) / MIB)}MiB or more"
+            f"{math.ceil(needed / MIB)}MiB or more"
         )
     budget = Budget(memory)
 
     def work(unit: Unit) -> None:
-        cost = _cost(unit)
+        cost = unit_cost(unit)
         budget.acquire(cost)
         try:
             reader = candidate.arrays.reader(unit.array.name, unit.chunk_count)
@@ -191,7 +180,7 @@ def _compare_piece(
     reader: Reader,
 ) -> None:
     form = route.form
-    for part in blocks(route, ranges):
+    for part in blocks(form, ranges):
         source = reader.read(source_box(unit, form, part))
         for edge in route.edges:
             piece = _read(candidate.tensors[edge.target], form, form.box(part))

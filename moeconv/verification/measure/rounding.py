@@ -49,7 +49,7 @@ def roundings(edges: Iterable[Edge]) -> Mapping[str, Rounding]:
         if edge.dtype == "float32":
             continue
         for part in edge.parts:
-            value, name = part.form.value, part.source.name
+            value, name = part.form.value, part.source
             if value.bound() > (found[name].bound() if name in found else 0.0):
                 found[name] = value
     return {name: Rounding(value) for name, value in found.items()}

@@ -86,6 +86,7 @@ def _packed(out: Path, documents: Sequence[str], rows: int, length: int, vocab_s
 
     path = out / "tokenizer.json"
     eos = read_object(out / "config.json").get("eos_token_id")
+    eos = eos[0] if isinstance(eos, list) and eos else eos
     end = [eos] if isinstance(eos, int) else []
     stream: list[int] = []
     with blaming(f"{path} cannot be used", check="tokenizer"):

@@ -17,10 +17,11 @@ import numpy as np
 
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.errors import OutputError, TensorError
-from moeconv.orbax.arrays import ArrayInfo, Arrays
+from moeconv.orbax.arrays import Arrays
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.stored import ArrayInfo
 
 Progress = Callable[[int], None]
 

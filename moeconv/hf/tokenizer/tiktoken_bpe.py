@@ -1,37 +1,18 @@
 """Tiktoken ranks, as MaxText trains on them, written as a Hugging Face tokenizer in pure Python.
 
-The result is what transformers' `TikTokenConverter` makes of the same ranks, plus Llama-3's special
-tokens where MaxText puts them (`input_pipeline/tokenizer.py`): after the last rank, in this order.
+The result is what transformers' `TikTokenConverter` makes of the same ranks and special tokens.
 """
 
 import base64
 import binascii
-import json
 import re
 from typing import Any
 
 from moeconv.errors import TokenizerError
+from moeconv.hf.tokenizer.parts import added_token, begin_with, compact, config_files, merges
+from moeconv.hf.tokenizer.special_sets import SpecialTokens
 
 _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2}[ \t]+[0-9]{1,9}\s*")
-
-# Llama-3's split of a text before merging, the same whatever the ranks, as in MaxText.
-_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-_BOS = "<|begin_of_text|>"
-_EOS = "<|end_of_text|>"
-SPECIAL_TOKENS = (
-    _BOS,
-    _EOS,
-    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|reserved_special_token_4|>",
-    "<|eot_id|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
-)
 
 
 def is_ranks(data: bytes) -> bool:
@@ -94,61 +75,45 @@ def parse_ranks(data: bytes, source: str) -> list[bytes]:
     return tokens
 
 
-def tokenizer_files(tokens: list[bytes], *, model_max_length: int | None) -> dict[str, bytes]:
-    """Builds the tokenizer of `tokens` (in the order of their ranks) and Llama-3's special ones.
+def tokenizer_files(
+    tokens: list[bytes], special: SpecialTokens, *, model_max_length: int | None
+) -> dict[str, bytes]:
+    """Builds the tokenizer of `tokens` (in the order of their ranks) and the special ones.
 
     Args:
         tokens: What `parse_ranks` returned.
+        special: What comes after them.
         model_max_length: The context length to write into `tokenizer_config.json`, if known.
 
     Returns:
         File names and contents; the same tokens give the same bytes.
     """
-    names = {"bos_token": _BOS, "eos_token": _EOS}
-    config: dict[str, Any] = {
-        **names,
-        "clean_up_tokenization_spaces": False,
-        "model_input_names": ["input_ids", "attention_mask"],
-        # transformers 5 would write TokenizersBackend, which transformers 4 does not know.
-        "tokenizer_class": "PreTrainedTokenizerFast",
-    }
-    if model_max_length is not None:
-        config["model_max_length"] = model_max_length
-    compact = json.dumps(_tokenizer(tokens), ensure_ascii=False, separators=(",", ":"))
+    names = {"bos_token": special.bos, "eos_token": special.eos}
+    if special.pad is not None:
+        names["pad_token"] = special.pad
     return {
-        "tokenizer.json": compact.encode(),
-        "tokenizer_config.json": _readable(config),
-        "special_tokens_map.json": _readable(names),
+        "tokenizer.json": compact(_tokenizer(tokens, special)),
+        **config_files(names, model_max_length),
     }
 
 
-def _readable(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _tokenizer(tokens: list[bytes]) -> dict[str, Any]:
+def _tokenizer(tokens: list[bytes], special: SpecialTokens) -> dict[str, Any]:
     """The content of `tokenizer.json`."""
     first = len(tokens)
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    bos = {"SpecialToken": {"id": _BOS, "type_id": 0}}
-    text_a = {"Sequence": {"id": "A", "type_id": 0}}
-    pair = [bos, text_a, {"SpecialToken": {"id": _BOS, "type_id": 1}}]
+    bos = begin_with(special.bos, first + special.tokens.index(special.bos))
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [
-            {"id": first + i, "content": name, **flags, "special": True}
-            for i, name in enumerate(SPECIAL_TOKENS)
-        ],
+        "added_tokens": [added_token(first + i, name) for i, name in enumerate(special.tokens)],
         "normalizer": None,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
                 {
                     "type": "Split",
-                    "pattern": {"Regex": _PATTERN},
+                    "pattern": {"Regex": special.pattern},
                     "behavior": "Isolated",
                     "invert": False,
                 },
@@ -159,12 +124,7 @@ def _tokenizer(tokens: list[bytes]) -> dict[str, Any]:
             "type": "Sequence",
             "processors": [
                 {**byte_level, "use_regex": True},
-                {
-                    "type": "TemplateProcessing",
-                    "single": [bos, text_a],
-                    "pair": [*pair, {"Sequence": {"id": "B", "type_id": 1}}],
-                    "special_tokens": {_BOS: {"id": _BOS, "ids": [first], "tokens": [_BOS]}},
-                },
+                *([bos] if special.begins else []),
             ],
         },
         "decoder": {**byte_level, "use_regex": True},
@@ -187,20 +147,15 @@ def _tokenizer(tokens: list[bytes]) -> dict[str, Any]:
 def _merges(tokens: list[bytes]) -> list[str] | list[list[str]]:
     """Every split of every token into two tokens, the lower ranks first: BPE's merges in order."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    merges: list[tuple[bytes, bytes]] = []
+    pairs: list[tuple[bytes, bytes]] = []
     for token in tokens:
         splits = [
             (ranks[left], ranks[right])
             for left, right in ((token[:i], token[i:]) for i in range(1, len(token)))
             if left in ranks and right in ranks
         ]
-        merges += [(tokens[left], tokens[right]) for left, right in sorted(splits)]
-    spelled = [(_spelled(left), _spelled(right)) for left, right in merges]
-    # A string a merge is what every release of tokenizers reads (pairs need 0.20), and a spelled
-    # token holds no space; but a string that starts with "#version" would be read as a comment.
-    if any(left.startswith("#version") for left, _ in spelled):
-        return [[left, right] for left, right in spelled]
-    return [f"{left} {right}" for left, right in spelled]
+        pairs += [(tokens[left], tokens[right]) for left, right in sorted(splits)]
+    return merges([(_spelled(left), _spelled(right)) for left, right in pairs])
 
 
 def _byte_letters() -> dict[int, str]:

@@ -1,50 +1,50 @@
-"""The files being written: preallocated, filled in any order, hashed and synced as they fill."""
+"""The safetensors files of a conversion: preallocated, filled in any order, hashed as they fill."""
 
-import contextlib
 import errno
 import hashlib
 import os
-import stat
 import threading
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from moeconv.errors import OutputError
+from moeconv.execution.own_files import open_own, write_all
 from moeconv.execution.threads import Thread
-from moeconv.planning.plan import PlannedFile
+from moeconv.hf.safetensors import payload
+from moeconv.planning.output import SafetensorsOutput
 from moeconv.sizes import format_size
-from moeconv.untrusted.files import UnsafeFileError
+from moeconv.tensor.axes import Array
+from moeconv.tensor.form import Form, Ranges
 
 _HASH_BLOCK = 1 << 20
 _HASHERS = 2  # files hashed at the same moment
 
 
-class OutputFiles:
-    """The safetensors files of one conversion, in the staging directory.
+class SafetensorsSink:
+    """The safetensors files of one conversion, in the staging directory (`sink.Sink`).
 
-    Tensors may be written in parts, in any order, from several threads. A file is hashed by a
-    background thread up to the first tensor that is not complete, so that most of the hashing is
-    done by the time the last tensor arrives.
+    A file is hashed by a background thread up to the first tensor that is not complete, so that
+    most of the hashing is done by the time the last tensor arrives.
     """
 
-    def __init__(self, folder: Path, files: Sequence[PlannedFile], *, keep: bool) -> None:
+    def __init__(self, folder: Path, output: SafetensorsOutput, *, keep: bool) -> None:
         """Opens, or with `keep` reopens, and preallocates the files.
 
         Raises:
             OutputError: The disk has no room, or a file to reopen is not there as it was left.
         """
-        self._files = files
+        self._files, self._places = output.files, output.places
         self._descriptors: list[int] = []
         self._progress = threading.Condition()
-        self._complete: list[set[str]] = [set() for _ in files]
+        self._complete: list[set[str]] = [set() for _ in output.files]
         self._stopped = False
         self._hashers: list[Thread] = []
         self._slots = threading.BoundedSemaphore(_HASHERS)
         self._digests: dict[str, str] = {}
         self._failure: OSError | None = None
-        for file in files:
+        for file in output.files:
             path = folder / file.name
             if keep and not (path.is_file() and path.stat().st_size == file.layout.size):
                 self.close()
@@ -70,28 +70,37 @@ class OutputFiles:
                 ) from None
             os.ftruncate(fd, file.layout.size)
             os.pwrite(fd, file.layout.header, 0)
-        self._hashers = [Thread(partial(self._hash, n)) for n in range(len(files))]
+        self._hashers = [Thread(partial(self._hash, n)) for n in range(len(output.files))]
 
-    def start_hashing(self) -> None:
+    def start(self) -> None:
         """Begins to hash what is complete."""
         for thread in self._hashers:
             thread.start()
 
-    def write(self, file: int, offset: int, data: memoryview) -> None:
-        """Writes bytes at an absolute offset."""
-        write_all(self._descriptors[file], data, offset)
+    def write(self, target: str, form: Form, ranges: Ranges, values: Array) -> None:
+        """Writes a piece: one run of bytes."""
+        place = self._places[target]
+        offset = place.offset + form.offset(ranges)
+        write_all(self._descriptors[place.file], payload(values), offset)
 
-    def checksum(self, file: int, offset: int, size: int, before: int = 0) -> int:
-        """CRC-32 of bytes that lie in a file; `before` is that of bytes that come before them."""
+    def fill(self, target: str, values: Array) -> None:
+        """Writes a whole tensor."""
+        place = self._places[target]
+        write_all(self._descriptors[place.file], payload(values), place.offset)
+
+    def checksum(self, target: str, form: Form, ranges: Ranges, size: int, before: int) -> int:
+        """CRC-32 of the bytes that lie where a piece belongs."""
+        place = self._places[target]
+        fd, offset = self._descriptors[place.file], place.offset + form.offset(ranges)
         for start in range(offset, offset + size, _HASH_BLOCK):
-            part = os.pread(self._descriptors[file], min(_HASH_BLOCK, offset + size - start), start)
+            part = os.pread(fd, min(_HASH_BLOCK, offset + size - start), start)
             before = zlib.crc32(part, before)
         return before
 
-    def completed(self, file: int, tensor: str) -> None:
+    def completed(self, target: str) -> None:
         """Notes that every byte of a tensor is written."""
         with self._progress:
-            self._complete[file].add(tensor)
+            self._complete[self._places[target].file].add(target)
             self._progress.notify_all()
 
     def sync(self) -> None:
@@ -154,67 +163,3 @@ class OutputFiles:
                     position += count
         if position == self._files[number].layout.size:
             self._digests[self._files[number].name] = digest.hexdigest()
-
-
-class Scratch:
-    """A file for the pieces of one array that cannot go to their place yet."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        self._path = path
-        self._fd = open_own(path, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            os.ftruncate(self._fd, 0)
-            os.posix_fallocate(self._fd, 0, max(1, size))
-        except OSError as error:
-            self.close()
-            raise OutputError(
-                f"cannot reserve {format_size(size)} for {path}: {error.strerror}; free some space "
-                "or choose another OUT"
-            ) from None
-
-    def write(self, offset: int, data: memoryview) -> None:
-        """Writes bytes at an offset."""
-        write_all(self._fd, data, offset)
-
-    def read(self, offset: int, count: int) -> bytearray:
-        """Reads bytes."""
-        data = bytearray(count)
-        view = memoryview(data)
-        done = 0
-        while done < count:
-            done += os.preadv(self._fd, [view[done:]], offset + done)
-        return data
-
-    def close(self) -> None:
-        """Closes and removes it."""
-        os.close(self._fd)
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-
-
-def open_own(path: Path, flags: int, mode: int = 0o644) -> int:
-    """Opens a file of the staging directory to write; a descriptor.
-
-    Others may have been there: nothing that leads elsewhere is written through.
-
-    Raises:
-        OSError: It cannot be opened; UnsafeFileError for a link or a special file.
-    """
-    try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise UnsafeFileError(path, f"{path.name} is a link") from None
-        raise
-    status = os.fstat(fd)
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        os.close(fd)
-        raise UnsafeFileError(path, f"{path.name} is a link or no regular file")
-    return fd
-
-
-def write_all(fd: int, data: memoryview, offset: int) -> None:
-    """`pwrite` until everything is written."""
-    while data:
-        count = os.pwrite(fd, data, offset)
-        data, offset = data[count:], offset + count

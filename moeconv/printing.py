@@ -1,10 +1,59 @@
-"""Tables of tensors for people: ranges of layers and experts folded into one line."""
+"""Values that print themselves: lines and tables for people, plain data for machines."""
 
+import io
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterable
+from typing import IO, TYPE_CHECKING, Any
 
+from moeconv.untrusted.text import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+# Into a file or a pipe, tables take the width they need.
+_WIDE = 240
 _NUMBER = re.compile(r"(?<![^._])(\d+)(?![^.])")
+
+
+class Printable(ABC):
+    """What a command answers with: `print(value)` is its output, `as_dict()` that of `--json`."""
+
+    @abstractmethod
+    def as_dict(self) -> dict[str, Any]:
+        """The value as data that JSON can hold."""
+
+    @abstractmethod
+    def parts(self) -> "Iterable[RenderableType]":
+        """The value for people: lines of text, and rich's tables."""
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        plain = console(stream, color_system=None, force_jupyter=False)
+        for part in self.parts():
+            show(plain, part)
+        return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def console(stream: IO[str], **options: Any) -> "Console":
+    """A console on which control characters in text that is not ours are shown as escapes."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Harmless(Console):
+        def render(self, renderable: Any, options: Any = None) -> Any:
+            for text, style, control in super().render(renderable, options):  # rich's own: later
+                yield Segment(text if control else printable(text), style, control)
+
+    width = None if stream.isatty() else _WIDE
+    return Harmless(file=stream, highlight=False, width=width, **options)
+
+
+def show(console: "Console", part: "RenderableType") -> None:
+    """Prints a line, which is not wrapped, or a table."""
+    line = isinstance(part, str)  # of which rich would drop what is escaped here
+    console.print(printable(part) if line else part, markup=False, soft_wrap=line)  # type: ignore[arg-type]
 
 
 def fold[Rest: Hashable](items: Iterable[tuple[str, Rest]]) -> list[tuple[str, Rest, int]]:

@@ -1,0 +1,1 @@
+"""The public functions, a module a command; `moeconv` itself offers them (`moeconv.convert`)."""

@@ -1,0 +1,50 @@
+"""`moeconv.open_checkpoint`: what a checkpoint holds, and what is still unknown of its model."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from moeconv.api.arguments import Fields, StrPath, optional_path, pairs_of
+
+if TYPE_CHECKING:
+    from moeconv.maxtext.checkpoint import Checkpoint
+
+
+def open_checkpoint(
+    path_or_url: StrPath,
+    *,
+    config: StrPath | None = None,
+    set: Fields = (),
+    accept_keys: Sequence[str] = (),
+) -> "Checkpoint":
+    """Opens a MaxText checkpoint and reads its metadata; no parameter is read.
+
+    Args:
+        path_or_url: A run directory, its `checkpoints/`, a step, a step's `items/`, or a `gs://`,
+            `s3://` or `http://` address of one; the newest complete step is taken unless one is
+            named.
+        config: MaxText YAML of the run; keys it leaves out have MaxText's defaults. Without it the
+            run's `moeconv.json` is looked for beside the checkpoint.
+        set: Fields by their MaxText names, over `config`: `{"rope_max_timescale": 500000}`, or
+            `["rope_max_timescale=500000"]`, or a whole command line of MaxText.
+        accept_keys: Settings in the run's config that moeconv does not know, and that do not change
+            the model.
+
+    Returns:
+        The checkpoint. `print` shows it as `moeconv inspect` does, `as_dict()` is the same as data.
+
+    Raises:
+        NotACheckpointError: There is no complete checkpoint.
+        ConfigError: The config cannot be read, or contradicts the shapes.
+        TensorError: Parameters are missing, unknown or inconsistent.
+        UnsupportedError: The decoder block or a dtype is not supported.
+        StorageError: The store does not answer.
+    """
+    from moeconv.maxtext import checkpoint
+
+    return checkpoint.open_checkpoint(
+        os.fspath(path_or_url),
+        config=optional_path(config),
+        sets=pairs_of(set),
+        accept=tuple(accept_keys),
+    )

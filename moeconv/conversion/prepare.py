@@ -1,0 +1,258 @@
+"""The first step of converting: a plan, made from metadata or read back, and its source opened."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from moeconv.arch.description import ModelDescription, Origin, Provenance
+from moeconv.conversion.contents import demand_json
+from moeconv.errors import (
+    TensorError,
+    TokenizerError,
+    UsageError,
+)
+from moeconv.families import target_for, targets
+from moeconv.hf.tokenizer import TokenizerFiles, asked_set, check_fits, read_tokenizer
+from moeconv.mapping.edges import expand
+from moeconv.mapping.rules import Options
+from moeconv.maxtext.checkpoint import (
+    Checkpoint,
+    StoredCheckpoint,
+    find_sidecar,
+    open_checkpoint,
+    open_stored,
+    run_tokenizer,
+)
+from moeconv.maxtext.run_record import RunRecord, read_run
+from moeconv.orbax.inventory import stamps
+from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
+from moeconv.sizes import HUB_FILE_LIMIT, format_size
+from moeconv.tensor.dtypes import DTYPES
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """Everything `moeconv convert` can be told; see the command's help.
+
+    Attributes:
+        config: MaxText YAML.
+        sets: `key=value` pairs.
+        accept: Settings of the config that no known MaxText has, and that decide nothing.
+        target: A family's name, or `auto`.
+        dtype: Output dtype, or `keep`.
+        max_shard_bytes: Largest safetensors file.
+        untie: Write an explicit output head.
+        tokenizer: Directory, tiktoken ranks file or Hub id.
+        jobs: Workers.
+        max_memory: Bytes the process may use.
+        overwrite: Replace a non-empty OUT.
+        resume: Go on with an interrupted conversion.
+        allow_nonfinite: Copy NaN and Inf instead of refusing them.
+        allow_missing_chunks: Read chunks that are not stored as zeros, where the checkpoint's
+            format leaves out chunks of zeros.
+    """
+
+    config: Path | None = None
+    sets: Sequence[str] = ()
+    accept: Sequence[str] = ()
+    target: str = "auto"
+    dtype: str = "keep"
+    max_shard_bytes: int = 5 * GB
+    untie: bool = False
+    tokenizer: str | None = None
+    jobs: int = 1
+    max_memory: int = 4 * GIB
+    overwrite: bool = False
+    resume: bool = False
+    allow_nonfinite: bool = False
+    allow_missing_chunks: bool = False
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan, and what it reads, opened.
+
+    Attributes:
+        plan: What to do.
+        source: The checkpoint.
+        tokenizer: Its tokenizer.
+        options: What is allowed while it is done.
+    """
+
+    plan: Plan
+    source: StoredCheckpoint
+    tokenizer: TokenizerFiles | None
+    options: ConvertOptions
+
+
+def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
+    """Reads the checkpoint's metadata and makes the plan; writes nothing.
+
+    Raises:
+        MoeconvError: Any of its subclasses; see `moeconv.errors`.
+    """
+    if options.jobs < 1:
+        raise UsageError("--jobs takes a whole number from 1")
+    if options.target != "auto" and options.target not in targets():
+        raise UsageError(f"--target {options.target} is none of auto, {', '.join(targets())}")
+    if options.dtype != "keep" and options.dtype not in DTYPES:
+        raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
+    checkpoint = open_checkpoint(
+        ckpt,
+        config=options.config,
+        sets=options.sets,
+        accept=options.accept,
+        allow_missing_chunks=options.allow_missing_chunks,
+    )
+    model = checkpoint.resolution.model()
+    warnings = list(checkpoint.resolution.warnings)
+    if checkpoint.step.skipped:
+        warnings.append(
+            f"newer steps are unfinished and were passed over: {', '.join(checkpoint.step.skipped)}"
+        )
+    tokenizer = _tokenizer(checkpoint, options, model.max_position_embeddings)
+    if tokenizer is not None:
+        warnings += [*tokenizer.notes, *check_fits(tokenizer, model.vocab_size)]
+        model = _with_token_ids(model, tokenizer)
+    else:
+        warnings.append(
+            "no tokenizer was given or found beside the run, so none is written and the token ids "
+            "of config.json are null; pass --tokenizer"
+        )
+    run, unread = _run(checkpoint, options)
+    warnings += unread
+    choices = Options(untie=options.untie)
+    if options.untie and not model.tie_word_embeddings:
+        warnings.append("--untie changes nothing: the model's output head is its own parameter")
+    page = target_for(model, options.target)
+    dtype = None if options.dtype == "keep" else options.dtype
+    dtypes = {name: info.dtype for name, info in checkpoint.arrays.info.items()}
+    edges = expand(page, model, checkpoint.layout, dtypes, dtype=dtype, options=choices)
+    warnings += page.caveats(model, choices)
+    warnings += [f"{name} is left out: {why}" for name, why in checkpoint.dropped.items()]
+    warnings += [
+        f"{edge.target} alone has {format_size(edge.nbytes)}, and the Hub takes files of up to "
+        f"{format_size(HUB_FILE_LIMIT)} only"
+        for edge in edges
+        if edge.nbytes > HUB_FILE_LIMIT
+    ]
+    plan = build_plan(
+        model=model,
+        target=page.name,
+        options=choices,
+        dtype=dtype,
+        edges=edges,
+        source=_planned_source(checkpoint),
+        max_shard_bytes=options.max_shard_bytes,
+        warnings=tuple(warnings),
+        dropped=checkpoint.dropped,
+        tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, options.tokenizer),
+        run=run,
+        accepted_keys=tuple(checkpoint.told.accepted),
+        jobs=options.jobs,
+        max_memory=options.max_memory,
+    )
+    _ = plan.memory_budget  # or it raises: the limit is too low
+    demand_json(plan)
+    return Prepared(plan, checkpoint, tokenizer, options)
+
+
+def reopen(
+    plan: Plan, *, overwrite: bool = False, resume: bool = False, allow_nonfinite: bool = False
+) -> Prepared:
+    """Opens what a plan reads, which another process may have made.
+
+    Args:
+        plan: What to do.
+        overwrite: As in `ConvertOptions`.
+        resume: As there.
+        allow_nonfinite: As there.
+
+    Raises:
+        MemoryLimitError: The plan's limit is too low.
+        NotACheckpointError: The source is not there.
+        TensorError: It is not the one that was planned.
+        TokenizerError: The tokenizer is not there, or not the one that was planned.
+    """
+    planned = plan.source
+    stored = open_stored(planned.path, allow_missing_chunks=planned.may_lack)
+    found = (stored.metadata, stored.files, dict(stored.arrays.info))
+    if found != (dict(planned.metadata), planned.files, dict(planned.arrays)):
+        raise TensorError(
+            f"{planned.path} is not as it was when the plan was made; make the plan again"
+        )
+    tokenizer = None
+    if (wanted := plan.tokenizer) is not None:
+        length = plan.model.max_position_embeddings
+        if wanted.option is not None:
+            tokenizer = read_tokenizer(wanted.option, model_max_length=length)
+        elif (sidecar := find_sidecar(stored.step, needed=True)) and sidecar[0].tokenizer:
+            tokenizer = run_tokenizer(*sidecar, model_max_length=length)
+        if tokenizer is None or PlannedTokenizer.of(tokenizer, wanted.option) != wanted:
+            raise TokenizerError(
+                f"the tokenizer {wanted.source} is not as it was when the plan was made; make the "
+                "plan again"
+            )
+    _ = plan.memory_budget  # or it raises
+    return Prepared(
+        plan,
+        stored,
+        tokenizer,
+        ConvertOptions(overwrite=overwrite, resume=resume, allow_nonfinite=allow_nonfinite),
+    )
+
+
+def _planned_source(checkpoint: Checkpoint) -> PlannedSource:
+    return PlannedSource(
+        kind="maxtext",
+        path=str(checkpoint.step.items),
+        step=checkpoint.step.number,
+        format=checkpoint.tree.describe(),
+        layout=checkpoint.layout.describe(),
+        scan_axis=checkpoint.layout.scan_axis,
+        metadata=checkpoint.metadata,
+        files=checkpoint.files,
+        may_lack=checkpoint.arrays.may_lack,
+        arrays=checkpoint.arrays.info,
+        collections={".".join(path): kind for path, kind in checkpoint.tree.collections.items()},
+    )
+
+
+def _tokenizer(
+    checkpoint: Checkpoint, options: ConvertOptions, length: int
+) -> TokenizerFiles | None:
+    """The tokenizer that the user names, else the run's own, else None."""
+    spec = options.tokenizer or checkpoint.tokenizer
+    if spec is None:
+        return None
+    with suppress(RuntimeError):  # ~name of no user, of which read_tokenizer tells
+        checkpoint.unchanged.watch(partial(stamps, Path(asked_set(spec)[1]).expanduser()))
+    if options.tokenizer is not None:
+        return read_tokenizer(spec, model_max_length=length)
+    return checkpoint.read_tokenizer(length)
+
+
+def _run(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[RunRecord | None, Sequence[str]]:
+    """What the run tells of its training, and what of it could not be read."""
+    sidecar = checkpoint.sidecar[0] if checkpoint.sidecar else None
+    run, unread = read_run(checkpoint.step, sidecar)
+    if options.tokenizer is not None and run is not None and run.facts is not None:
+        # Of its own tokenizer, which this may not be.
+        facts = run.facts.model_copy(update={"tokenizer_license": None})
+        run = run.model_copy(update={"facts": facts})
+    return run, unread
+
+
+def _with_token_ids(model: ModelDescription, tokenizer: TokenizerFiles) -> ModelDescription:
+    """Token ids that no config gives come from the tokenizer."""
+    where = Provenance(Origin.TOKENIZER, tokenizer.source)
+    found = {
+        name: ids for name, ids in tokenizer.token_ids().items() if getattr(model, name) is None
+    }
+    sources = {**model.sources, **dict.fromkeys(found, where)}
+    return replace(model, **found, sources=sources)

@@ -1,0 +1,267 @@
+"""`plan.json`: a plan as a file, for people, for programs, and for another process to execute.
+
+It holds everything that the plan was made from, and what came of it. Reading it makes the plan anew
+from the first and compares the digest, so that a file that was changed, or that another moeconv
+wrote by other rules, is refused, and never half believed.
+"""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+
+from moeconv import __version__
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.layout import Layout, detect_layout
+from moeconv.errors import ConfigError, MoeconvError, OutputError
+from moeconv.families import blocks, targets
+from moeconv.mapping.edges import expand
+from moeconv.mapping.rules import Options
+from moeconv.maxtext.run_record import RunRecord
+from moeconv.planning.model_values import model_of
+from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
+from moeconv.tensor.stored import ArrayInfo
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import read_regular
+
+_LIMIT = 2**30  # a plan of a trillion parameters has some 50 MB
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Array(_Frozen):
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    codec: str
+    decoded_bytes: int
+
+
+class _Source(_Frozen):
+    kind: Literal["maxtext"]
+    path: str
+    step: int | None
+    format: str
+    layout: str
+    scan_axis: int | None
+    metadata: dict[str, str]
+    files: str | None
+    may_lack: bool
+    arrays: list[_Array]
+    collections: dict[str, str]
+
+
+class _Field(_Frozen):
+    value: Any
+    source: tuple[Origin, str] | None
+
+
+class _Tokenizer(_Frozen):
+    option: str | None
+    source: str
+    files: dict[str, str]
+
+    def planned(self) -> PlannedTokenizer:
+        return PlannedTokenizer(self.option, self.source, self.files)
+
+
+class _Request(_Frozen):
+    """What a plan is made from: its attributes, but for what follows from them."""
+
+    source: _Source
+    model: dict[str, _Field]
+    target: str
+    untie: bool
+    dtype: str | None
+    max_shard_bytes: int
+    dropped: dict[str, str]
+    warnings: list[str]
+    tokenizer: _Tokenizer | None
+    run: RunRecord | None
+    accepted_keys: list[str]
+    jobs: PositiveInt
+    max_memory: PositiveInt
+
+
+class _PlanFile(BaseModel):
+    """The file's schema, but for what is there for people only."""
+
+    format: Literal["moeconv plan"]
+    version: Literal[1]
+    moeconv_version: str
+    digest: str
+    request: _Request
+    request_sha256: str
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
+    """The content of plan.json: what was asked for, and all that came of it."""
+    source, model = plan.source, plan.model
+    arrays = [_Array(**vars(info)) for info in source.arrays.values()]
+    request = _Request(
+        source=_Source(**{**vars(source), "arrays": arrays, "metadata": dict(source.metadata)}),
+        model={
+            name: _Field(value=value, source=_origin(model.sources.get(name)))
+            for name, value in model.values().items()
+        },
+        target=plan.target,
+        untie=plan.options.untie,
+        dtype=plan.dtype,
+        max_shard_bytes=plan.max_shard_bytes,
+        dropped=dict(plan.dropped),
+        warnings=list(plan.warnings),
+        tokenizer=_Tokenizer(**vars(plan.tokenizer)) if plan.tokenizer is not None else None,
+        run=plan.run,
+        accepted_keys=list(plan.accepted_keys),
+        jobs=plan.jobs,
+        max_memory=plan.max_memory,
+    )
+    return {
+        "format": "moeconv plan",
+        "version": 1,
+        "moeconv_version": __version__,
+        **_outcome(plan),
+        "request": (asked := request.model_dump(mode="json")),
+        "request_sha256": _sha256(asked),
+    }
+
+
+def _outcome(plan: Plan) -> dict[str, Any]:
+    """What people and programs read of a plan: tensors, files and costs."""
+    estimate, output = plan.estimate, plan.output
+    return {
+        "target": plan.target,
+        "architecture": plan.page.architecture,
+        "digest": plan.digest,
+        "tensors": [
+            {
+                "name": edge.target,
+                "shape": list(edge.shape),
+                "dtype": edge.dtype,
+                "sources": [part.source for part in edge.parts],
+                "ops": edge.steps(),
+                "summary": edge.describe(),
+                "error_bound": edge.bound(),
+                "file": output.files[output.places[name].file].name,
+                "offset": output.places[name].offset,
+                "bytes": edge.nbytes,
+            }
+            for name, edge in plan.edges.items()
+        ],
+        "files": [{"name": f.name, "bytes": f.layout.size} for f in output.files],
+        "read_bytes": estimate.read_bytes,
+        "write_bytes": estimate.write_bytes,
+        "scratch_bytes": estimate.scratch_bytes,
+        "disk_bytes": estimate.disk_bytes,
+        "memory_floor": estimate.memory_floor,
+        "memory_budget": plan.memory_budget,
+        "units": len(plan.units),
+        "warnings": list(plan.warnings),
+        "dropped": dict(plan.dropped),
+    }
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Writes plan.json.
+
+    Raises:
+        OutputError: It cannot be written.
+    """
+    try:
+        path.write_bytes(strict_json.dumps(to_json(plan)))
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(strict_json.dumps(content)).hexdigest()
+
+
+def _origin(source: Provenance | None) -> tuple[Origin, str] | None:
+    return (source.origin, source.detail) if source is not None else None
+
+
+def load_plan(path: Path) -> Plan:
+    """Reads plan.json and makes the plan anew.
+
+    Raises:
+        ConfigError: It is no plan, another moeconv's, or it was changed.
+    """
+    try:
+        file = _PlanFile.model_validate(strict_json.loads(read_regular(path, limit=_LIMIT)))
+        return _plan_of(file, path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(
+            f"{path} is no plan that moeconv wrote: {where}: {first['msg']}; make it again"
+        ) from None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        raise ConfigError(f"{path} is no plan that moeconv wrote; make it again") from None
+
+
+def _plan_of(file: _PlanFile, path: Path) -> Plan:
+    request, tokenizer = file.request, file.request.tokenizer
+    made = f"it was made by moeconv {file.moeconv_version}, and this is {__version__}"
+    because = made if file.moeconv_version != __version__ else "it was changed"
+    stale = ConfigError(f"{path} is not what this moeconv would plan: {because}; make it again")
+    model = model_of({name: one.value for name, one in request.model.items()})
+    sources = {name: Provenance(*one.source) for name, one in request.model.items() if one.source}
+    arrays = [ArrayInfo(**vars(array)) for array in request.source.arrays]
+    source = PlannedSource(
+        **{**vars(request.source), "arrays": {array.name: array for array in arrays}}
+    )
+    page, options = targets().get(request.target), Options(untie=request.untie)
+    if page is None:
+        raise stale
+    try:
+        plan = build_plan(
+            model=replace(model, sources=sources),
+            target=page.name,
+            options=options,
+            dtype=request.dtype,
+            edges=expand(
+                page,
+                model,
+                _layout(model.decoder_block, source, request.dropped),
+                {array.name: array.dtype for array in arrays},
+                dtype=request.dtype,
+                options=options,
+            ),
+            source=source,
+            max_shard_bytes=request.max_shard_bytes,
+            warnings=tuple(request.warnings),
+            dropped=request.dropped,
+            tokenizer=tokenizer.planned() if tokenizer is not None else None,
+            run=request.run,
+            accepted_keys=tuple(request.accepted_keys),
+            jobs=request.jobs,
+            max_memory=request.max_memory,
+        )
+    except MoeconvError:
+        raise stale from None
+    asked = request.model_dump(mode="json")
+    if plan.digest != file.digest or file.request_sha256 != _sha256(asked):
+        raise stale
+    return plan
+
+
+def _layout(block: str, source: PlannedSource, dropped: Collection[str]) -> Layout:
+    """How the source keeps its layers, found anew from its shapes."""
+    shapes = {info.path: info.shape for name, info in source.arrays.items() if name not in dropped}
+    collections = {
+        info.path: source.collections[name]
+        for name, info in source.arrays.items()
+        if name in source.collections
+    }
+    return detect_layout(
+        shapes, [blocks()[block]], scan_axis=source.scan_axis, collections=collections
+    )

@@ -1,0 +1,97 @@
+"""Stored arrays, whatever stores them: shape, dtype, chunks, and what reads a box of one.
+
+A conversion reads from a `Source`. Which format it has, and so in which direction a model is
+carried, only those know who open it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from moeconv.tensor.axes import Array
+from moeconv.tensor.dtypes import DTYPES
+
+Box = tuple[slice | int, ...]
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """One array as stored.
+
+    Attributes:
+        path: Key path, below `params.params` in a MaxText checkpoint.
+        shape: Its shape.
+        dtype: A key of `DTYPES`.
+        chunk: Shape of what is decoded at once (the inner chunk of a sharded zarr3 array), cut to
+            the array.
+        codec: Compression, for people.
+        decoded_bytes: Bytes of one chunk when it is decoded, which is done whole: it may reach
+            beyond the array.
+    """
+
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    chunk: tuple[int, ...]
+    codec: str
+    decoded_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Dotted key path."""
+        return ".".join(self.path)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array, decoded."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the part of one chunk that lies in the array."""
+        return math.prod(self.chunk) * self.itemsize
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of chunks along each axis."""
+        return tuple(-(-n // c) for n, c in zip(self.shape, self.chunk, strict=True))
+
+
+class Reader(Protocol):
+    """Cuts boxes from one array; what it has decoded is kept until it is dropped."""
+
+    def read(self, box: Box) -> Array:
+        """Reads a box; the result is C-contiguous and owns its memory.
+
+        Raises:
+            TensorError: A chunk is missing, truncated or corrupt; names the array and the place.
+            StorageError: A remote store failed.
+        """
+
+    def decode(self, box: Sequence[tuple[int, int]]) -> bool:
+        """Fetches and decodes the chunk with these bounds, for later reads.
+
+        Returns:
+            False if it is not stored, and need not be.
+
+        Raises:
+            TensorError: It is missing, truncated or corrupt; names the array and the place.
+            StorageError: A remote store failed.
+        """
+
+
+class Source(Protocol):
+    """The model that is read: its arrays by name, and a reader for each."""
+
+    @property
+    def info(self) -> Mapping[str, ArrayInfo]:
+        """How each array is stored."""
+
+    def reader(self, name: str, chunks: int = 1) -> Reader:
+        """Opens an array, to keep so many decoded chunks of it."""
