@@ -75,10 +75,13 @@ def mapping_page() -> str:
             ["`L`", "layer"],
             ["`E`", "expert"],
             ["`D`", "hidden size"],
-            ["`F`", "MLP width"],
+            ["`F`, `M`, `S`", "width of the MLP, of an expert, of the shared experts together"],
             ["`H`, `K`", "query heads, key/value heads"],
             ["`h`", "head_dim"],
             ["`V`", "vocabulary"],
+            ["`q`, `c`", "latent attention: rank of queries, of keys and values"],
+            ["`k`, `v`, `b`", "its sizes of a query head, a value head, and of an expanded head"],
+            ["`r`", "`c` and the rotated part of a key"],
         ],
     )
     of_blocks = table(

@@ -209,16 +209,26 @@ def alone(config: Any, number: int, is_moe: bool) -> None:
     config.first_k_dense_replace = 0 if is_moe else 1
 
 
+def _mscale(model: ModelDescription) -> float:
+    """0 where positions are not stretched, and MaxText scales nothing."""
+    numbers = model.settings
+    stretched = numbers["rope_positions"] > numbers["original_max_position_embeddings"]
+    return float(numbers["mscale"]) if stretched else 0.0
+
+
+def is_scaled(model: ModelDescription) -> bool:
+    """True if YaRN scales attention."""
+    return _mscale(model) > 0 and model.settings["rope_factor"] > 1
+
+
 def _rope(model: ModelDescription) -> dict[str, Any]:
     """`rope_parameters`, with the scale of attention.
 
-    Where positions are stretched, MaxText multiplies scores by (0.1·mscale·ln(factor) + 1)²
-    (layers/attention_mla.py); transformers does by `mscale_all_dim` (`yarn_apply_mscale`), and
-    scales what is rotated by the ratio of both.
+    MaxText multiplies scores by (0.1·mscale·ln(factor) + 1)² (layers/attention_mla.py);
+    transformers does by `mscale_all_dim` (`yarn_apply_mscale`), and scales what is rotated by the
+    ratio of both.
     """
-    numbers = model.settings
-    stretched = numbers["rope_positions"] > numbers["original_max_position_embeddings"]
-    mscale = numbers["mscale"] if stretched else 0.0
+    mscale = _mscale(model)
     return {**rope_parameters(model), "mscale": mscale, "mscale_all_dim": mscale}
 
 
