@@ -62,6 +62,94 @@ QWEN3_MOE: Mapping[str, object] = {
     "use_qk_norm": True,
     "norm_topk_prob": True,
 }
+# All sizes of a head differ, and the widths; routing hangs on the name (layers/moe.py `get_topk`).
+DEEPSEEK_V3: Mapping[str, object] = {
+    "decoder_block": "deepseek",
+    "model_name": "deepseek3-671b",
+    "override_model_config": True,
+    "attention_type": "mla",
+    "base_num_kv_heads": 4,
+    "q_lora_rank": 28,
+    "kv_lora_rank": 26,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 10,
+    "base_mlp_dim": 80,
+    "base_moe_mlp_dim": 20,
+    "first_num_dense_layers": 1,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "shared_experts": 2,
+    "routed_score_func": "sigmoid",
+    "routed_bias": True,
+    "routed_scaling_factor": 2.5,
+    "n_routing_groups": 4,
+    "topk_routing_group": 2,
+    "normalization_layer_epsilon": 1e-6,
+    "rope_type": "yarn",
+    # The range that YaRN corrects is 1.2 to 3.1 of 4 pairs, rounded 1 to 4.
+    "rope_max_timescale": 20,
+    "max_position_embeddings": 256,
+    "original_max_position_embeddings": 64,
+    "rope_factor": 4,
+    "beta_fast": 4,
+    "mscale": 0.8,
+}
+# Kimi-K2: no groups, and YaRN corrects from one rotation to one.
+KIMI_K2: Mapping[str, object] = {
+    **DEEPSEEK_V3,
+    "model_name": "kimi-k2-1t",
+    "n_routing_groups": -1,
+    "topk_routing_group": -1,
+    "beta_fast": 1,
+}
+DEEPSEEK_V2: Mapping[str, object] = {
+    **KIMI_K2,
+    "model_name": "deepseek2-16b",
+    "q_lora_rank": 0,
+    "routed_score_func": "softmax",
+    "routed_bias": False,
+    "beta_fast": 4,
+}
+# With these numbers the range that YaRN corrects is 1.4 to 3.5 of the 8 pairs, so each counts.
+YARN: Mapping[str, object] = {
+    "rope_type": "yarn",
+    "rope_max_timescale": 200,
+    "rope_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "max_position_embeddings": 256,
+    "beta_fast": 4,
+    "beta_slow": 1,
+    "rope_interleave": False,
+    "rope_truncate": False,
+    "rope_attention_scaling": True,
+}
+GPT_OSS: Mapping[str, object] = {
+    "decoder_block": "gpt_oss",
+    "sliding_window_size": 8,
+    "attention_bias": True,
+    "attention_sink": True,
+    "mlp_bias": True,
+    "routed_bias": True,
+    "mlp_activations": ["sigmoid", "linear"],
+    "mlp_activations_limit": 1.5,  # so that it clips
+    "inhomogeneous_layer_cycle_interval": 2,
+    **YARN,
+}
+LLAMA4: Mapping[str, object] = {
+    "decoder_block": "llama4",
+    "base_num_decoder_layers": 8,
+    "base_mlp_dim": 80,
+    "num_experts_per_tok": 1,
+    "shared_experts": 1,
+    "use_qk_norm": True,
+    "nope_layer_interval": 4,
+    "interleave_moe_layer_step": 2,
+    "inhomogeneous_layer_cycle_interval": 4,
+    "temperature_tuning": True,
+    "chunk_attn_window_size": 16,
+    "rope_type": "llama3.1",
+}
 TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
 _MACHINE: Mapping[str, object] = {
@@ -93,7 +181,7 @@ class LabCheckpoint:
     config: Mapping[str, object]
     # What MaxText made of them: config.get_keys(), all 865.
     resolved: Mapping[str, object] = field(repr=False)
-    # What was stored under params.params, by dotted name, in the stored dtype.
+    # What was stored of the model, by dotted name, in the stored dtype.
     params: Mapping[str, np.ndarray] = field(repr=False)
     seconds: float = 0.0
 
@@ -162,7 +250,7 @@ def write_checkpoint(
             raise RuntimeError(f"{count} devices wanted: XLA_FLAGS of tests/conftest.py is missing")
         mesh = maxtext_utils.get_mesh_from_config(config, jax.devices()[:count])
         state = _train_state(config, mesh, _Weights(config, seed), step)
-        params = _params(state)
+        params, collections = _params(state), _collections(state)
         step_dir = run_dir / "checkpoints" / str(step)
         ocdbt, zarr3 = config.checkpoint_storage_use_ocdbt, config.checkpoint_storage_use_zarr3
         if full_state:
@@ -172,13 +260,18 @@ def write_checkpoint(
             checkpointing.save_checkpoint(manager, step, state, config, force=True)
             manager.close()
         else:
-            checkpointing.save_params_to_path(step_dir, {"params": params}, ocdbt, zarr3)
+            tree = {"params": params, **collections}
+            checkpointing.save_params_to_path(step_dir, tree, ocdbt, zarr3)
     return LabCheckpoint(
         run_dir=run_dir,
         step_dir=step_dir,
         config=given,
         resolved=dict(config.get_keys()),
-        params={name: np.asarray(value) for name, value in _flat(params)},
+        params={
+            name: np.asarray(value)
+            for part in (params, *collections.values())
+            for name, value in _flat(part)
+        },
         seconds=time.perf_counter() - start,
     )
 
@@ -203,6 +296,7 @@ def _train_state(config: Any, mesh: Any, weights: "_Weights", step: int) -> Any:
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
     from maxtext.common import train_state_nnx
+    from maxtext.layers import moe
     from maxtext.utils import maxtext_utils, model_creation_utils, train_utils
 
     with logical_axis_rules(config.logical_axis_rules):
@@ -218,8 +312,9 @@ def _train_state(config: Any, mesh: Any, weights: "_Weights", step: int) -> Any:
     for path, variable in nnx.to_flat_state(state):
         leaf = variable.get_value()
         name = ".".join(map(str, path))
-        if path[0] == "model" and isinstance(variable, nnx.Param):
-            value = weights(name.removeprefix("model."), leaf)
+        if path[0] == "model" and isinstance(variable, nnx.Param | moe.MoEBiasVar):
+            parameter = isinstance(variable, nnx.Param)
+            value = weights(name.removeprefix("model."), leaf, parameter=parameter)
         elif jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             value = jax.random.split(jax.random.key(1), leaf.shape) if leaf.shape else _key()
         elif np.issubdtype(leaf.dtype, np.floating):  # Adam's moments: plausible, never the weights
@@ -244,6 +339,19 @@ def _params(state: Any) -> dict[str, Any]:
     return tree
 
 
+def _collections(state: Any) -> dict[str, Any]:
+    """The variables of classes of their own, as MaxText's converter stores them.
+
+    In the Flax collection of each class' name (checkpoint_conversion/to_maxtext.py); a parameters-
+    only checkpoint of a train state has none of them.
+    """
+    from flax import nnx
+    from maxtext.layers import moe
+
+    found = nnx.filter_state(state, moe.MoEBiasVar).to_pure_dict()
+    return {"MoEBiasVar": found["model"]} if found else {}
+
+
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -264,6 +372,7 @@ class _Weights:
         self._seed = seed
         self._scan_axis = config.param_scan_axis if config.scan_layers else None
         self._layers = config.num_decoder_layers
+        self._dense = config.first_num_dense_layers
         width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
         folded = blocks()[config.decoder_block.value].query_scale_in_kernel
         normalized = config.normalize_embedding_logits or not config.logits_via_embedding
@@ -273,6 +382,10 @@ class _Weights:
             "value.kernel": 1.0 / np.sqrt(width),
             "out.kernel": 1.0 / np.sqrt(heads * head),
             "gate.kernel": 2.0 / np.sqrt(width),
+            "wq_a.kernel": 1.0 / np.sqrt(width),
+            "wq_b.kernel": 1.5 / np.sqrt(config.q_lora_rank or 1),
+            "wkv_a.kernel": 1.5 / np.sqrt(width),
+            "wkv_b.kernel": 1.5 / np.sqrt(config.kv_lora_rank),
             ".wi_0": 1.5 / np.sqrt(width),
             ".wi_1": 1.5 / np.sqrt(width),
             ".wo": 1.0 / np.sqrt(config.moe_mlp_dim),
@@ -283,11 +396,22 @@ class _Weights:
             "token_embedder.embedding": 1.0 if normalized else 1.0 / np.sqrt(width),
         }
 
-    def __call__(self, name: str, leaf: Any) -> np.ndarray:
-        """The values of parameter `name`, which has the shape and dtype of `leaf`."""
+    def __call__(self, name: str, leaf: Any, *, parameter: bool = True) -> np.ndarray:
+        """The values of variable `name`, which has the shape and dtype of `leaf`."""
         parts = name.split(".")
-        stacked = self._scan_axis is not None and parts[:2] == ["decoder", "layers"]
-        if stacked:
+        # The layers of DeepSeek's two stacks are numbered on.
+        first = {"dense_layers": 0, "moe_layers": self._dense}
+        if self._scan_axis is not None and parts[0] == "decoder" and parts[1] in first:
+            shape, rest = list(leaf.shape), ".".join(parts[2:])
+            # layers/nnx_scan.py stacks all but `nnx.Param` on axis 0.
+            axis = self._scan_axis if parameter and len(shape) > self._scan_axis else 0
+            length = shape.pop(axis)
+            layers = range(first[parts[1]], first[parts[1]] + length)
+            value = np.stack([self._array(rest, n, tuple(shape)) for n in layers], axis=axis)
+        elif parts[0] == "decoder" and parts[1].rpartition("_")[0] in first:
+            stack, _, number = parts[1].rpartition("_")
+            value = self._array(".".join(parts[2:]), first[stack] + int(number), leaf.shape)
+        elif self._scan_axis is not None and parts[:2] == ["decoder", "layers"]:
             # decoder.layers.layers_1.rest: index i of its stack is layer i * cycle + 1.
             rest = parts[2:]
             offset = 0
@@ -314,7 +438,7 @@ class _Weights:
         draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
         if name.endswith(".scale"):
             return 1.0 + 0.25 * draw
-        if name.endswith("bias"):
+        if name.endswith(("bias", "sinks")):
             return 0.3 * draw
         suffixes = [suffix for suffix in self._scale if name.endswith(suffix)]
         if not suffixes:

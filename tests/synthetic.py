@@ -18,9 +18,10 @@ from moeconv.families import blocks
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
-# Axes: L layers, V vocabulary, D width, F dense and M expert MLP width, E experts, H and K heads.
+# L layers; the others are those of arch/parameters.py.
 SIZES: Mapping[str, int] = {
-    "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4
+    "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
+    "S": 48, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -41,6 +42,40 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
     "qwen2": {"decoder_block": "qwen2", "num_experts": 1, "attention_bias": True},
     "qwen3": {"decoder_block": "qwen3", "num_experts": 1, "use_qk_norm": True},
     "qwen3_moe": {"decoder_block": "qwen3_moe", "use_qk_norm": True},
+    "gpt_oss": {
+        "decoder_block": "gpt_oss",
+        "sliding_window_size": 8,
+        "mlp_activations": ["sigmoid", "linear"],
+        "mlp_activations_limit": 7.0,
+        "inhomogeneous_layer_cycle_interval": 2,
+    },
+    "llama4": {
+        "decoder_block": "llama4",
+        "num_experts_per_tok": 1,
+        "shared_experts": 1,
+        "nope_layer_interval": 4,
+        "interleave_moe_layer_step": 2,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "chunk_attn_window_size": 8,
+    },
+    "deepseek": {
+        "decoder_block": "deepseek",
+        "model_name": "deepseek3-671b",
+        "emb_dim": 16,  # a resolved config: what the model's file says does not win
+        "attention_type": "mla",
+        "shared_experts": 2,
+        "first_num_dense_layers": 1,
+        "routed_bias": True,
+        "routed_score_func": "sigmoid",
+        "normalization_layer_epsilon": 1e-6,
+        "rope_type": "yarn",
+    },
+}
+# Of blocks whose targets have one width for shared and routed experts.
+ONE_WIDTH = frozenset({"llama4"})
+# Of blocks with one kind of layers after another.
+FOLLOWING: Mapping[str, tuple[str, ...]] = {
+    "deepseek": ("mla_lora dense", *["mla_lora moe+bias"] * 3),
 }
 
 
@@ -71,6 +106,8 @@ class Synthetic:
 def cycle_of(block: str) -> list[LayerKind]:
     """The layers of a block that is repeated: one of each kind, or the first kind alone."""
     page = blocks()[block]
+    if block in FOLLOWING:
+        return list(map(LayerKind, FOLLOWING[block]))
     return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
 
 
@@ -91,7 +128,11 @@ def layout_of(
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
     shape = [(len(kinds), depth) if scanned else (depth * len(kinds), 1)]
-    return build_layout(page, way, kinds * depth, sizes, blocks=shape, scan_axis=axis, tied=tied)
+    kinds = kinds * depth
+    if len(way.segments) > 1:
+        counts = [sum(k in each.modules[0].kinds for k in kinds) for each in way.segments]
+        shape = [(1, count) if scanned else (count, 1) for count in counts]
+    return build_layout(page, way, kinds, sizes, blocks=shape, scan_axis=axis, tied=tied)
 
 
 def parameter_axes(block: str, *, layers: int, tied: bool, scanned: bool) -> dict[str, str]:
@@ -130,13 +171,15 @@ def write(
         storage: See `orbax_writer.write`.
     """
     sizes = {**SIZES, **(sizes or {})}
-    axes = parameter_axes(block, layers=sizes["L"], tied=tied, scanned=scanned)
-    sizes["L"] //= len(cycle_of(block))
+    if block in ONE_WIDTH:
+        sizes["S"] = sizes["M"]
+    layout = layout_of(block, layers=sizes["L"], tied=tied, scanned=scanned, sizes=sizes)
+    axes = {array.name: "".join(array.axes) for array in layout.arrays}
     arrays = {}
-    for name, letters in axes.items():
+    for name, shape in ((array.name, array.shape) for array in layout.arrays):
         # Of its own, so that no other array changes these values.
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        values = rng.standard_normal([sizes[a] for a in letters], dtype=np.float32)
+        values = rng.standard_normal(shape, dtype=np.float32)
         values *= 0.1
         arrays[name] = (values + (1 if name.endswith("scale") else 0)).astype(DTYPES[dtype])
     change(arrays)

@@ -7,6 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from moeconv.arch.description import ModelDescription
+from moeconv.arch.fields import YARN, Known, ToldField
 from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, OUTPUT_HEAD, LayerKind, Parameter
 from moeconv.arch.stacks import SCANNED, UNSCANNED, Stacking
 
@@ -54,9 +55,18 @@ class Block:
             passes `query_pre_attn_scalar` and scales the query explicitly
             (layers/attentions.py `init_query_w`).
         expert_width: Config key that sets the experts' width.
+        ropes: Kinds of RoPE that its targets know.
+        settings: What the config must give for this block alone; the description holds it.
+        layer_types: The attention of a layer, by its position in the repeated block (in the model
+            where none is) and the settings, in transformers' words; for a block whose layers
+            differ in it though their parameters do not show that. The description's `settings`
+            has them as `layer_types`.
+        demands: Settings that must have one of these values, of which none need be neutral.
         honours: Settings that may have other values than neutral ones, and these values.
         shown: Settings that are true where the layers have this kind of attention, and false
             elsewhere: their parameters tell.
+        shapes: Settings that the shapes decide, from the description's fields. The config must
+            agree, and the reference is built with them.
         idle: Settings that the block's code reads, and that have no effect in it.
         idle_values: The same for some values of a setting only.
         warns: Settings whose other values are converted with a warning, and what it says.
@@ -73,8 +83,13 @@ class Block:
     stackings: tuple[Stacking, ...] = (UNSCANNED, SCANNED)
     query_scale_in_kernel: bool = True
     expert_width: str = "moe_mlp_dim"
+    ropes: Collection[str] = ("default", "llama3.1")
+    settings: tuple[ToldField, ...] = ()
+    layer_types: Callable[[int, Mapping[str, Any]], str] | None = None
+    demands: Mapping[str, Collection[Any]] = field(default_factory=dict)
     honours: Mapping[str, Collection[Any]] = field(default_factory=dict)
     shown: Mapping[str, str] = field(default_factory=dict)
+    shapes: Mapping[str, Callable[[Known], Any]] = field(default_factory=dict)
     idle: frozenset[str] = frozenset()
     # layers/attention_op.py `_resolve_attention_type`: only `block_diffusion` reaches the layers.
     idle_values: Mapping[str, Collection[Any]] = field(
@@ -93,3 +108,14 @@ class Block:
     def kinds_of(self, name: str) -> tuple[LayerKind, ...]:
         """The kinds of layer that have a parameter; none for one outside the layers."""
         return tuple(kind for kind, group in self.layers.items() if name in {p.name for p in group})
+
+
+def settings_of(block: Block | None, known: Known) -> list[ToldField]:
+    """The settings that a description has: YaRN's, and those of its block.
+
+    Args:
+        block: None where the config does not name one.
+        known: The description's fields.
+    """
+    specs = (*YARN, *(block.settings if block else ()))
+    return [spec for spec in specs if spec.needed(known)]

@@ -32,6 +32,6 @@ def count(model: ModelDescription, block: Block) -> Counts:
         for parameter in parameters:
             number = math.prod(sizes[axis] for axis in parameter.axes)
             total += number
-            is_expert = parameter.axes[0] == "E"
+            is_expert = parameter.axes[0] == "E" and len(parameter.axes) > 1
             active += round(number * experts_used) if is_expert else number
     return Counts(total, active, model.vocab_size * model.hidden_size)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from moeconv.arch.parameters import AXES, LayerKind
+from moeconv.arch.parameters import AXES, LayerKind, fields_of
 
 # What a value may be, for whoever reads a description from a file.
 Count = Annotated[int, Field(gt=0)]
@@ -43,9 +43,13 @@ class Provenance:
 class ModelDescription:
     """A decoder-only transformer, in Hugging Face's terms.
 
-    Sizes are counts; `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None when
-    nobody told them, and several where more than one ends a text. `sources` says for every field
-    where its value came from.
+    Sizes are counts, None for what the model does not have. Of multi-head latent attention
+    `head_dim` is the size of a query and key head, of which the last `qk_rope_head_dim` entries are
+    rotated. `shared_intermediate_size` is the width of all shared experts together. `rope_theta`
+    and `rms_norm_eps` are plain numbers; token ids are None where none is known, and several where
+    more than one ends a text. `settings` has what only some models have, YaRN's numbers and the
+    settings of their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says
+    for every field and every setting where its value came from.
     """
 
     decoder_block: str
@@ -66,9 +70,16 @@ class ModelDescription:
     rope_use_scale: bool
     rms_norm_eps: Positive
     max_position_embeddings: Count
+    q_lora_rank: Count | None = None
+    kv_lora_rank: Count | None = None
+    qk_nope_head_dim: Count | None = None
+    qk_rope_head_dim: Count | None = None
+    v_head_dim: Count | None = None
+    shared_intermediate_size: Count | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | tuple[TokenId, ...] | None = None
     pad_token_id: TokenId | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     sources: Mapping[str, Provenance] = field(default_factory=dict, compare=False)
 
     @property
@@ -81,9 +92,11 @@ class ModelDescription:
         """How MaxText orders the rotated halves of a head (layers/embeddings.py).
 
         `RotaryEmbedding` (`rope_type: default`) rotates halves, as Hugging Face does;
-        `LLaMARotaryEmbedding` (`llama3.1`) rotates neighbours.
+        `LLaMARotaryEmbedding` (`llama3.1`) rotates neighbours. `YarnRotaryEmbedding` takes either
+        (`rope_interleave`) and gives halves, of queries and keys alike, so that no score changes.
         """
-        return "interleaved" if self.rope_type == "llama3.1" else "half"
+        neighbours = self.rope_type == "llama3.1" or self.settings.get("rope_interleave", False)
+        return "interleaved" if neighbours else "half"
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -97,11 +110,12 @@ class ModelDescription:
 
     def sizes(self) -> dict[str, int]:
         """Length of every axis of its parameters, 0 for one that it has not."""
-        return {axis: getattr(self, name) or 0 for axis, name in AXES.items()}
+        return {axis: sum(getattr(self, n) or 0 for n in fields_of(axis)) for axis in AXES}
 
     def values(self) -> dict[str, Any]:
-        """Every field but `sources`, as JSON-able values."""
-        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "sources"}
-        if isinstance(self.eos_token_id, tuple):
-            named["eos_token_id"] = list(self.eos_token_id)
-        return {**named, "layer_kinds": [str(k) for k in self.layer_kinds]}
+        """Every field but `sources`, and every setting beside them, as JSON-able values."""
+        apart = ("sources", "settings")
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in apart}
+        named["layer_kinds"] = [str(kind) for kind in self.layer_kinds]
+        every = {**named, **self.settings}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in every.items()}

@@ -9,15 +9,16 @@ Known = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ToldField:
-    """A field of the description that somebody must tell.
+    """A field or setting of the description that the config must give.
 
     Attributes:
-        name: Field of `ModelDescription`.
+        name: Field of `ModelDescription`, or name in its `settings`.
         key: MaxText config key.
         parse: Checks and converts a config value; raises ValueError or TypeError.
         expects: What `parse` accepts, for messages.
         needed: Whether this model has the field at all, given what is known so far.
-        otherwise: Value where it is not needed.
+        otherwise: Value of a field where it is not needed; a setting is left out there.
+        write: A config value of which `parse` makes this value of a setting.
     """
 
     name: str
@@ -26,66 +27,126 @@ class ToldField:
     expects: str
     needed: Callable[[Known], bool] = lambda known: True
     otherwise: Any = None
+    write: Callable[[Any], Any] = lambda value: value
 
 
-def _positive_float(value: Any) -> float:
+def positive_float(value: Any) -> float:
+    """A finite number above 0, or ValueError, TypeError or OverflowError; so the next."""
     number = float(value)
     if isinstance(value, bool) or not 0 < number < float("inf"):
         raise ValueError
     return number
 
 
-def _positive_int(value: Any) -> int:
+def positive_int(value: Any) -> int:
+    """A whole number from 1."""
     number = int(value)
     if isinstance(value, bool) or number != float(value) or not 1 <= number < 2**63:
         raise ValueError
     return number
 
 
-def _bool(value: Any) -> bool:
+def truth(value: Any) -> bool:
+    """True or false."""
     if not isinstance(value, bool):
         raise ValueError
     return value
 
 
+def not_negative(value: Any) -> float:
+    """A finite number from 0."""
+    return 0.0 if value == 0 and not isinstance(value, bool) else positive_float(value)
+
+
+def count_or_none(value: Any) -> int:
+    """A whole number from 1, or MaxText's -1 for none."""
+    return -1 if value == -1 else positive_int(value)
+
+
 def _rope_type(value: Any) -> str:
     """MaxText compares by prefix, in lower case (layers/attentions.py `init_rotary_embedding`)."""
     text = str(value).lower()
-    if text.startswith("llama3.1"):
-        return "llama3.1"
+    for name in ("llama3.1", "yarn"):
+        if text.startswith(name):
+            return name
     if text != "default":
         raise ValueError
     return text
 
 
-def _has_moe(known: Known) -> bool:
+def has_moe(known: Known) -> bool:
+    """True if the model has a Mixture-of-Experts layer."""
     return any(kind.mlp == "moe" for kind in known["layer_kinds"])
 
 
 FIELDS: tuple[ToldField, ...] = (
     ToldField(
-        "num_experts_per_tok", "num_experts_per_tok", _positive_int, "a whole number ≥ 1", _has_moe
+        "num_experts_per_tok", "num_experts_per_tok", positive_int, "a whole number ≥ 1", has_moe
     ),
     ToldField(
         "normalize_embedding_logits",
         "normalize_embedding_logits",
-        _bool,
+        truth,
         "true or false",
         lambda known: bool(known["tie_word_embeddings"]),
         False,
     ),
-    ToldField("rope_type", "rope_type", _rope_type, "default or llama3.1"),
-    ToldField("rope_theta", "rope_max_timescale", _positive_float, "a number > 0"),
+    ToldField("rope_type", "rope_type", _rope_type, "default, llama3.1 or yarn"),
+    ToldField("rope_theta", "rope_max_timescale", positive_float, "a number > 0"),
     ToldField(
         "rope_use_scale",
         "rope_use_scale",
-        _bool,
+        truth,
         "true or false",
         lambda known: known.get("rope_type", "llama3.1") == "llama3.1",
         False,
     ),
-    ToldField("rms_norm_eps", "normalization_layer_epsilon", _positive_float, "a number > 0"),
-    ToldField("max_position_embeddings", "max_target_length", _positive_int, "a whole number ≥ 1"),
+    ToldField("rms_norm_eps", "normalization_layer_epsilon", positive_float, "a number > 0"),
+    ToldField("max_position_embeddings", "max_target_length", positive_int, "a whole number ≥ 1"),
+)
+
+
+def _is_yarn(known: Known) -> bool:
+    return known.get("rope_type") == "yarn"
+
+
+# The settings of a model with YaRN; MaxText layers/embeddings.py `YarnRotaryEmbedding`. Positions
+# from `rope_positions` on would be rotated as the last of them.
+YARN: tuple[ToldField, ...] = (
+    ToldField("rope_factor", "rope_factor", positive_float, "a number > 0", _is_yarn),
+    ToldField(
+        "original_max_position_embeddings",
+        "original_max_position_embeddings",
+        positive_int,
+        "a whole number ≥ 1",
+        _is_yarn,
+    ),
+    ToldField(
+        "rope_positions", "max_position_embeddings", positive_int, "a whole number ≥ 1", _is_yarn
+    ),
+    ToldField("beta_fast", "beta_fast", positive_float, "a number > 0", _is_yarn),
+    ToldField("beta_slow", "beta_slow", positive_float, "a number > 0", _is_yarn),
+    ToldField("rope_truncate", "rope_truncate", truth, "true or false", _is_yarn),
+    ToldField("rope_interleave", "rope_interleave", truth, "true or false", _is_yarn),
+    ToldField("rope_attention_scaling", "rope_attention_scaling", truth, "true or false", _is_yarn),
+)
+
+# Of blocks with a router of DeepSeek's kind; MaxText layers/moe.py `RoutedMoE.get_topk`.
+ROUTING: tuple[ToldField, ...] = (
+    ToldField("routed_score_func", "routed_score_func", str, "a function's name", has_moe),
+    ToldField(
+        "routed_scaling_factor", "routed_scaling_factor", positive_float, "a number > 0", has_moe
+    ),
+    ToldField(
+        "n_routing_groups", "n_routing_groups", count_or_none, "-1 or a whole number ≥ 1", has_moe
+    ),
+    ToldField(
+        "topk_routing_group",
+        "topk_routing_group",
+        count_or_none,
+        "-1 or a whole number ≥ 1",
+        has_moe,
+    ),
 )
 
 # Description field -> the config key (and its scaled form) that must agree with the shapes.
@@ -113,7 +174,7 @@ TOLD_KEYS: frozenset[str] = frozenset(
         "model_name",
         "param_scan_axis",
         "scan_layers",
-        *(f.key for f in FIELDS),
+        *(f.key for f in (*FIELDS, *YARN)),
         *(k for keys in SHAPE_KEYS.values() for k in keys if not k.startswith("base_")),
         *(k for keys in SHAPE_KEYS.values() for k in keys if k.startswith("base_")),
     }

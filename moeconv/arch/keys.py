@@ -14,12 +14,12 @@ from importlib import resources
 from typing import Any
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.fields import FIELDS
+from moeconv.arch.fields import FIELDS, YARN
 from moeconv.arch.yaml_file import short
 
 _IGNORED = "is ignored by this decoder block in MaxText, and so by the converted model"
 # Settings that fields of the description hold, and those that say how layers lie.
-_HELD = frozenset({"decoder_block", *(field.key for field in FIELDS)})
+_HELD = frozenset({"decoder_block", *(field.key for field in (*FIELDS, *YARN))})
 # Read where the model is quantised (layers/quantizations.py), which was not observed.
 _BEHIND_QUANTIZATION = frozenset({"weight_sparsity_n", "weight_sparsity_m"})
 
@@ -101,16 +101,22 @@ def verdicts(
     refusals: list[str] = []
     warnings: list[str] = []
     untold: list[str] = []
+    held = {*block.shown, *block.shapes, *(field.key for field in block.settings)}
     read = keys_read().get(block.name, frozenset(function_keys()))
     for name, key in function_keys().items():
         ignored = name in block.idle or name not in read | _BEHIND_QUANTIZATION
-        if name in block.shown:
+        if name in held:
             continue
         if name not in told:
             if not (ignored or key.visible or name in block.warns):
                 untold.append(name)
             continue
         value = told[name]
+        if name in block.demands:
+            if not _among(value, block.demands[name]):
+                only = " or ".join(short(each) for each in block.demands[name])
+                refusals.append(f"{name}={short(value)} should be {only} for this decoder block")
+            continue
         if key.is_neutral(value) or _among(value, block.honours.get(name, ())):
             continue
         if name == "model_name" and str(value).startswith("llama3.1"):

@@ -139,6 +139,8 @@ def build_layout(
     ]
     first, cycle = 0, 1
     for segment, (size, depth) in zip(stacking.segments, blocks, strict=True):
+        if not size * depth:
+            continue
         each = size // len(segment.modules)
         places = [
             (position, number)
@@ -373,7 +375,7 @@ class _Detection:
                 if (place.segment, place.module) == (number, position):
                     groups.setdefault(place.number, {})[path] = place
             if not groups:
-                if segment is self._stacking.segments[0]:
+                if segment is self._stacking.segments[0] and not segment.optional:
                     raise TensorError(f"the checkpoint lacks {module.name(0)}")
                 continue  # no remainder
             last = module.pattern.split(".")[-1].format("")

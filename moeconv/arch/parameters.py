@@ -5,6 +5,12 @@ every layer, however the checkpoint stacks it (see `stacks`). Axis names, used e
 
     L layer    E expert    D hidden size (model width)    V vocabulary
     F MLP width    M MLP width of an expert    H query heads    K key/value heads    h head_dim
+    S width of the shared experts together
+
+and of multi-head latent attention (MLA):
+
+    q rank of queries    c rank of keys and values    v size of a value head
+    r c and the rotated part of a key    k both parts of a query head    b c expanded: key and value
 """
 
 from collections.abc import Mapping
@@ -14,7 +20,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-# The field of a model's description that an axis is as long as.
+# The field of a model's description that an axis is as long as, or the fields whose sum it is.
 AXES: Mapping[str, str] = {
     "D": "hidden_size",
     "H": "num_attention_heads",
@@ -24,18 +30,38 @@ AXES: Mapping[str, str] = {
     "F": "intermediate_size",
     "M": "moe_intermediate_size",
     "E": "num_experts",
+    "S": "shared_intermediate_size",
+    "q": "q_lora_rank",
+    "c": "kv_lora_rank",
+    "v": "v_head_dim",
+    "r": "kv_lora_rank + qk_rope_head_dim",
+    "k": "qk_nope_head_dim + qk_rope_head_dim",
+    "b": "qk_nope_head_dim + v_head_dim",
 }
 
 
+def fields_of(axis: str) -> list[str]:
+    """The fields of a description whose sum an axis is as long as."""
+    return AXES[axis].split(" + ")
+
+
 class LayerKind(str):
-    """What a layer is: `dense` or `moe`, behind the kind of attention if that is not full."""
+    """What a layer is: `dense` or `moe`, behind the kind of attention if that is not full.
+
+    A variant of the feed-forward half, with further parameters, follows it: `mla moe+bias`.
+    """
 
     __slots__ = ()
 
     @property
     def mlp(self) -> str:
         """The feed-forward half."""
-        return self.rsplit(" ", 1)[-1]
+        return self.rsplit(" ", 1)[-1].partition("+")[0]
+
+    @property
+    def variant(self) -> str:
+        """The variant of the feed-forward half, empty for the plain one."""
+        return self.rsplit(" ", 1)[-1].partition("+")[2]
 
     @property
     def attention(self) -> str:
@@ -56,14 +82,20 @@ class Layers:
 
     mlp: str | None = None
     attention: str | None = None
+    variant: str | None = None
 
     def __contains__(self, kind: LayerKind) -> bool:
         """True if layers of this kind are chosen."""
-        return self.mlp in (None, kind.mlp) and self.attention in (None, kind.attention)
+        return (
+            self.mlp in (None, kind.mlp)
+            and self.attention in (None, kind.attention)
+            and self.variant in (None, kind.variant)
+        )
 
     def describe(self) -> str:
         """For docs/mapping.md."""
-        words = [word for word in (self.attention, self.mlp) if word]
+        plain = "plain" if self.variant == "" else self.variant
+        words = [word for word in (self.attention, self.mlp, plain) if word]
         return f"{' '.join(words)} layers" if words else "every layer"
 
 

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from moeconv.arch.blocks import Block
+from moeconv.arch.blocks import Block, settings_of
 from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.fields import FIELDS, SHAPE_KEYS
+from moeconv.arch.fields import FIELDS, SHAPE_KEYS, YARN, ToldField
 from moeconv.arch.keys import verdicts
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.arch.parameters import AXES
+from moeconv.arch.parameters import AXES, fields_of
 from moeconv.arch.stacks import CYCLED, NESTED, STACKED
 from moeconv.arch.told import CHANGED, TOKEN_IDS, ToldConfig, maxtext_defaults
 from moeconv.arch.yaml_file import short
@@ -53,7 +53,7 @@ class Resolution:
 def missing_message(missing: Sequence[str]) -> str:
     """Names the keys, MaxText's default for each, and the three ways to tell them."""
     base = maxtext_defaults()["base"]
-    own = {"decoder_block", *(f.key for f in FIELDS)}
+    own = {"decoder_block", *(f.key for f in (*FIELDS, *YARN))}
     defaults = {key: f"MaxText's default: {base[key]}" for key in missing if key in base}
     for key in defaults.keys() & CHANGED:
         value, until = CHANGED[key]
@@ -99,23 +99,13 @@ def resolve(
     block = _block(layout, told, known, sources, missing)
     _check_against_shapes(layout, told, known, sources, block, scan_layers)
     for spec in FIELDS:
-        if not spec.needed(known):
+        if spec.needed(known):
+            _read(spec, told, known, sources, missing, dated=dated)
+        else:
             known[spec.name] = spec.otherwise
-            continue
-        value = told.get(spec.key)
-        if spec.name == "rope_type" and str(told.value("model_name", "")).startswith("llama3.1"):
-            value = told["model_name"]
-        either = value is not None and value.is_default and not dated and spec.key in CHANGED
-        if value is None or value.value is None or either:
-            missing.append(spec.key)
-            continue
-        try:
-            known[spec.name] = spec.parse(value.value)
-        except (ValueError, TypeError, OverflowError):
-            raise ConfigError(
-                f"{spec.key}={short(value.value)} ({value.provenance}) should be {spec.expects}"
-            ) from None
-        sources[spec.name] = value.provenance
+    settings: dict[str, Any] = {}
+    for spec in settings_of(block, known):
+        _read(spec, told, settings, sources, missing, dated=dated)
     experts, chosen = known.get("num_experts"), known.get("num_experts_per_tok")
     if experts and chosen and chosen > experts:
         raise ConfigError(
@@ -123,9 +113,18 @@ def resolve(
             f"{experts} experts of the checkpoint"
         )
     _token_ids(told, known, sources)
+    if block and block.layer_types and not missing:
+        cycle = layout.cycle if layout.stacking.scanned else len(layout.kinds)
+        settings["layer_types"] = tuple(
+            block.layer_types(number % cycle, settings) for number in range(len(layout.kinds))
+        )
+        detail = f"by position, {layout.describe()}"
+        sources["layer_types"] = Provenance(Origin.BLOCK, detail)
+    known["settings"] = settings
     plain = {key: entry.value for key, entry in told.items()}
     tied = known["tie_word_embeddings"]
     refusals, warnings, untold = verdicts(block, plain, tied=tied) if block else ([], [], [])
+    refusals += _rope(block, known, settings, sources)
     # One that base.yml does not have is its own default wherever there is a config.
     untold = [key for key in untold if key in maxtext_defaults()["base"]]
     if told.ignored:
@@ -141,6 +140,52 @@ def resolve(
     return Resolution(known, sources, tuple(missing + untold), tuple(refusals), tuple(warnings))
 
 
+def _read(
+    spec: ToldField,
+    told: ToldConfig,
+    known: dict[str, Any],
+    sources: dict[str, Provenance],
+    missing: list[str],
+    *,
+    dated: bool,
+) -> None:
+    """Reads one field or setting into `known`, or puts its key among the missing ones."""
+    value = told.get(spec.key)
+    if spec.name == "rope_type" and str(told.value("model_name", "")).startswith("llama3.1"):
+        value = told["model_name"]
+    either = value is not None and value.is_default and not dated and spec.key in CHANGED
+    if value is None or value.value is None or either:
+        missing.append(spec.key)
+        return
+    try:
+        known[spec.name] = spec.parse(value.value)
+    except (ValueError, TypeError, OverflowError):
+        raise ConfigError(
+            f"{spec.key}={short(value.value)} ({value.provenance}) should be {spec.expects}"
+        ) from None
+    sources[spec.name] = value.provenance
+
+
+def _rope(
+    block: Block | None,
+    known: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    sources: Mapping[str, Provenance],
+) -> list[str]:
+    """What of a model's RoPE cannot be converted."""
+    if block is None or (kind := known.get("rope_type")) is None:
+        return []
+    if kind not in block.ropes:
+        return [f"rope_type={kind} ({sources['rope_type']}) is not known of this decoder block"]
+    length, positions = known.get("max_position_embeddings"), settings.get("rope_positions")
+    if length and positions and length > positions:
+        return [
+            f"max_target_length={length} is more than max_position_embeddings={positions}, behind "
+            "which MaxText rotates every position as the last one"
+        ]
+    return []
+
+
 def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:
     sizes: dict[str, tuple[int, StoredParameter]] = {}
     for array in layout.arrays:
@@ -154,12 +199,12 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
                     f"in {array.name} {list(array.shape)}; they cannot be of one model"
                 )
     names = {array.parameter.name for array in layout.arrays}
-    known: dict[str, Any] = dict.fromkeys(AXES.values())
-    sources: dict[str, Provenance] = {}
-    for axis, (size, array) in sizes.items():
-        known[AXES[axis]] = size
-        detail = f"{array.name} {list(array.shape)}"
-        sources[AXES[axis]] = Provenance(Origin.SHAPE, detail)
+    known, sources = _solved(sizes)
+    if "K" not in sizes:  # MLA has as many (layers/attention_mla.py `MLA._init_projections`)
+        known["num_key_value_heads"] = known["num_attention_heads"]
+        sources["num_key_value_heads"] = sources["num_attention_heads"]
+        known["head_dim"] = sizes["k"][0]
+        sources["head_dim"] = sources["qk_nope_head_dim"]
     if known["num_attention_heads"] % known["num_key_value_heads"]:
         raise TensorError(
             f"{known['num_attention_heads']} query heads are no multiple of "
@@ -171,6 +216,36 @@ def _from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]
     known["tie_word_embeddings"] = head not in names
     there = "absent" if known["tie_word_embeddings"] else "present"
     sources["tie_word_embeddings"] = Provenance(Origin.SHAPE, f"{head} is {there}")
+    return known, sources
+
+
+def _solved(
+    sizes: Mapping[str, tuple[int, StoredParameter]],
+) -> tuple[dict[str, Any], dict[str, Provenance]]:
+    """The fields that axes are as long as; of a sum the one that no other axis has given.
+
+    Raises:
+        TensorError: No sizes make up these sums.
+    """
+    known: dict[str, Any] = {name: None for axis in AXES for name in fields_of(axis)}
+    sources: dict[str, Provenance] = {}
+    pending = list(sizes)
+    while pending:
+        axis = min(pending, key=lambda a: sum(known[name] is None for name in fields_of(a)))
+        pending.remove(axis)
+        size, array = sizes[axis]
+        names = fields_of(axis)
+        unknown = [name for name in names if known[name] is None]
+        rest = size - sum(known[name] or 0 for name in names)
+        where = Provenance(Origin.SHAPE, f"{array.name} {list(array.shape)}")
+        if len(unknown) == 1 and (rest > 0 or len(names) == 1):
+            known[unknown[0]], sources[unknown[0]] = rest, where
+        elif unknown or rest:
+            given = ", ".join(f"{n} is {known[n]} ({sources[n]})" for n in names if known[n])
+            raise TensorError(
+                f"{where.detail} has {size} for {AXES[axis]}, but {given}; they cannot be of one "
+                "model"
+            )
     return known, sources
 
 
@@ -210,6 +285,10 @@ def _check_against_shapes(
             f"are {layout.describe()}"
         )
     keys = dict(SHAPE_KEYS)
+    if not any("h" in array.axes for array in layout.arrays):  # MaxText's MLA does not use it
+        del keys["head_dim"]
+    for key, value in block.shapes.items() if block else ():
+        facts[key], keys[key] = value(known), (key,)
     if block and block.expert_width == "mlp_dim" and known["num_experts"]:
         keys["moe_intermediate_size"] = keys["intermediate_size"]
     for key, attention in block.shown.items() if block else ():

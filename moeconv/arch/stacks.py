@@ -23,12 +23,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from moeconv.arch.parameters import LayerKind
+from moeconv.arch.parameters import LayerKind, Layers
 
 KeyPath = tuple[str, ...]
 
 # The axis of repeated blocks, and that of a block's layers in one module.
 STACKED, NESTED = "L", "l"
+
+EVERY = Layers()
 
 # One way to write each number, so that no two names mean the same layer.
 _NUMBER = "(0|[1-9][0-9]{0,8})"
@@ -44,14 +46,14 @@ class Module:
         nested: True if they have another one inside of it, for the block's layers in this module.
         suffix: Behind the first word of every name in them, where one module holds two layers
             (`self_attention_local`).
-        kind: Of all its layers, where that is what tells segments apart.
+        kinds: Of all its layers, where that is what distinguishes segments.
     """
 
     pattern: str
     stacked: bool = False
     nested: bool = False
     suffix: str = ""
-    kind: LayerKind | None = None
+    kinds: Layers = EVERY
 
     @property
     def numbered(self) -> bool:
@@ -89,9 +91,15 @@ class Module:
 
 @dataclass(frozen=True)
 class Segment:
-    """A block of layers, one from each module, and its repetitions along the stacked axis."""
+    """A block of layers, one from each module, and its repetitions along the stacked axis.
+
+    Attributes:
+        modules: In the order of the layers.
+        optional: True if a model may have no layer in it.
+    """
 
     modules: tuple[Module, ...]
+    optional: bool = False
 
     @property
     def stacked(self) -> bool:
@@ -127,7 +135,7 @@ class Stacking:
         for segment in self.segments:
             module = segment.modules[0]
             first = len(names)
-            while len(names) < len(kinds) and module.kind in (None, kinds[len(names)]):
+            while len(names) < len(kinds) and kinds[len(names)] in module.kinds:
                 names.append(module.pattern.format(len(names) - first))
         return tuple(names)
 

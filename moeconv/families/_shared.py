@@ -10,7 +10,8 @@ from typing import Any
 
 from moeconv import families
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import Parameter
+from moeconv.arch.fields import Known
+from moeconv.arch.parameters import Layers, Parameter
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
     EVERY_LAYER,
@@ -28,20 +29,29 @@ from moeconv.mapping.rules import (
 
 # --- MaxText's parameters -------------------------------------------------------------------------
 
+
 # fmt: off
-ATTENTION_PARAMETERS = (
-    Parameter.of("pre_self_attention_layer_norm.scale",  "D"),
-    Parameter.of("self_attention.query.kernel",          "D H h"),
-    Parameter.of("self_attention.key.kernel",            "D K h"),
-    Parameter.of("self_attention.value.kernel",          "D K h"),
-    Parameter.of("self_attention.out.kernel",            "H h D"),
-    Parameter.of("post_self_attention_layer_norm.scale", "D"),
-)
+def attention_parameters(module: str) -> tuple[Parameter, ...]:
+    """Attention, in the module of that name, and the norms before it and before the MLP."""
+    return (
+        Parameter.of("pre_self_attention_layer_norm.scale",  "D"),
+        Parameter.of(f"{module}.query.kernel",               "D H h"),
+        Parameter.of(f"{module}.key.kernel",                 "D K h"),
+        Parameter.of(f"{module}.value.kernel",               "D K h"),
+        Parameter.of(f"{module}.out.kernel",                 "H h D"),
+        Parameter.of("post_self_attention_layer_norm.scale", "D"),
+    )
+
+
+ATTENTION_PARAMETERS = attention_parameters("self_attention")
 MLP_PARAMETERS = (
     Parameter.of("mlp.wi_0.kernel", "D F"),
     Parameter.of("mlp.wi_1.kernel", "D F"),
     Parameter.of("mlp.wo.kernel",   "F D"),
 )
+
+
+NORM_PARAMETERS = (ATTENTION_PARAMETERS[0], ATTENTION_PARAMETERS[-1])
 
 
 def moe_parameters(module: str) -> tuple[Parameter, ...]:
@@ -52,6 +62,20 @@ def moe_parameters(module: str) -> tuple[Parameter, ...]:
         Parameter.of(f"{module}.wi_1",        "E D M"),
         Parameter.of(f"{module}.wo",          "E M D"),
     )
+
+
+def shared_parameters(module: str) -> tuple[Parameter, ...]:
+    """The shared experts, which MaxText and transformers make one MLP of."""
+    return (
+        Parameter.of(f"{module}.wi_0.kernel", "D S"),
+        Parameter.of(f"{module}.wi_1.kernel", "D S"),
+        Parameter.of(f"{module}.wo.kernel",   "S D"),
+    )
+
+
+def shared_experts(known: Known) -> int:
+    """How many shared experts a model with this description has."""
+    return (known["shared_intermediate_size"] or 0) // (known["moe_intermediate_size"] or 1)
 
 
 # --- MaxText's settings ---------------------------------------------------------------------------
@@ -110,29 +134,48 @@ TRUNK = (
          when=TIED_BUT_UNTIE, again=True),
 )
 
-ATTENTION = (
-    Rule("pre_self_attention_layer_norm.scale",  "model.layers.{L}.input_layernorm.weight",
-         "D -> D", layers=EVERY_LAYER),
-    Rule("self_attention.query.kernel", "model.layers.{L}.self_attn.q_proj.weight",
-         "D H h -> (H h) D", scale=QUERY_SCALE, rotary=True, layers=EVERY_LAYER),
-    Rule("self_attention.key.kernel",   "model.layers.{L}.self_attn.k_proj.weight",
-         "D K h -> (K h) D", rotary=True, layers=EVERY_LAYER),
-    Rule("self_attention.value.kernel", "model.layers.{L}.self_attn.v_proj.weight",
-         "D K h -> (K h) D", layers=EVERY_LAYER),
-    Rule("self_attention.out.kernel",   "model.layers.{L}.self_attn.o_proj.weight",
-         "H h D -> D (H h)", layers=EVERY_LAYER),
-    Rule("post_self_attention_layer_norm.scale", "model.layers.{L}.post_attention_layernorm.weight",
-         "D -> D", layers=EVERY_LAYER),
-)
 
-MLP = (
-    Rule("mlp.wi_0.kernel", "model.layers.{L}.mlp.gate_proj.weight",
-         "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wi_1.kernel", "model.layers.{L}.mlp.up_proj.weight",
-         "D F -> F D", layers=DENSE_LAYERS),
-    Rule("mlp.wo.kernel",   "model.layers.{L}.mlp.down_proj.weight",
-         "F D -> D F", layers=DENSE_LAYERS),
-)
+def attention(module: str) -> tuple[Rule, ...]:
+    """Attention in the module of that name, and the norms before it and before the MLP."""
+    place = "model.layers.{L}"
+    return (
+        Rule("pre_self_attention_layer_norm.scale", f"{place}.input_layernorm.weight",
+             "D -> D", layers=EVERY_LAYER),
+        Rule(f"{module}.query.kernel", f"{place}.self_attn.q_proj.weight",
+             "D H h -> (H h) D", scale=QUERY_SCALE, rotary=True, layers=EVERY_LAYER),
+        Rule(f"{module}.key.kernel",   f"{place}.self_attn.k_proj.weight",
+             "D K h -> (K h) D", rotary=True, layers=EVERY_LAYER),
+        Rule(f"{module}.value.kernel", f"{place}.self_attn.v_proj.weight",
+             "D K h -> (K h) D", layers=EVERY_LAYER),
+        Rule(f"{module}.out.kernel",   f"{place}.self_attn.o_proj.weight",
+             "H h D -> D (H h)", layers=EVERY_LAYER),
+        Rule("post_self_attention_layer_norm.scale", f"{place}.post_attention_layernorm.weight",
+             "D -> D", layers=EVERY_LAYER),
+    )
+
+
+ATTENTION = attention("self_attention")
+NORMS = (ATTENTION[0], ATTENTION[-1])
+
+
+def mlp(module: str, place: str, width: str, layers: Layers) -> tuple[Rule, ...]:
+    """A gated MLP.
+
+    Args:
+        module: MaxText's.
+        place: The target's.
+        width: The axis of its width.
+        layers: Those that have it.
+    """
+    up, down = f"D {width} -> {width} D", f"{width} D -> D {width}"
+    return (
+        Rule(f"{module}.wi_0.kernel", f"{place}.gate_proj.weight", up,   layers=layers),
+        Rule(f"{module}.wi_1.kernel", f"{place}.up_proj.weight",   up,   layers=layers),
+        Rule(f"{module}.wo.kernel",   f"{place}.down_proj.weight", down, layers=layers),
+    )
+
+
+MLP = mlp("mlp", "model.layers.{L}.mlp", "F", DENSE_LAYERS)
 
 
 def experts(module: str, block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
@@ -165,9 +208,21 @@ def rope_parameters(model: ModelDescription) -> dict[str, Any]:
     """`rope_parameters` of transformers 5: the type, its numbers and theta in one place.
 
     The scaling numbers of Llama 3.1 are constants in MaxText
-    (layers/embeddings.py `LLaMARotaryEmbedding._apply_scaling_factor`).
+    (layers/embeddings.py `LLaMARotaryEmbedding._apply_scaling_factor`). Of YaRN MaxText scales what
+    it rotates by 0.1·ln(factor) + 1 or not at all (`YarnRotaryEmbedding`); the first is what
+    transformers does where nothing is said (modeling_rope_utils.py `_compute_yarn_parameters`).
     """
     rope: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_type == "yarn":
+        names = ("beta_fast", "beta_slow", "original_max_position_embeddings")
+        rope = {
+            "rope_type": "yarn",
+            "factor": model.settings["rope_factor"],
+            **{name: model.settings[name] for name in names},
+            "truncate": model.settings["rope_truncate"],
+        }
+        if not model.settings["rope_attention_scaling"]:
+            rope["attention_factor"] = 1.0
     if model.rope_type == "llama3.1" and model.rope_use_scale:
         rope = {
             "rope_type": "llama3",
@@ -179,6 +234,12 @@ def rope_parameters(model: ModelDescription) -> dict[str, Any]:
     return {**rope, "rope_theta": model.rope_theta}
 
 
+def positions(model: ModelDescription) -> int:
+    """`max_position_embeddings`: the context, as long as YaRN makes it where there is YaRN."""
+    found: int = model.settings.get("rope_positions", model.max_position_embeddings)
+    return found
+
+
 def rope_scaling(model: ModelDescription) -> dict[str, Any] | None:
     """`rope_scaling` of transformers 4, llama.cpp and mlx-lm: None when nothing is scaled."""
     rope = rope_parameters(model)
@@ -187,8 +248,13 @@ def rope_scaling(model: ModelDescription) -> dict[str, Any] | None:
 
 
 def has_scaled_rope(model: ModelDescription) -> bool:
-    """Whether the rotary frequencies are scaled as in Llama 3.1."""
-    return rope_scaling(model) is not None
+    """True if the rotary frequencies are scaled as in Llama 3.1."""
+    return model.rope_type == "llama3.1" and rope_scaling(model) is not None
+
+
+def setting(key: str, name: str) -> ConfigKey:
+    """A key that copies a setting of the model's description."""
+    return ConfigKey(key, lambda m, o: m.settings[name], f"`{name}`")
 
 
 def tied(model: ModelDescription, options: Options) -> bool:
@@ -206,7 +272,11 @@ CONFIG: tuple[ConfigKey, ...] = (
     from_field("num_key_value_heads"),
     from_field("head_dim"),
     constant("hidden_act", "silu"),
-    from_field("max_position_embeddings"),
+    ConfigKey(
+        "max_position_embeddings",
+        lambda m, o: positions(m),
+        "`max_position_embeddings`, with YaRN MaxText's setting of that name",
+    ),
     from_field("rms_norm_eps"),
     from_field("rope_theta"),
     ConfigKey("rope_scaling", lambda m, o: rope_scaling(m), "RoPE type, for transformers 4"),

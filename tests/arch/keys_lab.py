@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moeconv.families import blocks
+
 _DATA = Path(__file__).parents[2] / "moeconv" / "arch" / "data"
 KEYS_READ = _DATA / "keys_read.json"
 CLASSES = _DATA / "maxtext_keys.json"
@@ -50,6 +52,52 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
     "mixtral": _MOE,
     "envy": {**_MOE, "interleave_moe_layer_step": 2, "inhomogeneous_layer_cycle_interval": 2},
     "qwen3_moe": {**_MOE, "use_qk_norm": True, "norm_topk_prob": True},
+    "gpt_oss": {
+        **_MOE,
+        "sliding_window_size": 4,
+        "attention_bias": True,
+        "attention_sink": True,
+        "mlp_bias": True,
+        "routed_bias": True,
+        "mlp_activations": ["sigmoid", "linear"],
+        "mlp_activations_limit": 7.0,
+        "inhomogeneous_layer_cycle_interval": 2,
+    },
+    "llama4": {
+        **_MOE,
+        "num_experts_per_tok": 1,
+        "shared_experts": 1,
+        "use_qk_norm": True,
+        "nope_layer_interval": 2,
+        "interleave_moe_layer_step": 2,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "temperature_tuning": True,
+        "chunk_attn_window_size": 8,
+    },
+    "deepseek": {
+        **_MOE,
+        "model_name": "deepseek3-671b",
+        "base_num_kv_heads": 4,
+        "base_num_decoder_layers": 3,
+        "first_num_dense_layers": 1,
+        "attention_type": "mla",
+        "q_lora_rank": 6,
+        "kv_lora_rank": 5,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 3,
+        "shared_experts": 1,
+        "routed_score_func": "sigmoid",
+        "routed_bias": True,
+        "n_routing_groups": 2,
+        "topk_routing_group": 1,
+    },
+}
+# Variants that MaxText does not build: it drops no token of GPT-OSS (configs/types.py), and to drop
+# those of Llama 4 its code has no weights (layers/moe.py `dense_matmul`).
+_NONE_OF: Mapping[str, frozenset[str]] = {
+    "gpt_oss": frozenset({"capacity_factor"}),
+    "llama4": frozenset({"capacity_factor"}),
 }
 # How the layers are stacked, the head, RoPE, and the kernels of the experts: all open paths that
 # read further keys. Four devices are those of tests/conftest.py.
@@ -62,6 +110,7 @@ _VARIANTS: tuple[Mapping[str, object], ...] = (
     {"sparse_matmul": True, "ici_expert_parallelism": 2, "use_ring_of_experts": True,
      "megablox": True},
 )  # fmt: skip
+_YARN: Mapping[str, object] = {"rope_type": "yarn", "sparse_matmul": False}
 
 # Not read in what is traced, but what they do is done around it, or under sharding rules that are
 # not observed (layers/moe.py `get_ragged_buffer_factor`).
@@ -101,7 +150,11 @@ class Watched:
 def function_keys_read(block: str) -> list[str]:
     """The keys that decide a decoder block's function: those that MaxText reads, and `_AROUND`."""
     classes = json.loads(CLASSES.read_text())
-    read = _AROUND.union(*(_read(block, variant) for variant in _VARIANTS))
+    none = _NONE_OF.get(block, frozenset())
+    variants = [variant for variant in _VARIANTS if not none & variant.keys()]
+    if "yarn" in blocks()[block].ropes:
+        variants.append(_YARN)
+    read = _AROUND.union(*(_read(block, variant) for variant in variants))
     return sorted(key for key in read if classes[key]["class"] == "function")
 
 

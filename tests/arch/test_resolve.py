@@ -1,6 +1,7 @@
 """The description: who tells what, what contradicts what, what is still missing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import synthetic
@@ -97,7 +98,7 @@ def test_a_scan_axis_that_contradicts_the_shapes():
         ({"normalization_layer_epsilon": "tiny"}, "number > 0"),
         ({"num_experts_per_tok": 1.5}, "whole number"),
         ({"normalize_embedding_logits": "maybe"}, "true or false"),
-        ({"rope_type": "yarn"}, "default or llama3.1"),
+        ({"rope_type": "linear"}, "default, llama3.1 or yarn"),
     ],
 )
 def test_contradictions(config, words):
@@ -138,6 +139,44 @@ def test_llama31_model_names_switch_the_rope():
     model = resolve(detect_layout(shapes()), told_).model()
     assert model.rope_type == "llama3.1"
     assert model.rotary == "interleaved"
+
+
+YARN = {"rope_type": "yarn", "rope_factor": 4, "original_max_position_embeddings": 32}
+
+
+def with_yarn(**config):
+    """What is made of a config by a block whose targets know YaRN."""
+    block = replace(ENVY, ropes=("default", "llama3.1", "yarn"))
+    return resolve(layouts.detect_layout(shapes(), [block]), told(**YARN, **config)).model()
+
+
+def test_yarn_is_described_by_its_settings():
+    model = with_yarn()
+    assert model.settings == {
+        "rope_factor": 4.0,
+        "original_max_position_embeddings": 32,
+        "rope_positions": 163840,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "rope_truncate": True,
+        "rope_interleave": True,
+        "rope_attention_scaling": False,
+    }
+    assert model.rotary == "interleaved"
+    assert with_yarn(rope_interleave=False).rotary == "half"
+    assert str(model.sources["rope_factor"]).startswith("config file")
+    assert str(model.sources["beta_fast"]).startswith("MaxText default")
+
+
+def test_positions_behind_yarns_table_are_refused():
+    """MaxText would look up the last one for each of them, and say nothing."""
+    with pytest.raises(UnsupportedError, match="max_target_length=65 is more than"):
+        with_yarn(max_target_length=65, max_position_embeddings=64)
+
+
+def test_yarn_is_refused_where_the_targets_do_not_know_it():
+    with pytest.raises(UnsupportedError, match=r"rope_type=yarn .* not known of this"):
+        resolve(detect_layout(shapes()), told(**YARN)).model()
 
 
 def test_untold_fields_are_all_named_with_the_three_ways():
@@ -220,7 +259,7 @@ def test_a_soft_cap_on_untied_logits_is_not_applied_by_maxtext_either():
         (
             "gemma2",
             UnsupportedError,
-            r"gemma2 .*run.yml\) is not supported; .* converts envy, ",
+            r"gemma2 .*run.yml\) is not supported; .* converts deepseek, envy, ",
         ),
         ("mixtral", ConfigError, r"decoder_block=mixtral .*other parameters than .* one of envy"),
         ("llama2", ConfigError, r"decoder_block=llama2 .*other parameters than .* one of envy"),

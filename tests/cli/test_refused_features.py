@@ -14,7 +14,8 @@ from moeconv.errors import UnsupportedError
      ("mixtral", "routed_score_func", "sigmoid"), ("envy", "use_random_routing", True),
      ("llama2", "attn_logits_soft_cap", 50.0), ("mixtral", "mlp_activations", ["gelu", "linear"]),
      ("mixtral", "rope_linear_scaling_factor", 4.0), ("mixtral", "moba", True),
-     ("mixtral", "attention_type", "mla"), ("mixtral", "attention_sink", True),
+     ("mixtral", "rope_type", "yarn"), ("mixtral", "attention_type", "mla"),
+     ("mixtral", "attention_sink", True),
      ("mixtral", "mlp_bias", True), ("mixtral", "routed_bias", True),
      ("mixtral", "weight_sparsity_n", 2), ("mixtral", "mhc_expansion_rate", 4)],
 )  # fmt: skip

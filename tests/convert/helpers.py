@@ -19,6 +19,8 @@ _NOT_TOLD = ("base_", "ici_", "checkpoint_", "weight_dtype", "head_dim", "vocab_
 def config_file(folder: Path, config: Mapping[str, object]) -> Path:
     """The run's YAML, with what shapes cannot tell."""
     told = {k: v for k, v in config.items() if not k.startswith(_NOT_TOLD)}
+    if "model_name" in told:  # of a resolved config, whose keys win over the model's file
+        told["emb_dim"] = config["base_emb_dim"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yml"
     path.write_text(yaml.safe_dump(told))

@@ -5,8 +5,13 @@ import json
 import pytest
 from helpers import assert_same_model, run
 from maxtext_lab import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     ENVY,
+    GPT_OSS,
+    KIMI_K2,
     LLAMA2,
+    LLAMA4,
     MISTRAL,
     MIXTRAL,
     QWEN2,
@@ -88,10 +93,68 @@ CASES = {
     "qwen3-unscanned-tied-llama3.1-rope": (QWEN3, UNSCANNED, TIED, LLAMA31),
     "qwen3_moe": (QWEN3_MOE,),
     "qwen3_moe-unscanned-tied-llama3.1-rope": (QWEN3_MOE, UNSCANNED, TIED, LLAMA31),
+    "gpt_oss": (GPT_OSS,),
+    "gpt_oss-unscanned-tied-llama3.1-rope": (GPT_OSS, UNSCANNED, TIED, LLAMA31),
+    "gpt_oss-axis0-truncated-unscaled-yarn-in-pairs": (
+        GPT_OSS,
+        {"param_scan_axis": 0, "rope_truncate": True, "rope_interleave": True},
+        {"rope_attention_scaling": False},
+    ),
+    # A scanned block begins the pattern of windows anew: sliding, full, sliding, sliding.
+    "gpt_oss-cycle-of-3": (
+        GPT_OSS,
+        {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
+        {"rope_type": "default", "sliding_window_size": 1, "num_experts_per_tok": 4},
+    ),
+    "llama4": (LLAMA4,),
+    "llama4-unscanned-tied-half-rope-without-norm-all-moe": (
+        LLAMA4,
+        UNSCANNED,
+        TIED,
+        {"rope_type": "default", "use_qk_norm": False, "base_num_decoder_layers": 4},
+        {"nope_layer_interval": 3, "interleave_moe_layer_step": 1, "chunk_attn_window_size": 7},
+    ),
+    # Neither pattern fits into the scanned block, which begins both anew; no layer lacks RoPE.
+    "llama4-odd-cycle-axis0-unscaled": (
+        LLAMA4,
+        {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
+        {"nope_layer_interval": -1, "rope_use_scale": False, "param_scan_axis": 0},
+    ),
     # Without what makes it a Qwen, a block's models are Llamas whose query is scaled explicitly.
     "qwen2-plain": (QWEN2, {"attention_bias": False}),
     "qwen3-plain-axis0": (QWEN3, {"use_qk_norm": False, "param_scan_axis": 0}),
 }
+CASES |= {
+    "deepseek_v3": (DEEPSEEK_V3,),
+    "deepseek_v3-unscanned-tied-one-query-matrix": (
+        DEEPSEEK_V3,
+        UNSCANNED,
+        TIED,
+        {"q_lora_rank": 0, "first_num_dense_layers": 2},
+    ),
+    "deepseek_v3-without-dense-layers-axis2-scores-unscaled": (
+        DEEPSEEK_V3,
+        {"first_num_dense_layers": 0, "base_mlp_dim": 20, "param_scan_axis": 2, "mscale": 0.0},
+    ),
+    "deepseek_v3-yarn-not-stretched-not-truncated": (
+        DEEPSEEK_V3,
+        {"max_position_embeddings": 64, "rope_truncate": False},
+    ),
+    # Without a bias the router is the same under any name, but that groups are ignored.
+    "deepseek_v3-own-name-without-bias": (
+        DEEPSEEK_V3,
+        {"model_name": "default", "routed_bias": False},
+    ),
+    "deepseek_v3-kimi_k2": (KIMI_K2,),
+    "deepseek_v2": (DEEPSEEK_V2,),
+    "deepseek_v2-unscanned-tied-narrow-queries-own-name": (
+        DEEPSEEK_V2,
+        UNSCANNED,
+        TIED,
+        {"q_lora_rank": 28, "model_name": "default", "routed_scaling_factor": 16.0},
+    ),
+}
+SLOW = {name for name in CASES if name.startswith("deepseek")} - {"deepseek_v3"}
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
     "mixtral-zarr2": ("mixtral-tied", ZARR2, False),
@@ -105,13 +168,23 @@ STORED = {
     "envy-fsdp-state": ("envy-tied", FSDP, True),
     "llama2-fsdp": ("llama2", FSDP, False),
     "llama2-state": ("llama2-llama3.1-rope-tied", {}, True),
+    "deepseek_v3-state": ("deepseek_v3", {}, True),
 }
 
-ARCHITECTURES = {"envy": "mixtral", "llama2": "llama", "qwen2-plain": "llama"}
+ARCHITECTURES = {
+    "envy": "mixtral",
+    "llama4": "llama4_text",
+    "llama2": "llama",
+    "qwen2-plain": "llama",
+}
 ARCHITECTURES |= {"qwen3-plain-axis0": "llama"}
+ARCHITECTURES |= {name: name.partition("-")[0] for name in CASES if name.startswith("deepseek")}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES],
+)
 def test_the_logits_are_maxtexts(maxtext_lab, tmp_path, name):
     checkpoint = maxtext_lab.checkpoint(*CASES[name])
     run(checkpoint, tmp_path / "out")

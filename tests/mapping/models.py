@@ -43,6 +43,13 @@ def samples(
     cycle = draw(st.integers(1, 3)) if cycled else 1
     depth = draw(st.integers(1, 3))
     kinds = draw(st.lists(st.sampled_from(list(page.layers)), min_size=cycle, max_size=cycle))
+    if block in synthetic.FOLLOWING:  # dense layers, then such with experts, more or less of both
+        moe = draw(st.sampled_from([kind for kind in page.layers if kind.mlp == "moe"]))
+        dense = next(k for k in page.layers if k.mlp == "dense" and k.attention == moe.attention)
+        kinds = [dense] * draw(st.integers(0, 2)) + [moe] * draw(st.sampled_from([1, 3]))
+        cycle, depth = len(kinds), 1
+    if block in synthetic.ONE_WIDTH:  # their targets are for models with experts
+        kinds[-1] = next(kind for kind in page.layers if kind.mlp == "moe")
     kv = draw(st.sampled_from([1, 2, 3]))
     width = draw(st.sampled_from([5, 8, 11]))
     same = not cycled or draw(st.booleans())
@@ -55,6 +62,8 @@ def samples(
         "E": draw(st.sampled_from([2, 4])),
         "M": width,
         "F": width if same else width + 3,
+        "S": width if block in synthetic.ONE_WIDTH else 2 * width,
+        **{axis: synthetic.SIZES[axis] for axis in "qcvrkb"},
     }
     tied = draw(st.booleans())
     dtype = draw(st.sampled_from(dtypes))
@@ -72,13 +81,17 @@ def samples(
         array.path: rng.standard_normal(array.shape).astype(DTYPES[dtype]) for array in made.arrays
     }
     told = {
-        "decoder_block": block,
         "num_experts_per_tok": draw(st.sampled_from([1, 2])),
         "rope_type": draw(st.sampled_from(["default", "llama3.1"])),
         "rope_use_scale": draw(st.booleans()),
         "normalize_embedding_logits": draw(st.booleans()),
         "param_scan_axis": axis,
+        **{
+            k: v for k, v in synthetic.BLOCKS[block].items() if k not in {*page.shown, *page.shapes}
+        },
     }
+    if "emb_dim" in told:
+        told["emb_dim"] = sizes["D"]
     layout = detect_layout(
         {p: a.shape for p, a in arrays.items()},
         [page],

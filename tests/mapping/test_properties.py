@@ -157,13 +157,15 @@ def test_scanned_and_unscanned_are_one_model(sample):
     if sample.stacking != "scanned":
         return
     apart = {}
+    way = next(way for way in sample.layout.block.stackings if not way.scanned)
+    modules = way.modules(sample.layout.kinds)
     for array in sample.layout.arrays:
         values = sample.arrays[array.path]
         if not array.layers:
             apart[array.path] = values
             continue
         for entry, layer in enumerate(array.layers):
-            path = ("decoder", f"layers_{layer}", *array.parameter.name.split("."))
+            path = ("decoder", modules[layer], *array.parameter.name.split("."))
             apart[path] = values.take(entry, axis=array.axes.index("L"))
     layout = detect_layout({p: a.shape for p, a in apart.items()}, [sample.layout.block])
     assert layout.kinds == sample.layout.kinds

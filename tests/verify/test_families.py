@@ -5,7 +5,18 @@ import json
 import pytest
 from cli_runner import moeconv
 from helpers import config_file
-from maxtext_lab import MISTRAL, QWEN2, QWEN3, QWEN3_MOE, TIED
+from maxtext_lab import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GPT_OSS,
+    KIMI_K2,
+    LLAMA4,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    TIED,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("families"), pytest.mark.maxtext]
 # A family is one row; the blocks of the reference model are in test_parity.py.
@@ -14,6 +25,10 @@ FAMILIES = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "GptOssForCausalLM": GPT_OSS,
+    "Llama4ForCausalLM": LLAMA4,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
 }
 FORMS = {
     "scanned, untied": {},
@@ -22,10 +37,32 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("architecture", FAMILIES)
+CASES = [
+    (architecture, form)
+    for architecture, family in FAMILIES.items()
+    for form, changes in FORMS.items()
+    if not ("rope_type" in changes and "attention_type" in family)  # MLA here has YaRN only
+]
+
+
+@pytest.mark.parametrize(("architecture", "form"), CASES)
 def test_all_levels_pass(maxtext_lab, tmp_path, architecture, form):
     checkpoint = maxtext_lab.checkpoint(FAMILIES[architecture], FORMS[form])
+    passes_all_levels(checkpoint, tmp_path, architecture)
+
+
+@pytest.mark.parametrize(
+    ("family", "full_state"),
+    [(KIMI_K2, False), (DEEPSEEK_V3, True), ({**DEEPSEEK_V3, "scan_layers": False}, True)],
+    ids=["Kimi-K2", "a train state", "an unscanned train state"],
+)
+def test_the_router_bias_beside_the_parameters(maxtext_lab, tmp_path, family, full_state):
+    """In a collection of its own, and in a train state's nnx_aux."""
+    checkpoint = maxtext_lab.checkpoint(family, full_state=full_state)
+    passes_all_levels(checkpoint, tmp_path, "DeepseekV3ForCausalLM")
+
+
+def passes_all_levels(checkpoint, tmp_path, architecture):
     config, out = config_file(tmp_path / "config", checkpoint.config), tmp_path / "out"
     converted = moeconv("convert", checkpoint.step_dir, out, "--config", config)
     assert converted.code == 0, converted.err

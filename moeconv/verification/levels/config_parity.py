@@ -7,7 +7,7 @@ length of the context. Where the run's config is there, they are compared and no
 from typing import Any
 
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.fields import FIELDS
+from moeconv.arch.fields import FIELDS, YARN
 from moeconv.arch.told import TOKEN_IDS
 from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Check, CheckFactory, Status
@@ -36,12 +36,13 @@ def check_config_parity(
     found = config.resolution
     ours, theirs = candidate.model, found.model()
     # What only one of both has follows from another field, which differs too.
-    follows = {f.name for f in FIELDS if f.needed(vars(ours)) != f.needed(vars(theirs))}
+    specs = (*FIELDS, *YARN)
+    follows = {f.name for f in specs if f.needed(vars(ours)) != f.needed(vars(theirs))}
     run = {**theirs.values(), **config.unsaid}
     differing: dict[Status, list[str]] = {Status.FAIL: [], Status.WARN: []}
     metrics: dict[str, Any] = {}
     for name, value in ours.values().items():
-        if run[name] == value or name in follows or (name in TOKEN_IDS and run[name] is None):
+        if name in follows or run[name] == value or (name in TOKEN_IDS and run[name] is None):
             continue
         record, source = candidate.manifest.model.get(name), found.sources.get(name)
         by = (record and record.source) or "no source"

@@ -21,10 +21,12 @@ from moeconv.errors import (
     MoeconvError,
     NotACheckpointError,
     TensorError,
-    UnsupportedError,
     UsageError,
     to_install,
 )
+from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.metadata import read_tree
+from moeconv.orbax.store import Folder
 from moeconv.verification.boundary import blaming
 from moeconv.verification.models.maxtext_config import build_config, quiet
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
@@ -68,7 +70,7 @@ class MaxTextModel:
         with quiet():
             built = build_config(config, dtype)
             mesh, graph, abstract = abstract_model(built)
-            state = _restore(items, abstract)
+            state = _restore(items, abstract, built.param_scan_axis)
         return cls(built, mesh, graph, state)
 
     @property
@@ -156,16 +158,15 @@ def abstract_model(config: Any) -> tuple[Any, Any, Any]:
     return mesh, graph, abstract
 
 
-def _restore(items: Path, abstract: Any) -> Any:
-    """The model's state, every parameter from `items`; random streams, never drawn from, are 0."""
+def _restore(items: Path, abstract: Any, scan_axis: int) -> Any:
+    """The model's state, every variable from `items`; random streams, never drawn from, are 0."""
     import jax
     from flax import nnx
     from maxtext.common import checkpointing
 
     parameters, streams, rest = nnx.split_state(abstract, nnx.Param, nnx.RngState, ...)
-    if unknown := [dotted(path) for path, _ in nnx.to_flat_state(rest)]:
-        raise UnsupportedError(f"The model keeps state besides parameters: {', '.join(unknown)}.")
-    wanted = {dotted(path) for path, _ in nnx.to_flat_state(parameters)}
+    others = _others(items, rest, scan_axis) if nnx.to_flat_state(rest) else rest
+    wanted = {dotted(path) for part in (parameters, rest) for path, _ in nnx.to_flat_state(part)}
     try:
         stored = _stored_parameters(items)
         restored = checkpointing.load_params_from_path(
@@ -185,7 +186,34 @@ def _restore(items: Path, abstract: Any) -> Any:
         value = variable.get_value()
         if not isinstance(value, jax.Array):
             raise TensorError(f"{items} holds no {dotted(path)}.")
-    return nnx.merge_state(restored, jax.tree.map(zeros, streams))
+    return nnx.merge_state(restored, others, jax.tree.map(zeros, streams))
+
+
+def _others(items: Path, variables: Any, scan_axis: int) -> Any:
+    """The variables that are no `nnx.Param`, such as a router's bias (layers/moe.py `MoEBiasVar`).
+
+    MaxText's loader of parameters does not look for them in a train state's `nnx_aux`. Layers are
+    stacked on axis 0 (layers/nnx_scan.py); where the variable was a parameter when it was saved, on
+    `param_scan_axis`.
+    """
+    import jax
+    from flax import nnx
+
+    folder = Folder.open(items)
+    tree = read_tree(folder)
+    arrays, filled = Arrays(folder, tree), []
+    for path, variable in nnx.to_flat_state(variables):
+        name, leaf = dotted(path), variable.get_value()
+        if name not in arrays.info:
+            raise TensorError(f"{items} holds no {name}.")
+        shape = arrays.info[name].shape
+        value = arrays.reader(name).read(tuple(slice(0, n) for n in shape))
+        if tuple(map(str, path)) not in tree.collections and value.ndim > scan_axis:
+            value = np.moveaxis(value, scan_axis, 0)
+        if value.shape != leaf.shape:
+            raise TensorError(f"{name} has shape {list(shape)}, not {list(leaf.shape)}.")
+        filled.append((path, variable.replace(value=jax.device_put(value.astype(leaf.dtype)))))
+    return nnx.from_flat_state(filled)
 
 
 def _stored_parameters(items: Path) -> set[str]:

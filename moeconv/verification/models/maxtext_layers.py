@@ -17,6 +17,7 @@ import numpy as np
 from moeconv.arch.blocks import Taps
 from moeconv.arch.layout import Layout
 from moeconv.arch.parameters import LayerKind
+from moeconv.arch.stacks import CYCLED
 from moeconv.errors import MissingPackageError, TensorError, UnsupportedError, to_install
 from moeconv.tensor.axes import Array
 from moeconv.verification.models.layerwise import LayerTrace
@@ -66,6 +67,8 @@ class MaxTextLayers:
         self._read, self._taps, self._kinds = read, layout.block.taps, layout.kinds
         unscanned = next(way for way in layout.block.stackings if not way.scanned)
         self._names = unscanned.modules(layout.kinds)
+        # What a layer in a repeated block is hangs on its place in the block.
+        self._cycle = layout.cycle if layout.stacking is CYCLED else len(layout.kinds)
         self._known = layout.block.parameters().keys()
         self._jitted: dict[str, Any] = {}
         self._traced: list[tuple[Any, Any]] = []
@@ -135,7 +138,7 @@ class MaxTextLayers:
         import jax.numpy as jnp
         from flax import nnx
 
-        graph, abstract = nnx.split(getattr(self._model.decoder, self._names[number]))
+        graph, abstract = nnx.split(getattr(self._model.decoder, self._names[number % self._cycle]))
         state = self._fill(abstract, lambda name: self._read(name, number))
         # Layers of one kind have equal graphs (which are not hashable): each kind compiles once.
         traced = next((f for seen, f in self._traced if seen == graph), None)

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from moeconv.arch.blocks import Block, settings_of
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
@@ -83,12 +84,12 @@ class ReferenceConfig:
             MoeconvError: The config is not of this checkpoint's model.
         """
         if self.content is None:
-            return {**_sizes(self.model, self.layout), **_semantics(self.model)}
+            return {**_sizes(self.model, self.layout), **_semantics(self.model, self.layout.block)}
         decided = known_keys() | SCALED_KEYS.keys()
         others = {key: value for key, value in self.content.items() if key not in decided}
         told = {key: one.value for key, one in self.told.items() if key not in SCALED_KEYS}
         run = self.resolution.model()
-        return {**others, **told, **_sizes(run, self.layout), **_semantics(run)}
+        return {**others, **told, **_sizes(run, self.layout), **_semantics(run, self.layout.block)}
 
 
 def reference_config(
@@ -147,10 +148,11 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
         keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
     shown = layout.block.shown.items()
     keys |= {key: model.layer_kinds[0].attention == attention for key, attention in shown}
+    keys |= {key: value(vars(model)) for key, value in layout.block.shapes.items()}
     return {**keys, **layout.block.config(model, layout.cycle)}
 
 
-def _semantics(model: ModelDescription) -> dict[str, Any]:
+def _semantics(model: ModelDescription, block: Block) -> dict[str, Any]:
     """What shapes do not determine, as the conversion understood it."""
     keys: dict[str, Any] = {
         "normalize_embedding_logits": model.normalize_embedding_logits,
@@ -161,4 +163,6 @@ def _semantics(model: ModelDescription) -> dict[str, Any]:
     }
     if model.num_experts_per_tok:
         keys["num_experts_per_tok"] = model.num_experts_per_tok
+    for spec in settings_of(block, vars(model)):
+        keys[spec.key] = spec.write(model.settings[spec.name])
     return keys

@@ -1,0 +1,265 @@
+"""What DeepSeek-V2 and V3 share: latent attention (MLA), two kinds of layers, routing, the config.
+
+How MaxText chooses and weighs experts hangs on the name of the model (layers/moe.py `GateLogit`,
+`RoutedMoE.get_topk`: `startswith`). Under `NAMES` it does as the published DeepSeek-V3: it chooses
+by score plus bias, in the best groups, and weighs by the score. Under any other name it chooses and
+weighs by score plus bias, and ignores groups.
+"""
+
+from typing import Any
+
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.fields import ROUTING, Known, ToldField, has_moe, not_negative
+from moeconv.arch.parameters import LayerKind, Layers, Parameter
+from moeconv.arch.stacks import Module, Segment, Stacking
+from moeconv.families._shared import (
+    CONFIG,
+    MLP,
+    MLP_PARAMETERS,
+    NORM_PARAMETERS,
+    NORMS,
+    TRUNK,
+    experts,
+    mlp,
+    moe_parameters,
+    rope_parameters,
+    setting,
+    shared_experts,
+    shared_parameters,
+)
+from moeconv.mapping.rules import (
+    EVERY_LAYER,
+    MOE_LAYERS,
+    ConfigKey,
+    Options,
+    Rule,
+    constant,
+    from_field,
+)
+
+ROUTED = "DeepSeekMoeBlock_0.MoeBlock_0"
+_SHARED = "DeepSeekMoeBlock_0.shared_experts"
+# layers/attention_mla.py `MLA._init_projections`: queries directly, or through a narrow layer.
+_DIRECT, _NARROW = Layers(attention="mla"), Layers(attention="mla_lora")
+
+# --- MaxText's layers -----------------------------------------------------------------------------
+
+# fmt: off
+_QUERY = {
+    "mla":      (Parameter.of("self_attention.query.kernel", "D H k"),),
+    "mla_lora": (Parameter.of("self_attention.wq_a.kernel",  "D q"),
+                 Parameter.of("self_attention.q_norm.scale", "q"),
+                 Parameter.of("self_attention.wq_b.kernel",  "q H k")),
+}
+_KEY_VALUE = (
+    Parameter.of("self_attention.wkv_a.kernel",  "D r"),
+    Parameter.of("self_attention.kv_norm.scale", "c"),
+    Parameter.of("self_attention.wkv_b.kernel",  "c H b"),
+    Parameter.of("self_attention.out.kernel",    "H v D"),
+)
+_EXPERTS = (
+    *moe_parameters(ROUTED),
+    *shared_parameters(_SHARED),
+)
+_FEED_FORWARD = {
+    "dense":    MLP_PARAMETERS,
+    "moe":      _EXPERTS,
+    "moe+bias": (*_EXPERTS, Parameter.of(f"{ROUTED}.gate.bias", "E", "MoEBiasVar")),
+}
+# fmt: on
+LAYERS = {
+    LayerKind(f"{attention} {mlp}"): (*NORM_PARAMETERS, *query, *_KEY_VALUE, *feed_forward)
+    for attention, query in _QUERY.items()
+    for mlp, feed_forward in _FEED_FORWARD.items()
+}
+
+
+def stacking(name: str, pattern: str, *, stacked: bool) -> Stacking:
+    """Dense layers, then those with experts.
+
+    Source: layers/nnx_decoders.py `_init_scanned_deepseek_standard`, `_init_sequential_deepseek`.
+    """
+    dense, moe = (
+        Module(f"{mlp}_{pattern}", stacked=stacked, kinds=Layers(mlp=mlp))
+        for mlp in ("dense", "moe")
+    )
+    return Stacking(name, (Segment((dense,), optional=True), Segment((moe,))))
+
+
+# --- routing --------------------------------------------------------------------------------------
+
+# Of MaxText 0.2.5, with what each makes of the routing; before, kimi-k2 was none of them.
+_AS_V3, _SINCE = "as DeepSeek-V3", "as DeepSeek-V3, since MaxText 0.2.5"
+_NAMES = {"deepseek3": _AS_V3, "deepseek4": _AS_V3, "kimi-k2": _SINCE}
+NAMES = tuple(_NAMES)
+_RELEASED = {_AS_V3: "deepseek3-671b", _SINCE: "kimi-k2-1t"}
+
+
+def _routing(model_name: Any) -> str:
+    """What a model's name makes of its routing; that itself, where it is given."""
+    name = str(model_name)
+    of_name = (routing for start, routing in _NAMES.items() if name.startswith(start))
+    return name if name in _RELEASED else next(of_name, "by biased scores")
+
+
+SETTINGS = (
+    *ROUTING,
+    ToldField(
+        "routing",
+        "model_name",
+        _routing,
+        "a name",
+        has_moe,
+        write=lambda value: _RELEASED.get(value, "default"),
+    ),
+    ToldField("mscale", "mscale", not_negative, "a number ≥ 0"),
+)
+
+
+def biased(known: Known) -> bool:
+    """True if the router has a bias."""
+    return any(kind.variant == "bias" for kind in known["layer_kinds"])
+
+
+def routes_as_v3(model: ModelDescription) -> bool:
+    """True if MaxText routes by the rules of DeepSeek-V3, for the model's name."""
+    return model.settings["routing"] in _RELEASED
+
+
+def routes_so_since(model: ModelDescription) -> bool:
+    """True if it does since 0.2.5 only."""
+    return bool(model.settings["routing"] == _SINCE)
+
+
+def groups(model: ModelDescription) -> tuple[int, int]:
+    """How many groups of experts there are, and in how many of them a token's are."""
+    number = model.settings["n_routing_groups"]
+    if not routes_as_v3(model) or number == -1:
+        return 1, 1
+    return number, model.settings["topk_routing_group"]
+
+
+# --- rules ----------------------------------------------------------------------------------------
+
+# fmt: off
+RULES = (
+    *TRUNK,
+    *NORMS,
+    Rule("self_attention.query.kernel",  "model.layers.{L}.self_attn.q_proj.weight",
+         "D H k -> (H k) D", layers=_DIRECT),
+    Rule("self_attention.wq_a.kernel",   "model.layers.{L}.self_attn.q_a_proj.weight",
+         "D q -> q D", layers=_NARROW),
+    Rule("self_attention.q_norm.scale",  "model.layers.{L}.self_attn.q_a_layernorm.weight",
+         "q -> q", layers=_NARROW),
+    Rule("self_attention.wq_b.kernel",   "model.layers.{L}.self_attn.q_b_proj.weight",
+         "q H k -> (H k) q", layers=_NARROW),
+    Rule("self_attention.wkv_a.kernel",  "model.layers.{L}.self_attn.kv_a_proj_with_mqa.weight",
+         "D r -> r D", layers=EVERY_LAYER),
+    Rule("self_attention.kv_norm.scale", "model.layers.{L}.self_attn.kv_a_layernorm.weight",
+         "c -> c", layers=EVERY_LAYER),
+    Rule("self_attention.wkv_b.kernel",  "model.layers.{L}.self_attn.kv_b_proj.weight",
+         "c H b -> (H b) c", layers=EVERY_LAYER),
+    Rule("self_attention.out.kernel",    "model.layers.{L}.self_attn.o_proj.weight",
+         "H v D -> D (H v)", layers=EVERY_LAYER),
+    *MLP,
+    *experts(ROUTED, "mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+    *mlp(_SHARED, "model.layers.{L}.mlp.shared_experts", "S", MOE_LAYERS),
+)
+# fmt: on
+
+# --- what the targets hold ------------------------------------------------------------------------
+
+# modeling_deepseek_v2.py: `q_a_layernorm` and `kv_a_layernorm` are made without an epsilon.
+_INNER_EPSILON = 1e-6
+
+
+def refusal(model: ModelDescription) -> str | None:
+    """Why neither DeepSeek-V2 nor V3 holds a model."""
+    expert, shared = model.moe_intermediate_size or 0, model.shared_intermediate_size or 0
+    if not model.moe_layers:
+        return "it has no Mixture-of-Experts layer"
+    if not shared or shared % expert:
+        return f"its shared experts are {shared} wide, no multiple of an expert's {expert}"
+    if model.settings["rope_attention_scaling"] or not model.settings["rope_interleave"]:
+        return (
+            "it rotates neighbours and does not scale them: rope_interleave=true and "
+            "rope_attention_scaling=false"
+        )
+    if model.rms_norm_eps != _INNER_EPSILON:
+        return (
+            f"normalization_layer_epsilon={model.rms_norm_eps:g}, which MaxText has in all norms; "
+            f"those within latent attention have {_INNER_EPSILON:g} in transformers, whatever the "
+            "config says"
+        )
+    return None
+
+
+def caveats(model: ModelDescription, options: Options) -> list[str]:
+    """What is said of a model on either target."""
+    if model.settings["n_routing_groups"] == -1 or routes_as_v3(model):
+        return []
+    return [
+        f"n_routing_groups={model.settings['n_routing_groups']} has no effect: MaxText chooses "
+        f"groups of experts only where model_name begins with {', '.join(NAMES)}"
+    ]
+
+
+def alone(config: Any, number: int, is_moe: bool) -> None:
+    """Makes the one layer of a config dense or not (`Probe.alone`)."""
+    config.first_k_dense_replace = 0 if is_moe else 1
+
+
+def _rope(model: ModelDescription) -> dict[str, Any]:
+    """`rope_parameters`, with the scale of attention.
+
+    Where positions are stretched, MaxText multiplies scores by (0.1·mscale·ln(factor) + 1)²
+    (layers/attention_mla.py); transformers does by `mscale_all_dim` (`yarn_apply_mscale`), and
+    scales what is rotated by the ratio of both.
+    """
+    numbers = model.settings
+    stretched = numbers["rope_positions"] > numbers["original_max_position_embeddings"]
+    mscale = numbers["mscale"] if stretched else 0.0
+    return {**rope_parameters(model), "mscale": mscale, "mscale_all_dim": mscale}
+
+
+def _rope_scaling(model: ModelDescription) -> dict[str, Any]:
+    return {key: value for key, value in _rope(model).items() if key != "rope_theta"}
+
+
+_OTHERWISE = frozenset({"head_dim", "rope_scaling", "rope_parameters"})
+
+
+def config(name: str, architecture: str, **own: Any) -> tuple[ConfigKey, ...]:
+    """The config table of DeepSeek's architectures.
+
+    Args:
+        name: The model's type.
+        architecture: The class.
+        own: Constants of this one.
+    """
+    sizes = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    return (
+        constant("architectures", [architecture]),
+        constant("model_type", name),
+        *(key for key in CONFIG if key.key not in _OTHERWISE),
+        ConfigKey("rope_scaling", lambda m, o: _rope_scaling(m), "YaRN, for transformers 4"),
+        ConfigKey("rope_parameters", lambda m, o: _rope(m), "YaRN and theta, for 5"),
+        *map(from_field, sizes),
+        ConfigKey(
+            "intermediate_size",
+            lambda m, o: m.intermediate_size or m.moe_intermediate_size,
+            "`intermediate_size`; without dense layers `moe_intermediate_size`",
+        ),
+        from_field("moe_intermediate_size"),
+        from_field("n_routed_experts", "num_experts"),
+        from_field("num_experts_per_tok"),
+        ConfigKey("n_shared_experts", lambda m, o: shared_experts(vars(m)), "`shared_experts`"),
+        ConfigKey("first_k_dense_replace", lambda m, o: len(m.dense_layers), "dense layers"),
+        constant("moe_layer_freq", 1),
+        setting("routed_scaling_factor", "routed_scaling_factor"),
+        ConfigKey("n_group", lambda m, o: groups(m)[0], "`n_routing_groups`, 1 for none"),
+        ConfigKey("topk_group", lambda m, o: groups(m)[1], "`topk_routing_group`, 1 for none"),
+        constant("attention_bias", False),
+        constant("pretraining_tp", 1),
+        *(constant(key, value) for key, value in own.items()),
+    )

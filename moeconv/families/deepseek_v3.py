@@ -1,0 +1,140 @@
+"""MaxText's deepseek block, and DeepSeek-V3 with Kimi-K2: a sigmoid router with a bias and groups.
+
+MaxText's configs of both (deepseek3-671b, kimi-k2-1t) have no groups unless `n_routing_groups` is
+given; the published DeepSeek-V3 chooses in 4 of 8. What was trained is what is written.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moeconv.arch.blocks import Block, Taps
+from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import Layers
+from moeconv.families._deepseek import (
+    LAYERS,
+    NAMES,
+    ROUTED,
+    RULES,
+    SETTINGS,
+    alone,
+    biased,
+    caveats,
+    config,
+    groups,
+    refusal,
+    routes_as_v3,
+    routes_so_since,
+    stacking,
+)
+from moeconv.families._shared import DROPS_TOKENS, IDLE, IDLE_MOE, QUANTISES, shared_experts
+from moeconv.mapping.rules import Options, Probe, Rule, Target
+
+
+def _eligible(scores: NDArray[Any], model: ModelDescription) -> NDArray[Any]:
+    """The best groups by the sum of their two best scores; layers/moe.py `expert_group_mask`."""
+    number, best = groups(model)
+    mask = np.ones((*scores.shape[:-1], number), bool)
+    if best < number:
+        grouped = scores.reshape(*scores.shape[:-1], number, -1)
+        ranks = np.argsort(-np.sort(grouped, axis=-1)[..., -2:].sum(axis=-1), -1, kind="stable")
+        np.put_along_axis(mask, ranks[..., best:], False, axis=-1)
+    return np.repeat(mask, scores.shape[-1] // number, axis=-1)
+
+
+BLOCK = Block(
+    name="deepseek",
+    note="latent attention; dense layers first, then experts beside shared ones",
+    layers=LAYERS,
+    targets=("deepseek_v3", "deepseek_v2"),
+    stackings=(
+        stacking("unscanned", "layers_{}", stacked=False),
+        stacking("prefixed", "layers", stacked=True),
+    ),
+    query_scale_in_kernel=False,
+    ropes=("yarn",),
+    settings=SETTINGS,
+    shapes={
+        "first_num_dense_layers": lambda m: sum(kind.mlp == "dense" for kind in m["layer_kinds"]),
+        "shared_experts": shared_experts,
+        "routed_bias": biased,
+        "q_lora_rank": lambda m: m["q_lora_rank"] or 0,
+        "kv_lora_rank": lambda m: m["kv_lora_rank"],
+        "qk_nope_head_dim": lambda m: m["qk_nope_head_dim"],
+        "qk_rope_head_dim": lambda m: m["qk_rope_head_dim"],
+        "v_head_dim": lambda m: m["v_head_dim"],
+    },
+    # Before 0.2.4 the block normalised behind the scaling where it was asked to (`get_topk`).
+    demands={"attention_type": ("mla",), "norm_topk_prob": (False,)},
+    config=lambda model, cycle: {"attention_type": "mla"},
+    taps=Taps(
+        mlp={"dense": "mlp", "moe": "DeepSeekMoeBlock_0"},
+        router="MoeBlock_0.gate",
+        eligible=_eligible,
+    ),
+    idle=IDLE | IDLE_MOE - {"norm_topk_prob"},
+    warns={**DROPS_TOKENS, **QUANTISES},
+)
+
+# fmt: off
+_CORRECTION = "model.layers.{L}.mlp.gate.e_score_correction_bias"
+BIAS = (
+    Rule(f"{ROUTED}.gate.bias", _CORRECTION, "E -> E", layers=Layers(mlp="moe", variant="bias")),
+    Rule(None,                  _CORRECTION, "E -> E", layers=Layers(mlp="moe", variant="")),
+)
+# fmt: on
+
+
+def _requires(model: ModelDescription) -> str | None:
+    if (reason := refusal(model)) is not None:
+        return reason
+    if (score := model.settings["routed_score_func"]) != "sigmoid":
+        return f"routed_score_func={score!r}; it scores experts by sigmoid"
+    if biased(vars(model)) and not routes_as_v3(model):
+        return (
+            "MaxText weighs the chosen experts with the router's bias, unless model_name begins "
+            f"with {', '.join(NAMES)} (layers/moe.py `get_topk`); it weighs them without"
+        )
+    (number, best), count = groups(model), model.num_experts or 0
+    if count % number or not 0 < best <= number or count // number < (2 if number > 1 else 1):
+        return f"n_routing_groups={number} and topk_routing_group={best} of {count} experts"
+    if (model.num_experts_per_tok or 0) > best * count // number:
+        return f"{best} of {number} groups have fewer experts than a token goes to"
+    return None
+
+
+def _caveats(model: ModelDescription, options: Options) -> list[str]:
+    lines = caveats(model, options)
+    if biased(vars(model)) and routes_so_since(model):
+        lines.append(
+            "MaxText before 0.2.5 weighed the experts of models named kimi-k2 with the router's "
+            "bias, which no stock architecture does; if it trained this one, the output computes "
+            "something else"
+        )
+    return lines
+
+
+TARGET = Target(
+    name="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    summary="For models of MaxText's deepseek block with a sigmoid router: DeepSeek-V3, Kimi-K2.",
+    kinds=Layers(),
+    requires=_requires,
+    since="4.51.0",
+    caveats=_caveats,
+    rules=(*RULES, *BIAS),
+    probe=Probe(
+        scores=lambda mlp, output: output[0].sigmoid() + mlp.gate.e_score_correction_bias,
+        alone=alone,
+    ),
+    config=config(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        norm_topk_prob=True,
+        rope_interleave=True,
+        num_nextn_predict_layers=0,
+    ),
+)

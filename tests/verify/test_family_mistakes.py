@@ -1,0 +1,204 @@
+"""Mistakes that a family's page could make: each fails at the lowest level that can see it.
+
+A page that is wrong is wrong for convert and for verify alike, so levels structure and weights find
+its output right. MaxText and transformers, which run it, do not. A tensor that is not what the page
+says is seen by level weights.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import config_file, run
+from maxtext_lab import GPT_OSS, LLAMA4
+from parity_lab import Compiled, check
+
+from moeconv.families import targets
+from moeconv.hf.safetensors import read_header
+from moeconv.mapping.rules import Factor, Target
+from moeconv.verification.candidate import Subject
+from moeconv.verification.checks import Status, worst
+from moeconv.verification.levels.structure import check_structure
+from moeconv.verification.levels.weights import check_weights
+from moeconv.verification.models.maxtext import MaxTextModel
+from moeconv.verification.settings import ParityOptions
+
+pytestmark = [pytest.mark.slow, pytest.mark.proof("mistakes of families"), pytest.mark.maxtext]
+MODELS = {"gpt_oss": (GPT_OSS,), "llama4": (LLAMA4, {"base_num_decoder_layers": 4})}
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    monkeypatch.setattr("moeconv.verification.levels.layers.MaxTextLayers", Compiled)
+    monkeypatch.setattr("moeconv.verification.levels.logits.MaxTextLayers", Compiled)
+    monkeypatch.setattr("moeconv.verification.levels.logits.MaxTextModel.load", _loaded)
+
+
+_stock = MaxTextModel.load
+_models: dict[str, MaxTextModel] = {}
+
+
+def _loaded(items, config, *, dtype="float32"):
+    key = repr((items, sorted(config.items()), dtype))
+    if key not in _models:
+        _models[key] = _stock(items, config, dtype=dtype)
+    return _models[key]
+
+
+Page = Callable[[Target], Target]
+
+
+def key(name: str, change: Callable[[Any], Any]) -> Page:
+    """A page that writes another value of one key of config.json."""
+
+    def mistaken(target: Target) -> Target:
+        keys = {each.key: each for each in target.config}
+        right = keys[name].value
+        keys[name] = replace(keys[name], value=lambda m, o: change(right(m, o)))
+        return replace(target, config=tuple(keys.values()))
+
+    return mistaken
+
+
+def rope(**changes: Any) -> Page:
+    """Of RoPE's numbers, for all releases."""
+
+    def changed(found: dict[str, Any] | None) -> dict[str, Any] | None:
+        return {**(found or {}), **changes}
+
+    return lambda target: key("rope_scaling", changed)(key("rope_parameters", changed)(target))
+
+
+def rule(name: str, **changes: Any) -> Page:
+    """A page with another rule for one tensor."""
+
+    def mistaken(target: Target) -> Target:
+        rules = [
+            replace(each, **changes) if each.target.endswith(name) else each
+            for each in target.rules
+        ]
+        assert rules != list(target.rules)
+        return replace(target, rules=tuple(rules))
+
+    return mistaken
+
+
+def other_way(types: list[str]) -> list[str]:
+    return types[1:] + types[:1]
+
+
+ZERO = Factor("0", "a mistake", lambda m: 0.0)
+EXPERTS = ("GptOssMlp.wi_1", "GptOssMlp.wi_0")
+ROUTED = ("Llama4MoEBlock_0.MoeBlock_0.wi_1", "Llama4MoEBlock_0.MoeBlock_0.wi_0")
+# The family, the page's mistake, and the first place that level layers must name.
+PAGES: dict[str, tuple[str, Page, str]] = {
+    "window one wider": (
+        "gpt_oss", key("sliding_window", lambda n: n + 1), "layer 0 attention"),
+    "window one narrower": (
+        "gpt_oss", key("sliding_window", lambda n: n - 1), "layer 0 attention"),
+    "windows in the other layers": ("gpt_oss", key("layer_types", other_way), "layer 0 attention"),
+    "sinks as zeros": ("gpt_oss", rule(".sinks", scale=ZERO), "layer 0 attention"),
+    "no bias of the output": (
+        "gpt_oss", rule("o_proj.bias", scale=ZERO), "layer 0 attention"),
+    "yarn's factor": ("gpt_oss", rope(factor=5.0), "layer 0 attention"),
+    "yarn truncated": ("gpt_oss", rope(truncate=True), "layer 0 attention"),
+    "yarn's fast end": ("gpt_oss", rope(beta_fast=5.0), "layer 0 attention"),
+    "yarn's slow end": ("gpt_oss", rope(beta_slow=1.5), "layer 0 attention"),
+    "yarn's scale of attention": ("gpt_oss", rope(attention_factor=1.0), "layer 0 attention"),
+    "yarn's original length": (
+        "gpt_oss", rope(original_max_position_embeddings=60), "layer 0 attention"),
+    "the limit": ("gpt_oss", key("swiglu_limit", lambda x: 7.0), "layer 0 experts"),
+    "no router bias": ("gpt_oss", rule("router.bias", scale=ZERO), "layer 0 router"),
+    "gate and up swapped": (
+        "gpt_oss", rule("experts.gate_up_proj", source=EXPERTS), "layer 0 experts"),
+    "gate behind up": (
+        "gpt_oss", rule("experts.gate_up_proj", place="E D M -> E D (g M)"), "layer 0 experts"),
+    "biases of gate behind up": (
+        "gpt_oss", rule("gate_up_proj_bias", place="E M -> E (g M)"), "layer 0 experts"),
+    "chunks one longer": (
+        "llama4", key("attention_chunk_size", lambda n: n + 1), "layer 0 attention"),
+    "RoPE in every layer": (
+        "llama4", key("no_rope_layers", lambda found: [1] * len(found)), "layer 3 attention"),
+    "chunks in every layer": (
+        "llama4", key("layer_types", lambda t: ["chunked_attention"] * len(t)),
+        "layer 3 attention"),
+    "no norm of queries and keys": (
+        "llama4", key("use_qk_norm", lambda yes: False), "layer 0 attention"),
+    "halves for pairs": (
+        "llama4", lambda target: replace(target, rotary="half"), "layer 0 attention"),
+    "no shared expert": (
+        "llama4", rule("shared_expert.down_proj.weight", scale=ZERO), "layer 1 experts"),
+    "Llama's gate and up swapped": (
+        "llama4", rule("experts.gate_up_proj", source=ROUTED), "layer 1 experts"),
+    "Llama's gate and up in turn": (
+        "llama4", rule("experts.gate_up_proj", place="E D M -> E D (M g)"), "layer 1 experts"),
+}  # fmt: skip
+
+
+def words(found):
+    return {name: each.summary for name, each in found.items()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_mistaken_page_is_found_by_running_it(maxtext_lab, tmp_path, monkeypatch, name):
+    family, mistaken, place = PAGES[name]
+    monkeypatch.setitem(targets(), family, mistaken(targets()[family]))
+    run(maxtext_lab.checkpoint(*MODELS[family]), tmp_path / "out")
+    subject = Subject.open(tmp_path / "out")
+    right = [*check_structure(subject), *check_weights(subject, jobs=1, memory=2**30)]
+    assert worst(right) is Status.PASS, right
+    found = check("logits", tmp_path / "out")
+    assert found["parity"].status is Status.FAIL, words(found)
+    found = check("layers", tmp_path / "out")
+    assert found["hidden"].status is Status.FAIL, words(found)
+    assert found["hidden"].summary.split(": ")[0].endswith(place), words(found)
+
+
+def zeroed(out, name):
+    (file,) = out.glob("*.safetensors")
+    spec, offset = read_header(file)[name]
+    np.memmap(file, np.float32, "r+", offset=offset, shape=spec.shape)[:] = 0
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("gpt_oss", "model.layers.2.self_attn.sinks"),
+     ("gpt_oss", "model.layers.2.self_attn.q_proj.bias"),
+     ("gpt_oss", "model.layers.2.mlp.router.bias"),
+     ("gpt_oss", "model.layers.2.mlp.experts.gate_up_proj_bias"),
+     ("llama4", "model.layers.1.feed_forward.shared_expert.up_proj.weight"),
+     ("llama4", "model.layers.1.feed_forward.router.weight")],
+)  # fmt: skip
+def test_a_tensor_that_was_lost_is_found_by_its_values(maxtext_lab, tmp_path, family, name):
+    run(maxtext_lab.checkpoint(*MODELS[family]), tmp_path / "out")
+    zeroed(tmp_path / "out", name)
+    found = check_weights(Subject.open(tmp_path / "out"), jobs=1, memory=2**30)
+    assert [c.tensors for c in found if c.status is Status.FAIL] == [[name]]
+
+
+@pytest.mark.parametrize(
+    ("family", "told"),
+    [("gpt_oss", "sliding_window_size=9"), ("gpt_oss", "rope_factor=5"),
+     ("gpt_oss", "mlp_activations_limit=7"), ("llama4", "chunk_attn_window_size=17"),
+     ("llama4", "nope_layer_interval=2"), ("llama4", "use_qk_norm=false")],
+)  # fmt: skip
+def test_what_the_conversion_was_told_wrong_is_found(maxtext_lab, tmp_path, family, told):
+    checkpoint = maxtext_lab.checkpoint(*MODELS[family])
+    run(checkpoint, tmp_path / "out", sets=(told,))
+    config = config_file(tmp_path / "config", checkpoint.config)
+    found = check("layers", tmp_path / "out", ParityOptions(config=config))
+    assert found["description"].status is Status.FAIL, words(found)
+    assert told.partition("=")[0] in found["description"].summary
+    assert found["hidden"].status is Status.FAIL, words(found)
+
+
+def test_the_right_pages_pass(maxtext_lab, tmp_path):
+    """Without which the tests above would show nothing."""
+    for family, parts in MODELS.items():
+        run(maxtext_lab.checkpoint(*parts), tmp_path / family)
+        for level in ("logits", "layers"):
+            found = check(level, tmp_path / family)
+            assert found.pop("reference").status is Status.WARN
+            assert worst(found.values()) is Status.PASS, words(found)
