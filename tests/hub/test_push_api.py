@@ -36,7 +36,7 @@ def test_what_may_not_go_raises(hub, out, monkeypatch):
     with pytest.raises(UsageError, match="NAMESPACE/NAME"):
         moeconv.push(out, "nowhere")
     (out / "verify.json").unlink()
-    with pytest.raises(UnverifiedError, match="there is no verify.json"):
+    with pytest.raises(UnverifiedError, match="there is no verify"):
         moeconv.push(out)
     monkeypatch.setenv("HF_TOKEN", "")
     with pytest.raises(HubError, match="there is no token"):
