@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import read_tokenizer
-from moeconv.hf.tokenizer.sentencepiece import Algorithm, read_model
+from moeconv.hf.tokenizer.sentencepiece import Algorithm, is_sentencepiece, read_model
 from moeconv.verification.candidate import Subject
 from moeconv.verification.checks import Status
 from moeconv.verification.levels.tokenizers import check_tokenizer
@@ -213,6 +213,15 @@ def test_the_reader_reads_what_protobuf_reads() -> None:
         "eos": theirs.eos_id(),
         "pad": theirs.pad_id(),
     }
+
+
+def test_what_is_told_apart() -> None:
+    piece = b"\x0a\x08\x0a\x01a\x15\0\0\0\0"
+    assert is_sentencepiece(piece)
+    assert is_sentencepiece(b"\x1a\x02\x20\x00" + piece)  # as Gemma 4's
+    assert is_sentencepiece((b"\x1a\xff\xff\x03" + bytes(5000))[:4096])  # long rules first
+    for other in (b"", b"\n", b"\n\nx", b'"quoted"', b"IQ== 0", b"\x12\x05ab", b"\x1a\xff"):
+        assert not is_sentencepiece(other)
 
 
 def test_damage_is_one_sentence_or_nothing() -> None:
