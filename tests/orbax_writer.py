@@ -15,6 +15,7 @@ import tensorstore as ts
 
 KeyPath = tuple[str, ...]
 
+_HANDLER = "orbax.checkpoint.experimental.v1._src.PyTreeHandler"
 # Orbax's: metadata of arrays lies in the tree, only chunks in data files.
 _OCDBT = {"max_inline_value_bytes": 1024, "max_decoded_node_bytes": 100_000_000}
 
@@ -88,7 +89,7 @@ def write(
     }
     (items / "_METADATA").write_text(json.dumps(content))
     content = {
-        "item_handlers": {item: "orbax.checkpoint.experimental.v1._src.PyTreeHandler"},
+        "item_handlers": {item: _HANDLER} if item else _HANDLER,
         "init_timestamp_nsecs": 1,
         "commit_timestamp_nsecs": 2,
         "custom_metadata": {

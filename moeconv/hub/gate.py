@@ -44,7 +44,7 @@ class Judgement:
 
     @property
     def verified(self) -> bool:
-        """Whether the gate lets it pass."""
+        """True if the gate lets it pass."""
         return self.problem is None
 
 
@@ -186,7 +186,7 @@ def _problem(report: Report) -> str | None:
 
 
 def _against_maxtext(report: Report, level: Level) -> bool:
-    """Whether a level's reference was MaxText (`--against hf:DIR` takes another)."""
+    """True if a level's reference was MaxText (`--against hf:DIR` takes another)."""
     check = find(report, level, "reference")
     return check is not None and check.metrics.get("against") == "maxtext"
 

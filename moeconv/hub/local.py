@@ -190,7 +190,7 @@ class Output:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the tokenizer is part of it."""
+        """True if the tokenizer is part of it."""
         return "tokenizer.json" in self.manifest.files
 
     def left_behind(self, sent: Iterable[str]) -> list[str]:
@@ -216,7 +216,7 @@ def read_own(folder: Path, name: str) -> bytes:
 
 
 def is_own(folder: Path, name: str) -> bool:
-    """Whether OUT has such a file.
+    """True if OUT has such a file.
 
     Raises:
         OutputError: It is a link, or no regular file.
@@ -285,7 +285,7 @@ def _manifests(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether it holds a manifest; a run's sidecar has the same name."""
+    """True if it holds a manifest; a run's sidecar has the same name."""
     try:
         content = strict_json.loads(
             read_inside(folder, MANIFEST_NAME, links=False, limit=_JSON_LIMIT)

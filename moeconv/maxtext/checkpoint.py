@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.layout import Layout, detect_layout, may_hold
+from moeconv.arch.layout import Layout, detect_layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
 from moeconv.arch.told import ToldConfig, tell
@@ -26,15 +26,16 @@ from moeconv.errors import (
 from moeconv.families import blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.maxtext import inspection
+from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
+from moeconv.maxtext.whole import demand_whole, refuse_adapters, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import METADATA, Step, locate, read_beside
-from moeconv.orbax.metadata import Tree, outside, read_tree
+from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
-from moeconv.orbax.trees import PARAMS, UNTOLD
 from moeconv.printing import Printable
 from moeconv.untrusted import strict_json
 
@@ -79,6 +80,7 @@ class StoredCheckpoint:
         files: Digest of the names, sizes and times of all its files; None where it is remote.
         unchanged: Looks for changes since before it was read.
         notes: Warnings about how it is stored.
+        fused: Settings by which it has parameters in one array, which are taken apart.
     """
 
     step: Step
@@ -87,6 +89,7 @@ class StoredCheckpoint:
     files: str | None
     unchanged: Unchanged
     notes: tuple[str, ...]
+    fused: frozenset[str]
 
     @cached_property
     def metadata(self) -> dict[str, str]:
@@ -196,12 +199,13 @@ def open_checkpoint(
     content, provenance = run_config(config, sidecar, step)
     unread += said_of(content, provenance, given=config is not None)
     told = tell(content, provenance, sets, accept)
+    demand_order(stored.fused, content)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
     layout = _layout(used, told, tree.collections)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
-    deciding = told.without(lambda key: key.startswith(tuple(unused))) if unused else told
+    deciding = told.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
@@ -211,6 +215,7 @@ def open_checkpoint(
         stored.files,
         stored.unchanged,
         stored.notes,
+        stored.fused,
         layout,
         told,
         resolution,
@@ -233,81 +238,20 @@ def open_stored(spec: str, *, allow_missing_chunks: bool = False) -> StoredCheck
     local = step.items.local
     files = _files_digest(inventory(local)) if local is not None else None
     tree = read_tree(step.items)
-    _refuse_unclaimed(step.items, tree)
+    refuse_adapters(step, tree)
+    refuse_unclaimed(step.items, tree, unused=UNUSED)
     if local is None and not tree.use_ocdbt:
         name = "zarr.json" if tree.use_zarr3 else ".zarray"
         names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
         unchanged.watch(partial(versions, step.items, names))
     arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
-    notes = _demand_whole(step, arrays)
-    return StoredCheckpoint(step, tree, arrays, files, unchanged, tuple(notes))
+    notes = demand_whole(step, arrays)
+    fused = take_apart(arrays)
+    return StoredCheckpoint(step, tree, arrays, files, unchanged, tuple(notes), fused)
 
 
 def _has(arrays: Arrays, module: str) -> bool:
     return any(info.path[0] == module for info in arrays.info.values())
-
-
-def _demand_whole(step: Step, arrays: Arrays) -> list[str]:
-    """Of a save that is not known to have finished, demands every chunk of the model.
-
-    Returns:
-        A warning that says what told, if it was such a one.
-
-    Raises:
-        TensorError: Chunks are missing; names the first array.
-        NotACheckpointError: Whether some are cannot be found out.
-    """
-    why = [step.uncommitted] if step.uncommitted else []
-    if arrays.unmerged:
-        count = len(arrays.unmerged)
-        many = "1 process" if count == 1 else f"{count} processes"
-        why.append(f"Orbax never merged what {many} wrote, or the index of that is lost")
-    if not why:
-        return []
-    if arrays.missing and not arrays.may_lack:
-        name, (stored, count) = next(iter(arrays.missing.items()))
-        more = f", and of {len(arrays.missing) - 1} others" if len(arrays.missing) > 1 else ""
-        unsure = (
-            ""
-            if arrays.tree.zeros_stored
-            else "; its Orbax left out chunks of nothing but zeros, and a lost one looks the same: "
-            "pass --allow-missing-chunks to read them as zeros"
-        )
-        raise TensorError(
-            f"{step.items} is no whole save: {' and '.join(why)}, and of {name} {stored} of "
-            f"{count} chunks are there{more}; copy what is missing (each process of a run may have "
-            f"written to a disk of its own), or use another step{unsure}"
-        )
-    return [
-        f"{' and '.join(why)}, but every array of the model is whole, as in a copy of a finished "
-        "save; it is taken as such"
-    ]
-
-
-def _refuse_unclaimed(items: Folder, tree: Tree) -> None:
-    """Refuses arrays beside the parameters that no decoder block has there.
-
-    Raises:
-        TensorError: There are some; names them.
-        UnsupportedError: Among them are biases of a router.
-    """
-    names = [
-        leaf.stored_name
-        for leaf in tree.model
-        if leaf.collection not in (PARAMS, UNTOLD)
-        and leaf.path[0] not in UNUSED
-        and not any(may_hold(block, leaf.path, leaf.collection) for block in blocks().values())
-    ]
-    # `MoEBiasVar` (MaxText layers/moe.py): in `params` of MaxText's converter, in `nnx_aux` of a
-    # train state (common/train_state_nnx.py `split_for_checkpoint`).
-    if any("MoEBiasVar" in name or name.endswith("gate.bias") for name in names):
-        listed = "".join(f"\n  {name}" for name in names[:20])
-        raise UnsupportedError(
-            f"{items} keeps biases of a router outside of params.params, which no supported target "
-            f"has:{listed}"
-        )
-    if names:
-        raise outside(items, tree.root, names)
 
 
 def _layout(

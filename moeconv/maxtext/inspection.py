@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from moeconv.arch.resolve import Resolution, missing_message
+from moeconv.maxtext.facts import facts_of
 from moeconv.printing import fold
 from moeconv.sizes import format_size
 
@@ -22,6 +23,7 @@ def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:
         "checkpoint": str(checkpoint.step.items),
         "step": checkpoint.step.number,
         "skipped_steps": list(checkpoint.step.skipped),
+        "what": facts_of(checkpoint).as_dict(),
         "kind": "train state" if checkpoint.tree.is_train_state else "parameters only",
         "left_alone": list(checkpoint.tree.others),
         "format": checkpoint.tree.describe(),
@@ -76,8 +78,7 @@ def parts(checkpoint: "Checkpoint") -> "Iterator[RenderableType]":
     report = as_dict(checkpoint)
     step = f", step {report['step']}" if report["step"] is not None else ""
     yield f"{report['checkpoint']}{step}"
-    others = f" (left alone: {', '.join(report['left_alone'])})" if report["left_alone"] else ""
-    yield f"{report['kind']}{others}, {report['format']}, {report['layout']}"
+    yield from facts_of(checkpoint).lines()
     yield f"{report['num_parameters']:,} parameters, {format_size(report['bytes'])}"
     if report["tokenizer"]:
         yield f"tokenizer: {report['tokenizer']}"

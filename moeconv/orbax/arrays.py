@@ -7,6 +7,7 @@ decoded once however many boxes are cut from it. The cache is dropped with the r
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,41 @@ _DAMAGE = ("DATA_LOSS", "NOT_FOUND", "INVALID_ARGUMENT", "OUT_OF_RANGE")
 _MISSING = "NOT_FOUND"
 # What tensorstore raises about metadata and data.
 _REFUSED = (ValueError, OSError, TypeError, RuntimeError, OverflowError)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of a stored array.
+
+    Attributes:
+        axis: The axis that it is a range of.
+        start: Its first entry.
+        stop: Behind its last.
+        drop: The one entry is taken, and the axis left out.
+        order: The axes of the part among those that are left; None keeps their order.
+    """
+
+    axis: int
+    start: int
+    stop: int
+    drop: bool = False
+    order: tuple[int, ...] | None = None
+
+    def of(self, sizes: tuple[int, ...], size: int) -> tuple[int, ...]:
+        """The sizes of the part's axes, with another for this one."""
+        own = () if self.drop else (size,)
+        left = (*sizes[: self.axis], *own, *sizes[self.axis + 1 :])
+        return left if self.order is None else tuple(left[axis] for axis in self.order)
+
+    def view(self, store: Any) -> Any:
+        """This part of a tensorstore array, from 0."""
+        whole = (slice(None),) * self.axis
+        if self.drop:
+            part = store[(*whole, self.start)]
+        else:
+            part = store[(*whole, slice(self.start, self.stop))]
+            part = part[ts.d[self.axis].translate_to[0]]
+        return part if self.order is None else part.transpose(self.order)
 
 
 class Arrays:
@@ -67,6 +103,7 @@ class Arrays:
         self.info: dict[str, ArrayInfo] = {}
         self._leaves = {leaf.path: leaf for leaf in tree.model}
         self._grids: dict[KeyPath, int] = {}
+        self._windows: dict[str, Window] = {}
         self._database = Database(items, self._context) if tree.use_ocdbt else None
         if self._database is not None and items.local is not None:
             self._check_metadata(self._database)
@@ -235,6 +272,26 @@ class Arrays:
         codec = "+".join(c for c in codecs if c != "bytes") or "none"
         return ArrayInfo(path, shape, dtype, clipped, codec, decoded)
 
+    def split(self, name: str, parts: Mapping[KeyPath, Window]) -> None:
+        """Takes an array apart: its parts are read instead of it, by names of their own.
+
+        Args:
+            name: The array's, which it loses.
+            parts: The parts by their key paths; together all of it.
+        """
+        whole = self.info.pop(name)
+        for path, window in parts.items():
+            # So that a chunk of the part lies in one that is stored.
+            along = math.gcd(whole.chunk[window.axis], window.start)
+            self._leaves[path] = self._leaves[whole.path]
+            part = replace(
+                whole,
+                path=path,
+                shape=window.of(whole.shape, window.stop - window.start),
+                chunk=window.of(whole.chunk, min(along, window.stop - window.start)),
+            )
+            self.info[part.name], self._windows[part.name] = part, window
+
     def reader(self, name: str, chunks: int = 1) -> "Reader":
         """A reader whose cache holds so many decoded chunks."""
         info = self.info[name]
@@ -247,6 +304,8 @@ class Arrays:
             self._result(info.path, self._open(info.path, opening, fill=fill))
             for fill in (False, True)[: 1 + self.may_lack]
         ]
+        if (window := self._windows.get(name)) is not None:
+            stores = [window.view(store) for store in stores]
         return Reader(self, info, stores[0], stores[-1])
 
 

@@ -75,6 +75,12 @@ class Step:
         found = self.custom_metadata.get("scan_layers")
         return found if isinstance(found, bool) else None
 
+    @property
+    def lora(self) -> dict[str, Any]:
+        """The settings of the adapter that was trained, as MaxText recorded them; else empty."""
+        found = self.custom_metadata.get("lora")
+        return found if isinstance(found, dict) else {}
+
 
 def locate(spec: str) -> Step:
     """Finds the step that CKPT means: the one named, or the newest complete one.

@@ -8,7 +8,7 @@ from typing import Any
 from moeconv.errors import NotACheckpointError, TensorError
 from moeconv.orbax.database import MANIFEST, parts_of
 from moeconv.orbax.store import Folder
-from moeconv.orbax.trees import PARAMS, KeyPath, Leaf, is_of_training, leaf_of, root_of
+from moeconv.orbax.trees import PARAMS, KeyPath, Leaf, is_adapter, is_of_training, leaf_of, root_of
 from moeconv.untrusted import strict_json
 
 # Runs write some thousand.
@@ -42,6 +42,11 @@ class Tree:
     use_ocdbt: bool
     use_zarr3: bool
     zeros_stored: bool
+
+    @property
+    def adapters(self) -> tuple[Leaf, ...]:
+        """Those of `model` that are matrices of a LoRA adapter."""
+        return tuple(leaf for leaf in self.model if is_adapter(leaf.path))
 
     @property
     def collections(self) -> dict[KeyPath, str]:

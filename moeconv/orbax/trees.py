@@ -57,6 +57,15 @@ class Leaf:
         return ".".join(self.stored)
 
 
+# `kernel_lora_a` beside `kernel` (qwix), `lora_a.kernel` (utils/lora_utils.py).
+_ADAPTER = re.compile(r"(?:.*_)?lora_[ab](?:\..*)?\Z")
+
+
+def is_adapter(path: KeyPath) -> bool:
+    """True for a matrix of a LoRA adapter."""
+    return any(_ADAPTER.match(key) for key in path[-2:])
+
+
 def root_of(leaves: Sequence[KeyPath]) -> KeyPath | None:
     """Where the model's tree begins: the first of `ROOTS` that there is; None if there is none."""
     for root in ROOTS:

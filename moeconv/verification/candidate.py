@@ -30,6 +30,7 @@ from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.checkpoint import UNUSED
+from moeconv.maxtext.fused import take_apart
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
@@ -41,7 +42,7 @@ from moeconv.verification.checks import CandidateError
 from moeconv.verification.files import demand_loadable_files, read_object
 from moeconv.verification.measure.routing import Choice
 
-# Tensors that a small model may lack and still be told which.
+# Tensors that a small model may lack, and which are still listed one by one.
 _FEW = 1000
 
 
@@ -175,8 +176,8 @@ class Candidate:
         named = f"{self.out / MANIFEST_NAME} names"
         if Folder.open(self.source).local is None:
             raise SourceGoneError(
-                f"{self.source}, which {named}, is at an address; none is asked that only OUT "
-                "tells of: give it with --source"
+                f"{self.source}, which {named}, is at an address; an address that only OUT "
+                "names is not contacted: give it with --source"
             )
         try:
             return locate(self.source)
@@ -195,7 +196,9 @@ class Candidate:
     def arrays(self) -> Arrays:
         """The source's parameters, opened."""
         missing = bool(self.manifest.missing_chunks)
-        return Arrays(self.step.items, read_tree(self.step.items), allow_missing=missing)
+        arrays = Arrays(self.step.items, read_tree(self.step.items), allow_missing=missing)
+        take_apart(arrays)
+        return arrays
 
     @cached_property
     def layout(self) -> Layout:
@@ -290,7 +293,7 @@ class Candidate:
             )
 
     def demand_described(self) -> None:
-        """What transformers would build is the described model, as far as it can be told before.
+        """What transformers would build is the described model, as far as that is known before.
 
         Raises:
             CandidateError: config.json is another model's, or as `demand_count`.

@@ -47,6 +47,7 @@ def test_no_family_is_named_outside_its_page() -> None:
         f"{path.relative_to(SOURCE)}:{line}: {text!r}"
         for path in SOURCE.rglob("*.py")
         if path.parent != SOURCE / "families"
+        and path.name != "special_sets.py"  # a tokenizer may be called as its model is
         for line, text in texts(path)
         if word.search(text)
     ]

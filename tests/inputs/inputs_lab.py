@@ -10,7 +10,7 @@ def converted(made, out, spec=None, **options):
     config = options.pop("config", None) or made.config_file(out.parent)
     prepared = plan_conversion(str(spec or made.run), ConvertOptions(config=config, **options))
     convert(prepared, out)
-    return tensors(out), prepared.checkpoint
+    return tensors(out), prepared.source
 
 
 def as_leaf(*root, value=False, listed=False):

@@ -83,7 +83,9 @@ def samples(
     }
     told = {
         "num_experts_per_tok": draw(st.sampled_from([1, 2])),
-        "rope_type": draw(st.sampled_from([r for r in ("default", "llama3.1") if r in page.ropes])),
+        "rope_type": draw(
+            st.sampled_from([rope for rope in page.ropes if rope != "yarn"] or ["yarn"])
+        ),
         "rope_use_scale": draw(st.booleans()),
         "normalize_embedding_logits": draw(st.booleans()),
         "param_scan_axis": axis,

@@ -1,4 +1,4 @@
-"""config.json as different readers understand it: one file, one model, whoever loads it.
+"""config.json as different readers understand it: one file, one model, in every release.
 
 Releases differ in where they look. A theta that only one of them finds gives the other a default,
 silently: transformers 4 would run at 10,000 or 1,000,000 what was trained at 500,000.

@@ -24,9 +24,13 @@ from moeconv.errors import (
     UsageError,
     to_install,
 )
+from moeconv.maxtext.checkpoint import UNUSED
 from moeconv.orbax.arrays import Arrays
-from moeconv.orbax.metadata import read_tree
+from moeconv.orbax.database import MANIFEST
+from moeconv.orbax.locate import METADATA
+from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
+from moeconv.orbax.trees import PARAMS
 from moeconv.verification.boundary import blaming
 from moeconv.verification.models.maxtext_config import build_config, quiet
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
@@ -165,7 +169,12 @@ def _restore(items: Path, abstract: Any, scan_axis: int) -> Any:
     from maxtext.common import checkpointing
 
     parameters, streams, rest = nnx.split_state(abstract, nnx.Param, nnx.RngState, ...)
-    others = _others(items, rest, scan_axis) if nnx.to_flat_state(rest) else rest
+    folder = Folder.open(items)
+    tree = read_tree(folder)
+    others = _read(folder, tree, rest, scan_axis) if nnx.to_flat_state(rest) else rest
+    if not _is_loaded_by_maxtext(folder, tree):
+        restored = _read(folder, tree, parameters)
+        return nnx.merge_state(restored, others, jax.tree.map(zeros, streams))
     wanted = {dotted(path) for part in (parameters, rest) for path, _ in nnx.to_flat_state(part)}
     try:
         stored = _stored_parameters(items)
@@ -177,7 +186,8 @@ def _restore(items: Path, abstract: Any, scan_axis: int) -> Any:
     except Exception as error:
         raise TensorError(f"MaxText cannot load {items}: {error}") from error
     # MaxText only logs what it leaves unread.
-    if unread := sorted(stored - wanted):
+    unread = sorted(name for name in stored - wanted if name.split(".")[0] not in UNUSED)
+    if unread:
         raise TensorError(
             f"{items} holds parameters that the model of the run's config does not have: "
             + ", ".join(unread)
@@ -189,26 +199,43 @@ def _restore(items: Path, abstract: Any, scan_axis: int) -> Any:
     return nnx.merge_state(restored, others, jax.tree.map(zeros, streams))
 
 
-def _others(items: Path, variables: Any, scan_axis: int) -> Any:
-    """The variables that are no `nnx.Param`, such as a router's bias (layers/moe.py `MoEBiasVar`).
+def _is_loaded_by_maxtext(items: Folder, tree: Tree) -> bool:
+    """True if MaxText's loader of parameters takes it: an NNX state or another item it does not.
 
-    MaxText's loader of parameters does not look for them in a train state's `nnx_aux`. Layers are
-    stacked on axis 0 (layers/nnx_scan.py); where the variable was a parameter when it was saved, on
-    `param_scan_axis`.
+    Source: common/checkpointing.py `load_params_from_path`, which reads `params` of `items`, or of
+    a bare tree, whose OCDBT store is merged, by the names that the model has.
+    """
+    return (
+        tree.root == ("params", "params")
+        and all(leaf.stored[2:] == leaf.path for leaf in tree.model if leaf.collection == PARAMS)
+        and (items.name == "items" or not items.parent.has(METADATA))
+        and (items.has(MANIFEST) or not tree.use_ocdbt)
+    )
+
+
+def _read(folder: Folder, tree: Tree, variables: Any, scan_axis: int | None = None) -> Any:
+    """Variables read as arrays of their names, where MaxText's loader does not look for them.
+
+    So are those that are no `nnx.Param`, such as a router's bias (layers/moe.py `MoEBiasVar`). It
+    may be in a train state's `nnx_aux`; layers are then stacked on axis 0 (layers/nnx_scan.py).
+
+    Args:
+        folder: The item.
+        tree: What it holds.
+        variables: As shapes.
+        scan_axis: Of variables that are no parameters: where layers are if they were when saved.
     """
     import jax
     from flax import nnx
 
-    folder = Folder.open(items)
-    tree = read_tree(folder)
     arrays, filled = Arrays(folder, tree), []
     for path, variable in nnx.to_flat_state(variables):
         name, leaf = dotted(path), variable.get_value()
         if name not in arrays.info:
-            raise TensorError(f"{items} holds no {name}.")
+            raise TensorError(f"{folder} holds no {name}.")
         shape = arrays.info[name].shape
         value = arrays.reader(name).read(tuple(slice(0, n) for n in shape))
-        if tuple(map(str, path)) not in tree.collections and value.ndim > scan_axis:
+        if scan_axis is not None and value.shape != leaf.shape and value.ndim > scan_axis:
             value = np.moveaxis(value, scan_axis, 0)
         if value.shape != leaf.shape:
             raise TensorError(f"{name} has shape {list(shape)}, not {list(leaf.shape)}.")

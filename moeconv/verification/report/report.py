@@ -48,7 +48,7 @@ class Report(BaseModel):
 
     @classmethod
     def read(cls, raw: bytes) -> "Report":
-        """From verify.json, whoever wrote it.
+        """From verify.json, which anybody can have written.
 
         Raises:
             ValueError: It is no report, or lacks figures that a page would show.
@@ -65,7 +65,7 @@ class Report(BaseModel):
 
     @property
     def proves(self) -> bool:
-        """Whether the levels that ran are enough to call both models the same, warnings aside.
+        """True if the levels that ran are enough to call both models the same, warnings aside.
 
         Right values prove nothing of the RoPE that config.json declares, and what runs alike on
         some tokens may differ in a row of the embedding.

@@ -1,0 +1,134 @@
+"""Parameters that MaxText keeps in one array for speed, taken apart again.
+
+    prefuse_moe_weights  `wi` [E, D, 2M]: wi_0, then wi_1 (layers/moe.py `RoutedMoE`)
+    fused_mlp            `wi.kernel` [D, 2, F]: one after the other (layers/linears.py `MlpBlock`)
+    fused_qkv            `qkv_proj.kernel` [D, H + 2K, h]: queries, keys, values
+                         (layers/attentions.py `qkv_projection`)
+
+Each with a layer axis at `param_scan_axis` where layers are stacked. The order of heads in
+`qkv_proj` is another where heads were cut over devices: each device has its own queries, keys and
+values, one behind the other.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from moeconv.arch.stacks import STACKED, stacked_axes
+from moeconv.errors import UnsupportedError
+from moeconv.orbax.arrays import Arrays, Window
+from moeconv.tensor.stored import ArrayInfo
+
+# What is fused: the setting, the array, and one that shows its sizes.
+_MOE = ("prefuse_moe_weights", ("wi",), ("wo",))
+_MLP = ("fused_mlp", ("wi", "kernel"), ("wo", "kernel"))
+_QKV = ("fused_qkv", ("qkv_proj", "kernel"), ("out", "kernel"))
+# Their axes in one layer.
+_AXES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    _MOE[0]: (("E", "D", "two M"), ("E", "M", "D")),
+    _MLP[0]: (("D", "two", "F"), ("F", "D")),
+    _QKV[0]: (("D", "heads", "h"), ("H", "h", "D")),
+}
+# MaxText's default first; shapes leave it open only where the rest of the model does, too.
+_SCAN_AXES = (1, 0, 2, 3)
+# Mesh axes that cut heads (configs/base.yml, `logical_axis_rules` of heads).
+_CUT = ("tensor", "tensor_transpose", "tensor_sequence", "autoregressive")
+
+
+def take_apart(arrays: Arrays) -> frozenset[str]:
+    """Replaces fused arrays by the parameters in them, as parts of what is stored.
+
+    Args:
+        arrays: Of a checkpoint; changed.
+
+    Returns:
+        The settings by which they were fused; of those whose shapes are no such array's, none.
+    """
+    found = set()
+    for info in list(arrays.info.values()):
+        for setting, fused, beside in (_MOE, _MLP, _QKV):
+            if info.path[-len(fused) :] != fused:
+                continue
+            above = info.path[: -len(fused)]
+            other = arrays.info.get(".".join((*above, *beside)))
+            windows = dict(_windows(setting, info, other)) if other else {}
+            parts = {(*above, *path): window for path, window in windows.items()}
+            if parts and not any(".".join(path) in arrays.info for path in parts):
+                arrays.split(info.name, parts)
+                found.add(setting)
+    return frozenset(found)
+
+
+def demand_order(fused: frozenset[str], config: Mapping[str, Any] | None) -> None:
+    """Refuses fused queries, keys and values whose heads were cut over devices.
+
+    Args:
+        fused: From `take_apart`.
+        config: The run's; settings that it does not have are at MaxText's default, which is 1.
+
+    Raises:
+        UnsupportedError: They were.
+    """
+    if "fused_qkv" not in fused:
+        return
+    keys = [f"{where}_{axis}_parallelism" for where in ("ici", "dcn") for axis in _CUT]
+    for key in keys:
+        if (value := (config or {}).get(key, 1)) != 1:
+            raise UnsupportedError(
+                f"fused_qkv with {key}={value}: each device kept its own queries, keys and values "
+                "in qkv_proj, in an order that the checkpoint does not show; load it with this "
+                "mesh in MaxText, and save it with fused_qkv=false"
+            )
+
+
+def _windows(
+    setting: str, info: ArrayInfo, other: ArrayInfo
+) -> Iterator[tuple[tuple[str, ...], Window]]:
+    """The parameters of a fused array, and where they are in it."""
+    sizes = _sizes(info.shape, other.shape, *_AXES[setting])
+    if sizes is None:
+        return
+    named, alone, size = sizes
+    if setting == _MOE[0]:
+        at, width = named.index("two M"), size["M"]
+        yield ("wi_0",), Window(at, 0, width)
+        yield ("wi_1",), Window(at, width, 2 * width)
+    elif setting == _MLP[0]:
+        at = named.index("two")
+        left = [axis for axis in named if axis != "two"]
+        order = tuple(left.index(axis) for axis in alone)
+        yield ("wi_0", "kernel"), Window(at, 0, 1, drop=True, order=order)
+        yield ("wi_1", "kernel"), Window(at, 1, 2, drop=True, order=order)
+    else:
+        at, heads = named.index("heads"), size["H"]
+        keys, odd = divmod(size["heads"] - heads, 2)
+        if keys > 0 and not odd and heads % keys == 0:
+            yield ("query", "kernel"), Window(at, 0, heads)
+            yield ("key", "kernel"), Window(at, heads, heads + keys)
+            yield ("value", "kernel"), Window(at, heads + keys, heads + 2 * keys)
+
+
+def _sizes(
+    shape: Sequence[int],
+    other: Sequence[int],
+    axes: tuple[str, ...],
+    beside: tuple[str, ...],
+) -> tuple[tuple[str, ...], tuple[str, ...], Mapping[str, int]] | None:
+    """By the first scan axis by which both shapes agree: the axes, those of a gate alone, sizes."""
+    gate = tuple(axis for axis in axes if axis != "two")
+    ways = [(axes, beside, gate)]
+    if len(shape) == len(axes) + 1:
+        ways = [
+            (stacked_axes(axes, at, STACKED), stacked_axes(beside, at, STACKED),
+             stacked_axes(gate, at, STACKED))
+            for at in _SCAN_AXES
+        ]  # fmt: skip
+    for one, two, alone in ways:
+        pairs = [*zip(one, shape, strict=False), *zip(two, other, strict=False)]
+        found: dict[str, int] = {}
+        fits = (len(one), len(two)) == (len(shape), len(other)) and all(
+            found.setdefault(axis, n) == n for axis, n in pairs
+        )
+        twice = found.get("two", 2) == 2 and found.get("two M", 0) == 2 * found.get("M", 0)
+        if fits and twice:
+            return one, alone, found
+    return None

@@ -1,0 +1,105 @@
+"""What is no model, or not all of one, is refused for what it is."""
+
+from collections.abc import Collection
+
+from moeconv.arch.layout import may_hold
+from moeconv.errors import TensorError, UnsupportedError
+from moeconv.families import blocks
+from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.locate import Step
+from moeconv.orbax.metadata import Tree, outside
+from moeconv.orbax.store import Folder
+from moeconv.orbax.trees import PARAMS, UNTOLD
+
+
+def demand_whole(step: Step, arrays: Arrays) -> list[str]:
+    """Of a save that is not known to have finished, demands every chunk of the model.
+
+    Returns:
+        A warning that says what told, if it was such a one.
+
+    Raises:
+        TensorError: Chunks are missing; names the first array.
+        NotACheckpointError: Whether some are cannot be found out.
+    """
+    why = [step.uncommitted] if step.uncommitted else []
+    if arrays.unmerged:
+        count = len(arrays.unmerged)
+        many = "1 process" if count == 1 else f"{count} processes"
+        why.append(f"Orbax never merged what {many} wrote, or the index of that is lost")
+    if not why:
+        return []
+    if arrays.missing and not arrays.may_lack:
+        name, (stored, count) = next(iter(arrays.missing.items()))
+        more = f", and of {len(arrays.missing) - 1} others" if len(arrays.missing) > 1 else ""
+        unsure = (
+            ""
+            if arrays.tree.zeros_stored
+            else "; its Orbax left out chunks of nothing but zeros, and a lost one looks the same: "
+            "pass --allow-missing-chunks to read them as zeros"
+        )
+        raise TensorError(
+            f"{step.items} is no whole save: {' and '.join(why)}, and of {name} {stored} of "
+            f"{count} chunks are there{more}; copy what is missing (each process of a run may have "
+            f"written to a disk of its own), or use another step{unsure}"
+        )
+    return [
+        f"{' and '.join(why)}, but every array of the model is whole, as in a copy of a finished "
+        "save; it is taken as such"
+    ]
+
+
+def refuse_adapters(step: Step, tree: Tree) -> None:
+    """Refuses a LoRA adapter, alone or in a model.
+
+    Raises:
+        UnsupportedError: There is one; says which, and what to do.
+    """
+    count = len(tree.adapters)
+    if not count:
+        return
+    told = [f"{key.removeprefix('lora_')} {step.lora[key]}"
+            for key in ("lora_rank", "lora_alpha") if key in step.lora]  # fmt: skip
+    what = f"a LoRA adapter ({', '.join([*told, f'{count} matrices'])})"
+    first = tree.adapters[0].stored_name
+    if count == len(tree.model):
+        raise UnsupportedError(
+            f"{step.items} holds {what} and no model, as MaxText saves a LoRA training: {first}, "
+            "…; moeconv does not convert adapters. MaxText's to_huggingface writes one with "
+            "lora.lora_restore_path, and the merged model with load_parameters_path beside it"
+        )
+    raise UnsupportedError(
+        f"{step.items} holds a model and {what}: {first}, …; moeconv does not merge adapters, and "
+        "without it the model would be another. MaxText's to_huggingface merges them"
+    )
+
+
+def refuse_unclaimed(items: Folder, tree: Tree, *, unused: Collection[str]) -> None:
+    """Refuses arrays beside the parameters that no decoder block has there.
+
+    Args:
+        items: The item.
+        tree: What it holds.
+        unused: First keys of what is left out on purpose.
+
+    Raises:
+        TensorError: There are some; names them.
+        UnsupportedError: Among them are biases of a router.
+    """
+    names = [
+        leaf.stored_name
+        for leaf in tree.model
+        if leaf.collection not in (PARAMS, UNTOLD)
+        and leaf.path[0] not in unused
+        and not any(may_hold(block, leaf.path, leaf.collection) for block in blocks().values())
+    ]
+    # `MoEBiasVar` (MaxText layers/moe.py): in `params` of MaxText's converter, in `nnx_aux` of a
+    # train state (common/train_state_nnx.py `split_for_checkpoint`).
+    if any("MoEBiasVar" in name or name.endswith("gate.bias") for name in names):
+        listed = "".join(f"\n  {name}" for name in names[:20])
+        raise UnsupportedError(
+            f"{items} keeps biases of a router outside of params.params, which no supported target "
+            f"has:{listed}"
+        )
+    if names:
+        raise outside(items, tree.root, names)
