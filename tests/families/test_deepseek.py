@@ -85,7 +85,7 @@ def test_the_config_of_another_model_is_refused(tmp_path, key, value):
 
 
 def test_maxtexts_head_dim_is_none_of_this_attentions(tmp_path):
-    model = planned(tmp_path, head_dim=128).checkpoint.resolution.model()
+    model = planned(tmp_path, head_dim=128).plan.model
     assert (model.head_dim, model.num_key_value_heads) == (10, model.num_attention_heads)
     assert (model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim) == (6, 4, 5)
 
@@ -163,7 +163,7 @@ def test_yarn_scales_attention_where_it_stretches(tmp_path, changes, mscale):
 def test_groups_are_ranked_by_their_two_best_scores(tmp_path):
     model = planned(
         tmp_path, n_routing_groups=2, topk_routing_group=1
-    ).checkpoint.resolution.model()
+    ).plan.model
     scores = np.array([[0.9, -0.5, 0.3, 0.2], [0.1, 0.2, -0.4, 0.9]])
     eligible = blocks()["deepseek"].taps.eligible
     assert eligible is not None
