@@ -58,7 +58,6 @@ BLOCK = Block(
     shapes={
         "first_num_dense_layers": lambda m: sum(kind.mlp == "dense" for kind in m["layer_kinds"]),
         "shared_experts": shared_experts,
-        "routed_bias": biased,
         "q_lora_rank": lambda m: m["q_lora_rank"] or 0,
         "kv_lora_rank": lambda m: m["kv_lora_rank"],
         "qk_nope_head_dim": lambda m: m["qk_nope_head_dim"],

@@ -40,6 +40,7 @@ PLAIN = {"routed_bias": False, "model_name": "default"}
             {"n_routing_groups": 2, "topk_routing_group": 1, "num_experts_per_tok": 3},
             "1 of 2 groups have fewer experts than a token goes to",
         ),
+        ({"routed_bias": False}, "routed_bias=false, but the checkpoint has a bias"),
         ({"normalization_layer_epsilon": 1e-5}, "epsilon=1e-05.*have 1e-06 in transformers"),
         ({"rope_interleave": False}, "rope_interleave=true"),
         ({"rope_attention_scaling": True}, "rope_attention_scaling=false"),
@@ -58,9 +59,23 @@ def test_what_no_target_computes_is_refused(tmp_path, changes, words):
         planned(tmp_path, **changes)
 
 
+@pytest.mark.parametrize("told", ["the config", "the model's file"])
+def test_a_bias_that_was_left_out_is_never_zeros(tmp_path, told):
+    """As a parameters-only checkpoint of MaxText 0.2.5 leaves it out."""
+    made = synthetic.write(tmp_path / "run", "deepseek", change=without_bias)
+    config = made.config_file()
+    if told == "the model's file":
+        config = made.config_file(
+            emb_dim=None, routed_bias=None, model_name="deepseek3-671b", num_experts_per_tok=None
+        )
+    options = ConvertOptions(config=config, sets=("num_experts_per_tok=2",))
+    with pytest.raises(UnsupportedError, match=r"no bias of the router: .*convert the train state"):
+        plan_conversion(str(made.run), options)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("first_num_dense_layers", 2), ("shared_experts", 1), ("routed_bias", False),
+    [("first_num_dense_layers", 2), ("shared_experts", 1),
      ("q_lora_rank", 0), ("kv_lora_rank", 9), ("qk_rope_head_dim", 2), ("qk_nope_head_dim", 10),
      ("v_head_dim", 4), ("num_kv_heads", 2)],
 )  # fmt: skip
@@ -70,7 +85,7 @@ def test_the_config_of_another_model_is_refused(tmp_path, key, value):
 
 
 def test_maxtexts_head_dim_is_none_of_this_attentions(tmp_path):
-    model = planned(tmp_path, head_dim=128).checkpoint.resolution.model()
+    model = planned(tmp_path, head_dim=128).plan.model
     assert (model.head_dim, model.num_key_value_heads) == (10, model.num_attention_heads)
     assert (model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim) == (6, 4, 5)
 
@@ -148,7 +163,7 @@ def test_yarn_scales_attention_where_it_stretches(tmp_path, changes, mscale):
 def test_groups_are_ranked_by_their_two_best_scores(tmp_path):
     model = planned(
         tmp_path, n_routing_groups=2, topk_routing_group=1
-    ).checkpoint.resolution.model()
+    ).plan.model
     scores = np.array([[0.9, -0.5, 0.3, 0.2], [0.1, 0.2, -0.4, 0.9]])
     eligible = blocks()["deepseek"].taps.eligible
     assert eligible is not None

@@ -93,6 +93,8 @@ def samples(
             k: v for k, v in synthetic.BLOCKS[block].items() if k not in {*page.shown, *page.shapes}
         },
     }
+    if "routed_bias" in told:
+        told["routed_bias"] = any(kind.variant == "bias" for kind in kinds)
     if "emb_dim" in told:
         told["emb_dim"] = sizes["D"]
     layout = detect_layout(
