@@ -141,8 +141,8 @@ def mapping_page() -> str:
                 "of two (head_dim 4, 16, 64, 256; the same for the hidden size).",
                 *(family_section(f) for f in targets().values()),
                 "## What shapes cannot tell",
-                "These come from the run's config, its `moeconv.json`, or `--set`; they are never "
-                "guessed.",
+                "These come from the run's config, its `moeconv_run.json`, or `--set`; they are "
+                "never guessed.",
                 fields,
                 "## Settings that change a model",
                 "Every setting of MaxText is classified. One that can change what a model computes "

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     "--tokenizer",
     metavar="PATH_OR_ID",
     help="A tokenizer directory, a sentencepiece model, tiktoken ranks, or a Hub id "
-    "(with HF_TOKEN from the environment). Default: the one the run's moeconv.json names.",
+    "(with HF_TOKEN from the environment). Default: the one the run's moeconv_run.json names.",
 )
 @JOBS
 @click.option(

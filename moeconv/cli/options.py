@@ -71,7 +71,7 @@ CONFIG = click.option(
     "--config",
     type=LocalPath(dir_okay=False),
     help="The run's settings: its MaxText YAML (keys it leaves out have MaxText's defaults), "
-    "MaxText's own log, or W&B's config.yaml. Without it the run's moeconv.json is looked for "
+    "MaxText's own log, or W&B's config.yaml. Without it the run's moeconv_run.json is looked for "
     "beside the checkpoint, then a log or a resolved config.",
 )
 

@@ -236,8 +236,8 @@ def _conversion(given: CardInput) -> list[str]:
         f"Made by `moeconv convert` {plain(manifest.moeconv_version)} from "
         f"{code(tail(source.path))} ({plain(source.format)}; {plain(source.layout)}), whose "
         f"{len(source.arrays)} arrays have the digest {code(source.digest)}. "
-        "`moeconv.json` has the SHA-256 of every array that was read and of every file that was "
-        "written."
+        f"`{given.output.manifest_name}` has the SHA-256 of every array that was read and of every "
+        "file that was written."
     ]
     notes = [
         f"{plain(fold.factor)} was folded into {code(fold.target)} "

@@ -12,7 +12,6 @@ whoever writes a report that is consistent in itself is believed.
 import hashlib
 from dataclasses import dataclass
 
-from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import UnverifiedError
 from moeconv.hub.local import Output
 from moeconv.untrusted.text import printable
@@ -94,7 +93,7 @@ def _contradiction(output: Output, report: Report) -> str | None:
     if read is not None and read.status is Status.PASS:
         digests.add(str(read.metrics.get("digest")))
     if digests != {claimed.digest}:
-        return f"it speaks of another checkpoint than {MANIFEST_NAME}"
+        return f"it speaks of another checkpoint than {output.manifest_name}"
     return None
 
 

@@ -104,7 +104,7 @@ def test_untold_fields(checkpoint):
     sentence = refused(ran, ConfigError, out=out_of(checkpoint))
     keys = "decoder_block num_experts_per_tok rope_type rope_max_timescale max_target_length"
     keys += " normalization_layer_epsilon normalize_embedding_logits"
-    for key in (*keys.split(), "--config FILE", "--set KEY=VALUE", "moeconv.json"):
+    for key in (*keys.split(), "--config FILE", "--set KEY=VALUE", "moeconv_run.json"):
         assert key in sentence
     ran = moeconv("inspect", checkpoint.run)
     assert ran.code == 0

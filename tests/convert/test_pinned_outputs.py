@@ -66,7 +66,7 @@ def digests(case: str, folder: Path) -> dict[str, str]:
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out.iterdir())
-        if file.name != "moeconv.json"
+        if file.name != "moeconv_manifest.json"
     }
 
 

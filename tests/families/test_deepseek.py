@@ -161,9 +161,7 @@ def test_yarn_scales_attention_where_it_stretches(tmp_path, changes, mscale):
 
 
 def test_groups_are_ranked_by_their_two_best_scores(tmp_path):
-    model = planned(
-        tmp_path, n_routing_groups=2, topk_routing_group=1
-    ).plan.model
+    model = planned(tmp_path, n_routing_groups=2, topk_routing_group=1).plan.model
     scores = np.array([[0.9, -0.5, 0.3, 0.2], [0.1, 0.2, -0.4, 0.9]])
     eligible = blocks()["deepseek"].taps.eligible
     assert eligible is not None

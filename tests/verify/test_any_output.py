@@ -28,7 +28,7 @@ from moeconv.verification.settings import ParityOptions, VerifyOptions
 INDEX, HEADER = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
 # Each file of an output and its format.
 FORMS = {
-    "moeconv.json": mutations.JSON,
+    "moeconv_manifest.json": mutations.JSON,
     "config.json": mutations.JSON,
     "generation_config.json": mutations.JSON,
     "tokenizer.json": mutations.JSON,
@@ -82,17 +82,17 @@ def verdict(out: Path, levels: Sequence[str], **options) -> Status | str:
 @pytest.mark.parametrize("name", FORMS)
 def test_a_changed_file_fails_or_is_no_verdict(good, fresh, name):
     # Most changes of the manifest end where it is read, and cost nothing.
-    @settings(PROPERTY, max_examples=(60 if name == "moeconv.json" else 12) * SCALE)
+    @settings(PROPERTY, max_examples=(60 if name == "moeconv_manifest.json" else 12) * SCALE)
     @given(mutations.content_changes((good / name).read_bytes(), FORMS[name]), st.booleans())
     def holds(changes, admitted):
         out = fresh()
         before = (out / name).read_bytes()
         after = mutations.apply(before, changes, FORMS[name])
         (out / name).write_bytes(after)
-        if admitted and name != "moeconv.json":
+        if admitted and name != "moeconv_manifest.json":
             admit(out, name)
         found = verdict(out, ("structure", "weights"))
-        if not admitted and name != "moeconv.json" and after != before:
+        if not admitted and name != "moeconv_manifest.json" and after != before:
             # Of names that lead out of the folder nothing is opened at all.
             assert found is Status.FAIL or (name == INDEX and "leads out of" in found)
 
@@ -149,15 +149,15 @@ def test_any_config_of_transformers_is_loaded_or_blamed(good, fresh):
 def test_a_manifest_and_a_config_may_agree_on_nonsense(fresh):
     """Both are written by the same hand, with right digests."""
     numbers = [-1, 0, 1, 3, 5, 7, 65, 2**31 - 1, 0.0, 1e-300, 1e308, -1e308, True, "", "abc", None]
-    fields = sorted(json.loads((fresh() / "moeconv.json").read_text())["model"])
+    fields = sorted(json.loads((fresh() / "moeconv_manifest.json").read_text())["model"])
 
     @settings(PROPERTY, max_examples=12 * SCALE)
     @given(st.sampled_from(fields), st.sampled_from(range(len(numbers))))
     def holds(field, number):
         out = fresh()
-        manifest = json.loads((out / "moeconv.json").read_text())
+        manifest = json.loads((out / "moeconv_manifest.json").read_text())
         manifest["model"][field]["value"] = numbers[number]
-        (out / "moeconv.json").write_text(json.dumps(manifest))
+        (out / "moeconv_manifest.json").write_text(json.dumps(manifest))
         try:
             wanted = Candidate.open(out).wanted_config
         except MoeconvError:

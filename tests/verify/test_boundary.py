@@ -87,9 +87,9 @@ def test_another_model_s_errors_are_not_the_candidate_s():
 def test_more_experts_a_token_than_there_are(right, tmp_path):
     """The manifest is all that is known of this run: MaxText cannot build that either."""
     out = shutil.copytree(right, tmp_path / "out")
-    manifest = json.loads((out / "moeconv.json").read_text())
+    manifest = json.loads((out / "moeconv_manifest.json").read_text())
     manifest["model"]["num_experts_per_tok"]["value"] = 9
-    (out / "moeconv.json").write_text(json.dumps(manifest))
+    (out / "moeconv_manifest.json").write_text(json.dumps(manifest))
     (out / "config.json").write_text(json.dumps(Candidate.open(out).wanted_config))
     admit(out, "config.json")
     with pytest.raises(ConfigError, match="MaxText cannot") as found:

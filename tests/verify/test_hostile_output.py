@@ -39,9 +39,9 @@ def ran(out: Path, level: str = "structure", *args: object) -> Ran:
 
 
 def rewrite(out: Path, change) -> None:
-    content = json.loads((out / "moeconv.json").read_text())
+    content = json.loads((out / "moeconv_manifest.json").read_text())
     change(content)
-    (out / "moeconv.json").write_text(json.dumps(content))
+    (out / "moeconv_manifest.json").write_text(json.dumps(content))
 
 
 def described(**fields):

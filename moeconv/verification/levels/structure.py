@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moeconv.artifact.manifest import MANIFEST_NAME
+from moeconv.artifact.manifest import MANIFEST_NAMES
 from moeconv.artifact.names import KNOWN, is_leftover
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
@@ -72,7 +72,7 @@ def _files(candidate: Candidate) -> Check:
             wrong.append(f"{name} (size)")
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
-    known = {*candidate.manifest.files, MANIFEST_NAME, *KNOWN}
+    known = {*candidate.manifest.files, *MANIFEST_NAMES, *KNOWN}
     extra = sorted({p.name for p in candidate.out.iterdir() if not is_leftover(p)} - known)
     if wrong:
         return _OF.failed(
