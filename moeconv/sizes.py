@@ -1,4 +1,4 @@
-"""Byte counts as people write and read them."""
+"""Byte counts and numbers of parameters, as people write and read them."""
 
 import re
 
@@ -65,3 +65,11 @@ def format_size(count: float) -> str:
                 else f"{count / size:.0f} {unit}"
             )
     return f"{count:.0f} B"
+
+
+def format_count(count: int) -> str:
+    """`304M`, `22.9k`: how many parameters, as models are named."""
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)

@@ -150,6 +150,20 @@ LLAMA4: Mapping[str, object] = {
     "chunk_attn_window_size": 16,
     "rope_type": "llama3.1",
 }
+# The QK norm is over all heads only under such a name (layers/attentions.py `Attention`).
+OLMO3: Mapping[str, object] = {
+    "decoder_block": "olmo3",
+    "model_name": "olmo3-7b",
+    "override_model_config": True,
+    "num_experts": 1,
+    "base_num_decoder_layers": 8,
+    "use_qk_norm": True,
+    "sliding_window_size": 8,
+    "inhomogeneous_layer_cycle_interval": 4,
+    "normalize_embedding_logits": True,
+    **YARN,
+    "rope_truncate": True,
+}
 TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
 _MACHINE: Mapping[str, object] = {

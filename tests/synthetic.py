@@ -21,7 +21,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 # L layers; the others are those of arch/parameters.py.
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
-    "S": 48, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
+    "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -57,6 +57,14 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "interleave_moe_layer_step": 2,
         "inhomogeneous_layer_cycle_interval": 2,
         "chunk_attn_window_size": 8,
+    },
+    "olmo3": {
+        "decoder_block": "olmo3",
+        "emb_dim": 16,
+        "model_name": "olmo3-7b",
+        "num_experts": 1,
+        "use_qk_norm": True,
+        "sliding_window_size": 8,
     },
     "deepseek": {
         "decoder_block": "deepseek",

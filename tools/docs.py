@@ -75,10 +75,13 @@ def mapping_page() -> str:
             ["`L`", "layer"],
             ["`E`", "expert"],
             ["`D`", "hidden size"],
-            ["`F`", "MLP width"],
+            ["`F`, `M`, `S`", "width of the MLP, of an expert, of the shared experts together"],
             ["`H`, `K`", "query heads, key/value heads"],
             ["`h`", "head_dim"],
             ["`V`", "vocabulary"],
+            ["`q`, `c`", "latent attention: rank of queries, of keys and values"],
+            ["`k`, `v`, `b`", "its sizes of a query head, a value head, and of an expanded head"],
+            ["`r`", "`c` and the rotated part of a key"],
         ],
     )
     of_blocks = table(
@@ -138,8 +141,8 @@ def mapping_page() -> str:
                 "of two (head_dim 4, 16, 64, 256; the same for the hidden size).",
                 *(family_section(f) for f in targets().values()),
                 "## What shapes cannot tell",
-                "These come from the run's config, its `moeconv.json`, or `--set`; they are never "
-                "guessed.",
+                "These come from the run's config, its `moeconv_run.json`, or `--set`; they are "
+                "never guessed.",
                 fields,
                 "## Settings that change a model",
                 "Every setting of MaxText is classified. One that can change what a model computes "

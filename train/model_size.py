@@ -49,7 +49,7 @@ class ModelSize:
 
 
 def model_size(config: Mapping[str, Any]) -> ModelSize | None:
-    """The size of a MaxText config's model; None for a decoder block that moeconv does not know."""
+    """The size of a MaxText config's model; None for one whose parameters are not known here."""
     block = blocks().get(str(config["decoder_block"]))
     if block is None or config.get("use_qk_norm") or config.get("use_post_ffw_norm"):
         return None
@@ -67,15 +67,16 @@ def model_size(config: Mapping[str, Any]) -> ModelSize | None:
         "moe_intermediate_size": config[f"base_{block.expert_width}"],
         "num_experts": experts,
     }
-    sizes = {axis: int(lengths[name]) for axis, name in AXES.items()}
+    sizes = {axis: int(lengths[name]) for axis, name in AXES.items() if name in lengths}
     embedding, norm, head = (math.prod(sizes[a] for a in p.axes) for p in block.outer)
     # The table is looked up, which multiplies nothing, and is the head if that is tied.
     total = embedding + norm + (0 if config["logits_via_embedding"] else head)
     active = norm + head
     for kind in kinds(config, layers):
-        if kind not in block.layers:
+        parameters = block.layers.get(kind)
+        if parameters is None or {axis for each in parameters for axis in each.axes} - sizes.keys():
             return None
-        for parameter in block.layers[kind]:
+        for parameter in parameters:
             count = math.prod(sizes[axis] for axis in parameter.axes)
             total += count
             active += count * chosen // experts if parameter.axes[0] == "E" else count

@@ -20,7 +20,7 @@ from moeconv.errors import (
     UnsupportedError,
 )
 from moeconv.execution.lock import Lock
-from moeconv.maxtext.sidecar import SIDECAR_NAME, RunFacts, RunSidecar
+from moeconv.maxtext.sidecar import SIDECAR_NAME, SIDECAR_NAMES, RunFacts, RunSidecar
 from moeconv.orbax.locate import locate
 from moeconv.untrusted import files, strict_json
 
@@ -122,17 +122,17 @@ def read_sidecar(run_dir: Path) -> RunSidecar | None:
     Raises:
         ConfigError: It is damaged.
     """
-    path = run_dir / SIDECAR_NAME
-    try:
-        return RunSidecar.model_validate(
-            strict_json.loads(files.read_inside(run_dir, SIDECAR_NAME))
-        )
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; begin a new run_name") from None
-    except ValueError as error:  # pydantic's too
-        raise ConfigError(f"{path}: {first_line(error)}; begin a new run_name") from None
+    for name in SIDECAR_NAMES:
+        path = run_dir / name
+        try:
+            return RunSidecar.model_validate(strict_json.loads(files.read_inside(run_dir, name)))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; begin a new run_name") from None
+        except ValueError as error:  # pydantic's too
+            raise ConfigError(f"{path}: {first_line(error)}; begin a new run_name") from None
+    return None
 
 
 def check_same(

@@ -1,4 +1,4 @@
-"""The sidecar `moeconv.json` of a run: what its checkpoints do not say about the model.
+"""The sidecar `moeconv_run.json` of a run: what its checkpoints do not say about the model.
 
 `moeconv.maxtext.sidecar.RunSidecar` reads it.
 """
@@ -17,7 +17,7 @@ from typing import Any
 from moeconv_train.data.records import write_bytes
 
 import moeconv
-from moeconv.maxtext.sidecar import SIDECAR_NAME, RunFacts
+from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAME, RunFacts
 
 TOKENIZER = "tokenizer"
 SAMPLE = "sample.txt"
@@ -73,6 +73,8 @@ def write_sidecar(
 ) -> Path:
     """Puts the config, a copy of the tokenizer and some of the text into the run's directory.
 
+    A run that moeconv 0.1.0 began gets its sidecar renamed.
+
     Args:
         config: MaxText's resolved config.
         sample: Documents of the corpus; `moeconv verify` runs both models on them.
@@ -99,6 +101,8 @@ def write_sidecar(
         "data": data,
         "versions": versions(),
     }
-    path = directory / SIDECAR_NAME
+    path, old = directory / SIDECAR_NAME, directory / OLD_SIDECAR_NAME
+    if old.exists() and not path.exists():
+        old.rename(path)
     write_bytes(path, f"{json.dumps(sidecar, indent=1)}\n".encode())
     return path

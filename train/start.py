@@ -1,8 +1,8 @@
 """From a command line to a run that may start: recipe, preflight, data."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from moeconv_train.preflight.report import Preflight
 from moeconv_train.preflight.target import gpus
 
 from moeconv.errors import ConfigError
+from moeconv.printing import Printable
 
 
 def plan_run(
@@ -119,3 +120,29 @@ def facts(plan: Plan) -> Mapping[str, Any]:
         "maxtext": dict(plan.settings),
         "notes": list(plan.notes),
     }
+
+
+@dataclass(frozen=True)
+class Preview(Printable):
+    """A run that is looked at and not trained.
+
+    Attributes:
+        begun: The run, and what the checks found.
+        settings: True if MaxText's settings are shown too.
+    """
+
+    begun: Preflight
+    settings: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv train --check --json` prints."""
+        return {"plan": facts(self.begun.plan), "preflight": self.begun.to_json()}
+
+    def parts(self) -> Iterator[str]:
+        """What `moeconv train --check` prints."""
+        plan = self.begun.plan
+        yield describe(plan)
+        yield from (f"note: {text}" for text in plan.notes)
+        if self.settings:
+            yield from (f"  {setting}" for setting in plan.argv()[2:])
+        yield from self.begun.lines()

@@ -29,6 +29,7 @@ from moeconv.hub.plot import draw_losses
 from moeconv.maxtext.run_record import read_run
 from moeconv.maxtext.sidecar import RunFacts, RunSidecar
 from moeconv.orbax.locate import locate
+from moeconv.printing import Printable
 
 PLOT = "loss.png"
 _TOLD = {"language", "license", "tokenizer_license", "data_license", "hub_repo"}
@@ -36,7 +37,7 @@ _TOLD = {"language", "license", "tokenizer_license", "data_license", "hub_repo"}
 Status = Literal["finished", "interrupted", "time limit", "stopped"]
 
 
-class Outcome(BaseModel):
+class Outcome(Printable, BaseModel):
     """How a run went.
 
     Attributes:
@@ -57,6 +58,26 @@ class Outcome(BaseModel):
     eval_loss: float | None = None
     tokens: int | None = None
     message: str | None = None
+
+    @property
+    def reached(self) -> str:
+        """How far the run has come, and what is saved of it."""
+        early = " before the time limit" if self.status == "time limit" else ""
+        saved = "" if self.saved_step is None else f", checkpoint {self.saved_step} saved"
+        return f"{self.run_dir}: {self.completed:,} of {self.steps:,} steps{early}{saved}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv train --json` prints."""
+        return self.model_dump()
+
+    def parts(self) -> Iterator[str]:
+        """What `moeconv train` prints once all steps are done; nothing before."""
+        if self.status != "finished":
+            return
+        losses = {"loss": self.loss, "validation loss": self.eval_loss}
+        shown = [f"{name} {value:.4f}" for name, value in losses.items() if value is not None]
+        yield ", ".join([self.reached, *shown])
+        yield f"next: moeconv convert {self.run_dir} OUT"
 
 
 def train(

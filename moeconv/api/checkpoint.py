@@ -24,7 +24,7 @@ def open_checkpoint(
             `s3://` or `http://` address of one; the newest complete step is taken unless one is
             named.
         config: MaxText YAML of the run; keys it leaves out have MaxText's defaults. Without it the
-            run's `moeconv.json` is looked for beside the checkpoint.
+            run's `moeconv_run.json` is looked for beside the checkpoint.
         set: Fields by their MaxText names, over `config`: `{"rope_max_timescale": 500000}`, or
             `["rope_max_timescale=500000"]`, or a whole command line of MaxText.
         accept_keys: Settings in the run's config that moeconv does not know, and that do not change

@@ -64,7 +64,7 @@ def plan(
 
     Args:
         src: A MaxText checkpoint, as `open_checkpoint` takes it.
-        config: MaxText YAML of the run, in place of the `moeconv.json` beside the checkpoint.
+        config: MaxText YAML of the run, in place of the `moeconv_run.json` beside the checkpoint.
         set: Fields by their MaxText names, over `config`; see `open_checkpoint`.
         accept_keys: Settings in the config that moeconv does not know; see `open_checkpoint`.
         target: Architecture of the output, by the names in docs/mapping.md; `auto` is the decoder
@@ -73,7 +73,7 @@ def plan(
         max_shard_size: Largest safetensors file, in bytes or as `5GB`.
         untie: Write an explicit output head for a tied model.
         tokenizer: A directory, a file of tiktoken ranks, or an id on the Hub; by default the one
-            that the run's `moeconv.json` names.
+            that the run's `moeconv_run.json` names.
         allow_missing_chunks: Read chunks that an old checkpoint does not store as zeros.
         jobs: Chunks worked on at the same time, by default the number of processors; the bytes
             written do not depend on it.
@@ -161,7 +161,7 @@ class Converted(Printable):
     Attributes:
         out: The folder of the model.
         tensors: How many tensors it has.
-        manifest: Its `moeconv.json`: what was read and written, with SHA-256.
+        manifest: Its `moeconv_manifest.json`: what was read and written, with SHA-256.
     """
 
     out: Path

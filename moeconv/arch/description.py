@@ -45,11 +45,12 @@ class ModelDescription:
 
     Sizes are counts, None for what the model does not have. Of multi-head latent attention
     `head_dim` is the size of a query and key head, of which the last `qk_rope_head_dim` entries are
-    rotated. `shared_intermediate_size` is the width of all shared experts together. `rope_theta`
-    and `rms_norm_eps` are plain numbers; token ids are None where none is known, and several where
-    more than one ends a text. `settings` has what only some models have, YaRN's numbers and the
-    settings of their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says
-    for every field and every setting where its value came from.
+    rotated. `shared_intermediate_size` is the width of all shared experts together;
+    `query_norm_size` and `key_norm_size` are entries of norms over all heads. `rope_theta` and
+    `rms_norm_eps` are plain numbers; token ids are None where none is known, and several where more
+    than one ends a text. `settings` has what only some models have, YaRN's numbers and the settings
+    of their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every
+    field and every setting where its value came from.
     """
 
     decoder_block: str
@@ -76,6 +77,8 @@ class ModelDescription:
     qk_rope_head_dim: Count | None = None
     v_head_dim: Count | None = None
     shared_intermediate_size: Count | None = None
+    query_norm_size: Count | None = None
+    key_norm_size: Count | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | tuple[TokenId, ...] | None = None
     pad_token_id: TokenId | None = None

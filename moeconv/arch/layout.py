@@ -482,7 +482,7 @@ class _Detection:
             raise ConfigError(
                 f"the shapes fit a layer axis at {' and '.join(map(str, fits))} alike; give it "
                 "with --set param_scan_axis=1 (MaxText's default), in --config, or in the run's "
-                "moeconv.json"
+                "moeconv_run.json"
             )
         return axis, fits[axis]
 

@@ -5,7 +5,7 @@ every layer, however the checkpoint stacks it (see `stacks`). Axis names, used e
 
     L layer    E expert    D hidden size (model width)    V vocabulary
     F MLP width    M MLP width of an expert    H query heads    K key/value heads    h head_dim
-    S width of the shared experts together
+    S width of the shared experts together    n, m norms of all query and of all key heads
 
 and of multi-head latent attention (MLA):
 
@@ -31,6 +31,8 @@ AXES: Mapping[str, str] = {
     "M": "moe_intermediate_size",
     "E": "num_experts",
     "S": "shared_intermediate_size",
+    "n": "query_norm_size",
+    "m": "key_norm_size",
     "q": "q_lora_rank",
     "c": "kv_lora_rank",
     "v": "v_head_dim",

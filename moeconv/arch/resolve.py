@@ -73,8 +73,8 @@ def missing_message(missing: Sequence[str]) -> str:
         "the checkpoint's shapes cannot tell these fields, and nobody told them:"
         + "".join(lines)
         + "\nGive the run's MaxText YAML with --config FILE (keys it leaves out take MaxText's "
-        "defaults), each field with --set KEY=VALUE, or put the run's moeconv.json (its resolved "
-        "config) beside the checkpoint."
+        "defaults), each field with --set KEY=VALUE, or put the run's moeconv_run.json (its "
+        "resolved config) beside the checkpoint."
     )
 
 

@@ -5,13 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from moeconv.artifact.manifest import MANIFEST_NAME
+from moeconv.artifact.manifest import MANIFEST_NAMES, manifest_name
 from moeconv.artifact.names import KNOWN, LOSS_PLOT, VERDICT, is_leftover
 from moeconv.errors import OutputError
+from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.untrusted.files import is_address, read_inside, without_access
 
 # What lies beside a model without being the user's own.
-_OURS = {MANIFEST_NAME, LOSS_PLOT, *VERDICT, ".gitattributes", ".cache"}
+_OURS = {*MANIFEST_NAMES, LOSS_PLOT, *VERDICT, ".gitattributes", ".cache"}
 # What every config.json of transformers has.
 _NAMED_BY = ("architectures", "model_type")
 
@@ -57,7 +58,7 @@ def holds_something(out: Path) -> bool:
 def is_replaceable(out: Path) -> bool:
     """Whether a folder looks like a model, or like one to be: a card or a license, nothing else.
 
-    A training run is no model, though it has a moeconv.json; nor is a project with a config.json.
+    A training run is no model, whichever name its sidecar has; nor is a project with a config.json.
     A model has no folders.
     """
     found = [path for path in out.iterdir() if not is_leftover(path)]
@@ -66,11 +67,13 @@ def is_replaceable(out: Path) -> bool:
     if all(path.name in KNOWN for path in found):
         return True
     try:
-        manifest, config = _manifest(out), _object(out, "config.json")
+        records = [_object(out, name) for name in (*MANIFEST_NAMES, SIDECAR_NAME)]
+        config = _object(out, "config.json")
     except OSError:
         return False  # what a link hides may be a run's
-    if isinstance(manifest, dict) and "format" in manifest:
-        return bool(manifest["format"] == "moeconv")
+    formats = [each["format"] for each in records if isinstance(each, dict) and "format" in each]
+    if formats:
+        return all(each == "moeconv" for each in formats)
     named = isinstance(config, dict) and not config.keys().isdisjoint(_NAMED_BY)
     return named and any(path.suffix == ".safetensors" for path in found)
 
@@ -82,16 +85,12 @@ def _is_folder(path: Path) -> bool:
 def strangers(out: Path) -> list[str]:
     """What would be lost with an old model without being part of it."""
     try:
-        content = _manifest(out)
+        content = _object(out, manifest_name(out))
     except OSError:
         content = None
     files = content.get("files") if isinstance(content, dict) else None
     known = {*_OURS, *(files if isinstance(files, dict) else ())}
     return sorted(path.name for path in out.iterdir() if path.name not in known)
-
-
-def _manifest(out: Path) -> Any:
-    return _object(out, MANIFEST_NAME)
 
 
 def _object(out: Path, name: str) -> Any:

@@ -1,5 +1,7 @@
-"""`moeconv.json`: what was converted, how, and the digest of everything read and written."""
+"""`moeconv_manifest.json`: what was converted, how, and the digests of all read and written."""
 
+import os
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -10,7 +12,16 @@ from moeconv.maxtext.run_record import RunRecord
 from moeconv.planning.model_values import model_of
 from moeconv.untrusted.text import printable
 
-MANIFEST_NAME = "moeconv.json"
+MANIFEST_NAME = "moeconv_manifest.json"
+# Of moeconv 0.1.0, whose training runs have a file of this name as well.
+OLD_MANIFEST_NAME = "moeconv.json"
+MANIFEST_NAMES = (MANIFEST_NAME, OLD_MANIFEST_NAME)
+
+
+def manifest_name(folder: Path) -> str:
+    """The name that the manifest in a folder has: the old one only where the new one is absent."""
+    there = [name for name in MANIFEST_NAMES if os.path.lexists(folder / name)]
+    return there[0] if there else MANIFEST_NAME
 
 
 class _Frozen(BaseModel):

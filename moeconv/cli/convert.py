@@ -1,6 +1,5 @@
 """`moeconv convert`: from what MaxText wrote to a model that loads anywhere."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from click.core import ParameterSource
 from moeconv.cli.options import (
     ACCEPT,
     CONFIG,
+    JOBS,
     JSON,
     QUIET,
     SET,
@@ -64,16 +64,9 @@ if TYPE_CHECKING:
     "--tokenizer",
     metavar="PATH_OR_ID",
     help="A tokenizer directory, a sentencepiece model, tiktoken ranks, or a Hub id "
-    "(with HF_TOKEN from the environment). Default: the one the run's moeconv.json names.",
+    "(with HF_TOKEN from the environment). Default: the one the run's moeconv_run.json names.",
 )
-@click.option(
-    "--jobs",
-    type=int,
-    default=lambda: os.cpu_count() or 1,
-    show_default="number of processors",
-    metavar="N",
-    help="Chunks worked on at the same time; the bytes written do not depend on it.",
-)
+@JOBS
 @click.option(
     "--max-memory",
     default="4GiB",

@@ -1,5 +1,6 @@
 """Options that several commands share, declared once."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -70,7 +71,7 @@ CONFIG = click.option(
     "--config",
     type=LocalPath(dir_okay=False),
     help="The run's settings: its MaxText YAML (keys it leaves out have MaxText's defaults), "
-    "MaxText's own log, or W&B's config.yaml. Without it the run's moeconv.json is looked for "
+    "MaxText's own log, or W&B's config.yaml. Without it the run's moeconv_run.json is looked for "
     "beside the checkpoint, then a log or a resolved config.",
 )
 
@@ -89,6 +90,15 @@ ACCEPT = click.option(
     metavar="KEY",
     help="A setting in the run's config that moeconv does not know, of a newer MaxText or a fork, "
     "and that does not change the model. verify can then warn at best. May be given several times.",
+)
+
+JOBS = click.option(
+    "--jobs",
+    type=int,
+    default=lambda: os.cpu_count() or 1,
+    show_default="number of processors",
+    metavar="N",
+    help="Chunks worked on at the same time; the result does not depend on it.",
 )
 
 JSON = click.option("--json", "json_mode", is_flag=True, help="Data on stdout, as JSON.")

@@ -25,13 +25,13 @@ class _Raw(io.FileIO):
             return memoryview(data).nbytes
 
 
-def guard() -> list[_Raw]:
+def guard() -> _Raw | None:
     """Puts such streams in the places of this process's own; letters it does not know become `?`.
 
     Returns:
-        What is below stdout, unless a caller has put something else there.
+        What is below stdout; None where a caller has put something else there.
     """
-    below = []
+    below = None
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
         if stream is None:  # closed, so that the next file to be opened would get its number
@@ -53,17 +53,17 @@ def guard() -> list[_Raw]:
         )
         setattr(sys, name, fresh)
         if name == "stdout":
-            below.append(raw)
+            below = raw
     return below
 
 
-def lost(below: list[_Raw]) -> str | None:
+def lost(below: _Raw | None) -> str | None:
     """Why the answer on stdout is lost; a reader that went away has read what it wanted."""
     sys.stdout.flush()
-    for raw in below:
-        if raw.failure is not None and raw.failure.errno != errno.EPIPE:
-            return "it is closed" if raw.failure.errno == errno.EBADF else raw.failure.strerror
-    return None
+    failure = below.failure if below is not None else None
+    if failure is None or failure.errno == errno.EPIPE:
+        return None
+    return "it is closed" if failure.errno == errno.EBADF else failure.strerror
 
 
 def say(text: str) -> None:

@@ -1,23 +1,20 @@
 """`moeconv train`: the door to moeconv_train, which trains with MaxText's own loop."""
 
-import contextlib
 import importlib
 import importlib.util
 import sys
 import time
-from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from moeconv.cli.options import JSON, QUIET, output_of
+from moeconv.cli.start import INTERRUPTED
 from moeconv.cli.streams import say
 from moeconv.errors import MissingPackageError, TimeLimitError, to_install
 
 if TYPE_CHECKING:
     from moeconv.cli.output import Output
-
-INTERRUPTED = 130
 
 
 @click.command("train")
@@ -79,24 +76,23 @@ def command(
         words = (*words, f"run.time_limit={time_limit}")
     begun = start.plan_run(words, memory=check, network=not dry_run, progress=output.note)
     if check or dry_run:
-        output.data({"plan": start.facts(begun.plan), "preflight": begun.to_json()})
-        output.print(start.describe(begun.plan))
-        for text in begun.plan.notes:
-            output.print(f"note: {text}")
-        for setting in () if check else begun.plan.argv()[2:]:
-            output.print(f"  {setting}")
-        for line in begun.lines():
-            output.print(line)
+        output.answer(start.Preview(begun, settings=not check))
         begun.refuse()
         return
-    _tell(output, begun)
+    for text in begun.sentences():
+        output.note(text)
     begun.refuse()
     outcome = _train(output, start, begun, since, resume, quiet, words if trial else None)
     if trial:
         output.data({"trial": outcome and outcome.model_dump()})
         return
-    output.data(outcome.model_dump())
-    _end(output, outcome)
+    output.answer(outcome)
+    if outcome.status == "time limit":
+        raise TimeLimitError(f"{outcome.reached}; the same command goes on")
+    if outcome.status == "interrupted":
+        _interrupted(outcome.reached)
+    if outcome.status == "stopped":
+        output.warn(f"{outcome.reached}: {outcome.message}")
 
 
 def _train(
@@ -122,7 +118,8 @@ def _train(
 
     try:
         ready = start.with_data(begun, note=output.note, progress=prepared, quiet=quiet)
-        _tell(output, ready, begun.findings)
+        for text in ready.sentences(known=begun.findings):
+            output.note(text)
         for text in ready.plan.notes:
             output.note(f"note: {text}")
         if trial is not None:
@@ -133,42 +130,9 @@ def _train(
     except KeyboardInterrupt:
         saved = importlib.import_module("moeconv_train.run_dir").saved_step(run_dir)
         last = "nothing was saved" if saved is None else f"checkpoint {saved} is the last one saved"
-        _interrupted(f"{run_dir}: {last}; the same command goes on")
+        _interrupted(f"{run_dir}: {last}")
 
 
-def _interrupted(text: str) -> NoReturn:
-    """Whoever listened may have been interrupted too (`2>&1 | tee log`)."""
-    with contextlib.suppress(OSError):
-        say(f"interrupted: {text}")
+def _interrupted(reached: str) -> NoReturn:
+    say(f"interrupted: {reached}; the same command goes on")
     sys.exit(INTERRUPTED)
-
-
-def _end(output: "Output", outcome: Any) -> None:
-    """The last words, and the exit code."""
-    where = f"{outcome.run_dir}: {outcome.completed:,} of {outcome.steps:,} steps"
-    saved = "" if outcome.saved_step is None else f", checkpoint {outcome.saved_step} saved"
-    if outcome.status == "time limit":
-        raise TimeLimitError(f"{where} before the time limit{saved}; the same command goes on")
-    if outcome.status == "interrupted":
-        _interrupted(f"{where}{saved}; the same command goes on")
-    if outcome.status == "stopped":
-        output.warn(f"{where}{saved}: {outcome.message}")
-        return
-    losses = [
-        f"{name} {value:.4f}"
-        for name, value in (("loss", outcome.loss), ("validation loss", outcome.eval_loss))
-        if value is not None
-    ]
-    output.print(", ".join([f"{where}{saved}", *losses]))
-    output.print(f"next: moeconv convert {outcome.run_dir} OUT")
-
-
-def _tell(output: "Output", begun: Any, told: Collection[Any] = ()) -> None:
-    """What was mended, and what should be known, before the run starts; nothing twice."""
-    for finding in begun.findings:
-        if finding in told:
-            continue
-        if finding.status == "mended":
-            output.note(f"mended: {finding.check}: {finding}")
-        elif finding.status == "warn":
-            output.warn(f"{finding.check}: {finding.message}")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import click
 
-from moeconv.cli.options import ACCEPT, JSON, QUIET, LocalPath, output_of
+from moeconv.cli.options import ACCEPT, JOBS, JSON, QUIET, LocalPath, output_of
 from moeconv.cli.streams import say
 from moeconv.errors import MoeconvError
 from moeconv.verification.levels import LEVELS
@@ -83,13 +83,7 @@ FAILED, COULD_NOT_RUN = 1, 2
     metavar="SIZE",
     help="What level weights may take.",
 )
-@click.option(
-    "--jobs",
-    type=click.IntRange(1),
-    default=lambda: os.cpu_count() or 1,
-    show_default="number of processors",
-    metavar="N",
-)
+@JOBS
 @JSON
 @QUIET
 def command(out: Path, level: str, json_mode: bool, quiet: bool, **options: Any) -> None:

@@ -191,8 +191,8 @@ def reopen(
         length = plan.model.max_position_embeddings
         if wanted.option is not None:
             tokenizer = read_tokenizer(wanted.option, model_max_length=length)
-        elif (sidecar := find_sidecar(stored.step, needed=True)) and sidecar[0].tokenizer:
-            tokenizer = run_tokenizer(*sidecar, model_max_length=length)
+        elif (sidecar := find_sidecar(stored.step, needed=True)) and sidecar.content.tokenizer:
+            tokenizer = run_tokenizer(sidecar, model_max_length=length)
         if tokenizer is None or PlannedTokenizer.of(tokenizer, wanted.option) != wanted:
             raise TokenizerError(
                 f"the tokenizer {wanted.source} is not as it was when the plan was made; make the "
@@ -239,7 +239,7 @@ def _tokenizer(
 
 def _run(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[RunRecord | None, Sequence[str]]:
     """What the run tells of its training, and what of it could not be read."""
-    sidecar = checkpoint.sidecar[0] if checkpoint.sidecar else None
+    sidecar = checkpoint.sidecar.content if checkpoint.sidecar else None
     run, unread = read_run(checkpoint.step, sidecar)
     if options.tokenizer is not None and run is not None and run.facts is not None:
         # Of its own tokenizer, which this may not be.

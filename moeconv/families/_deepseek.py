@@ -9,7 +9,7 @@ weighs by score plus bias, and ignores groups.
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.fields import ROUTING, Known, ToldField, has_moe, not_negative
+from moeconv.arch.fields import ROUTING, Known, ToldField, has_moe, not_negative, truth
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import Module, Segment, Stacking
 from moeconv.families._shared import (
@@ -112,6 +112,7 @@ SETTINGS = (
         has_moe,
         write=lambda value: _RELEASED.get(value, "default"),
     ),
+    ToldField("routed_bias", "routed_bias", truth, "true or false", has_moe),
     ToldField("mscale", "mscale", not_negative, "a number ≥ 0"),
 )
 
@@ -178,6 +179,14 @@ def refusal(model: ModelDescription) -> str | None:
     expert, shared = model.moe_intermediate_size or 0, model.shared_intermediate_size or 0
     if not model.moe_layers:
         return "it has no Mixture-of-Experts layer"
+    if model.settings["routed_bias"] and not biased(vars(model)):
+        return (
+            "routed_bias=true, but the checkpoint has no bias of the router: a parameters-only "
+            "checkpoint of MaxText 0.2.5 leaves it out (layers/moe.py `MoEBiasVar`); convert the "
+            "train state"
+        )
+    if biased(vars(model)) and not model.settings["routed_bias"]:
+        return "routed_bias=false, but the checkpoint has a bias of the router"
     if not shared or shared % expert:
         return f"its shared experts are {shared} wide, no multiple of an expert's {expert}"
     if model.settings["rope_attention_scaling"] or not model.settings["rope_interleave"]:
@@ -209,16 +218,26 @@ def alone(config: Any, number: int, is_moe: bool) -> None:
     config.first_k_dense_replace = 0 if is_moe else 1
 
 
+def _mscale(model: ModelDescription) -> float:
+    """0 where positions are not stretched, and MaxText scales nothing."""
+    numbers = model.settings
+    stretched = numbers["rope_positions"] > numbers["original_max_position_embeddings"]
+    return float(numbers["mscale"]) if stretched else 0.0
+
+
+def is_scaled(model: ModelDescription) -> bool:
+    """True if YaRN scales attention."""
+    return _mscale(model) > 0 and model.settings["rope_factor"] > 1
+
+
 def _rope(model: ModelDescription) -> dict[str, Any]:
     """`rope_parameters`, with the scale of attention.
 
-    Where positions are stretched, MaxText multiplies scores by (0.1·mscale·ln(factor) + 1)²
-    (layers/attention_mla.py); transformers does by `mscale_all_dim` (`yarn_apply_mscale`), and
-    scales what is rotated by the ratio of both.
+    MaxText multiplies scores by (0.1·mscale·ln(factor) + 1)² (layers/attention_mla.py);
+    transformers does by `mscale_all_dim` (`yarn_apply_mscale`), and scales what is rotated by the
+    ratio of both.
     """
-    numbers = model.settings
-    stretched = numbers["rope_positions"] > numbers["original_max_position_embeddings"]
-    mscale = numbers["mscale"] if stretched else 0.0
+    mscale = _mscale(model)
     return {**rope_parameters(model), "mscale": mscale, "mscale_all_dim": mscale}
 
 

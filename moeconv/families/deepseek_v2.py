@@ -6,8 +6,17 @@ chooses among all (layers/moe.py `get_topk`). What was trained is what is writte
 
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import Layers
-from moeconv.families._deepseek import RULES, alone, biased, caveats, config, groups, refusal
-from moeconv.mapping.rules import Probe, Target
+from moeconv.families._deepseek import (
+    RULES,
+    alone,
+    biased,
+    caveats,
+    config,
+    groups,
+    is_scaled,
+    refusal,
+)
+from moeconv.mapping.rules import Options, Probe, Target
 
 
 def _requires(model: ModelDescription) -> str | None:
@@ -24,14 +33,24 @@ def _requires(model: ModelDescription) -> str | None:
     return None
 
 
+def _caveats(model: ModelDescription, options: Options) -> list[str]:
+    lines = caveats(model, options)
+    if is_scaled(model):
+        lines.append(
+            "transformers before 5.15 leaves out YaRN's scale of attention in DeepSeek-V2, and "
+            "computes something else without a word (modeling_deepseek_v2.py)"
+        )
+    return lines
+
+
 TARGET = Target(
     name="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     summary="For models of MaxText's deepseek block with a softmax router: DeepSeek-V2, V2-Lite.",
     kinds=Layers(),
     requires=_requires,
-    since="5.0.0",
-    caveats=caveats,
+    since="5.15.0",
+    caveats=_caveats,
     rules=RULES,
     probe=Probe(scores=lambda mlp, output: output[0].softmax(dim=-1), alone=alone),
     config=config(

@@ -58,7 +58,6 @@ BLOCK = Block(
     shapes={
         "first_num_dense_layers": lambda m: sum(kind.mlp == "dense" for kind in m["layer_kinds"]),
         "shared_experts": shared_experts,
-        "routed_bias": biased,
         "q_lora_rank": lambda m: m["q_lora_rank"] or 0,
         "kv_lora_rank": lambda m: m["kv_lora_rank"],
         "qk_nope_head_dim": lambda m: m["qk_nope_head_dim"],
@@ -106,6 +105,11 @@ def _requires(model: ModelDescription) -> str | None:
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
     lines = caveats(model, options)
+    if groups(model)[1] < groups(model)[0] and biased(vars(model)):
+        lines.append(
+            "transformers before 5.7 gives experts of the groups that are not chosen the score 0 "
+            "instead of none, so that one is chosen where the bias makes better scores negative"
+        )
     if biased(vars(model)) and routes_so_since(model):
         lines.append(
             "MaxText before 0.2.5 weighed the experts of models named kimi-k2 with the router's "

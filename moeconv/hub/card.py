@@ -12,6 +12,7 @@ from moeconv.hub.local import Output
 from moeconv.hub.public import own_paths, shorten, tail
 from moeconv.hub.usage import usage
 from moeconv.maxtext.run_record import RunRecord
+from moeconv.sizes import format_count
 from moeconv.verification.checks import Check, Status
 from moeconv.verification.report.files import PAGE_NAME
 from moeconv.verification.report.markdown import verdict_line
@@ -103,9 +104,9 @@ def _intro(given: CardInput) -> list[str]:
     model = given.output.model
     counts = count(model, blocks()[model.decoder_block])
     kind = "Mixture-of-Experts language model" if model.moe_layers else "language model"
-    used = f", of which a token uses {_millions(counts.active)}" if model.moe_layers else ""
+    used = f", of which a token uses {format_count(counts.active)}" if model.moe_layers else ""
     parts = [
-        f"A {kind} with {_millions(counts.total)} parameters{used}, trained with "
+        f"A {kind} with {format_count(counts.total)} parameters{used}, trained with "
         "[MaxText](https://github.com/AI-Hypercomputer/maxtext) and converted to Hugging Face "
         f"files by moeconv {plain(given.output.manifest.moeconv_version)}."
     ]
@@ -235,8 +236,8 @@ def _conversion(given: CardInput) -> list[str]:
         f"Made by `moeconv convert` {plain(manifest.moeconv_version)} from "
         f"{code(tail(source.path))} ({plain(source.format)}; {plain(source.layout)}), whose "
         f"{len(source.arrays)} arrays have the digest {code(source.digest)}. "
-        "`moeconv.json` has the SHA-256 of every array that was read and of every file that was "
-        "written."
+        f"`{given.output.manifest_name}` has the SHA-256 of every array that was read and of every "
+        "file that was written."
     ]
     notes = [
         f"{plain(fold.factor)} was folded into {code(fold.target)} "
@@ -320,13 +321,6 @@ def _setting(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else plain(str(value))
-
-
-def _millions(number: int) -> str:
-    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return str(number)
 
 
 def _list(items: Iterable[str]) -> str:

@@ -39,14 +39,15 @@ class Change:
 
 
 def plan_changes(
-    files: Iterable[File], remote: Mapping[str, RemoteFile], *, old_manifest: bytes | None
+    files: Iterable[File], remote: Mapping[str, RemoteFile], *, old_manifests: Mapping[str, bytes]
 ) -> list[Change]:
     """Compares both sides.
 
     Args:
         files: What is to be there.
         remote: What is there.
-        old_manifest: The Hub's own manifest: files it names that are no longer made are deleted.
+        old_manifests: The Hub's own, by their names: those of moeconv, and the files that they
+            name, are deleted where they are no longer made.
     """
     wanted = {file.name: file for file in files}
     changes = []
@@ -54,7 +55,7 @@ def plan_changes(
         there = remote.get(name)
         action: Action = "add" if there is None else "same" if there.is_same(file) else "replace"
         changes.append(Change(name, action, file.size, file))
-    ours = _named_by(old_manifest)
+    ours = {name for each in old_manifests.items() for name in _named_by(*each)}
     for name, there in remote.items():
         if name in wanted:
             continue
@@ -63,10 +64,11 @@ def plan_changes(
     return changes
 
 
-def _named_by(manifest: bytes | None) -> set[str]:
+def _named_by(name: str, manifest: bytes) -> set[str]:
+    """A manifest and its files; nothing of what is none, as a run's sidecar of an old name."""
     try:
-        content = strict_json.loads(manifest or b"{}")
-        return set(content["files"]) if content.get("format") == "moeconv" else set()
+        content = strict_json.loads(manifest)
+        return {name, *content["files"]} if content.get("format") == "moeconv" else set()
     except (ValueError, KeyError, TypeError, AttributeError):
         return set()
 

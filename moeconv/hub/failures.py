@@ -40,7 +40,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again may help: the connection broke, the Hub is busy or in trouble."""
+    """True if trying again may help: the connection broke, the Hub is busy or in trouble."""
     if isinstance(error, OfflineModeIsEnabled):
         return False
     status = status_of(error)

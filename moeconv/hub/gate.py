@@ -12,7 +12,6 @@ whoever writes a report that is consistent in itself is believed.
 import hashlib
 from dataclasses import dataclass
 
-from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import UnverifiedError
 from moeconv.hub.local import Output
 from moeconv.untrusted.text import printable
@@ -44,7 +43,7 @@ class Judgement:
 
     @property
     def verified(self) -> bool:
-        """Whether the gate lets it pass."""
+        """True if the gate lets it pass."""
         return self.problem is None
 
 
@@ -94,7 +93,7 @@ def _contradiction(output: Output, report: Report) -> str | None:
     if read is not None and read.status is Status.PASS:
         digests.add(str(read.metrics.get("digest")))
     if digests != {claimed.digest}:
-        return f"it speaks of another checkpoint than {MANIFEST_NAME}"
+        return f"it speaks of another checkpoint than {output.manifest_name}"
     return None
 
 
@@ -186,7 +185,7 @@ def _problem(report: Report) -> str | None:
 
 
 def _against_maxtext(report: Report, level: Level) -> bool:
-    """Whether a level's reference was MaxText (`--against hf:DIR` takes another)."""
+    """True if a level's reference was MaxText (`--against hf:DIR` takes another)."""
     check = find(report, level, "reference")
     return check is not None and check.metrics.get("against") == "maxtext"
 

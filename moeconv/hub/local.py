@@ -1,6 +1,7 @@
 """An output of `convert` as it lies on the disk: its manifest, its verdict, every file's digest."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from moeconv.arch.description import ModelDescription
-from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
+from moeconv.artifact.manifest import Manifest, manifest_name
 from moeconv.artifact.names import is_output_name
 from moeconv.errors import NotACheckpointError, OutputError
 from moeconv.families import targets
 from moeconv.hub.weights import Weights
 from moeconv.mapping.edges import cannot_hold
+from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import is_file, read_inside
 from moeconv.untrusted.text import printable
@@ -91,6 +93,7 @@ class Output:
         folder: Where it lies.
         manifest: What it claims.
         raw: The manifest's bytes.
+        manifest_name: Its file's name.
         report: `verify.json`, None when there is none.
         unreadable: Why `verify.json` is no report, where it is there.
     """
@@ -98,6 +101,7 @@ class Output:
     folder: Path
     manifest: Manifest
     raw: bytes = field(repr=False)
+    manifest_name: str
     report: Report | None
     unreadable: str | None = None
 
@@ -109,25 +113,26 @@ class Output:
             NotACheckpointError: It is no output of `convert`.
             OutputError: The manifest is damaged, or names what convert never writes.
         """
-        path = folder / MANIFEST_NAME
+        name = manifest_name(folder)
+        path = folder / name
         try:
             if not folder.is_dir():
                 raise NotACheckpointError(
                     f"{folder} does not exist; give an output of moeconv convert"
                 )
-            raw = read_inside(folder, MANIFEST_NAME, links=False, limit=_JSON_LIMIT)
+            raw = read_inside(folder, name, links=False, limit=_JSON_LIMIT)
         except (FileNotFoundError, ValueError):  # ValueError: a NUL in the path
+            if os.path.lexists(folder / SIDECAR_NAME):
+                raise _is_run(folder) from None
             raise NotACheckpointError(
-                f"{folder} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
+                f"{folder} has no {name}, so it was not written by moeconv convert"
             ) from None
         except OSError as error:
             raise OutputError(f"{path} cannot be read: {error.strerror}") from None
         try:
             content = strict_json.loads(raw)
             if isinstance(content, dict) and content.get("format") == "moeconv-run":
-                raise NotACheckpointError(
-                    f"{folder} is a training run; give the output of `moeconv convert {folder} OUT`"
-                )
+                raise _is_run(folder)
             demand_plain(content)
             manifest = Manifest.model_validate(content)
             # What describes no model, or one that its target cannot hold, is no manifest.
@@ -142,12 +147,12 @@ class Output:
                 f"{path} names {printable(', '.join(foreign))[:200]}, which moeconv convert never "
                 "writes; nothing is sent, convert again"
             )
-        return cls(folder, manifest, raw, *_read_report(folder))
+        return cls(folder, manifest, raw, name, *_read_report(folder))
 
     @property
     def names(self) -> list[str]:
         """The files it consists of, the manifest's own included."""
-        return sorted({*self.manifest.files, MANIFEST_NAME})
+        return sorted({*self.manifest.files, self.manifest_name})
 
     @property
     def missing(self) -> list[str]:
@@ -161,9 +166,10 @@ class Output:
         Raises:
             OutputError: One cannot be read.
         """
-        manifest = File.of(MANIFEST_NAME, self.raw, self.folder / MANIFEST_NAME)
-        found = {name: File.read(self.folder, name) for name in self.manifest.files}
-        return {**found, MANIFEST_NAME: manifest}
+        name = self.manifest_name
+        manifest = File.of(name, self.raw, self.folder / name)
+        found = {each: File.read(self.folder, each) for each in self.manifest.files}
+        return {**found, name: manifest}
 
     @property
     def digests(self) -> dict[str, str]:
@@ -190,7 +196,7 @@ class Output:
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the tokenizer is part of it."""
+        """True if the tokenizer is part of it."""
         return "tokenizer.json" in self.manifest.files
 
     def left_behind(self, sent: Iterable[str]) -> list[str]:
@@ -201,6 +207,12 @@ class Output:
         except OSError as error:
             raise OutputError(f"{self.folder} cannot be listed: {error.strerror}") from None
         return [f"{p.name}/" if p.is_dir() else p.name for p in there if p.name not in known]
+
+
+def _is_run(folder: Path) -> NotACheckpointError:
+    return NotACheckpointError(
+        f"{folder} is a training run; give the output of `moeconv convert {folder} OUT`"
+    )
 
 
 def read_own(folder: Path, name: str) -> bytes:
@@ -216,7 +228,7 @@ def read_own(folder: Path, name: str) -> bytes:
 
 
 def is_own(folder: Path, name: str) -> bool:
-    """Whether OUT has such a file.
+    """True if OUT has such a file.
 
     Raises:
         OutputError: It is a link, or no regular file.
@@ -271,7 +283,7 @@ def newest_output(below: Path) -> Path | None:
 
 def _manifests(folder: Path, depth: int) -> Iterator[Path]:
     if _is_output(folder):
-        yield folder / MANIFEST_NAME
+        yield folder / manifest_name(folder)
         return
     if depth == 0:
         return
@@ -285,10 +297,10 @@ def _manifests(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether it holds a manifest; a run's sidecar has the same name."""
+    """True if it holds a manifest; a run's sidecar once had the same name."""
     try:
         content = strict_json.loads(
-            read_inside(folder, MANIFEST_NAME, links=False, limit=_JSON_LIMIT)
+            read_inside(folder, manifest_name(folder), links=False, limit=_JSON_LIMIT)
         )
     except (OSError, ValueError):
         return False

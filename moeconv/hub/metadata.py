@@ -104,7 +104,7 @@ def assemble(metadata: Mapping[str, Any], body: str) -> str:
 
 
 def is_ours(readme: str) -> bool:
-    """Whether a README is a card of push that nobody has edited (its metadata may be)."""
+    """True if a README is a card of push that nobody has edited (its metadata may be)."""
     text = _body(readme)
     mark = _MARK.search(text)
     return mark is not None and _digest(text[: mark.start()]) == mark[1]

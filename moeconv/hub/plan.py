@@ -40,7 +40,7 @@ class PushPlan(Printable):
         changes: File by file.
         card: The README as it would be.
         card_origin: Whose text it is.
-        card_checked: Whether the Hub has validated its metadata.
+        card_checked: True if the Hub has validated its metadata.
         warnings: The parcel's, and what could not be found out; a sentence each.
         dry_run: It is for looking at: nothing was refused.
     """

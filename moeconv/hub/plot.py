@@ -9,7 +9,7 @@ from moeconv.maxtext.run_record import Measured, RunRecord
 
 
 def has_curve(run: RunRecord | None) -> TypeGuard[RunRecord]:
-    """Whether there is something to draw."""
+    """True if there is something to draw."""
     return run is not None and len(run.train_curve) > 1
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
 from moeconv.hub.kinds import png_texts, unlike
 from moeconv.hub.local import File, Output
@@ -44,10 +43,10 @@ def public_files(output: Output, report: Report | None, beside: Collection[str])
     public = _walk(content, lambda text: shorten(text, known))
     # One without a path goes as it is, byte for byte.
     same = public == strict_json.loads(raw)
-    files = [File.of(MANIFEST_NAME, raw if same else strict_json.dumps(public))]
+    files = [File.of(output.manifest_name, raw if same else strict_json.dumps(public))]
     if report is not None:
         told = _walk(report.model_dump(mode="json"), lambda text: shorten(text, known))
-        told["files"][MANIFEST_NAME] = files[0].sha256
+        told["files"][output.manifest_name] = files[0].sha256
         files.append(File.of(REPORT_NAME, strict_json.dumps(told)))
         page = to_markdown(report, [output.folder / name for name in beside])
         files.append(File.of(PAGE_NAME, shorten(page, known).encode()))

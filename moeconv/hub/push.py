@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from moeconv import __version__
-from moeconv.artifact.manifest import MANIFEST_NAME
+from moeconv.artifact.manifest import MANIFEST_NAMES
 from moeconv.artifact.names import CARD_NAME
 from moeconv.errors import HubError, OutputError, UsageError
 from moeconv.hf.hub_address import Address, read_address, stranger_warning
@@ -69,7 +69,8 @@ def _plan(
         note(f"warning: {warning}")
     api = _api(address, token)
     repo_id, unknown = parcel.repo_id, []
-    account, remote, on_hub, old_manifest = None, None, None, None
+    account, remote, on_hub = None, None, None
+    old_manifests: dict[str, bytes] = {}
     insist = ("license",) if options.license else ()
     try:
         with hub_errors("asking the Hub", repo_id):
@@ -78,8 +79,9 @@ def _plan(
             author = account.name if account and options.create_pr else None
             remote = read_remote(api, repo_id, options.revision, pull_request_of=author, note=note)
             on_hub = _fetch(api, parcel, remote, CARD_NAME, note)
-            old = _fetch(api, parcel, remote, MANIFEST_NAME, note)
-            old_manifest = old.encode() if old is not None else None
+            for name in MANIFEST_NAMES:
+                if (old := _fetch(api, parcel, remote, name, note)) is not None:
+                    old_manifests[name] = old.encode()
     except HubError as error:
         if not dry_run:
             raise
@@ -99,7 +101,8 @@ def _plan(
             raise
         unknown.append(f"whether the card is valid: {error}")
     files = [*parcel.files, File.of(CARD_NAME, card.encode())]
-    changes = plan_changes(files, remote.files if remote else {}, old_manifest=old_manifest)
+    there = remote.files if remote else {}
+    changes = plan_changes(files, there, old_manifests=old_manifests)
     if not dry_run:
         _demand_place(account, remote, repo_id, options)
     return PushPlan(
@@ -175,7 +178,7 @@ def _push(plan: PushPlan, opened: ExitStack, note: Note) -> Pushed:
             remote = read_remote(api, repo_id, options.revision, pull_request_of=None, note=note)
         # It begins with files of its own (.gitattributes).
         files = [c.file for c in changes if c.file is not None]
-        changes = plan_changes(files, remote.files, old_manifest=None)
+        changes = plan_changes(files, remote.files, old_manifests={})
     if not remote.branch:
         with hub_errors("making the branch", repo_id):
             make_branch(api, repo_id, options.revision, note)

@@ -34,7 +34,7 @@ class RemoteFile:
     sha256: str | None
 
     def is_same(self, file: File) -> bool:
-        """Whether a local file has these bytes."""
+        """True if a local file has these bytes."""
         if self.size != file.size:
             return False
         if self.sha256 is not None:
@@ -47,10 +47,10 @@ class Remote:
     """A repository at one commit.
 
     Attributes:
-        exists: Whether the repository is there, as far as the token can see.
+        exists: True if the repository is there, as far as the token can see.
         private: Its visibility; None when it is not there.
         head: Commit that the files are of; None when there is none.
-        branch: Whether the branch is there.
+        branch: True if the branch is there.
         files: By name.
         pull_request: Number of the open pull request that push goes on with.
     """

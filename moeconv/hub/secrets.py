@@ -267,7 +267,7 @@ def _matches(rule: _Rule, text: bytes, places: Iterable[int]) -> Iterator[re.Mat
 
 
 def _is_value(value: bytes, *, mixed: bool) -> bool:
-    """Whether it is like a secret, and not like a placeholder, a word or an expression."""
+    """True if it is like a secret, and not like a placeholder, a word or an expression."""
     if mixed and not (_LETTER.search(value) and _DIGIT.search(value)):
         return False
     return not _PLACEHOLDER.search(value)

@@ -1,6 +1,7 @@
 """Opening a checkpoint: finding it, reading its metadata, and understanding the model in it."""
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,14 +29,13 @@ from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer
 from moeconv.maxtext import inspection
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
-from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.maxtext.whole import demand_whole, refuse_adapters, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
 from moeconv.orbax.locate import METADATA, Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
-from moeconv.orbax.store import Folder
 from moeconv.printing import Printable
 from moeconv.untrusted import strict_json
 
@@ -112,14 +112,14 @@ class Checkpoint(StoredCheckpoint, Printable):
         layout: How layers are stored.
         told: What config and flags said.
         resolution: What is known of the model, and what is missing.
-        sidecar: The run's sidecar and its folder, if one was found.
+        sidecar: The run's sidecar and where it is, if one was found.
         dropped: Parameters left out on purpose, with the reason.
     """
 
     layout: Layout
     told: ToldConfig
     resolution: Resolution
-    sidecar: tuple[RunSidecar, Folder] | None
+    sidecar: FoundSidecar | None
     dropped: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
@@ -139,14 +139,14 @@ class Checkpoint(StoredCheckpoint, Printable):
     @property
     def tokenizer(self) -> str | None:
         """The run's tokenizer directory, if its sidecar names one."""
-        if self.sidecar is None or self.sidecar[0].tokenizer is None:
+        if self.sidecar is None or self.sidecar.content.tokenizer is None:
             return None
-        return str(self.sidecar[1] / self.sidecar[0].tokenizer)
+        return str(self.sidecar.folder / self.sidecar.content.tokenizer)
 
     def read_tokenizer(self, model_max_length: int) -> TokenizerFiles:
         """Reads it; see `run_tokenizer`."""
         assert self.sidecar is not None
-        return run_tokenizer(*self.sidecar, model_max_length=model_max_length)
+        return run_tokenizer(self.sidecar, model_max_length=model_max_length)
 
 
 def _look(step: Step) -> Mapping[str, object]:
@@ -307,31 +307,30 @@ def _scan_axis(told: ToldConfig) -> int | None:
     return int(axis.value)
 
 
-def run_tokenizer(
-    sidecar: RunSidecar, run: Folder, *, model_max_length: int | None
-) -> TokenizerFiles:
+def run_tokenizer(sidecar: FoundSidecar, *, model_max_length: int | None) -> TokenizerFiles:
     """The tokenizer that a run's sidecar names, which lies in the run, here or at its address.
 
     Raises:
         TokenizerError: It lies outside, cannot be read, or cannot be used.
     """
-    assert sidecar.tokenizer is not None
-    source = str(run / sidecar.tokenizer)
+    name, run = sidecar.content.tokenizer, sidecar.folder
+    assert name is not None
+    source = str(run / name)
     try:
         files = read_files(
-            lambda name, limit: read_beside(run, f"{sidecar.tokenizer}/{name}", limit=limit), source
+            lambda each, limit: read_beside(run, f"{name}/{each}", limit=limit), source
         )
     except NotACheckpointError as error:
         raise TokenizerError(
-            f"{error} ({run / SIDECAR_NAME} names it); give the tokenizer with --tokenizer"
+            f"{error} ({sidecar.path} names it); give the tokenizer with --tokenizer"
         ) from None
     if not files:
         raise TokenizerError(
-            f"{source}: no such file or directory with a tokenizer, but {run / SIDECAR_NAME} names "
+            f"{source}: no such file or directory with a tokenizer, but {sidecar.path} names "
             "it; give the tokenizer with --tokenizer"
         )
     found = tokenizer_of(files, source, "directory", model_max_length=model_max_length)
-    more = left_out(run.local / sidecar.tokenizer) if run.local else []
+    more = left_out(run.local / name) if run.local else []
     return replace(found, notes=(*found.notes, *more))
 
 
@@ -351,7 +350,7 @@ class _DamagedError(Exception):
         return ConfigError(f"{self}; mend it, or give the run's config with --config")
 
 
-def find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | None:
+def find_sidecar(step: Step, *, needed: bool) -> FoundSidecar | None:
     """The run's sidecar; a damaged one is an error only where its config is needed."""
     try:
         return _read_sidecar(step)
@@ -361,22 +360,23 @@ def find_sidecar(step: Step, *, needed: bool) -> tuple[RunSidecar, Folder] | Non
         return None
 
 
-def _read_sidecar(step: Step) -> tuple[RunSidecar, Folder] | None:
-    for folder in step.beside:
+def _read_sidecar(step: Step) -> FoundSidecar | None:
+    for folder, name in itertools.product(step.beside, SIDECAR_NAMES):
         try:
-            raw = read_beside(folder, SIDECAR_NAME, limit=_SIDECAR_LIMIT)
+            raw = read_beside(folder, name, limit=_SIDECAR_LIMIT)
         except NotACheckpointError as error:
             raise _DamagedError(str(error)) from None
         if raw is None:
             continue
         try:
             content = strict_json.loads(raw)
-            if isinstance(content, dict) and content.get("format") == "moeconv":
-                continue  # the manifest of a converted model, not a run's sidecar
-            return RunSidecar.model_validate(content), folder
+            manifest = isinstance(content, dict) and content.get("format") == "moeconv"
+            if manifest and name == OLD_SIDECAR_NAME:
+                continue  # of a model that moeconv 0.1.0 converted
+            return FoundSidecar(RunSidecar.model_validate(content), folder, name)
         except ValueError as error:  # pydantic's is one
             raise _DamagedError(
-                f"{folder / SIDECAR_NAME} is not the sidecar that moeconv train writes "
+                f"{folder / name} is not the sidecar that moeconv train writes "
                 f"({_first_fault(error)})"
             ) from None
     return None

@@ -104,7 +104,7 @@ def facts_of(checkpoint: "Checkpoint") -> Facts:
 
 
 def _releases(step: Step, tree: Tree, checkpoint: "Checkpoint") -> str:
-    sidecar = checkpoint.sidecar[0] if checkpoint.sidecar else None
+    sidecar = checkpoint.sidecar.content if checkpoint.sidecar else None
     if sidecar is not None and sidecar.maxtext_version:
         return f"{sidecar.maxtext_version} (the run's sidecar says so)"
     signs = {

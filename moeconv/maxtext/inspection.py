@@ -28,7 +28,7 @@ def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:
         "left_alone": list(checkpoint.tree.others),
         "format": checkpoint.tree.describe(),
         "layout": checkpoint.layout.describe(),
-        "sidecar": str(sidecar[1] / "moeconv.json") if sidecar else None,
+        "sidecar": sidecar.path if sidecar else None,
         "tokenizer": checkpoint.tokenizer,
         "num_parameters": sum(math.prod(info.shape) for info in infos),
         "bytes": sum(info.nbytes for info in infos),

@@ -14,9 +14,8 @@ from moeconv.arch.config_file import ConfigFile, load_config_file, read_found
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.told import known_keys
 from moeconv.errors import ConfigError
-from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.maxtext.sidecar import FoundSidecar
 from moeconv.orbax.locate import Step
-from moeconv.orbax.store import Folder
 
 _LOGS = (".log", ".out", ".txt")
 _YAML = (".yml", ".yaml")
@@ -25,7 +24,7 @@ _MOST = 20
 
 
 def run_config(
-    config: Path | None, sidecar: tuple[RunSidecar, Folder] | None, step: Step | None = None
+    config: Path | None, sidecar: FoundSidecar | None, step: Step | None = None
 ) -> tuple[Mapping[str, Any] | None, Provenance]:
     """What told of a run's config, for `tell`.
 
@@ -40,8 +39,8 @@ def run_config(
     if config is not None:
         return load_config_file(config), Provenance(Origin.CONFIG, str(config))
     if sidecar is not None:
-        where = Provenance(Origin.SIDECAR, str(sidecar[1] / SIDECAR_NAME))
-        return sidecar[0].config, where
+        where = Provenance(Origin.SIDECAR, sidecar.path)
+        return sidecar.content.config, where
     if step is not None and (found := _found(step)) is not None:
         path, content = found
         return content, Provenance(Origin.CONFIG, str(path))

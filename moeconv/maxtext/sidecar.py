@@ -1,14 +1,19 @@
 """The sidecar a run leaves beside its checkpoints, so that converting it needs no flag.
 
-`moeconv train` writes `<run>/moeconv.json` before step 1. It holds the resolved MaxText config and
-the place of the tokenizer, relative to itself.
+`moeconv train` writes `<run>/moeconv_run.json` before step 1. It holds the resolved MaxText
+config and the place of the tokenizer, relative to itself.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SIDECAR_NAME = "moeconv.json"
+from moeconv.orbax.store import Folder
+
+SIDECAR_NAME = "moeconv_run.json"
+# Of moeconv 0.1.0, whose outputs have a manifest of this name as well.
+OLD_SIDECAR_NAME = "moeconv.json"
+SIDECAR_NAMES = (SIDECAR_NAME, OLD_SIDECAR_NAME)
 METRICS_NAME = "metrics.jsonl"
 
 
@@ -44,6 +49,19 @@ class RunSidecar(BaseModel):
         default=None, description="text of the training corpus, relative to the sidecar"
     )
     run: RunFacts | None = None
+
+
+class FoundSidecar(NamedTuple):
+    """A sidecar and where it was found."""
+
+    content: RunSidecar
+    folder: Folder
+    name: str = SIDECAR_NAME
+
+    @property
+    def path(self) -> str:
+        """Its file, or its address."""
+        return str(self.folder / self.name)
 
 
 class MetricsLine(BaseModel):

@@ -14,7 +14,7 @@ from typing import Any
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout, detect_layout
-from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
+from moeconv.artifact.manifest import Manifest, manifest_name
 from moeconv.artifact.names import is_output_name
 from moeconv.artifact.stamps import Stamp, stamp
 from moeconv.errors import (
@@ -42,7 +42,7 @@ from moeconv.verification.checks import CandidateError
 from moeconv.verification.files import demand_loadable_files, read_object
 from moeconv.verification.measure.routing import Choice
 
-# Tensors that a small model may lack and still be told which.
+# Tensors that a small model may lack, and which are still listed one by one.
 _FEW = 1000
 
 
@@ -68,12 +68,14 @@ class Candidate:
         manifest: What it claims.
         given: The checkpoint that the user named, None for the manifest's own.
         stamps: Size and time of every file at the beginning.
+        manifest_path: The manifest's file.
     """
 
     out: Path
     manifest: Manifest
     given: str | None
     stamps: Mapping[str, Stamp | None]
+    manifest_path: Path
 
     @classmethod
     def open(cls, out: Path, *, source: str | None = None) -> "Candidate":
@@ -83,24 +85,25 @@ class Candidate:
             NotACheckpointError: OUT is no output of `moeconv convert`.
             ConfigError: The manifest is damaged.
         """
-        path = out / MANIFEST_NAME
+        name = manifest_name(out)
+        path = out / name
         if not out.is_dir():
             raise NotACheckpointError(f"{out} does not exist; give an output of moeconv convert")
         demand_loadable_files(out)
         try:
             first = stamp(path)
-            raw = read_inside(out, MANIFEST_NAME)
+            raw = read_inside(out, name)
         except FileNotFoundError:
             raise NotACheckpointError(
-                f"{out} has no {MANIFEST_NAME}, so it was not written by moeconv convert"
+                f"{out} has no {name}, so it was not written by moeconv convert"
             ) from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             manifest = Manifest.model_validate(loads(raw))
             names = filter(is_output_name, manifest.files)
-            stamps = {MANIFEST_NAME: first, **{n: stamp(out / n) for n in names}}
-            candidate = cls(out, manifest, source, stamps)
+            stamps = {name: first, **{n: stamp(out / n) for n in names}}
+            candidate = cls(out, manifest, source, stamps, path)
             # Computed once here, so that what does not describe a model is a damaged manifest.
             if reason := cannot_hold(candidate.family, candidate.model):
                 raise ValueError(reason)
@@ -138,7 +141,7 @@ class Candidate:
     @property
     def names(self) -> list[str]:
         """The files of the manifest that convert can have written; no other is opened."""
-        return [name for name in self.stamps if name != MANIFEST_NAME]
+        return [name for name in self.stamps if name != self.manifest_path.name]
 
     @property
     def family(self) -> Target:
@@ -173,11 +176,11 @@ class Candidate:
         """
         if self.given is not None:
             return locate(self.given)
-        named = f"{self.out / MANIFEST_NAME} names"
+        named = f"{self.manifest_path} names"
         if Folder.open(self.source).local is None:
             raise SourceGoneError(
-                f"{self.source}, which {named}, is at an address; none is asked that only OUT "
-                "tells of: give it with --source"
+                f"{self.source}, which {named}, is at an address; an address that only OUT "
+                "names is not contacted: give it with --source"
             )
         try:
             return locate(self.source)
@@ -229,7 +232,7 @@ class Candidate:
         layout = self.layout
         dtypes = {name: info.dtype for name, info in self.arrays.info.items()}
         dtype = None if self.manifest.dtype_kept else self.manifest.dtype
-        what = f"the model that {self.out / MANIFEST_NAME} describes is not that of {self.source}"
+        what = f"the model that {self.manifest_path} describes is not that of {self.source}"
         with blaming(what, check="tensors"):
             try:
                 edges = expand(
@@ -293,7 +296,7 @@ class Candidate:
             )
 
     def demand_described(self) -> None:
-        """What transformers would build is the described model, as far as it can be told before.
+        """What transformers would build is the described model, as far as that is known before.
 
         Raises:
             CandidateError: config.json is another model's, or as `demand_count`.

@@ -144,5 +144,5 @@ class CheckFactory:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of somebody else's says, or at least its name."""
+    """The first line of an error that a library raised, or at least its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)

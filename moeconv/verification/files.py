@@ -19,7 +19,7 @@ _HASH_BLOCK = 1 << 20
 
 
 def sha256(path: Path, *, links: bool = True) -> str:
-    """SHA-256 of a file that lies directly in OUT; `links` as in `open_inside`.
+    """SHA-256 of a file directly in OUT; `links` as in `open_inside`.
 
     Raises:
         CandidateError: It is not there, or no file that may be read; the check is `files`.

@@ -44,7 +44,7 @@ class ParityOptions:
     scratch: Path | None = None
 
     @property
-    def side(self) -> Literal["maxtext", "hf"]:
+    def reference_kind(self) -> Literal["maxtext", "hf"]:
         """Which kind of model is compared with."""
         return "maxtext" if self.against is None else "hf"
 
@@ -58,8 +58,8 @@ class VerifyOptions:
         jobs: Chunks worked on at the same time.
         memory: Bytes that level weights may take.
         parity: Of the levels logits and layers.
-        skip: Whether a level whose packages are missing, or whose checkpoint is not there or
-            cannot be read where it is, is skipped; otherwise that is an error. A checkpoint that
+        skip: True to skip a level whose packages are missing, or whose checkpoint is not there or
+            cannot be read where it is; otherwise that is an error. A checkpoint that
             the user named must be there.
     """
 

@@ -63,6 +63,13 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "mlp_activations_limit": 7.0,
         "inhomogeneous_layer_cycle_interval": 2,
     },
+    "olmo3": {
+        "model_name": "olmo3-7b",
+        "use_qk_norm": True,
+        "sliding_window_size": 4,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "rope_type": "default",
+    },
     "llama4": {
         **_MOE,
         "num_experts_per_tok": 1,
@@ -173,7 +180,7 @@ def _read(block: str, variant: Mapping[str, object]) -> set[str]:
     from flax.core.spmd import logical_axis_rules
     from maxtext.utils import maxtext_utils, model_creation_utils
 
-    config = resolved(**BLOCKS[block], **variant, decoder_block=block)
+    config = resolved(**{**BLOCKS[block], **variant}, decoder_block=block)
     devices = jax.devices("cpu")[: config.ici_expert_parallelism]
     mesh = maxtext_utils.get_mesh_from_config(config, devices)
     read: set[str] = set()

@@ -22,7 +22,7 @@ def out(tmp_path_factory):
 
 
 def changed(out, name, value):
-    content = json.loads((out / "moeconv.json").read_bytes())
+    content = json.loads((out / "moeconv_manifest.json").read_bytes())
     content["model"][name]["value"] = value
     return Manifest.model_validate(content).description()
 

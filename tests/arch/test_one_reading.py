@@ -84,12 +84,12 @@ def test_convert_and_verify_read_alike(made, tmp_path, name, sidecar):
         content = yaml.safe_load(config.read_text())
         config = None
         lines = {"format": "moeconv-run", "version": 1, "config": content}
-        (made.run / "moeconv.json").write_text(json.dumps(lines))
+        (made.run / "moeconv_run.json").write_text(json.dumps(lines))
     try:
         model = open_checkpoint(str(made.run), config=config).resolution.model()
         reference = reference_of(made, config)
     finally:
-        (made.run / "moeconv.json").unlink(missing_ok=True)
+        (made.run / "moeconv_run.json").unlink(missing_ok=True)
     assert reference.independent
     for key, value in wanted.items():
         assert reference.keys[key] == value, key

@@ -194,7 +194,7 @@ def test_untold_fields_are_all_named_with_the_three_ways():
         "max_target_length",
     ):
         assert key in text
-    for way in ("--config", "--set", "moeconv.json"):
+    for way in ("--config", "--set", "moeconv_run.json"):
         assert way in text
 
 

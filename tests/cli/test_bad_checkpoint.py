@@ -39,7 +39,7 @@ def test_not_a_checkpoint(tmp_path, what, words, command):
         (source / "checkpoints" / "7").mkdir(parents=True)
     if what == "converted":
         (source / "config.json").write_text("{}")
-        (source / "moeconv.json").write_text('{"format": "moeconv"}')
+        (source / "moeconv_manifest.json").write_text('{"format": "moeconv"}')
     out = tmp_path / "out"
     args = [out] if command == "convert" else []
     refused(moeconv(command, source, *args), NotACheckpointError, str(source), *words, out=out)
@@ -111,7 +111,7 @@ def test_newer_unfinished_steps_are_passed_over(checkpoint):
     ran = convert(checkpoint)
     assert ran.code == 0
     assert "warning: newer steps are unfinished and were passed over: 20, 12" in ran.err
-    manifest = json.loads((out_of(checkpoint) / "moeconv.json").read_text())
+    manifest = json.loads((out_of(checkpoint) / "moeconv_manifest.json").read_text())
     assert manifest["source"]["step"] == 3
 
 

@@ -41,7 +41,7 @@ def test_token_ids_come_from_the_tokenizer(checkpoint, tmp_path):
 def sidecar(checkpoint, where: Path | None = None, **more: object) -> Path:
     config = {**checkpoint.config, "num_experts_per_tok": 1, "rope_max_timescale": 123.0}
     content = {"format": "moeconv-run", "version": 1, "config": config, **more}
-    path = (where or checkpoint.run) / "moeconv.json"
+    path = (where or checkpoint.run) / "moeconv_run.json"
     path.write_text(json.dumps(content))
     return path
 
@@ -56,7 +56,7 @@ def test_a_sidecar_is_enough(checkpoint, tmp_path, where):
     assert config["num_experts_per_tok"] == 1
     assert config["rope_theta"] == 123.0
     assert (out_of(checkpoint) / "tokenizer.json").exists()
-    manifest = json.loads((out_of(checkpoint) / "moeconv.json").read_text())
+    manifest = json.loads((out_of(checkpoint) / "moeconv_manifest.json").read_text())
     assert manifest["model"]["rope_theta"]["source"] == f"sidecar: {path}"
 
 
@@ -93,7 +93,7 @@ def test_config_beats_the_sidecar_and_set_beats_both(checkpoint):
      '{"format": "moeconv-run", "version": 1, "config": {}, "tokenizer": 3}', b"\xff\x00"],
 )  # fmt: skip
 def test_a_damaged_sidecar(checkpoint, content):
-    path = checkpoint.run / "moeconv.json"
+    path = checkpoint.run / "moeconv_run.json"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     ran = moeconv("convert", checkpoint.run, out_of(checkpoint))
     words = (str(path), "not the sidecar", "--config")
@@ -105,7 +105,7 @@ def test_a_damaged_sidecar(checkpoint, content):
 
 @pytest.mark.parametrize("how", ["no permission", "directory"])
 def test_a_sidecar_that_cannot_be_read(checkpoint, monkeypatch, how):
-    path = checkpoint.run / "moeconv.json"
+    path = checkpoint.run / "moeconv_run.json"
     if how == "directory":
         path.mkdir()
     else:

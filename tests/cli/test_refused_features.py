@@ -37,7 +37,7 @@ def test_warned_features(checkpoint, key, value):
     assert ran.code == 0
     [line] = [line for line in ran.err.splitlines() if f"{key}={value}" in line]
     assert line.startswith("warning: ")
-    manifest = json.loads((out_of(checkpoint) / "moeconv.json").read_text())
+    manifest = json.loads((out_of(checkpoint) / "moeconv_manifest.json").read_text())
     assert any(f"{key}={value}" in text for text in manifest["warnings"])
 
 

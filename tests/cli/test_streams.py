@@ -74,7 +74,7 @@ def test_json_alone_on_stdout(checkpoint):
         assert isinstance(json.loads(ran.out), dict)
         if "--dry-run" in args:
             assert not out.exists()
-    assert json.loads(ran.out)["files"].keys() == listing(out).keys() - {"moeconv.json"}
+    assert json.loads(ran.out)["files"].keys() == listing(out).keys() - {"moeconv_manifest.json"}
     ran = moeconv("convert", checkpoint.run, out, "--config", config, "--json")
     assert ran.code == OutputError.exit_code
     assert ran.out == ""
@@ -137,7 +137,7 @@ def test_a_reader_that_goes_away(checkpoint):
     for number, redirect in enumerate(("2>&1 | true", "2>&-")):
         made = out.with_name(f"out{number}")
         assert piped(redirect, "convert", checkpoint.run, made, *config).code == 0
-        assert (made / "moeconv.json").exists()
+        assert (made / "moeconv_manifest.json").exists()
         assert piped(redirect, "convert", "nope", out).code == NotACheckpointError.exit_code
     assert piped("2>&1 | true", "convert").code == CLICK_USAGE
 
@@ -159,7 +159,7 @@ def test_an_answer_that_cannot_be_written(checkpoint):
         ran = piped(redirect, *args)
         assert ran.code == CLICK_USAGE
         assert ran.err.endswith(sentence.format(why))
-    assert (out / "moeconv.json").exists()
+    assert (out / "moeconv_manifest.json").exists()
     for redirect, _ in (FULL, CLOSED):
         ran = piped(redirect, "convert", "nope", out)
         assert ran.code == NotACheckpointError.exit_code

@@ -110,7 +110,7 @@ def test_names_in_a_checkpoint_are_text(tmp_path):
     made = synthetic.write(tmp_path / "run\x1b[2J")
     sidecar = {"format": "moeconv-run", "version": 1, "tokenizer": "t\x1b]0;x\x07",
                "config": {**made.config, "quantization": "int8\x1b[31m"}}  # fmt: skip
-    (made.run / "moeconv.json").write_text(json.dumps(sidecar))
+    (made.run / "moeconv_run.json").write_text(json.dumps(sidecar))
     inspected = moeconv("inspect", made.run)
     assert r"quantization=int8\x1b[31m computes" in inspected.err
     converted = moeconv("convert", made.run, tmp_path / "out")

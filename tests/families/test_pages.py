@@ -47,6 +47,7 @@ def test_no_family_is_named_outside_its_page() -> None:
         f"{path.relative_to(SOURCE)}:{line}: {text!r}"
         for path in SOURCE.rglob("*.py")
         if path.parent != SOURCE / "families"
+        and path.name != "special_sets.py"  # a tokenizer may be called as its model is
         for line, text in texts(path)
         if word.search(text)
     ]
@@ -209,11 +210,11 @@ def test_a_manifest_of_what_its_target_cannot_hold_is_none(tmp_path, target, kin
     options = ConvertOptions(config=checkpoint.config_file())
     out = tmp_path / "out"
     convert(plan_conversion(str(checkpoint.run), options), out)
-    content = json.loads((out / "moeconv.json").read_text())
+    content = json.loads((out / "moeconv_manifest.json").read_text())
     content["target"] = target
     if kinds is not None:
         content["model"]["layer_kinds"]["value"] = kinds
-    (out / "moeconv.json").write_text(json.dumps(content))
+    (out / "moeconv_manifest.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match="not a manifest that this moeconv can read"):
         Candidate.open(out)
     with pytest.raises(OutputError, match="not a manifest that this moeconv can read"):

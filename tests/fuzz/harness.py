@@ -276,7 +276,7 @@ class World:
         """What must not be passed or published."""
         if command not in ("structure", "push"):
             return
-        names = json.loads(self.first["out/moeconv.json"][1])["files"]
+        names = json.loads(self.first["out/moeconv_manifest.json"][1])["files"]
         moved = [n for n in names if before.get(f"out/{n}") != self.first[f"out/{n}"]]
         assert not moved, f"{command} said 0, but this was changed: {moved}"
         if command == "push":
@@ -291,7 +291,7 @@ class World:
 
     def _judge_model(self, out: Path) -> None:
         """What convert calls done is a model whose files are those of the manifest."""
-        manifest = json.loads((out / "moeconv.json").read_bytes())
+        manifest = json.loads((out / "moeconv_manifest.json").read_bytes())
         for name, record in manifest["files"].items():
             raw = (out / name).read_bytes()
             assert hashlib.sha256(raw).hexdigest() == record["sha256"], name
@@ -301,7 +301,7 @@ class World:
                 ends = [one["data_offsets"][1] for key, one in header.items() if key[:2] != "__"]
                 assert max(ends) == len(raw) - 8 - size, name
         names = {path.name for path in out.iterdir()}
-        assert names == {*manifest["files"], "moeconv.json"}, names
+        assert names == {*manifest["files"], "moeconv_manifest.json"}, names
         for level in ("structure", "weights"):
             args = ["verify", str(out), "--level", level, "--report", str(self.base)]
             ended: Ended = self._bare.call("command", *args)
@@ -314,12 +314,12 @@ class World:
                 assert mark.encode() not in path.read_bytes(), "a secret is on the Hub"
         repo = store.repos.get("alice/model")
         files = repo.files() if repo is not None else {}
-        landed = "moeconv.json" in files
+        landed = "moeconv_manifest.json" in files
         if command == "push plan":
             assert repo is None, "a dry run changed the Hub"
         elif ended.code == 0:
             assert landed, "push said 0, and nothing is on the Hub"
-            listed = json.loads(store.read(files["moeconv.json"]))["files"]
+            listed = json.loads(store.read(files["moeconv_manifest.json"]))["files"]
             for name, record in listed.items():
                 same = files[name].sha256 == record["sha256"]
                 assert same or command == "push anyway", f"{name} is on the Hub, and damaged"

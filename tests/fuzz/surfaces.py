@@ -39,7 +39,7 @@ _PARTIAL = "half/.out.moeconv-partial"
 
 SURFACES = (
     # A run.
-    Surface("run/moeconv.json", JSON, _RUN, 44),
+    Surface("run/moeconv_run.json", JSON, _RUN, 44),
     Surface("run/metrics.jsonl", JSON_LINES, _CONVERT, 16),
     Surface("folders/config.yml", CONFIG, _FOLDERS, 33),
     Surface("run/tokenizer/tokenizer.json", JSON, (*_CONVERT, "weights"), 22),
@@ -71,7 +71,7 @@ SURFACES = (
     Surface(f"{_PARTIAL}/journal.jsonl", JSON_LINES, _HALF, 28),
     Surface(f"{_PARTIAL}/*.safetensors", SAFETENSORS, _HALF, 11),
     # An output.
-    Surface("out/moeconv.json", JSON, _OUT, 55),
+    Surface("out/moeconv_manifest.json", JSON, _OUT, 55),
     Surface("out/verify.json", JSON, _OUT, 33),
     Surface("out/config.json", JSON, _OUT, 22),
     Surface("out/generation_config.json", JSON, _OUT, 11),
@@ -85,7 +85,7 @@ SURFACES = (
     Surface("out/generation_config.json", JSON, ("structure",), 4, full=True),
     Surface("out/tokenizer.json", JSON, ("structure",), 12, full=True),
     Surface("out/tokenizer_config.json", JSON, ("structure",), 8, full=True),
-    Surface("out/moeconv.json", JSON, ("structure", "push"), 12, full=True),
+    Surface("out/moeconv_manifest.json", JSON, ("structure", "push"), 12, full=True),
 )
 
 # What was found, by file: the command, the changes, the exit code.

@@ -25,8 +25,9 @@ NAMES = st.one_of(
     st.sampled_from(
         ["8", "0008", "-8", "+8", " 8", "8 ", "8.0", "1e3", "9" * 18, "9" * 30, "9" * 255, "0x8",
          "before_20240101", "step_8", "_8", "8_", "8.orbax-checkpoint-tmp", "8.bak", "items",
-         "items.orbax-checkpoint-tmp-8", "moeconv.json", "٨", "²", "८", "8\n", "8\t", "\x1b[31m8",
-         "\x1b]0;x\x07", "\u202e8", "\udcff", "8\udcff", "~", "$HOME", "a" * 255, "[red]8", "%s"]
+         "items.orbax-checkpoint-tmp-8", "moeconv_run.json", "moeconv.json", "٨", "²", "८", "8\n",
+         "8\t", "\x1b[31m8", "\x1b]0;x\x07", "\u202e8", "\udcff", "8\udcff", "~", "$HOME",
+         "a" * 255, "[red]8", "%s"]
     ),
     st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1)
     .filter(lambda name: name not in (".", "..", "7") and len(os.fsencode(name)) < 256),

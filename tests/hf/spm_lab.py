@@ -2,11 +2,12 @@
 
 import io
 import random
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizer_lab import MAXTEXT, REPOSITORY
+from tokenizer_lab import REPOSITORY
 from tokenizers import Tokenizer
 
 from moeconv.hf.tokenizer import TokenizerFiles, read_tokenizer
@@ -34,10 +35,22 @@ _ALPHABETS = [
 ]
 
 
+_CODE = [
+    "def encode(self, s: str) -> list[int]:  # <text> {0} & more; see [1], 50% of $3 ~ 'a^b'",
+    '    return [x for x in self._ids(s) if x >= 0 and x != 7] or "nothing"  | @cached',
+    "| model | tokens | 0123456789 |",
+    "|-------|-------:|-----------:|",
+    "for (int i = 0; i < n; ++i) { sum += a[i] * b[i]; } /* 3.14159 */ return !done ? `x` : \\n;",
+    "L'été à Noël, où çà? ¿Qué? Größe, smørrebrød, žluťoučký kůň; Ελλάδα, ἄνθρωπος",
+    "Съешь же ещё этих мягких французских булок. 我能吞下玻璃而不伤身体。いろはにほへと 다람쥐",
+]
+
+
+@cache
 def lines() -> list[str]:
-    """Prose and code that is always there."""
-    files = [*sorted((REPOSITORY / "docs").glob("*.md")), MAXTEXT / "input_pipeline/tokenizer.py"]
-    return [line for file in files for line in file.read_text().splitlines()]
+    """Prose of the packaged corpus, and a little of all else."""
+    stories = (REPOSITORY / "train" / "corpus" / "stories.txt").read_text().splitlines()[:800]
+    return [*stories, *(4 * _CODE)]
 
 
 def texts(count: int = 1500, seed: int = 0) -> list[str]:
@@ -73,7 +86,7 @@ def train(**options: Any) -> bytes:
     settings = {
         "vocab_size": 400,
         "model_type": "unigram",
-        "character_coverage": 0.995,
+        "character_coverage": 1.0,
         "hard_vocab_limit": False,
         "minloglevel": 2,
         "num_threads": 1,
@@ -95,8 +108,9 @@ def apart(tokenizer: TokenizerFiles, raw: bytes, corpus: list[str]) -> list[tupl
     """Texts with other ids than sentencepiece's, or that come back as another text."""
     ours = Tokenizer.from_str(tokenizer.files["tokenizer.json"].decode())
     theirs = sentencepiece.SentencePieceProcessor(model_proto=raw)
+    ours.encode_special_tokens = True  # to sentencepiece their names are a text
     found = []
-    for text in corpus:
+    for text in (*corpus, "<s> a </s><unk>", "<pad>", "<bos>x", "<0x41> <0x0A>"):
         ids, wanted = ours.encode(text, add_special_tokens=False).ids, theirs.encode(text)
         if ids != wanted:
             pieces = [[theirs.id_to_piece(i) for i in both] for both in (ids, wanted)]

@@ -10,6 +10,7 @@ from cli_runner import moeconv
 from tokenizer_lab import refused
 from transformers import AutoConfig, GenerationConfig
 
+from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
 from moeconv.errors import ConfigError, TokenizerError
 from moeconv.hf.tokenizer import check_fits, read_tokenizer
 
@@ -75,9 +76,8 @@ def test_a_list_is_converted(saved: Path, tmp_path: Path) -> None:
         written = GenerationConfig.from_pretrained(out)
         assert (written.eos_token_id, written.do_sample, written.top_p) == (ids, True, 0.9)
         assert AutoConfig.from_pretrained(out).eos_token_id == ids
-        assert (
-            json.loads((out / "moeconv.json").read_text())["model"]["eos_token_id"]["value"] == ids
-        )
+        manifest = Manifest.model_validate_json((out / MANIFEST_NAME).read_text())
+        assert manifest.model["eos_token_id"].value == ids
         verified = moeconv("verify", out, "--level", "structure")
         assert verified.code == 0, verified.error
 

@@ -2,18 +2,25 @@
 
 import json
 import random
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+import synthetic
+from cli_runner import moeconv
 from sentencepiece import sentencepiece_model_pb2 as messages
 from spm_lab import apart, texts, train, written
 from tokenizer_lab import refused, write
 from transformers import AutoTokenizer
 
 from moeconv.errors import TokenizerError
-from moeconv.hf.tokenizer.sentencepiece import Algorithm, read_model
+from moeconv.hf.tokenizer import read_tokenizer
+from moeconv.hf.tokenizer.sentencepiece import Algorithm, is_sentencepiece, read_model
+from moeconv.verification.candidate import Candidate
+from moeconv.verification.checks import Status
+from moeconv.verification.levels.tokenizers import check_tokenizer
 
 SYMBOLS = ["<sep>", "ab", "[x]"]
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
@@ -140,8 +147,6 @@ def own_rule(model: Any) -> None:
 
 def sentencepiece_rules(line: str) -> bytes:
     """Compiled rules of one line `FROM TO`, as code points."""
-    import tempfile
-
     left, right = line.split("\t")
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as file:
         file.write(" ".join(f"{ord(c):X}" for c in left) + "\t" + f"{ord(right):X}\n")
@@ -210,6 +215,15 @@ def test_the_reader_reads_what_protobuf_reads() -> None:
     }
 
 
+def test_what_is_told_apart() -> None:
+    piece = b"\x0a\x08\x0a\x01a\x15\0\0\0\0"
+    assert is_sentencepiece(piece)
+    assert is_sentencepiece(b"\x1a\x02\x20\x00" + piece)  # as Gemma 4's
+    assert is_sentencepiece((b"\x1a\xff\xff\x03" + bytes(5000))[:4096])  # long rules first
+    for other in (b"", b"\n", b"\n\nx", b'"quoted"', b"IQ== 0", b"\x12\x05ab", b"\x1a\xff"):
+        assert not is_sentencepiece(other)
+
+
 def test_damage_is_one_sentence_or_nothing() -> None:
     raw, draw = train(model_type="bpe", vocab_size=300, **PLAIN), random.Random(0)
     for _ in range(300):
@@ -244,8 +258,6 @@ def test_a_slow_tokenizers_directory(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size, "<pad>": size + 1}))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    from moeconv.hf.tokenizer import read_tokenizer
-
     tokenizer = read_tokenizer(str(folder), model_max_length=None)
     assert (tokenizer.size, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
         size + 2,
@@ -261,3 +273,16 @@ def test_a_slow_tokenizers_directory(tmp_path: Path) -> None:
     assert loaded.chat_template == "{{ messages }}"
     (folder / "added_tokens.json").write_text(json.dumps({"<far>": size + 9}))
     assert "do not follow the model's" in refused(folder)
+
+
+def test_a_model_is_converted_and_verified_with_it(tmp_path: Path) -> None:
+    (tmp_path / "my.model").write_bytes(train(vocab_size=300))
+    made = synthetic.write(tmp_path / "run", "mixtral", sizes={"V": 320})
+    out = tmp_path / "out"
+    options = ("--config", made.config_file(), "--tokenizer", tmp_path / "my.model")
+    ran = moeconv("convert", made.run, out, *options)
+    assert ran.code == 0, ran.error
+    assert "may give others for a text where two ways to split it" in ran.err
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == 2
+    assert not (out / "tokenizer.model").exists()
+    assert check_tokenizer(Candidate.open(out)).status is Status.PASS

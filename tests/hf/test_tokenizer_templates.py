@@ -12,10 +12,10 @@ def test_they_are_named(tmp_path):
     templates = run / "tokenizer" / "additional_chat_templates"
     templates.mkdir()
     (templates / "tool_use.jinja").write_text("{{ messages }}")
-    sidecar, folder = find_sidecar(locate(str(run)), needed=True)
+    sidecar = find_sidecar(locate(str(run)), needed=True)
     for found in (
         read_tokenizer(str(run / "tokenizer"), model_max_length=None),
-        run_tokenizer(sidecar, folder, model_max_length=None),
+        run_tokenizer(sidecar, model_max_length=None),
     ):
         [note] = [n for n in found.notes if "not copied" in n]
         assert "tool_use.jinja of additional_chat_templates" in note

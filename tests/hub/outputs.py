@@ -93,7 +93,7 @@ def write_run(run: Path, *, facts: dict | None = FACTS, steps: int = 8, **checkp
         "config": {**made.config, **SIZES, **SETTINGS},
         "run": facts,
     }
-    (run / "moeconv.json").write_text(json.dumps(sidecar))
+    (run / "moeconv_run.json").write_text(json.dumps(sidecar))
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(1, steps + 3):
             line = {"kind": "train", "step": step, "loss": 6 - step / 2, "tokens": 500 * step}

@@ -55,7 +55,7 @@ def card_of(out) -> str:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_facts_of_a_run_are_no_markup_in_the_card(out, text):
-    manifest = json.loads((out / "moeconv.json").read_text())
+    manifest = json.loads((out / "moeconv_manifest.json").read_text())
     clean = card_of(out)
     manifest["run"]["maxtext_version"] = text
     manifest["run"]["settings"] |= {"opt_type": text, "hardware": text, "dtype": text}
@@ -63,7 +63,7 @@ def test_facts_of_a_run_are_no_markup_in_the_card(out, text):
     manifest["warnings"] = [text]
     manifest["source"] |= {"format": text, "layout": text, "path": f"/a/{text}"}
     manifest["dropped"] = {text: text}
-    (out / "moeconv.json").write_text(json.dumps(manifest))
+    (out / "moeconv_manifest.json").write_text(json.dumps(manifest))
     card = card_of(out)
     head, body = re.match(r"---\n([\s\S]*?)\n---\n([\s\S]*)", card).groups()
     told = yaml.safe_load(head)

@@ -11,6 +11,8 @@ import cli_runner
 import outputs
 import pytest
 
+from moeconv.artifact.manifest import MANIFEST_NAME
+
 SCRIPT = cli_runner.ROOT / "train" / "kaggle" / "export_to_hub.sh"
 
 
@@ -41,7 +43,7 @@ def test_help_and_what_is_missing(tmp_path):
 
 def test_what_cannot_be_converted_is_not_pushed(hub, tmp_path):
     run = outputs.write_run(tmp_path / "run")
-    (run / "moeconv.json").write_text("{}")
+    (run / "moeconv_run.json").write_text("{}")
     # An image's own Python settings do not reach ours.
     image = {"PYTHONHOME": "/none", "PYTHONPATH": "/none"}
     ran = export(run, "alice/exported", HF_TOKEN="tok", HF_ENDPOINT=hub.url, **image)
@@ -190,7 +192,7 @@ def test_a_run_is_converted_verified_and_pushed(hub, tmp_path):
     # Once more, to the repository that the run names, with a README of the user's. What is
     # converted again has the verdict that it had.
     verdict, out = tmp_path / "verdict", tmp_path / "run-hf"
-    shutil.copytree(out, verdict, ignore=shutil.ignore_patterns("*.safetensors", "moeconv.json"))
+    shutil.copytree(out, verdict, ignore=shutil.ignore_patterns("*.safetensors", MANIFEST_NAME))
     (verdict / "README.md").unlink(missing_ok=True)
     (tmp_path / "python").write_text(
         '#!/bin/bash\ncase "$*" in\n'

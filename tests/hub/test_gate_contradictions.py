@@ -108,7 +108,7 @@ def test_what_verify_wrote_is_believed(out):
 
 
 def test_a_manifest_whose_digest_is_not_that_of_its_arrays(out):
-    path = out / "moeconv.json"
+    path = out / "moeconv_manifest.json"
     manifest = json.loads(path.read_text())
     name = next(iter(manifest["source"]["arrays"]))
     manifest["source"]["arrays"][name] = "0" * 64

@@ -19,7 +19,7 @@ from moeconv.verification.report import plots as verify_plots
 from moeconv.verification.report.files import PAGE_NAME
 from moeconv.verification.report.report import REPORT_NAME
 
-BESIDE = {"moeconv.json", "verify.json", "verify.md", "README.md", "training_loss.png"}
+BESIDE = {"moeconv_manifest.json", "verify.json", "verify.md", "README.md", "training_loss.png"}
 
 PLOTS = {"verify_kl_by_position.png", "verify_logits.png"}
 
@@ -28,7 +28,7 @@ def test_everything_lands_in_one_commit(hub, push, out):
     ran = push("--json")
     assert ran.code == 0, ran.err
     files = hub.repo().files()
-    manifest = json.loads((out / "moeconv.json").read_text())
+    manifest = json.loads((out / "moeconv_manifest.json").read_text())
     assert set(files) == {*manifest["files"], *BESIDE, *PLOTS, ".gitattributes"}
     for name, record in manifest["files"].items():
         assert (files[name].size, files[name].sha256) == (record["size"], record["sha256"])
@@ -117,15 +117,15 @@ def test_a_gitignore_on_the_hub_is_found_out(hub, push, monkeypatch):
 
 
 def test_what_is_published_names_no_folder_of_this_machine(hub, push, out, made, tmp_path):
-    assert str(made.parent) in (out / "moeconv.json").read_text()
+    assert str(made.parent) in (out / "moeconv_manifest.json").read_text()
     assert push().code == 0
     for name, entry in hub.repo().files().items():
         raw = hub.store.read(entry)
         for path in (str(tmp_path), str(made.parent), os.path.expanduser("~"), os.getcwd()):
             assert path.encode() not in raw, name
-    published = json.loads(hub.text("moeconv.json"))
+    published = json.loads(hub.text("moeconv_manifest.json"))
     assert published["source"]["path"] == "run/checkpoints/7/items"
-    assert published["model"]["rope_theta"]["source"] == "sidecar: moeconv.json"
+    assert published["model"]["rope_theta"]["source"] == "sidecar: moeconv_run.json"
     report = json.loads(hub.text("verify.json"))
     files = hub.repo().files()
     for name, digest in report["files"].items():

@@ -105,12 +105,12 @@ def test_parameters_are_counted(out):
 
 def test_nothing_is_invented_of_a_run_that_tells_nothing(hub, tmp_path):
     run = outputs.write_run(tmp_path / "run")
-    config = json.loads((run / "moeconv.json").read_text())["config"]
+    config = json.loads((run / "moeconv_run.json").read_text())["config"]
     (tmp_path / "config.yml").write_text(yaml.safe_dump(config))
-    (run / "moeconv.json").unlink()
+    (run / "moeconv_run.json").unlink()
     (run / "metrics.jsonl").unlink()
     out = outputs.convert_run(run, tmp_path / "bare", config=tmp_path / "config.yml")
-    assert json.loads((out / "moeconv.json").read_text())["run"] is None
+    assert json.loads((out / "moeconv_manifest.json").read_text())["run"] is None
     ran = cli_runner.moeconv("push", out, "--dry-run", "--json", "--repo-id", "alice/bare")
     card = json.loads(ran.out)["card"]
     assert set(metadata(card)) == {"library_name", "pipeline_tag", "tags"}

@@ -27,7 +27,7 @@ def there(hub, push):
 
 def names(out) -> set[str]:
     """Files that belong to the model."""
-    return set(json.loads((out / "moeconv.json").read_text())["files"])
+    return set(json.loads((out / "moeconv_manifest.json").read_text())["files"])
 
 
 def assert_whole_or_unchanged(repo, out, before: str) -> bool:

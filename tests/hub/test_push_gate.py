@@ -7,6 +7,7 @@ import outputs
 import pytest
 from pushed import flip_byte
 
+from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError, UnverifiedError
 from moeconv.verification.checks import CheckFactory
 
@@ -39,10 +40,10 @@ VOID = {
         "speaks of other bytes than those of config.json",
     ),
     "manifest changed": (
-        lambda out: (out / "moeconv.json").write_text(
-            (out / "moeconv.json").read_text().replace('"untied": false', '"untied":  false')
+        lambda out: (out / MANIFEST_NAME).write_text(
+            (out / MANIFEST_NAME).read_text().replace('"untied": false', '"untied":  false')
         ),
-        "speaks of other bytes than those of moeconv.json",
+        "speaks of other bytes than those of moeconv_manifest.json",
     ),
     "report of fewer files": (lambda out: edit_report(out, files={}), "speaks of other bytes"),
     "failed": (lambda out: outputs.attest(out, outputs.parity(1.0)), "it failed (FAIL: logits"),
@@ -125,15 +126,15 @@ def test_files_beside_the_model_stay_here(hub, push, out):
 
 def test_a_manifest_that_names_strangers_is_refused(hub, push, out):
     for name in (".env", "../secret.json", "optimizer.pt", "logs/model.safetensors"):
-        content = json.loads((out / "moeconv.json").read_text())
+        content = json.loads((out / "moeconv_manifest.json").read_text())
         content["files"][name] = {"size": 1, "sha256": "0" * 64}
-        (out / "moeconv.json").write_text(json.dumps(content))
+        (out / "moeconv_manifest.json").write_text(json.dumps(content))
         ran = push("--unverified")
         assert ran.code == OutputError.exit_code
         assert name in ran.error and "never writes" in ran.error
         assert hub.seen == []
         del content["files"][name]
-        (out / "moeconv.json").write_text(json.dumps(content))
+        (out / "moeconv_manifest.json").write_text(json.dumps(content))
 
 
 KEY = "hf_" + "Ab1" * 12
@@ -177,7 +178,7 @@ def test_the_token_is_never_said(hub, push, monkeypatch):
 
 
 def test_a_manifest_that_describes_no_model_is_damaged(hub, push, out):
-    path = out / "moeconv.json"
+    path = out / "moeconv_manifest.json"
     content = json.loads(path.read_text())
     del content["model"]["layer_kinds"]
     path.write_text(json.dumps(content))

@@ -7,7 +7,7 @@ from moeconv.hub.public import shorten, tail
 from moeconv.hub.secrets import redact
 
 SHORTENED = {
-    "sidecar: /Users/ann/runs/tiny/moeconv.json": "sidecar: moeconv.json",
+    "sidecar: /Users/ann/runs/tiny/moeconv_run.json": "sidecar: moeconv_run.json",
     "all 12 arrays of /data/run/checkpoints/3/items are": "all 12 arrays of items are",
     "the run's sidecar in /mnt/x": "the run's sidecar in x",
     "the run's own text (/mnt/x/sample.txt)": "the run's own text (sample.txt)",

@@ -19,7 +19,7 @@ def test_the_newest_output_below_is_taken_and_named(hub, made, tmp_path, monkeyp
     new = outputs.copy(made, base / "b" / "c" / "new")
     (base / "run").mkdir()
     (base / "run" / "moeconv.json").write_text('{"format": "moeconv-run"}')
-    os.utime(old / "moeconv.json", (1, 1))
+    os.utime(old / "moeconv_manifest.json", (1, 1))
     monkeypatch.chdir(base)
     ran = cli_runner.moeconv("push", "--dry-run")
     assert ran.code == 0
@@ -33,7 +33,7 @@ def test_what_is_no_output_is_said(hub, tmp_path):
     ran = cli_runner.moeconv("push", tmp_path / "nothing")
     assert ran.code == NotACheckpointError.exit_code and "nothing does not exist" in ran.error
     ran = cli_runner.moeconv("push", tmp_path)
-    assert ran.code == NotACheckpointError.exit_code and "has no moeconv.json" in ran.error
+    assert ran.code == NotACheckpointError.exit_code and "has no moeconv_manifest.json" in ran.error
 
 
 def test_a_missing_file_is_named(hub, push, out):

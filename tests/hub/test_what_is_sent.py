@@ -6,8 +6,10 @@ import os
 import outputs
 import pytest
 
+from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.errors import OutputError
 from moeconv.hub.weights import BLOCK, Weights
+from moeconv.maxtext.sidecar import SIDECAR_NAMES
 
 PLOT = "verify_logits.png"
 
@@ -67,7 +69,7 @@ def test_weights_that_are_written_to_meanwhile_do_not_go_out(hub, push, out):
     ran = push()
     assert ran.code == OutputError.exit_code and "was changed while" in ran.error
     assert name not in hub.repo().files()
-    assert json.loads((out / "moeconv.json").read_text())["files"][name]["sha256"] not in (
+    assert json.loads((out / "moeconv_manifest.json").read_text())["files"][name]["sha256"] not in (
         hub.uploaded()
     )
 
@@ -115,7 +117,9 @@ def test_a_key_in_a_header_of_weights_is_found(hub, push, out):
     assert hub.seen == []
 
 
-def test_a_run_is_not_an_output(hub, push, out):
-    (out / "moeconv.json").write_text('{"format": "moeconv-run", "version": 1}')
+@pytest.mark.parametrize("sidecar", SIDECAR_NAMES)
+def test_a_run_is_not_an_output(hub, push, out, sidecar):
+    (out / MANIFEST_NAME).unlink()
+    (out / sidecar).write_text('{"format": "moeconv-run", "version": 1}')
     ran = push("--dry-run")
     assert ran.code == 3 and "is a training run; give the output of" in ran.error

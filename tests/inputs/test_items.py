@@ -47,11 +47,11 @@ def test_an_item_at_an_address(tmp_path, address, item):
 def test_the_run_s_sidecar_is_found_from_an_item(tmp_path):
     made = synthetic.write(tmp_path / "run", item="state")
     sidecar = {"format": "moeconv-run", "version": 1, "config": dict(made.config)}
-    (made.run / "moeconv.json").write_text(json.dumps(sidecar))
+    (made.run / "moeconv_run.json").write_text(json.dumps(sidecar))
     from moeconv.maxtext.checkpoint import open_checkpoint
 
     opened = open_checkpoint(str(made.items))
-    assert opened.sidecar[1].local == made.run
+    assert opened.sidecar.folder.local == made.run
 
 
 def test_the_training_engine_s_other_items_are_left_alone(tmp_path, usual):

@@ -65,6 +65,7 @@ def samples(
         "S": width if block in synthetic.ONE_WIDTH else 2 * width,
         **{axis: synthetic.SIZES[axis] for axis in "qcvrkb"},
     }
+    sizes |= {"n": sizes["H"] * sizes["h"], "m": kv * sizes["h"]}
     tied = draw(st.booleans())
     dtype = draw(st.sampled_from(dtypes))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -82,7 +83,9 @@ def samples(
     }
     told = {
         "num_experts_per_tok": draw(st.sampled_from([1, 2])),
-        "rope_type": draw(st.sampled_from(["default", "llama3.1"])),
+        "rope_type": draw(
+            st.sampled_from([rope for rope in page.ropes if rope != "yarn"] or ["yarn"])
+        ),
         "rope_use_scale": draw(st.booleans()),
         "normalize_embedding_logits": draw(st.booleans()),
         "param_scan_axis": axis,
@@ -90,6 +93,8 @@ def samples(
             k: v for k, v in synthetic.BLOCKS[block].items() if k not in {*page.shown, *page.shapes}
         },
     }
+    if "routed_bias" in told:
+        told["routed_bias"] = any(kind.variant == "bias" for kind in kinds)
     if "emb_dim" in told:
         told["emb_dim"] = sizes["D"]
     layout = detect_layout(

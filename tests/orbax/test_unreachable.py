@@ -110,20 +110,20 @@ def test_a_failure_that_stays_is_asked_a_few_times(tmp_path, serve):
 def test_what_is_denied_beside_a_step_is_absent(tmp_path, serve):
     """S3 denies what is not there to whoever may not list."""
     made = synthetic.write(tmp_path / "run")
-    address, asked = serve(lambda number: 403 if asked[-1].endswith("moeconv.json") else None)
+    address, asked = serve(lambda number: 403 if asked[-1].endswith("moeconv_run.json") else None)
     config = made.config_file(tmp_path)
     place = f"{address}/{made.step_dir.relative_to(tmp_path)}"
     assert moeconv("inspect", place, "--config", config).code == 0
-    assert any(path.endswith("moeconv.json") for path in asked)
+    assert any(path.endswith("moeconv_run.json") for path in asked)
 
 
 def test_what_fails_beside_a_step_is_no_absence(tmp_path, serve):
     made = synthetic.write(tmp_path / "run")
-    address, asked = serve(lambda number: 500 if asked[-1].endswith("moeconv.json") else None)
+    address, asked = serve(lambda number: 500 if asked[-1].endswith("moeconv_run.json") else None)
     place = f"{address}/{made.step_dir.relative_to(tmp_path)}"
     ran = moeconv("inspect", place)
     assert ran.code == StorageError.exit_code
-    assert "moeconv.json: Internal Server Error" in ran.error
+    assert "moeconv_run.json: Internal Server Error" in ran.error
 
 
 @pytest.mark.parametrize("address", ["ftp://host/run", "GS://bucket/run", "hf:user/model"])

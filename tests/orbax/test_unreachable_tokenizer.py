@@ -18,7 +18,7 @@ def test_a_store_that_fails_warns(tmp_path, monkeypatch):
     (made.run / "tokenizer").mkdir()
     (made.run / "tokenizer" / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     sidecar = {"format": "moeconv-run", "version": 1, "config": dict(made.config)}
-    (made.run / "moeconv.json").write_text(json.dumps({**sidecar, "tokenizer": "tokenizer"}))
+    (made.run / "moeconv_run.json").write_text(json.dumps({**sidecar, "tokenizer": "tokenizer"}))
     convert(plan_conversion(str(made.run), ConvertOptions()), tmp_path / "out")
 
     def fails(*_, **__):

@@ -86,11 +86,11 @@ def test_a_checkpoint_that_is_written_to(runs, tmp_path, storage, change):
     one, other = runs(**storage)
     out = tmp_path / "out"
     converting(one, out, lambda: None)
-    before = (out / "moeconv.json").read_bytes()
+    before = (out / "moeconv_manifest.json").read_bytes()
     # A chunk may be found damaged before: then the sentence is that one.
     with pytest.raises(TensorError, match=r"was written to while it was converted|is damaged"):
         converting(one, out, lambda: change(one, other))
-    assert (out / "moeconv.json").read_bytes() == before
+    assert (out / "moeconv_manifest.json").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out", "run"]
 
 

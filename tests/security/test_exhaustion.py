@@ -241,7 +241,7 @@ def test_paths_that_are_not_utf8(checkpoint, tmp_path):
     config = checkpoint.run / "config.yml"
     shutil.copy(config, odd / "config.yml")
     convert(plan_conversion(str(checkpoint.run), ConvertOptions(config=config)), odd / "out")
-    json.loads((odd / "out" / "moeconv.json").read_bytes())
+    json.loads((odd / "out" / "moeconv_manifest.json").read_bytes())
     shutil.copytree(checkpoint.run, odd / "run")
     with pytest.raises(NotACheckpointError, match="not UTF-8"):
         plan_conversion(str(odd / "run"), ConvertOptions(config=config))

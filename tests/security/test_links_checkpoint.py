@@ -82,7 +82,7 @@ def test_nor_of_an_ocdbt_store(tmp_path, outside, name, plant):
 
 @planted.every()
 def test_nor_do_files_beside_it(run, outside, plant):
-    outside.plant(plant, run / "moeconv.json")
+    outside.plant(plant, run / "moeconv_run.json")
     with pytest.raises(ConfigError, match=r"moeconv\.json"):
         _open(run)
 
@@ -166,6 +166,6 @@ def test_above_what_the_user_named_the_run_s_own_folder_is_the_limit(run, outsid
     """The sidecar lies beside the steps, above the items that were named."""
     step = locate(str(run / STEP / "items"))
     assert [folder.local for folder in step.beside] == [run / STEP, run / "checkpoints", run]
-    outside.plant(planted.relative, run / "moeconv.json")
+    outside.plant(planted.relative, run / "moeconv_run.json")
     with pytest.raises(NotACheckpointError, match=f"leads out of {run}"):
-        step.beside[-1].read("moeconv.json")
+        step.beside[-1].read("moeconv_run.json")

@@ -39,7 +39,7 @@ def _prepare(out: Path) -> Parcel:
 @pytest.mark.parametrize(
     "name",
     [
-        "moeconv.json",
+        "moeconv_manifest.json",
         "config.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -84,6 +84,6 @@ def test_what_is_looked_through_is_what_is_sent(out):
 @planted.every()
 def test_looking_for_the_newest_output_opens_no_plant(out, outside, plant):
     (out.parent / "decoy").mkdir()
-    outside.plant(plant, out.parent / "decoy" / "moeconv.json")
+    outside.plant(plant, out.parent / "decoy" / "moeconv_manifest.json")
     with planted.at_once():
         assert newest_output(out.parent) == out

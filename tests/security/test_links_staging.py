@@ -66,7 +66,7 @@ def test_what_lies_in_our_folder_is_removed_itself(tiny, out, outside, plant):
     """A process of ours may have been killed there; of links only the links go."""
     _beside(out, "partial").mkdir()
     (_beside(out, "partial") / "journal.jsonl").write_text("")
-    for name in ("model.safetensors", "config.json", "moeconv.json", "sub"):
+    for name in ("model.safetensors", "config.json", "moeconv_manifest.json", "sub"):
         outside.plant(plant, _beside(out, "partial") / name)
         (_beside(out, "partial") / "zz-hop").unlink(missing_ok=True)
     (_beside(out, "partial") / "folder" / "deep").mkdir(parents=True)
@@ -77,7 +77,7 @@ def test_what_lies_in_our_folder_is_removed_itself(tiny, out, outside, plant):
 
 
 @planted.every("plant", (*planted.ALL, os.link))
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "moeconv.json"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "moeconv_manifest.json"])
 def test_a_small_file_is_always_a_new_one(out, outside, name, plant):
     """Also on --resume, where the folder is not emptied first."""
     made = Staging(out, overwrite=False, resume=False)
@@ -168,10 +168,10 @@ def test_a_parent_that_becomes_a_link_meanwhile(out, outside):
 @planted.every()
 def test_whether_a_folder_is_a_model_is_found_out_without_waiting(out, outside, plant):
     _model(out)
-    outside.plant(plant, out / "moeconv.json")
+    outside.plant(plant, out / "moeconv_manifest.json")
     with planted.at_once():
         assert not places.is_replaceable(out)
-        assert "moeconv.json" not in places.strangers(out)
+        assert "moeconv_manifest.json" not in places.strangers(out)
     assert outside.untouched()
 
 

@@ -17,7 +17,7 @@ from cli_runner import Ran, moeconv
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import TOKENIZER_FILES, read_tokenizer
 from moeconv.maxtext.checkpoint import run_tokenizer
-from moeconv.maxtext.sidecar import RunSidecar
+from moeconv.maxtext.sidecar import FoundSidecar, RunSidecar
 from moeconv.orbax.locate import locate
 from moeconv.orbax.store import Folder
 from moeconv.verification.checks import Status
@@ -44,8 +44,8 @@ def _convert(run: Path, *args: object) -> Ran:
 
 
 def _tell(run: Path, tokenizer: object, **more: object) -> None:
-    sidecar = json.loads((run / "moeconv.json").read_text())
-    (run / "moeconv.json").write_text(json.dumps({**sidecar, "tokenizer": tokenizer, **more}))
+    sidecar = json.loads((run / "moeconv_run.json").read_text())
+    (run / "moeconv_run.json").write_text(json.dumps({**sidecar, "tokenizer": tokenizer, **more}))
 
 
 def _refused(ran: Ran, run: Path, outside: planted.Outside, *words: str) -> None:
@@ -149,7 +149,7 @@ def test_metrics_that_lead_out_are_not_told(run, outside, plant):
     ran = _convert(run)
     assert ran.code == 0
     assert "metrics.jsonl" in ran.err
-    assert "0.123456789" not in (run.parent / "out" / "moeconv.json").read_text()
+    assert "0.123456789" not in (run.parent / "out" / "moeconv_manifest.json").read_text()
 
 
 @planted.every("plant", (*planted.LINKS, planted.fifo))
@@ -167,13 +167,13 @@ def test_a_run_at_an_address_has_its_tokenizer_there(run):
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         address = Folder.open(f"http://127.0.0.1:{server.server_port}")
-        sidecar = RunSidecar.model_validate_json((run / "moeconv.json").read_bytes())
-        there = run_tokenizer(sidecar, address, model_max_length=None)
-        here = run_tokenizer(sidecar, Folder.open(run), model_max_length=None)
+        sidecar = RunSidecar.model_validate_json((run / "moeconv_run.json").read_bytes())
+        there = run_tokenizer(FoundSidecar(sidecar, address), model_max_length=None)
+        here = run_tokenizer(FoundSidecar(sidecar, Folder.open(run)), model_max_length=None)
         for name in ("../tokenizer", "/tokenizer"):
             climbing = sidecar.model_copy(update={"tokenizer": name})
             with pytest.raises(TokenizerError, match="--tokenizer"):
-                run_tokenizer(climbing, address, model_max_length=None)
+                run_tokenizer(FoundSidecar(climbing, address), model_max_length=None)
         server.shutdown()
     assert there.files == here.files
     assert there.source == f"{address}/tokenizer"

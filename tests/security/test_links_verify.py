@@ -46,7 +46,7 @@ def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "moeconv.json",
+        "moeconv_manifest.json",
         "config.json",
         "generation_config.json",
         "tokenizer.json",

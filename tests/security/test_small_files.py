@@ -25,8 +25,8 @@ def sparse(path, size):
 
 
 def test_a_sidecar(checkpoint):
-    sparse(checkpoint.run / "moeconv.json", 4 * MIB + 1)
-    with pytest.raises(ConfigError, match=r"moeconv.json: is larger than 4 MiB; .*--config"):
+    sparse(checkpoint.run / "moeconv_run.json", 4 * MIB + 1)
+    with pytest.raises(ConfigError, match=r"moeconv_run.json: is larger than 4 MiB; .*--config"):
         source.find_sidecar(locate(str(checkpoint.run)), needed=True)
 
 
@@ -46,4 +46,6 @@ def test_a_tokenizer_as_a_whole(tmp_path):
         tokenizer.read_tokenizer(str(tmp_path / "tokenizer"), model_max_length=None)
     sidecar = source.RunSidecar(format="moeconv-run", version=1, config={}, tokenizer="tokenizer")
     with pytest.raises(TokenizerError, match=r"tokenizer: its files up to merges.txt .* 64 MiB"):
-        source.run_tokenizer(sidecar, Folder.open(tmp_path), model_max_length=None)
+        source.run_tokenizer(
+            source.FoundSidecar(sidecar, Folder.open(tmp_path)), model_max_length=None
+        )

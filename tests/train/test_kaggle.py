@@ -117,7 +117,8 @@ def test_a_failure_is_one(kaggle, code):
     assert done.returncode == code and "finished" not in done.stdout
 
 
-def attach(tmp_path, name, step, mtime, run_name="llama3-moe-200m", below="notebooks"):
+def attach(tmp_path, name, step, mtime, run_name="llama3-moe-200m", below="notebooks",
+           sidecar="moeconv_run.json"):  # fmt: skip
     """An earlier notebook's output."""
     run = tmp_path / "input" / below / name / "runs" / run_name
     for saved in (str(step - 200), str(step), f"{step + 200}.orbax-checkpoint-tmp-0"):
@@ -125,8 +126,8 @@ def attach(tmp_path, name, step, mtime, run_name="llama3-moe-200m", below="noteb
         (run / "checkpoints" / saved / "items" / "_METADATA").touch()
     (run / "checkpoints" / str(step + 400)).mkdir()  # cut off while it was copied
     (run / "trial.json").touch()
-    (run / "moeconv.json").write_text(name)
-    os.utime(run / "moeconv.json", (mtime, mtime))
+    (run / sidecar).write_text(name)
+    os.utime(run / sidecar, (mtime, mtime))
     data = run.parent / "data" / "tinystories-2048"
     data.mkdir(parents=True, exist_ok=True)
     (data / "data.json").write_text("{}")
@@ -138,17 +139,31 @@ def test_it_goes_on_from_the_furthest_output_that_is_attached(kaggle, tmp_path):
     done, _ = kaggle()
     assert "going on from" in done.stdout
     runs = tmp_path / "working" / "runs"
-    assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "further"
+    assert (runs / "llama3-moe-200m" / "moeconv_run.json").read_text() == "further"
     # The last checkpoint alone: two would cost 3.65 GB of Kaggle's 20 more, and the time.
     assert [each.name for each in (runs / "llama3-moe-200m" / "checkpoints").iterdir()] == ["1000"]
     assert (runs / "llama3-moe-200m" / "checkpoints" / "1000" / "items" / "_METADATA").is_file()
     assert (runs / "llama3-moe-200m" / "trial.json").is_file()
     assert (runs / "data" / "tinystories-2048" / "data.json").is_file()
     # A second call of the same session leaves what is there.
-    (runs / "llama3-moe-200m" / "moeconv.json").write_text("this session's")
+    (runs / "llama3-moe-200m" / "moeconv_run.json").write_text("this session's")
     done, _ = kaggle()
     assert "going on from" not in done.stdout and "no earlier run" not in done.stdout
-    assert (runs / "llama3-moe-200m" / "moeconv.json").read_text() == "this session's"
+    assert (runs / "llama3-moe-200m" / "moeconv_run.json").read_text() == "this session's"
+
+
+def test_runs_of_moeconv_0_1_0_are_found_and_each_is_named_once(kaggle, tmp_path):
+    attach(tmp_path, "old", 1000, mtime=0, sidecar="moeconv.json")
+    attach(tmp_path, "new", 800, mtime=0)
+    (tmp_path / "input/notebooks/new/runs/llama3-moe-200m/moeconv.json").touch()
+    done, _ = kaggle("run_name=other")
+    named = [line for line in done.stderr.splitlines() if line.startswith("  ")]
+    assert [line.rpartition("input/")[2] for line in named] == [
+        "notebooks/new/runs/llama3-moe-200m",
+        "notebooks/old/runs/llama3-moe-200m",
+    ]
+    done, _ = kaggle()
+    assert "going on from step 1000 of" in done.stdout and "notebooks/old" in done.stdout
 
 
 @pytest.mark.parametrize("words", [{}, {"recipes": "mine"}], ids=["by the user", "by the recipe"])
@@ -186,7 +201,7 @@ def test_a_run_is_found_as_deep_as_kaggle_may_mount_it(kaggle, tmp_path):
     attach(tmp_path, "version", 1000, mtime=0, below="notebooks/owner/notebook")
     model = tmp_path / "input/notebooks/owner/notebook/version/runs/llama3-moe-200m-hf"
     model.mkdir()
-    for name in ("moeconv.json", "config.json"):
+    for name in ("moeconv.json", "config.json"):  # as moeconv 0.1.0 names a manifest
         (model / name).write_text("{}")
     done, _ = kaggle()
     assert "going on from step 1000 of" in done.stdout, done.stderr

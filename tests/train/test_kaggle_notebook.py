@@ -28,9 +28,9 @@ def test_the_notebook_shows_what_there_is(tmp_path, monkeypatch, capsys):
     cell = cell.replace("/kaggle/working", str(tmp_path))
     exec(cell, {})
     assert shown == []
-    for name in ("early", "late"):
+    for name, sidecar in (("early", "moeconv.json"), ("late", "moeconv_run.json")):
         (tmp_path / "runs" / name).mkdir(parents=True)
-        (tmp_path / "runs" / name / "moeconv.json").touch()
+        (tmp_path / "runs" / name / sidecar).touch()
     (tmp_path / "runs" / "late" / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     (tmp_path / "runs" / "late" / "loss.png").touch()
     exec(cell, {})

@@ -13,6 +13,7 @@ from moeconv_train.preflight.target import environment, gpus
 from plan_lab import TWO_T4S, planned
 
 from moeconv.errors import ConfigError, MissingPackageError
+from moeconv.families import blocks
 
 
 def test_hardware_that_is_not_said_is_what_there_is(tmp_path):
@@ -93,6 +94,13 @@ def test_flops_are_those_of_the_active_parameters():
     assert size.flops == 6 * size.active + 3 * L * 4 * D * T / 2
     assert model_size({**config, "decoder_block": "deepseek"}) is None
     assert model_size({**config, "use_qk_norm": True}) is None
+
+
+def test_axes_of_one_family_take_the_size_away_from_no_other():
+    config = planned(recipe.DEFAULT).config
+    sizes = {name: model_size({**config, "decoder_block": name}) for name in blocks()}
+    assert sizes["envy"] == model_size(config)
+    assert {name for name, size in sizes.items() if size} == {"envy", "mixtral"}
 
 
 def test_peaks_are_only_those_that_are_known():

@@ -54,7 +54,7 @@ def test_a_finished_run_is_compared_before_it_is_called_finished(prepared, tmp_p
     told = {"learning_rate_schedule_steps": -1, **public_config(made.config), **made.told}
     facts = RunFacts(dataset_digest=made.feed.dataset.digest)
     before = RunSidecar(format="moeconv-run", version=1, config=public_config(told), run=facts)
-    sidecar = made.run_dir / "moeconv.json"
+    sidecar = made.run_dir / "moeconv_run.json"
     sidecar.write_text(before.model_dump_json())
     monkeypatch.setattr(run_dir, "saved_step", lambda _: 19)
     notes = []

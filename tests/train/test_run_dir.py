@@ -53,7 +53,7 @@ def test_another_run_is_refused_by_name(tmp_path):
     before = RunSidecar(format="moeconv-run", version=1, config={}, run=RunFacts(loss_scaled=True))
     with pytest.raises(ConfigError, match=r"run\.loss_scale\.mode was dynamic, as the checkpoints"):
         run_dir.check_same(tmp_path, before, {}, RunFacts(loss_scaled=False))
-    with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv\.json"):
+    with pytest.raises(ConfigError, match=r"has checkpoints but no moeconv_run\.json"):
         run_dir.check_same(tmp_path, None, now, RunFacts())
 
 
@@ -100,16 +100,16 @@ def test_the_lock_follows_no_link_and_goes_with_its_holder(tmp_path):
     ],
 )
 def test_a_damaged_sidecar_is_named(tmp_path, content, says):
-    (tmp_path / "moeconv.json").write_text(content)
-    with pytest.raises(ConfigError, match=rf"moeconv\.json: {says}; begin a new run_name"):
+    (tmp_path / "moeconv_run.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"moeconv_run\.json: {says}; begin a new run_name"):
         run_dir.read_sidecar(tmp_path)
 
 
 def test_a_sidecar_outside_of_the_run_is_not_read(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").write_text("{}")
-    (tmp_path / "run" / "moeconv.json").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match=r"moeconv\.json: is a link that leads out"):
+    (tmp_path / "run" / "moeconv_run.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"moeconv_run\.json: is a link that leads out"):
         run_dir.read_sidecar(tmp_path / "run")
 
 

@@ -147,7 +147,7 @@ def resolved(dataset, tmp_path):
 
 def test_the_sidecar_holds_the_config_without_places_and_secrets(resolved, tmp_path):
     path = sidecar.write_sidecar(resolved)
-    assert path == tmp_path / "r" / "moeconv.json"
+    assert path == tmp_path / "r" / "moeconv_run.json"
     written = json.loads(path.read_text())
     assert written.pop("config") == {
         "run_name": "r",
@@ -172,7 +172,7 @@ def test_the_sidecar_holds_the_config_without_places_and_secrets(resolved, tmp_p
         "data": None,
     }
     assert str(tmp_path) not in path.read_text()
-    assert sorted(file.name for file in path.parent.iterdir()) == ["moeconv.json", "tokenizer"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["moeconv_run.json", "tokenizer"]
 
 
 def test_the_sidecar_is_what_moeconv_reads(resolved):
@@ -189,6 +189,17 @@ def test_the_sidecar_of_a_resumed_run_replaces_the_old_one(resolved):
     sidecar.write_sidecar(resolved)
     path = sidecar.write_sidecar(resolved | {"num_experts_per_tok": 1})
     assert json.loads(path.read_text())["config"]["num_experts_per_tok"] == 1
+
+
+def test_a_run_of_moeconv_0_1_0_that_goes_on_has_its_sidecar_renamed(resolved):
+    from moeconv_train import run_dir
+
+    path = sidecar.write_sidecar(resolved)
+    path.rename(path.with_name("moeconv.json"))
+    assert run_dir.read_sidecar(path.parent).config["num_experts_per_tok"] == 2
+    sidecar.write_sidecar(resolved | {"num_experts_per_tok": 1})
+    assert sorted(file.name for file in path.parent.iterdir()) == ["moeconv_run.json", "tokenizer"]
+    assert run_dir.read_sidecar(path.parent).config["num_experts_per_tok"] == 1
 
 
 def test_a_tokenizer_that_is_no_local_directory_is_not_promised(resolved):

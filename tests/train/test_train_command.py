@@ -137,7 +137,7 @@ def test_every_target_of_the_data_is_trained_once(whole, output):
 
 
 def test_the_sidecar_says_what_the_checkpoints_do_not(whole, output):
-    text = (output / "whole" / "moeconv.json").read_text()
+    text = (output / "whole" / "moeconv_run.json").read_text()
     sidecar = RunSidecar.model_validate_json(text)
     assert sidecar.config["decoder_block"] == "envy" and sidecar.config["steps"] == STEPS
     run = sidecar.run

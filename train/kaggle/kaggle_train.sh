@@ -77,14 +77,17 @@ run_name() { # of the run that these words mean, which a recipe may name
     print(os.path.basename(plan["run_dir"]))' <<<"$plan"
 }
 
-# What is attached below INPUT; at most `notebooks/OWNER/NAME/VERSION/FOLDER/runs/RUN/moeconv.json`.
-attached() { # attached GLOB: sidecars of runs of that name; a model's manifest is none
-  local found
+# What is attached below INPUT; at most `notebooks/OWNER/NAME/VERSION/FOLDER/runs/RUN/moeconv_run.json`.
+# (moeconv.json: of moeconv 0.1.0, whose models have a file of that name, too.)
+attached() { # attached GLOB: runs of that name, each once
+  local found run
   { find -L "$input" -maxdepth 9 -type d -path '*/runs/data' -prune -o -type f \
-    -path "*/runs/$1/moeconv.json" -print 2>/dev/null || true; } |
+    \( -path "*/runs/$1/moeconv_run.json" -o -path "*/runs/$1/moeconv.json" \) -print 2>/dev/null ||
+    true; } |
     while IFS= read -r found; do
-      [ -e "$(dirname "$found")/config.json" ] || echo "$found"
-    done
+      run=$(dirname "$found")
+      [ -e "$run/config.json" ] || echo "$run"
+    done | sort -u
 }
 last_step() { # last_step RUN: of its highest whole checkpoint; -1 where it has none
   local each step last=-1
@@ -98,9 +101,9 @@ last_step() { # last_step RUN: of its highest whole checkpoint; -1 where it has 
 # the one that is furthest: files that Kaggle attaches do not keep their times. What is in WORK
 # already is newer.
 last_run() { # last_run NAME: that with the highest checkpoint
-  local sidecar
-  attached "$1" | while IFS= read -r sidecar; do
-    printf '%s %s\n' "$(last_step "$(dirname "$sidecar")")" "$(dirname "$sidecar")"
+  local run
+  attached "$1" | while IFS= read -r run; do
+    printf '%s %s\n' "$(last_step "$run")" "$run"
   done | sort -n | tail -1 | cut -d' ' -f2-
 }
 take() { # take DIR...: copies in WORK/runs, all whole or none; of checkpoints the last
@@ -140,7 +143,7 @@ version of its output (Input -> check for updates), or lower AT_LEAST"
     refuse "AT_LEAST=$AT_LEAST, and no run $name is attached below $input; attach the last session's output"
   elif others=$(attached '*') && [ -n "$others" ] && [ "${NEW:-0}" != 1 ]; then
     refuse "no run $name is attached below $input, but these are:
-$(sed 's:/moeconv.json$::; s/^/  /' <<<"$others")
+$(sed 's/^/  /' <<<"$others")
 To go on with one, give run_name= and the other words of its first session; for a new run, NEW=1"
   elif [ -n "$data" ]; then
     say "no earlier run $name below $input: a new one, with the data of $data"

@@ -1,6 +1,6 @@
 """What the checks found, for people as lines and for machines as JSON."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -109,6 +109,20 @@ class Preflight:
         for each in self.findings:
             text = "see below" if each.status == "refused" else str(each)
             yield f"  {each.status:8}{each.check}: {text}"
+
+    def sentences(self, known: Collection[Finding] = ()) -> Iterator[str]:
+        """What was mended, and what should be known before the run starts.
+
+        Args:
+            known: Findings that were shown before, and are left out.
+        """
+        for finding in self.findings:
+            if finding in known:
+                continue
+            if finding.status == "mended":
+                yield f"mended: {finding.check}: {finding}"
+            elif finding.status == "warn":
+                yield f"warning: {finding.check}: {finding.message}"
 
     def to_json(self) -> dict[str, Any]:
         """For machines."""

@@ -19,6 +19,9 @@ SPACE = "\u2581"
 # Far more than any vocabulary, so that a hostile file ends soon.
 _MAX_PIECES = 2_000_000
 
+# How much of a file is looked at to tell what it is.
+_HEAD = 4096
+
 type _Value = int | bytes
 
 
@@ -105,9 +108,24 @@ class SentencePieceModel:
         return {**found, "unk": next(self.of(Kind.UNKNOWN))}
 
 
-def is_sentencepiece(data: bytes) -> bool:
-    """True if a file begins with a piece: tag 0x0a, a length below 128, tag 0x0a of its text."""
-    return data[:1] == b"\n" and data[2:3] == b"\n"
+def is_sentencepiece(head: bytes) -> bool:
+    """True if a file begins as a `ModelProto`: messages 1 to 5, of which a piece begins with text.
+
+    Args:
+        head: Its first 4096 bytes, or all of it; Gemma 4's begins with the normalisation.
+    """
+    at = 0
+    while at < len(head):
+        if head[at] not in (0x0A, 0x12, 0x1A, 0x22, 0x2A):
+            return False
+        try:
+            length, start = _varint(head, at + 1)
+        except ValueError:
+            return False
+        if head[at] == 0x0A:
+            return head[start : start + 1] == b"\n"
+        at = start + length
+    return at > len(head) >= _HEAD
 
 
 def read_model(data: bytes, source: str) -> SentencePieceModel:

@@ -1,4 +1,4 @@
-"""config.json as different readers understand it: one file, one model, whoever loads it.
+"""config.json as different readers understand it: one file, one model, in every release.
 
 Releases differ in where they look. A theta that only one of them finds gives the other a default,
 silently: transformers 4 would run at 10,000 or 1,000,000 what was trained at 500,000.
@@ -37,11 +37,15 @@ def as_transformers_4(config: Config) -> dict[str, Any]:
 
 
 def as_transformers_5(config: Config) -> dict[str, Any]:
-    """What 5 takes: `rope_parameters` and `dtype`.
+    """What 5 takes: `rope_parameters` and `dtype`; of equal ones for each kind of layer, one.
 
     modeling_rope_utils.py `RotaryEmbeddingConfigMixin`, configuration_utils.py.
     """
-    return {"rope": dict(config.get("rope_parameters") or {}), "dtype": config.get("dtype")}
+    rope = dict(config.get("rope_parameters") or {})
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)]
+    if kinds and kinds == [kinds[0]] * len(rope):
+        rope = kinds[0]
+    return {"rope": rope, "dtype": config.get("dtype")}
 
 
 def check_config_readers(candidate: Candidate) -> Check:

@@ -46,7 +46,7 @@ def compare_heads(
         models: What runs.
         hidden: After the last layer.
         targets: [B, T] the next token of every position, -1 where there is none.
-        stock: Whether the reference rounds its head, so that it has two kinds of logits.
+        stock: True if the reference rounds its head, so that it has two kinds of logits.
         scratch: Folder for logits, None for the system's temporary one.
 
     Returns:

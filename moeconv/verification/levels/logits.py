@@ -169,15 +169,17 @@ def _check_order(layers: MaxTextLayers, output: LayersOutput, whole: list[Array]
         )
 
 
-def _against(side: LayerwiseModel, output: LayersOutput, reference: Array, rows: Rows) -> Positions:
+def _against(
+    model: LayerwiseModel, output: LayersOutput, reference: Array, rows: Rows
+) -> Positions:
     """Logits of a model's last hidden states against [N, V], block by block."""
     parts, start = [], 0
     targets = rows.targets.reshape(-1)
     for block in blocks(output.hidden):
-        logits = side.logits(side.norm(block), "unrounded")[0]
+        logits = model.logits(model.norm(block), "unrounded")[0]
         span = slice(start, start + len(logits))
         apart = compare_logits(reference[span], logits, targets[span])
-        parts.append(apart.demand_finite(f"logits of {side.name}, rounded as the output is,"))
+        parts.append(apart.demand_finite(f"logits of {model.name}, rounded as the output is,"))
         start += len(logits)
     return join(parts)
 

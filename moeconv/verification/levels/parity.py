@@ -92,11 +92,11 @@ def parity_checks(of: CheckFactory, parity: Parity, *, reference: str) -> list[C
 def _parity(of: CheckFactory, parity: Parity, reference: str) -> Check:
     found, moved = parity.unrounded, parity.rounding
     settled = parity.routing.settled.reshape(-1)
-    strict, slack = _strict(found, parity.routing), _strict(moved, parity.rounding_routing)
+    strict, by_rounding = _strict(found, parity.routing), _strict(moved, parity.rounding_routing)
     largest = float(found.largest.max()) or 1.0  # a final norm of zeros gives no other logits
     status = Status.PASS
     for limit, value, allowed in zip(
-        (KL, KL, LOGITS), _graded(strict, largest), _graded(slack, largest), strict=True
+        (KL, KL, LOGITS), _graded(strict, largest), _graded(by_rounding, largest), strict=True
     ):
         status = worse(status, limit.grade(value, allowed))
     share = float(settled.mean())
@@ -115,8 +115,8 @@ def _parity(of: CheckFactory, parity: Parity, reference: str) -> Check:
             f"; near-ties of experts flipped, {1 - share:.1%} of positions judged apart, KL "
             f"{strict.kl.max():.1e} at most without them"
         )
-    if slack is not None:
-        summary += f"; rounding alone does {slack.kl.max():.1e}"
+    if by_rounding is not None:
+        summary += f"; rounding alone does {by_rounding.kl.max():.1e}"
     if found.lost:
         summary = f"its logits are NaN or infinite at {found.lost} of {len(found.kl)} positions"
     if status is Status.FAIL:

@@ -70,8 +70,8 @@ class Reference:
     def check(self, name: str) -> Check:
         """What a level compared with.
 
-        It warns where only the conversion's own belief is the reference, and where nobody knows
-        what some settings of the run's config mean.
+        It warns where the reference's config is that of the conversion, and where the meaning of
+        some settings of the run's config is not known.
 
         Args:
             name: The model's name.
@@ -87,7 +87,7 @@ class Reference:
         if accepted:
             summary += f"; what {', '.join(accepted)} in its config means is not known"
         metrics = {
-            "against": self.options.side,
+            "against": self.options.reference_kind,
             "config": self.origin,
             "independent": independent,
         }

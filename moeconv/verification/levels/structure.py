@@ -6,12 +6,11 @@ so that this level checks our rules against an independent reading of the same f
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moeconv.artifact.manifest import MANIFEST_NAME
+from moeconv.artifact.manifest import MANIFEST_NAMES
 from moeconv.artifact.names import KNOWN, is_leftover
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
@@ -73,7 +72,7 @@ def _files(candidate: Candidate) -> Check:
             wrong.append(f"{name} (size)")
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
-    known = {*candidate.manifest.files, MANIFEST_NAME, *KNOWN}
+    known = {*candidate.manifest.files, *MANIFEST_NAMES, *KNOWN}
     extra = sorted({p.name for p in candidate.out.iterdir() if not is_leftover(p)} - known)
     if wrong:
         return _OF.failed(
@@ -143,14 +142,12 @@ def _index(candidate: Candidate) -> Check:
 
 def _tying(candidate: Candidate) -> Check:
     """Tied means no head tensor; untied means one."""
-    tied, head = candidate.config.get("tie_word_embeddings"), "lm_head.weight" in candidate.tensors
-    if tied is head:
-        state = "tied, yet has" if tied else "untied, yet lacks"
-        return _OF.failed(
-            "tying",
-            f"config.json says the head is {state} lm_head.weight",
-            tensors=["lm_head.weight"],
-        )
+    head = _head_of(candidate)
+    tied, there = candidate.config.get("tie_word_embeddings"), head in candidate.tensors
+    if tied is not (not there):
+        state = "there" if there else "not there"
+        summary = f"config.json has tie_word_embeddings: {tied!r}, but {head} is {state}"
+        return _OF.failed("tying", summary, tensors=[head])
     return _OF.passed("tying", "tied" if tied else "untied, with its own head")
 
 
@@ -193,7 +190,7 @@ def _config(candidate: Candidate) -> Check:
         return _OF.warned(
             "config",
             f"{summary}; but the run's config has settings that moeconv does not know, and that "
-            f"the conversion was told to accept: {', '.join(accepted)}",
+            f"the conversion accepted: {', '.join(accepted)}",
             metrics={"accepted_keys": accepted},
         )
     return _OF.passed("config", summary)
@@ -223,7 +220,7 @@ def _transformers(candidate: Candidate) -> Check:
         return _OF.skipped("transformers", f"not asked, since {error}")
     what = f"transformers cannot build a model from config.json of {candidate.out}"
     with blaming(what, check="transformers"), quiet():
-        wanted = _architecture(candidate.out)
+        wanted = _architecture(candidate)
     found = {name: stored.spec.shape for name, stored in candidate.tensors.items()}
     problems = [f"{n} (missing)" for n in sorted(set(wanted) - set(found))]
     problems += [f"{n} (unexpected)" for n in sorted(set(found) - set(wanted))]
@@ -238,15 +235,19 @@ def _transformers(candidate: Candidate) -> Check:
     return _OF.passed("transformers", f"transformers builds exactly these {len(both)} tensors")
 
 
-def _architecture(folder: Path) -> dict[str, tuple[int, ...]]:
+def _head_of(candidate: Candidate) -> str:
+    return f"{candidate.family.probe.head}.weight"
+
+
+def _architecture(candidate: Candidate) -> dict[str, tuple[int, ...]]:
     """Tensors of a model as its checkpoints name them, built without memory for values."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    config = load_config(folder)
+    config = load_config(candidate.out)
     model = build_empty(config)
     state: dict[str, Any] = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
+        state.pop(_head_of(candidate), None)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 

@@ -72,13 +72,13 @@ def check_own_tokenizer(candidate: Candidate) -> list[Check]:
         ConfigError: The run's sidecar cannot be read.
     """
     sidecar = find_sidecar(candidate.step, needed=False)
-    if sidecar is None or sidecar[0].tokenizer is None:
+    if sidecar is None or sidecar.content.tokenizer is None:
         return []
     path = candidate.out / "tokenizer.json"
     if not path.is_file():
         return [_WEIGHTS.skipped("tokenizer", "the model was written without a tokenizer")]
     try:
-        own = run_tokenizer(*sidecar, model_max_length=None)
+        own = run_tokenizer(sidecar, model_max_length=None)
     except (TokenizerError, StorageError) as error:
         why = f"not compared with the run's own, which cannot be read: {error}"
         return [_WEIGHTS.warned("tokenizer", why)]

@@ -166,7 +166,7 @@ def _compare_all(
         try:
             for done in [pool.submit(work, unit) for unit in units]:
                 done.result()
-        except BaseException:  # Ctrl-C, or a damaged chunk: nobody waits for all the others
+        except BaseException:  # Ctrl-C, or a damaged chunk: the others are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -221,7 +221,7 @@ def _first_layer(edges: Mapping[str, Edge], names: Sequence[str]) -> int | None:
 
 
 def _source_check(candidate: Candidate, findings: _Findings) -> Check:
-    """Whether the checkpoint is the one that was converted."""
+    """The checkpoint is the one that was converted."""
     claimed = candidate.manifest.source.arrays
     digests = {}
     for name, chunks in findings.chunks.items():
@@ -241,7 +241,7 @@ def _source_check(candidate: Candidate, findings: _Findings) -> Check:
         return _OF.warned(
             "source",
             f"chunks of {len(lacking)} arrays of {candidate.source} are not stored and count "
-            "as zeros; whether they were lost cannot be told",
+            "as zeros; whether they were lost is not known",
             tensors=sorted(lacking),
             metrics={"digest": total},
         )

@@ -1,7 +1,7 @@
 """The limits of every graded figure, in one table (docs/parity.md prints it), and how they apply.
 
 In fp32 the two models differ by the order of sums only. A rounded output is allowed a multiple of
-what rounding alone does to MaxText itself, which is measured in the same run (verify/rounding.py).
+what rounding alone does to MaxText itself, which is measured in the same run (measure/rounding.py).
 """
 
 import math

@@ -1,4 +1,4 @@
-"""How far two models' logits lie apart, position by position, in float64.
+"""How far two models' logits are apart, position by position, in float64.
 
 Logits of the reference that are NaN or infinite say nothing of the other model: an error. Those of
 the candidate are a difference like any other, an infinite one.
@@ -31,7 +31,7 @@ class Positions:
         kl: KL of the candidate's distribution from the reference's, in nats.
         max_abs: Largest difference of a logit.
         mean_abs: Mean difference of a logit.
-        top1: Whether both think the same token likeliest.
+        top1: True where both have the same likeliest token.
         top5: Share of the reference's five likeliest tokens that are among the candidate's.
         margin: The reference's likeliest logit above its second.
         largest: The reference's largest absolute logit.

@@ -1,6 +1,6 @@
-"""Whether both models send every token to the same experts, and if not, whether it was a near-tie.
+"""Expert choice of both models: the same experts for every token, or near-ties that flipped.
 
-Two experts whose router logits differ by less than rounding may come out in another order. From
+Two experts whose scores differ by less than rounding may come out in another order. From
 there on that position computes something else, and so, a little, does everything after it in its
 row. Such positions are judged apart; a flip that rounding does not explain is a mistake.
 
@@ -117,7 +117,7 @@ def compare_routing(
             and none there.
         choice: How both choose experts.
         shape: (B, T).
-        rounded: Whether the candidate's weights or arithmetic are rounded.
+        rounded: True if the candidate's weights or arithmetic are rounded.
         rounding: The same of a reference that was moved as much as rounding does; without it all
             flips of a rounded candidate count as explained.
 

@@ -4,6 +4,7 @@ Rows are packed: documents follow each other, each with the ids that the tokeniz
 without padding, from position 0 to the row's end. Short prompts would hide a wrong RoPE.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.errors import MoeconvError, UsageError
-from moeconv.maxtext.sidecar import SIDECAR_NAME, RunSidecar
+from moeconv.maxtext.sidecar import SIDECAR_NAMES, RunSidecar
 from moeconv.orbax.locate import Step
 from moeconv.tensor.axes import Array
 from moeconv.untrusted.files import read_inside, read_regular
@@ -133,9 +134,9 @@ def find_sample(prompts: Path | None, step: Step | None) -> Sample:
 
 def _run_sample(step: Step) -> Sample | None:
     """The text sample of a run's sidecar, if it has one."""
-    for folder in step.beside:
+    for folder, sidecar in itertools.product(step.beside, SIDECAR_NAMES):
         try:
-            raw = folder.read(SIDECAR_NAME)
+            raw = folder.read(sidecar)
             if raw is None:
                 continue
             name = RunSidecar.model_validate_json(raw).text_sample

@@ -1,1 +1,1 @@
-"""The two models that are compared: MaxText on one side, stock transformers on the other."""
+"""The two models that are compared: MaxText, and stock transformers."""

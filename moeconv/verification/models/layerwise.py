@@ -1,4 +1,4 @@
-"""A model taken layer by layer: what the comparison asks of MaxText and of transformers alike."""
+"""A model taken layer by layer: the interface that MaxText and transformers both have here."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ class LayerTrace:
 
     Attributes:
         attention: [B, T, D], after the output projection, before it is added to the residual.
-        router: [B, T, E], the router's logits; None in a dense layer.
+        router: [B, T, E], the scores by which experts are ranked; None in a dense layer.
         experts: [B, T, D], the feed-forward half (experts or a dense MLP) before it is added.
         output: [B, T, D], the layer's hidden states.
     """
@@ -47,5 +47,5 @@ class LayerwiseModel(Protocol):
         ...
 
     def release(self) -> None:
-        """Gives up embedding, final norm and head until they are asked for again."""
+        """Frees embedding, final norm and head until they are used again."""
         ...

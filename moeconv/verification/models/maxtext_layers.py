@@ -130,7 +130,7 @@ class MaxTextLayers:
     def release(self) -> None:
         """See `LayerwiseModel`."""
         self._globals = None
-        gc.collect()  # models of both frameworks lie in reference cycles
+        gc.collect()  # models of both frameworks are part of reference cycles
 
     def layer(self, number: int, hidden: Array) -> LayerTrace:
         """See `LayerwiseModel`."""

@@ -118,7 +118,7 @@ def reference_config(
     elif sidecar is None and content is not None:
         origin = provenance.detail
     elif sidecar is not None:
-        origin = f"the run's sidecar in {sidecar[1]}"
+        origin = f"the run's sidecar in {sidecar.folder}"
     else:
         origin = "the description in the output's manifest"
     told = tell(content, provenance, (), accepted)

@@ -1,4 +1,4 @@
-"""Walking a model from its embedding to its last layer, and where its parameters come from."""
+"""Running a model from its embedding to its last layer, and where its parameters come from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class LayersOutput:
     routers: Mapping[int, Array]
 
 
-def run_layers(side: LayerwiseModel, tokens: Array) -> LayersOutput:
-    """Runs every layer of one side over `tokens` [B, T]."""
-    hidden, routers = side.embed(tokens), {}
-    for number in range(side.num_layers):
-        trace = side.layer(number, hidden)
+def run_layers(model: LayerwiseModel, tokens: Array) -> LayersOutput:
+    """Runs every layer of a model over `tokens` [B, T]."""
+    hidden, routers = model.embed(tokens), {}
+    for number in range(model.num_layers):
+        trace = model.layer(number, hidden)
         hidden = trace.output
         if trace.router is not None:
             routers[number] = trace.router

@@ -212,7 +212,7 @@ class HfLayers:
     def release(self) -> None:
         """See `LayerwiseModel`."""
         self._outer = None
-        gc.collect()  # models of both frameworks lie in reference cycles
+        gc.collect()  # models of both frameworks are part of reference cycles
 
     def layer(self, number: int, hidden: Array) -> LayerTrace:
         """See `LayerwiseModel`."""
@@ -330,7 +330,7 @@ def check_folder(folder: str | Path) -> Path:
 
 
 def rounding_between(one: Path, other: Path) -> Rounding | None:
-    """What tells two models apart when one of them is stored narrower than the other."""
+    """The rounding between two models, if one of them is stored narrower than the other."""
     bits = [
         min((SIGNIFICAND_BITS[d], d) for spec in _specs(folder) if (d := spec.dtype))
         for folder in (one, other)

@@ -25,7 +25,7 @@ _JUST_MADE = 10  # seconds
 
 
 def earlier_report(folder: Path) -> Report | None:
-    """The report that lies in a folder, if it can be read."""
+    """The report in a folder, if it can be read."""
     try:
         return Report.read(read_inside(folder, REPORT_NAME))
     except (OSError, ValueError):
@@ -33,7 +33,7 @@ def earlier_report(folder: Path) -> Report | None:
 
 
 def demand_writable(folder: Path) -> None:
-    """Whether a report can be written there.
+    """Looks whether a report can be written there, before the work begins.
 
     Raises:
         OutputError: It cannot.
@@ -91,7 +91,7 @@ def _content(report: Report) -> dict[str, bytes]:
 
 @contextlib.contextmanager
 def _fresh(into: int) -> Iterator[int]:
-    """A new folder; others see that somebody is at work there, until this process ends or dies."""
+    """A new folder, locked as long as this process works in it."""
     name = WRITING + secrets.token_hex(8)
     os.mkdir(name, 0o700, dir_fd=into)
     descriptor = os.open(name, _FOLDER, dir_fd=into)
@@ -100,7 +100,7 @@ def _fresh(into: int) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield descriptor
     finally:
-        with contextlib.suppress(OSError):  # somebody else's now
+        with contextlib.suppress(OSError):  # another process has it now
             _remove(name, descriptor, into)
         os.close(descriptor)
 

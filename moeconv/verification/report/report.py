@@ -6,7 +6,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from moeconv import __version__
-from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.artifact.names import LEGAL
 from moeconv.untrusted.files import is_file
 from moeconv.untrusted.strict_json import loads
@@ -48,7 +47,7 @@ class Report(BaseModel):
 
     @classmethod
     def read(cls, raw: bytes) -> "Report":
-        """From verify.json, whoever wrote it.
+        """From verify.json, which anybody can have written.
 
         Raises:
             ValueError: It is no report, or lacks figures that a page would show.
@@ -65,7 +64,7 @@ class Report(BaseModel):
 
     @property
     def proves(self) -> bool:
-        """Whether the levels that ran are enough to call both models the same, warnings aside.
+        """True if the levels that ran are enough to call both models the same, warnings aside.
 
         Right values prove nothing of the RoPE that config.json declares, and what runs alike on
         some tokens may differ in a row of the embedding.
@@ -108,7 +107,7 @@ def make_report(candidate: Candidate, checks: list[Check]) -> Report:
     Raises:
         OutputError: The bytes are not those that the levels saw.
     """
-    names = [*candidate.names, MANIFEST_NAME]
+    names = [*candidate.names, candidate.manifest_path.name]
     present = [n for n in sorted(names) if (candidate.out / n).is_file()]
     files = {name: _digest(candidate, name) for name in present}
     candidate.demand_unchanged()

@@ -45,9 +45,9 @@ def test_a_report_that_cannot_be_written_is_known_before_the_work(right, tmp_pat
 def test_a_checkpoint_that_is_gone_is_asked_for(right, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(right, out)
-    manifest = json.loads((out / "moeconv.json").read_text())
+    manifest = json.loads((out / "moeconv_manifest.json").read_text())
     manifest["source"]["path"] = str(tmp_path / "gone")
-    (out / "moeconv.json").write_text(json.dumps(manifest))
+    (out / "moeconv_manifest.json").write_text(json.dumps(manifest))
     result = CliRunner().invoke(command, [str(out), "--level", "weights"])
     assert result.exit_code == 2
     assert "--source gives another, and level structure needs none" in result.output
@@ -63,11 +63,11 @@ def test_the_command_writes_a_bound_verdict(right, tmp_path):
     report = json.loads((out / "verify.json").read_text())
     assert report["verdict"] == "pass", result.output
     assert report["levels"] == {"weights": "pass"}
-    manifest = json.loads((out / "moeconv.json").read_text())
+    manifest = json.loads((out / "moeconv_manifest.json").read_text())
     assert report["source"] == manifest["source"]["digest"]
     for name, record in manifest["files"].items():
         assert report["files"][name] == record["sha256"]
-    assert "moeconv.json" in report["files"]
+    assert "moeconv_manifest.json" in report["files"]
 
 
 def test_a_level_alone_proves_little_and_keeps_what_is_known(right, tmp_path):

@@ -12,21 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import config_file, run
-from maxtext_lab import GPT_OSS, LLAMA4
+from maxtext_lab import DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, LLAMA4, OLMO3
 from parity_lab import Compiled, check
 
 from moeconv.families import targets
 from moeconv.hf.safetensors import read_header
 from moeconv.mapping.rules import Factor, Target
-from moeconv.verification.candidate import Subject
 from moeconv.verification.checks import Status, worst
-from moeconv.verification.levels.structure import check_structure
-from moeconv.verification.levels.weights import check_weights
 from moeconv.verification.models.maxtext import MaxTextModel
 from moeconv.verification.settings import ParityOptions
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("mistakes of families"), pytest.mark.maxtext]
-MODELS = {"gpt_oss": (GPT_OSS,), "llama4": (LLAMA4, {"base_num_decoder_layers": 4})}
+FOUR = {"base_num_decoder_layers": 4}
+MODELS = {
+    "gpt_oss": (GPT_OSS,),
+    "llama4": (LLAMA4, FOUR),
+    "olmo3": (OLMO3, FOUR),
+    "deepseek_v3": (DEEPSEEK_V3,),
+    "deepseek_v2": (DEEPSEEK_V2,),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +138,36 @@ PAGES: dict[str, tuple[str, Page, str]] = {
         "llama4", rule("experts.gate_up_proj", source=ROUTED), "layer 1 experts"),
     "Llama's gate and up in turn": (
         "llama4", rule("experts.gate_up_proj", place="E D M -> E D (M g)"), "layer 1 experts"),
+    "OLMo's window one wider": (
+        "olmo3", key("sliding_window", lambda n: n + 1), "layer 0 attention"),
+    "OLMo's windows one layer on": ("olmo3", key("layer_types", other_way), "layer 2 attention"),
+    "no norm of keys' scale": ("olmo3", rule("k_norm.weight", scale=ZERO), "layer 0 attention"),
+    "no norm behind the MLP": (
+        "olmo3", rule("post_feedforward_layernorm.weight", scale=ZERO), "layer 0"),
+    "no correction of scores": (
+        "deepseek_v3", rule("e_score_correction_bias", scale=ZERO), "layer 1 router"),
+    "all groups of experts": ("deepseek_v3", key("topk_group", lambda n: 4), "layer 1 experts"),
+    "larger groups of experts": ("deepseek_v3", key("n_group", lambda n: 2), "layer 1 experts"),
+    "weights of experts unscaled": (
+        "deepseek_v3", key("routed_scaling_factor", lambda x: 1.0), "layer 1 experts"),
+    "weights of experts not normalised": (
+        "deepseek_v3", key("norm_topk_prob", lambda yes: False), "layer 1 experts"),
+    "no shared experts": (
+        "deepseek_v3", rule("shared_experts.down_proj.weight", scale=ZERO), "layer 1 experts"),
+    "DeepSeek's yarn's factor": ("deepseek_v3", rope(factor=5.0), "layer 0 attention"),
+    "DeepSeek's yarn's fast end": ("deepseek_v3", rope(beta_fast=8.0), "layer 0 attention"),
+    "yarn's scale of scores": (
+        "deepseek_v3", rope(mscale=0.7, mscale_all_dim=0.7), "layer 0 attention"),
+    "halves for DeepSeek's pairs": (
+        "deepseek_v3", key("rope_interleave", lambda yes: False), "layer 0 attention"),
+    "heads of values first": (
+        "deepseek_v3", rule("kv_b_proj.weight", place="c H b -> (b H) c"), "layer 0 attention"),
+    "V2 without shared experts": (
+        "deepseek_v2", rule("shared_experts.up_proj.weight", scale=ZERO), "layer 1 experts"),
+    "V2 with fewer experts": (
+        "deepseek_v2", key("num_experts_per_tok", lambda n: 2), "layer 1 experts"),
+    "V2 without yarn's scale of scores": (
+        "deepseek_v2", rope(mscale=0.0, mscale_all_dim=0.0), "layer 0 attention"),
 }  # fmt: skip
 
 
@@ -146,14 +180,25 @@ def test_a_mistaken_page_is_found_by_running_it(maxtext_lab, tmp_path, monkeypat
     family, mistaken, place = PAGES[name]
     monkeypatch.setitem(targets(), family, mistaken(targets()[family]))
     run(maxtext_lab.checkpoint(*MODELS[family]), tmp_path / "out")
-    subject = Subject.open(tmp_path / "out")
-    right = [*check_structure(subject), *check_weights(subject, jobs=1, memory=2**30)]
-    assert worst(right) is Status.PASS, right
+    for level in ("structure", "weights"):
+        right = check(level, tmp_path / "out")
+        assert worst(right.values()) is Status.PASS, words(right)
     found = check("logits", tmp_path / "out")
     assert found["parity"].status is Status.FAIL, words(found)
     found = check("layers", tmp_path / "out")
     assert found["hidden"].status is Status.FAIL, words(found)
     assert found["hidden"].summary.split(": ")[0].endswith(place), words(found)
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_dense_layers_elsewhere_are_found_by_the_structure(
+    maxtext_lab, tmp_path, monkeypatch, layers
+):
+    mistaken = key("first_k_dense_replace", lambda n: layers)(targets()["deepseek_v3"])
+    monkeypatch.setitem(targets(), "deepseek_v3", mistaken)
+    run(maxtext_lab.checkpoint(*MODELS["deepseek_v3"]), tmp_path / "out")
+    found = check("structure", tmp_path / "out")
+    assert worst(found.values()) is Status.FAIL, words(found)
 
 
 def zeroed(out, name):
@@ -169,20 +214,28 @@ def zeroed(out, name):
      ("gpt_oss", "model.layers.2.mlp.router.bias"),
      ("gpt_oss", "model.layers.2.mlp.experts.gate_up_proj_bias"),
      ("llama4", "model.layers.1.feed_forward.shared_expert.up_proj.weight"),
-     ("llama4", "model.layers.1.feed_forward.router.weight")],
+     ("llama4", "model.layers.1.feed_forward.router.weight"),
+     ("deepseek_v3", "model.layers.2.mlp.gate.e_score_correction_bias"),
+     ("deepseek_v3", "model.layers.3.mlp.shared_experts.up_proj.weight"),
+     ("deepseek_v3", "model.layers.0.self_attn.q_a_layernorm.weight"),
+     ("deepseek_v2", "model.layers.1.self_attn.q_proj.weight")],
 )  # fmt: skip
 def test_a_tensor_that_was_lost_is_found_by_its_values(maxtext_lab, tmp_path, family, name):
     run(maxtext_lab.checkpoint(*MODELS[family]), tmp_path / "out")
     zeroed(tmp_path / "out", name)
-    found = check_weights(Subject.open(tmp_path / "out"), jobs=1, memory=2**30)
-    assert [c.tensors for c in found if c.status is Status.FAIL] == [[name]]
+    found = check("weights", tmp_path / "out")
+    assert [c.tensors for c in found.values() if c.status is Status.FAIL] == [[name]]
 
 
 @pytest.mark.parametrize(
     ("family", "told"),
     [("gpt_oss", "sliding_window_size=9"), ("gpt_oss", "rope_factor=5"),
-     ("gpt_oss", "mlp_activations_limit=7"), ("llama4", "chunk_attn_window_size=17"),
-     ("llama4", "nope_layer_interval=2"), ("llama4", "use_qk_norm=false")],
+     ("gpt_oss", "mlp_activations_limit=7"), ("olmo3", "sliding_window_size=7"),
+     ("llama4", "chunk_attn_window_size=17"),
+     ("llama4", "nope_layer_interval=2"), ("llama4", "use_qk_norm=false"),
+     ("deepseek_v3", "n_routing_groups=-1"), ("deepseek_v3", "topk_routing_group=3"),
+     ("deepseek_v3", "mscale=1"), ("deepseek_v3", "rope_factor=5"),
+     ("deepseek_v2", "routed_scaling_factor=1"), ("deepseek_v2", "num_experts_per_tok=2")],
 )  # fmt: skip
 def test_what_the_conversion_was_told_wrong_is_found(maxtext_lab, tmp_path, family, told):
     checkpoint = maxtext_lab.checkpoint(*MODELS[family])

@@ -19,6 +19,7 @@ from moeconv.artifact.destination import is_replaceable
 from moeconv.errors import OutputError
 from moeconv.execution.engine import Engine
 from moeconv.execution.lock import Lock
+from moeconv.maxtext.sidecar import SIDECAR_NAMES
 
 
 def test_two_processes_to_one_out(big, expected, tmp_path):
@@ -123,13 +124,13 @@ def test_a_card_alone_may_be_replaced_and_is_told_of(tiny, tmp_path):
     assert not (out / "README.md").exists()
 
 
-@pytest.mark.parametrize("sidecar", [False, True])
+@pytest.mark.parametrize("sidecar", [None, *SIDECAR_NAMES])
 def test_what_is_no_model_is_never_replaced(tiny, tmp_path, sidecar):
     out = tmp_path / "out"
     (out / "src").mkdir(parents=True)
     (out / "src" / "mine.py").write_text("mine")
-    if sidecar:  # another training run
-        (out / "moeconv.json").write_text('{"format": "moeconv-run", "version": 1, "config": {}}')
+    if sidecar is not None:  # another training run
+        (out / sidecar).write_text('{"format": "moeconv-run", "version": 1, "config": {}}')
     before = contents(out)
     ran = moeconv("convert", tiny.run, out, "--config", tiny.run / "config.yml", "--overwrite")
     assert ran.code == OutputError.exit_code
@@ -139,6 +140,7 @@ def test_what_is_no_model_is_never_replaced(tiny, tmp_path, sidecar):
 
 
 _NAMED = '{"architectures": ["X"]}'
+_RUN = '{"format": "moeconv-run"}'
 
 
 @pytest.mark.parametrize(
@@ -148,9 +150,13 @@ _NAMED = '{"architectures": ["X"]}'
         ({"config.json": "[]", "a.safetensors": ""}, False),
         ({"config.json": _NAMED}, False),
         ({"a.safetensors": ""}, False),
-        ({"moeconv.json": "{}"}, False),
+        ({"moeconv_manifest.json": "{}"}, False),
         ({"config.json": _NAMED, "a.safetensors": ""}, True),
+        ({"moeconv_manifest.json": '{"format": "moeconv"}'}, True),
         ({"moeconv.json": '{"format": "moeconv"}'}, True),
+        ({"config.json": _NAMED, "a.safetensors": "", "moeconv.json": _RUN}, False),
+        ({"config.json": _NAMED, "a.safetensors": "", "moeconv_run.json": _RUN}, False),
+        ({"moeconv_manifest.json": '{"format": "moeconv"}', "moeconv.json": _RUN}, False),
         ({"README.md": "", ".cache/x": ""}, True),
     ],
 )
@@ -207,7 +213,7 @@ def test_an_empty_out_is_used(tiny, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     to(tiny, out)
-    assert (out / "moeconv.json").exists()
+    assert (out / "moeconv_manifest.json").exists()
     assert beside(out) == []
 
 
@@ -317,7 +323,7 @@ def test_an_out_that_is_a_symbolic_link(tiny, tmp_path):
     to(tiny, tmp_path / "nowhere")
     assert (tmp_path / "out").is_symlink()
     assert contents(tmp_path / "elsewhere") == contents(tmp_path / "new")
-    assert "moeconv.json" in contents(tmp_path / "new")
+    assert "moeconv_manifest.json" in contents(tmp_path / "new")
 
 
 def test_folders_above_out_go_again(tmp_path):

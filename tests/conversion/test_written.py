@@ -58,7 +58,7 @@ def test_the_manifest_has_every_file(tiny, tmp_path):
 
     manifest = to(tiny, tmp_path / "out", max_shard_bytes=20_000)
     written = contents(tmp_path / "out")
-    del written["moeconv.json"]
+    del written["moeconv_manifest.json"]
     assert {n: (r.size, r.sha256) for n, r in manifest.files.items()} == {
         name: (len(raw), hashlib.sha256(raw).hexdigest()) for name, raw in written.items()
     }

@@ -14,6 +14,7 @@ from maxtext_lab import (
     LLAMA4,
     MISTRAL,
     MIXTRAL,
+    OLMO3,
     QWEN2,
     QWEN3,
     QWEN3_MOE,
@@ -119,6 +120,13 @@ CASES = {
         LLAMA4,
         {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
         {"nope_layer_interval": -1, "rope_use_scale": False, "param_scan_axis": 0},
+    ),
+    "olmo3": (OLMO3,),
+    "olmo3-unscanned-tied-plain-rope": (
+        OLMO3,
+        UNSCANNED,
+        TIED,
+        {"rope_type": "default", "rope_max_timescale": 10_000},
     ),
     # Without what makes it a Qwen, a block's models are Llamas whose query is scaled explicitly.
     "qwen2-plain": (QWEN2, {"attention_bias": False}),

@@ -1,7 +1,7 @@
 """What converts today converts to the same bytes tomorrow: SHA-256 of every file of many outputs.
 
-`python tests/convert/test_pinned_outputs.py` writes `tests/fixtures/pinned_outputs.json` anew. That
-is right only when an output is meant to change, and then CHANGELOG.md says so.
+`python tests/conversion/test_pinned_outputs.py` writes `tests/fixtures/pinned_outputs.json` anew.
+That is right only when an output is meant to change, and then CHANGELOG.md says so.
 """
 
 import hashlib
@@ -66,7 +66,7 @@ def digests(case: str, folder: Path) -> dict[str, str]:
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(out.iterdir())
-        if file.name != "moeconv.json"
+        if file.name != "moeconv_manifest.json"
     }
 
 

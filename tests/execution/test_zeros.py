@@ -5,7 +5,7 @@ import json
 import pytest
 import synthetic
 
-from moeconv.artifact.manifest import Manifest
+from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError
 from moeconv.verification.candidate import Candidate
@@ -55,7 +55,7 @@ def test_who_insists_gets_zeros_and_never_a_pass(tmp_path, storage):
     out = tmp_path / "out"
     convert(plan_conversion(str(checkpoint.run), insisting), out, note=notes.append)
     assert [n for n in notes if NAME in n and "not stored" in n]
-    written = Manifest.model_validate_json((out / "moeconv.json").read_bytes())
+    written = Manifest.model_validate_json((out / "moeconv_manifest.json").read_bytes())
     assert written.missing_chunks == {NAME: [[0, 0, 0, 0]]}
     assert [w for w in written.warnings if NAME in w]
     checks = check_weights(Candidate.open(out), jobs=1, memory=2**30)
@@ -65,7 +65,7 @@ def test_who_insists_gets_zeros_and_never_a_pass(tmp_path, storage):
     convert(plan_conversion(str(whole.run), options(whole)), tmp_path / "same")
     name = "model.safetensors"
     assert (tmp_path / "same" / name).read_bytes() == (out / name).read_bytes()
-    assert "missing_chunks" not in json.loads((tmp_path / "same" / "moeconv.json").read_bytes())
+    assert "missing_chunks" not in json.loads((tmp_path / "same" / MANIFEST_NAME).read_bytes())
 
 
 def test_nothing_is_missing_where_no_chunk_is_zero(tmp_path):

@@ -52,11 +52,11 @@ def write_tokenizer(folder: Path, words: list[str], *, split="WhitespaceSplit") 
 
 def admit(out: Path, *names: str, **fields) -> None:
     """The manifest is made to agree with files that somebody changed."""
-    manifest = json.loads((out / "moeconv.json").read_text())
+    manifest = json.loads((out / "moeconv_manifest.json").read_text())
     for name in names:
         record = {"size": (out / name).stat().st_size, "sha256": sha256(out / name)}
         manifest["files"][name] = record
-    (out / "moeconv.json").write_text(json.dumps(manifest | fields))
+    (out / "moeconv_manifest.json").write_text(json.dumps(manifest | fields))
 
 
 def config(name: str, value):

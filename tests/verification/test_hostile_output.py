@@ -39,9 +39,9 @@ def ran(out: Path, level: str = "structure", *args: object) -> Ran:
 
 
 def rewrite(out: Path, change) -> None:
-    content = json.loads((out / "moeconv.json").read_text())
+    content = json.loads((out / "moeconv_manifest.json").read_text())
     change(content)
-    (out / "moeconv.json").write_text(json.dumps(content))
+    (out / "moeconv_manifest.json").write_text(json.dumps(content))
 
 
 def described(**fields):
@@ -215,7 +215,7 @@ def test_no_address_is_asked_that_only_the_manifest_names(out, monkeypatch, addr
     assert asked == []
     monkeypatch.undo()
     alone = ran(out, "weights")
-    assert alone.code == 2 and "none is asked that only OUT tells of" in alone.error
+    assert alone.code == 2 and "an address that only OUT names is not contacted" in alone.error
 
 
 # --- a report that somebody else wrote ----------------------------------------------------------

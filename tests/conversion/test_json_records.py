@@ -26,7 +26,7 @@ def sidecar(made, text="", **more):
     """Writes it; `text` replaces a placeholder, for what json.dumps would not write."""
     content = {"format": "moeconv-run", "version": 1, "config": dict(made.config), **more}
     raw = json.dumps(content).replace('"HERE"', text)
-    (made.run / "moeconv.json").write_text(raw, encoding="utf-8", errors="surrogatepass")
+    (made.run / "moeconv_run.json").write_text(raw, encoding="utf-8", errors="surrogatepass")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_sidecar_that_is_no_json(made, tmp_path, place, text, words):
     sidecar(made, text, **more)
     ran = moeconv("convert", made.run, tmp_path / "out")
     assert ran.code == ConfigError.exit_code
-    assert "moeconv.json is not the sidecar that moeconv train writes" in ran.error
+    assert "moeconv_run.json is not the sidecar that moeconv train writes" in ran.error
     assert words in ran.error
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
@@ -75,7 +75,7 @@ def test_losses_beyond_a_double_and_lines_that_are_none(made, tmp_path):
     points = [run_record._Point("train", n, 1.7e308, None) for n in range(4)]
     assert run_record._mean(points).loss == 1.7e308
     manifest = convert(plan_conversion(str(made.run), ConvertOptions()), tmp_path / "out")
-    content = strict_json.loads((tmp_path / "out" / "moeconv.json").read_bytes())
+    content = strict_json.loads((tmp_path / "out" / "moeconv_manifest.json").read_bytes())
     assert [p["loss"] for p in content["run"]["train_curve"]] == [1.7e308] * 4
     assert any(w.startswith("7 lines of the run's metrics.jsonl") for w in manifest.warnings)
 
@@ -103,7 +103,7 @@ def test_the_same_bytes_for_what_is_json(made, tmp_path):
     """As json.dumps writes it: é as it is, an indent of two, a line's end."""
     sidecar(made, run={"license": "é", "epochs": 1.5})
     convert(plan_conversion(str(made.run), ConvertOptions()), tmp_path / "out")
-    for name in ("moeconv.json", "config.json", "generation_config.json"):
+    for name in ("moeconv_manifest.json", "config.json", "generation_config.json"):
         raw = (tmp_path / "out" / name).read_bytes()
         text = json.dumps(json.loads(raw), indent=2, ensure_ascii=False) + "\n"
         assert raw == text.encode(), name

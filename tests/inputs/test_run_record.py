@@ -18,7 +18,7 @@ def write(folder, lines=(), *, run=None, step=9, **config):
         "config": {**made.config, **config},
         "run": run,
     }
-    (made.run / "moeconv.json").write_text(json.dumps(sidecar))
+    (made.run / "moeconv_run.json").write_text(json.dumps(sidecar))
     text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
     (made.run / "metrics.jsonl").write_text(text)
     return made.run
@@ -27,7 +27,7 @@ def write(folder, lines=(), *, run=None, step=9, **config):
 def record(run, out) -> tuple[RunRecord, list[str]]:
     prepared = plan_conversion(str(run), ConvertOptions())
     manifest = convert(prepared, out)
-    read = Manifest.model_validate_json((out / "moeconv.json").read_bytes())
+    read = Manifest.model_validate_json((out / "moeconv_manifest.json").read_bytes())
     assert read == manifest and read.run is not None
     return read.run, manifest.warnings
 
@@ -53,7 +53,7 @@ def test_a_long_curve_is_thinned_to_means(tmp_path):
     assert len(found.train_curve) == CURVE_POINTS
     assert {p.loss for p in found.train_curve} == {1.5}
     assert found.train_curve[-1].step == 2000 and found.train.loss == 1.0
-    assert (tmp_path / "out" / "moeconv.json").stat().st_size < 100_000
+    assert (tmp_path / "out" / "moeconv_manifest.json").stat().st_size < 100_000
 
 
 def test_damaged_lines_and_steps_that_ran_twice(tmp_path):
@@ -91,16 +91,16 @@ def test_only_settings_that_a_card_tells_are_taken_over(tmp_path):
     }  # fmt: skip
     assert found.facts.dataset == "a/b" and found.facts.license == "mit"
     assert found.maxtext_version == "0.2.5"
-    assert "never" not in (tmp_path / "out" / "moeconv.json").read_text()
+    assert "never" not in (tmp_path / "out" / "moeconv_manifest.json").read_text()
 
 
 def test_a_run_that_tells_nothing_and_an_old_manifest(tmp_path):
     run = write(tmp_path)
     (run / "metrics.jsonl").unlink()
     config = synthetic.write(tmp_path / "other", "mixtral").config_file()
-    (run / "moeconv.json").unlink()
+    (run / "moeconv_run.json").unlink()
     convert(plan_conversion(str(run), ConvertOptions(config=config)), tmp_path / "out")
-    content = json.loads((tmp_path / "out" / "moeconv.json").read_text())
+    content = json.loads((tmp_path / "out" / "moeconv_manifest.json").read_text())
     assert content["run"] is None
     del content["run"]  # as moeconv wrote it before there was one
     assert Manifest.model_validate(content).run is None
@@ -110,5 +110,5 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
     run = write(tmp_path, [train(n, 1 / n) for n in range(1, 400)], step=500)
     for name in ("one", "two"):
         convert(plan_conversion(str(run), ConvertOptions()), tmp_path / name)
-    one, two = ((tmp_path / n / "moeconv.json").read_bytes() for n in ("one", "two"))
+    one, two = ((tmp_path / n / "moeconv_manifest.json").read_bytes() for n in ("one", "two"))
     assert one == two

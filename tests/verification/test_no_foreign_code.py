@@ -44,6 +44,7 @@ UNSAFE = {
 }
 # Modules by a name that is not written out: (file, source of the name) and whose it is.
 IMPORTS = {
+    ("moeconv/__init__.py", "f'{__name__}.api.{_MODULES[name]}'"),  # a table of ours
     ("moeconv/cli/main.py", "COMMANDS[cmd_name][0]"),  # a table of ours
     ("moeconv/families/__init__.py", "f'{__name__}.{name}'"),  # our own modules
     ("moeconv/families/__init__.py", "entry.value"),  # of a package that the user installed

@@ -12,11 +12,14 @@ from maxtext_lab import (
     KIMI_K2,
     LLAMA4,
     MISTRAL,
+    OLMO3,
     QWEN2,
     QWEN3,
     QWEN3_MOE,
     TIED,
 )
+
+from moeconv.families import blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("families"), pytest.mark.maxtext]
 # A family is one row; the blocks of the reference model are in test_parity.py.
@@ -27,6 +30,7 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "GptOssForCausalLM": GPT_OSS,
     "Llama4ForCausalLM": LLAMA4,
+    "Olmo3ForCausalLM": OLMO3,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
 }
@@ -41,7 +45,7 @@ CASES = [
     (architecture, form)
     for architecture, family in FAMILIES.items()
     for form, changes in FORMS.items()
-    if not ("rope_type" in changes and "attention_type" in family)  # MLA here has YaRN only
+    if changes.get("rope_type", "default") in (*blocks()[family["decoder_block"]].ropes, "default")
 ]
 
 

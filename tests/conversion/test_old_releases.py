@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from helpers import assert_same_logits
 
-from moeconv.cli import inspect
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.maxtext.checkpoint import open_checkpoint
 from moeconv.orbax.metadata import read_tree
@@ -64,7 +63,7 @@ def run_dir(request, tmp_path) -> Path:
 
 def test_inspected(run_dir):
     said = SAID[run_dir.name]
-    report = inspect._report(open_checkpoint(str(run_dir), config=run_dir / "config.yml"))
+    report = open_checkpoint(str(run_dir), config=run_dir / "config.yml").as_dict()
     for key in ("step", "kind", "left_alone", "layout", "num_parameters"):
         assert report[key] == said[key]
     assert report["format"] == "OCDBT + zarr3"
@@ -75,7 +74,7 @@ def test_inspected(run_dir):
 
 
 def test_without_a_config_only_shapes_are_known(run_dir):
-    report = inspect._report(open_checkpoint(str(run_dir)))
+    report = open_checkpoint(str(run_dir)).as_dict()
     assert "decoder_block" in report["missing"]
     assert report["fields"]["num_hidden_layers"]["value"] == 2
 

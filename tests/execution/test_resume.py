@@ -21,7 +21,7 @@ def test_a_journal_with_a_cut_line(big, expected, tmp_path):
     left = journal.read_text().count("\n") - 1
     manifest = to(big, out, resume=True)
     assert left > 10
-    assert set(manifest.files) == set(expected) - {"moeconv.json"}
+    assert set(manifest.files) == set(expected) - {"moeconv_manifest.json"}
     assert contents(out) == expected
 
 

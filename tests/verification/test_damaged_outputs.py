@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from denied import unreadable
 from outputs_lab import config
 
+from moeconv.artifact.manifest import MANIFEST_NAME
 from moeconv.cli.verify import command
 from moeconv.verification.checks import Status
 from moeconv.verification.run import verify
@@ -49,17 +50,17 @@ def test_damage_that_a_level_cannot_work_with_fails_it(told, tmp_path, name):
 
 
 def damage_manifest(out: Path) -> None:
-    content = json.loads((out / "moeconv.json").read_text())
-    (out / "moeconv.json").write_text(json.dumps(content | {"model": {}}))
+    content = json.loads((out / MANIFEST_NAME).read_text())
+    (out / MANIFEST_NAME).write_text(json.dumps(content | {"model": {}}))
 
 
 def field(name: str, value):
     """The manifest tells another value of the model."""
 
     def change(out: Path) -> None:
-        content = json.loads((out / "moeconv.json").read_text())
+        content = json.loads((out / MANIFEST_NAME).read_text())
         content["model"][name]["value"] = value
-        (out / "moeconv.json").write_text(json.dumps(content))
+        (out / MANIFEST_NAME).write_text(json.dumps(content))
 
     return change
 
@@ -94,7 +95,7 @@ DAMAGED = {
     "no experts": (field("num_experts", None), 2, "is not a manifest"),
     "no layers": (field("layer_kinds", []), 2, "is not a manifest"),
     "foreign block": (field("decoder_block", "gemma"), 2, "is not a manifest"),
-    "manifest deep": (lambda o: (o / "moeconv.json").write_text(DEEP), 2, "is not a manifest"),
+    "manifest deep": (lambda o: (o / MANIFEST_NAME).write_text(DEEP), 2, "is not a manifest"),
     "config no object": (lambda o: (o / "config.json").write_text("[]"), 1, "is no JSON object"),
     "config no UTF-8": (lambda o: (o / "config.json").write_bytes(b"\xff{}"), 1, "cannot be read"),
     "config gone": (lambda o: (o / "config.json").unlink(), 1, "cannot be read"),

@@ -93,6 +93,6 @@ def test_a_sidecar_above_a_named_folder_is_not_its_own(tmp_path):
     made = synthetic.write(tmp_path / "run", step=7)
     mine = tmp_path / "mine"
     shutil.copytree(made.items, mine / "items")
-    (tmp_path / "moeconv.json").write_text("{}")
+    (tmp_path / "moeconv_run.json").write_text("{}")
     assert open_checkpoint(str(mine), config=made.config_file()).sidecar is None
     assert open_checkpoint(str(mine), config=made.config_file()).resolution.warnings == ()

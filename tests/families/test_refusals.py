@@ -1,0 +1,98 @@
+"""What a family's target cannot hold is refused by name, and so is what its config does not say."""
+
+import numpy as np
+import pytest
+import synthetic
+
+from moeconv.conversion.api import ConvertOptions, plan_conversion
+from moeconv.errors import ConfigError, TensorError, UnsupportedError
+
+
+def plan(folder, block, *, change=lambda arrays: None, sizes=None, scanned=True, **told):
+    """The plan of a checkpoint without MaxText; None takes a key out of its config."""
+    made = synthetic.write(folder / "run", block, change=change, sizes=sizes, scanned=scanned)
+    options = ConvertOptions(config=made.config_file(**told))
+    return plan_conversion(str(made.run), options).plan
+
+
+@pytest.mark.parametrize(
+    ("block", "told", "error", "words"),
+    [
+        ("gpt_oss", {"sliding_window_size": None}, ConfigError,
+         r"sliding_window_size=0 .MaxText default.* a whole number ≥ 1"),
+        ("gpt_oss", {"mlp_activations_limit": None}, ConfigError,
+         r"mlp_activations_limit=-1.0 .* a number > 0"),
+        ("gpt_oss", {"mlp_activations": None}, UnsupportedError,
+         r"mlp_activations=\['silu', 'linear'\] should be .*sigmoid.*linear"),
+        ("gpt_oss", {"attention_sink": False}, ConfigError, "attention_sink is true"),
+        ("gpt_oss", {"routed_bias": False}, ConfigError, "routed_bias is true"),
+        ("gpt_oss", {"routed_score_func": "sigmoid"}, UnsupportedError, "routed_score_func=sigm"),
+        ("gpt_oss", {"rope_type": "yarn", "max_position_embeddings": 63}, UnsupportedError,
+         "max_target_length=64 is more than max_position_embeddings=63"),
+        ("gpt_oss", {"padded_base_moe_mlp_dim": 32}, UnsupportedError, "padded_base_moe_mlp_dim"),
+        ("llama4", {"chunk_attn_window_size": None}, ConfigError,
+         r"chunk_attn_window_size=0 .* a whole number ≥ 1"),
+        ("llama4", {"nope_layer_interval": 1.5}, ConfigError, "nope_layer_interval=1.5"),
+        ("llama4", {"num_experts_per_tok": 2}, UnsupportedError, "the score of one expert"),
+        ("llama4", {"norm_topk_prob": True}, UnsupportedError, "norm_topk_prob=True"),
+        ("llama4", {"capacity_factor": 1.25}, UnsupportedError, "capacity_factor=1.25"),
+        ("llama4", {"shared_experts": 2}, ConfigError, "shared_experts is 1"),
+        ("llama4", {"use_multimodal": True}, UnsupportedError, "use_multimodal=True"),
+        ("llama4", {"rope_type": "yarn"}, UnsupportedError, "rope_type=yarn"),
+        ("olmo3", {"sliding_window_size": None, "emb_dim": None, "model_name": None}, ConfigError,
+         r"sliding_window_size=0"),
+        ("olmo3", {"rope_type": "yarn"}, UnsupportedError, "rope_interleave is true"),
+        ("olmo3", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
+        ("olmo3", {"use_qk_norm": False}, ConfigError, "use_qk_norm is true"),
+    ],
+)  # fmt: skip
+def test_a_setting_is_refused_by_name(tmp_path, block, told, error, words):
+    with pytest.raises(error, match=words):
+        plan(tmp_path, block, **told)
+
+
+def without(*words):
+    def change(arrays):
+        for name in [name for name in arrays if any(word in name for word in words)]:
+            del arrays[name]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("block", "gone"),
+    [("gpt_oss", "sinks"), ("gpt_oss", "wi_0_bias"), ("gpt_oss", "gate.bias"),
+     ("gpt_oss", "out.bias"), ("llama4", "shared_experts.wo"), ("olmo3", "key_norm")],
+)  # fmt: skip
+def test_a_model_without_what_the_target_always_has(tmp_path, block, gone):
+    with pytest.raises(TensorError, match=rf"is not a whole .* layer:\n  missing .*{gone}"):
+        plan(tmp_path, block, change=without(gone))
+
+
+def per_head(arrays):
+    for name in [name for name in arrays if "_norm.scale" in name and "attention." in name]:
+        if name.endswith(("query_norm.scale", "key_norm.scale")):
+            arrays[name] = np.ascontiguousarray(arrays[name][..., :4])
+
+
+def test_an_olmo3_of_another_name_normalises_each_head_apart(tmp_path):
+    told = {"model_name": None, "emb_dim": None}
+    with pytest.raises(UnsupportedError, match=r"4 and 4 entries, not 16 and 8.*begins with olmo3"):
+        plan(tmp_path, "olmo3", change=per_head, scanned=False, **told)
+
+
+def test_shared_experts_of_another_width(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "ONE_WIDTH", frozenset())
+    with pytest.raises(UnsupportedError, match="48 columns together, a routed one 24"):
+        plan(tmp_path, "llama4", shared_experts=2)
+
+
+def test_what_other_loaders_do_not_read_is_a_warning(tmp_path):
+    """A limit of its own, and windows that begin anew in each scanned block."""
+    plain = plan(tmp_path / "plain", "gpt_oss", scanned=False)
+    assert not any("without a word" in text for text in plain.warnings)
+    limit = plan(tmp_path / "limit", "gpt_oss", scanned=False, mlp_activations_limit=6)
+    assert any("clip a GPT-OSS at 7" in text for text in limit.warnings)
+    blocks_of_one = plan(tmp_path / "one", "gpt_oss", inhomogeneous_layer_cycle_interval=1)
+    assert blocks_of_one.model.settings["layer_types"] == ("sliding_attention",) * 4
+    assert any("every other layer" in text for text in blocks_of_one.warnings)
