@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import read_tokenizer
 from moeconv.hf.tokenizer.sentencepiece import Algorithm, is_sentencepiece, read_model
-from moeconv.verification.candidate import Subject
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status
 from moeconv.verification.levels.tokenizers import check_tokenizer
 
@@ -285,4 +285,4 @@ def test_a_model_is_converted_and_verified_with_it(tmp_path: Path) -> None:
     assert "may give others for a text where two ways to split it" in ran.err
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == 2
     assert not (out / "tokenizer.model").exists()
-    assert check_tokenizer(Subject.open(out)).status is Status.PASS
+    assert check_tokenizer(Candidate.open(out)).status is Status.PASS

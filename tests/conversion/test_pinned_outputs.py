@@ -1,7 +1,7 @@
 """What converts today converts to the same bytes tomorrow: SHA-256 of every file of many outputs.
 
-`python tests/convert/test_pinned_outputs.py` writes `tests/fixtures/pinned_outputs.json` anew. That
-is right only when an output is meant to change, and then CHANGELOG.md says so.
+`python tests/conversion/test_pinned_outputs.py` writes `tests/fixtures/pinned_outputs.json` anew.
+That is right only when an output is meant to change, and then CHANGELOG.md says so.
 """
 
 import hashlib
