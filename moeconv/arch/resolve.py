@@ -127,6 +127,7 @@ def resolve(
     refusals += _rope(block, known, settings, sources)
     # One that base.yml does not have is its own default wherever there is a config.
     untold = [key for key in untold if key in maxtext_defaults()["base"]]
+    warnings += _dropped(layout, told)
     if told.ignored:
         warnings.append(
             f"--set: {short(', '.join(told.ignored), 500)}: decide nothing of a conversion, and "
@@ -327,6 +328,22 @@ def _built_layers(layout: Layout, layers: Any, told: ToldConfig) -> Any:
         return layers
     blocks = int(layers // cycle)
     return blocks * cycle if layout.stacking is CYCLED else blocks
+
+
+def _dropped(layout: Layout, told: ToldConfig) -> list[str]:
+    """Layers that were configured and never built, which MaxText does not say."""
+    for key in SHAPE_KEYS["num_hidden_layers"]:
+        entry = told.get(key)
+        if entry is None or not entry.explicit or _is_unset(entry.value):
+            continue
+        layers = _scaled(key, entry.value, told) if key.startswith("base_") else entry.value
+        if _is_whole(layers) and _built_layers(layout, layers, told) < layers:
+            return [
+                f"{key}={short(entry.value)} ({entry.provenance}), but MaxText built "
+                f"{len(layout.kinds)} layers: it drops those that do not fill a block of "
+                f"inhomogeneous_layer_cycle_interval={layout.cycle}"
+            ]
+    return []
 
 
 def _scaled(key: str, value: Any, told: ToldConfig) -> Any:

@@ -109,6 +109,7 @@ def command(
     at all.
     """
     from moeconv.api.convert import convert, load_plan, plan
+    from moeconv.artifact.destination import resolve_out
 
     output = output_of(json_mode, quiet)
     if plan_file is not None and out is None:
@@ -120,7 +121,10 @@ def command(
         tell_of_store(output, source)
     else:
         options = _of_the_machine(ctx, options)
-    if dry_run:
+    place = None if out is None else LocalPath().convert(out, None, ctx)
+    if place is not None:
+        resolve_out(place)  # before minutes of work
+    if dry_run or place is None:
         planned = plan(source, **options) if isinstance(source, str) else source
         for text in planned.warnings:
             output.warn(text)
@@ -138,7 +142,7 @@ def command(
     output.answer(
         convert(
             source,
-            LocalPath().convert(out, None, ctx),
+            place,
             overwrite=overwrite,
             resume=resume,
             allow_nonfinite=allow_nonfinite,

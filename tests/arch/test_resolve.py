@@ -130,7 +130,11 @@ def test_base_sizes_are_scaled_as_maxtext_scales_them():
 def test_layers_that_a_scan_drops_are_no_contradiction():
     """MaxText silently builds 4 layers of 5 when the cycle is 2; the checkpoint is right."""
     config = {"base_num_decoder_layers": 5, "inhomogeneous_layer_cycle_interval": 2}
-    assert resolve(detect_layout(shapes()), told(**config)).model().num_hidden_layers == 4
+    resolution = resolve(detect_layout(shapes()), told(**config))
+    assert resolution.model().num_hidden_layers == 4
+    assert any("5 (config file: run.yml), but MaxText built 4" in w for w in resolution.warnings)
+    whole = resolve(detect_layout(shapes()), told(**config | {"base_num_decoder_layers": 4}))
+    assert not any("MaxText built" in text for text in whole.warnings)
 
 
 def test_llama31_model_names_switch_the_rope():

@@ -162,7 +162,9 @@ CASES |= {
         {"q_lora_rank": 28, "model_name": "default", "routed_scaling_factor": 16.0},
     ),
 }
-SLOW = {name for name in CASES if name.startswith("deepseek")} - {"deepseek_v3"}
+# One of each of these in every run of the suite.
+_DEAR = {"deepseek_v3", "gpt_oss", "llama4", "olmo3"}
+SLOW = {name for name in CASES if name.startswith(("deepseek", *_DEAR))} - _DEAR
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
     "mixtral-zarr2": ("mixtral-tied", ZARR2, False),

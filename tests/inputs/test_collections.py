@@ -2,13 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import synthetic
+from inputs_lab import converted
 
 from moeconv.arch import layout as layouts
 from moeconv.arch.parameters import MOE, Parameter
 from moeconv.arch.stacks import SCANNED, UNSCANNED
-from moeconv.errors import ConfigError, TensorError
+from moeconv.errors import ConfigError, TensorError, UnsupportedError
 from moeconv.families import blocks
+from moeconv.maxtext.facts import facts_of
 
 BIAS = Parameter.of("MoeBlock_0.gate.bias", "E", variable="MoEBiasVar")
 MIXTRAL = blocks()["mixtral"]
@@ -77,3 +81,48 @@ def test_which_blocks_may_have_an_array():
     assert not layouts.may_hold(BLOCK, PATH, "sparsity")
     assert not layouts.may_hold(BLOCK, (*PATH[:-1], "kernel"), "nnx_aux")
     assert layouts.may_hold(BLOCK, ("decoder", "layers_3", *PATH[2:]), "MoEBiasVar")
+
+
+@pytest.mark.parametrize("scanned", [True, False], ids=["scanned", "unscanned"])
+@pytest.mark.parametrize("place", ["params.MoEBiasVar", "nnx_aux.model", "both"])
+def test_a_router_s_bias_is_converted_from_wherever_it_is(tmp_path, place, scanned):
+    """`both`: MaxText takes the variable; the copy among the parameters is named."""
+    sizes = {"E": 8}
+    usual = synthetic.write(tmp_path / "usual", "deepseek", scanned=scanned, sizes=sizes)
+    expected, _ = converted(usual, tmp_path / "expected")
+    beside = tuple(("params.MoEBiasVar" if place == "both" else place).split("."))
+    biases = {name: value for name, value in usual.arrays.items() if name.endswith("gate.bias")}
+    assert biases
+    moved = {
+        (*beside, *name.split(".")): np.ascontiguousarray(np.moveaxis(value, -1, 0))
+        for name, value in biases.items()
+    }
+
+    def change(arrays):
+        for name in biases:
+            if place == "both":
+                arrays[name] = np.zeros_like(arrays[name])
+            else:
+                del arrays[name]
+
+    made = synthetic.write(
+        tmp_path / "run", "deepseek", scanned=scanned, sizes=sizes, change=change, beside=moved
+    )
+    found, opened = converted(made, tmp_path / "out")
+    assert found == expected
+    assert opened.layout.arrays == converted(made, tmp_path / "again")[1].layout.arrays
+    left_out = [name for name in opened.dropped if name.endswith("gate.bias")]
+    assert len(left_out) == (len(biases) if place == "both" else 0)
+    assert facts_of(opened).beside == {beside[-1].replace("model", "nnx_aux"): len(biases)}
+
+
+def test_parameters_only_have_lost_a_variable(tmp_path):
+    """As MaxText's export of parameters alone leaves it behind."""
+
+    def change(arrays):
+        for name in [name for name in arrays if name.endswith("gate.bias")]:
+            del arrays[name]
+
+    made = synthetic.write(tmp_path / "run", "deepseek", change=change)
+    with pytest.raises((TensorError, ConfigError, UnsupportedError), match="bias"):
+        converted(made, tmp_path / "out")

@@ -1,0 +1,76 @@
+"""A converted config of a size that MaxText ships agrees with its own `hf_model_configs.py`."""
+
+import importlib.util
+
+import pytest
+
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.layout import build_layout
+from moeconv.arch.resolve import resolve
+from moeconv.arch.told import tell
+from moeconv.families import blocks, target_for
+from moeconv.hf.config import model_config
+from moeconv.mapping.rules import Options
+
+pytestmark = [pytest.mark.slow, pytest.mark.proof("released configs")]
+# No function of weights and tokens depends on them.
+_ASIDE = {
+    *("architectures", "transformers_version", "torch_dtype", "dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "attention_dropout"),
+    *("router_aux_loss_coef", "output_router_logits", "max_window_layers"),
+    "rope_scaling",  # what transformers 5 makes of it is in rope_parameters
+}
+# What differs: the context, which is the run's own, and OLMo 3's YaRN, which MaxText computes
+# (configs/models/olmo3-7b.yml) and its table leaves out (docs/families.md).
+APART = {
+    "gpt-oss-20b": set(),
+    "gpt-oss-120b": set(),
+    "olmo3-7b": {"max_position_embeddings", "rope_parameters"},
+    "olmo3-32b": {"max_position_embeddings", "rope_parameters"},
+    "mixtral-8x7b": {"max_position_embeddings"},
+    "llama3.1-8b": {"max_position_embeddings"},
+}
+
+
+def theirs(name):
+    """The config in MaxText's table, which needs no MaxText to be read."""
+    spec = importlib.util.find_spec("maxtext")
+    file = f"{spec.submodule_search_locations[0]}/checkpoint_conversion/utils/hf_model_configs.py"
+    spec = importlib.util.spec_from_file_location("hf_model_configs", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.HF_MODEL_CONFIGS[name]
+
+
+def ours(name):
+    """The config.json of a checkpoint with the shapes that the model's file asks for."""
+    told = tell({"model_name": name}, Provenance(Origin.CONFIG, "run.yml"), ())
+    value = {key: one.value for key, one in told.items()}
+    block = blocks()[value["decoder_block"]]
+    heads, kv, width = (value[f"base_{k}"] for k in ("num_query_heads", "num_kv_heads", "emb_dim"))
+    head = value["head_dim"]
+    sizes = {
+        **{"V": value["vocab_size"], "D": width, "H": heads, "K": kv, "h": head},
+        **{"F": value["base_mlp_dim"], "M": value["base_mlp_dim"], "E": value["num_experts"]},
+        **{"n": heads * head, "m": kv * head},
+    }
+    depth = value["base_num_decoder_layers"]
+    way = next(way for way in block.stackings if not way.scanned)
+    kinds = list(block.layers)[:1] * depth
+    layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)])
+    model = resolve(layout, told).model()
+    return model_config(target_for(model), model, "bfloat16", Options())
+
+
+@pytest.mark.parametrize("name", APART)
+def test_the_configs_agree_on_what_decides_the_function(name):
+    from transformers import AutoConfig
+
+    written = ours(name)
+    read, table = AutoConfig.for_model(**written), theirs(name)
+    assert read.model_type == table.model_type
+    told = {key for key in written if getattr(table, key, None) is not None} - _ASIDE
+    assert {"hidden_size", "rope_parameters", "rms_norm_eps"} <= told
+    found = {key: (getattr(read, key), getattr(table, key)) for key in told}
+    differ = {key: pair for key, pair in found.items() if pair[0] != pair[1]}
+    assert differ.keys() == APART[name], differ
