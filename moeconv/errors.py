@@ -42,7 +42,7 @@ class TensorError(MoeconvError):
 
 
 class OutputError(MoeconvError):
-    """OUT cannot be written (it exists, lies inside CKPT, has no space), or it is damaged."""
+    """OUT cannot be written (it exists, is inside CKPT, has no space), or it is damaged."""
 
     exit_code = 7
 
@@ -60,7 +60,7 @@ class StorageError(MoeconvError):
 
 
 class MemoryLimitError(MoeconvError):
-    """The memory limit lies below what the largest chunk of the checkpoint needs."""
+    """The memory limit is below what the largest chunk of the checkpoint needs."""
 
     exit_code = 9
 

@@ -24,7 +24,7 @@ _WARNING = "warning: "
 
 
 def log(text: str) -> None:
-    """Passes a sentence on to the logger `moeconv`, which shows warnings unless told otherwise."""
+    """Passes a sentence on to the logger `moeconv`, which shows warnings by default."""
     level = logging.WARNING if text.startswith(_WARNING) else logging.INFO
     _LOG.log(level, "%s", text.removeprefix(_WARNING))
 

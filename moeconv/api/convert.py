@@ -213,7 +213,7 @@ def convert(
 
     Raises:
         MoeconvError: What `plan` raises.
-        OutputError: `out` exists, lies in the checkpoint, or has too little space; with `resume`
+        OutputError: `out` exists, is inside the checkpoint, or has too little space; with `resume`
             the same conversion goes on after a full disk.
         TensorError: Something stored is damaged, not finite, or changed while it was read.
         StorageError: The store failed; `resume` goes on.

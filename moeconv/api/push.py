@@ -70,9 +70,9 @@ def push(
     read_address(endpoint)  # one that is none, before anything else
     if not dry_run:
         demand_token()  # before minutes of reading
-    parcel = prepare(Path(out), options, dry_run=dry_run, note=note)
+    prepared = prepare(Path(out), options, dry_run=dry_run, note=note)
     with hub_words(note):
-        plan = hub.plan_push(parcel, options, endpoint=endpoint, dry_run=dry_run, note=note)
+        plan = hub.plan_push(prepared, options, endpoint=endpoint, dry_run=dry_run, note=note)
         for text in plan.warnings:
             note(f"warning: {text}")
         if dry_run:

@@ -11,7 +11,7 @@ from moeconv.errors import OutputError
 from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.untrusted.files import is_address, read_inside, without_access
 
-# What lies beside a model without being the user's own.
+# Files next to a model that are not the user's own.
 _OURS = {*MANIFEST_NAMES, LOSS_PLOT, *VERDICT, ".gitattributes", ".cache"}
 # What every config.json of transformers has.
 _NAMED_BY = ("architectures", "model_type")
@@ -45,7 +45,7 @@ def resolve_out(out: Path) -> Path:
 
 
 def holds_something(out: Path) -> bool:
-    """Whether OUT is a folder that is not empty.
+    """Returns True if OUT is a folder that is not empty.
 
     Raises:
         OutputError: It is a link; those that the user named were followed before.
@@ -56,7 +56,7 @@ def holds_something(out: Path) -> bool:
 
 
 def is_replaceable(out: Path) -> bool:
-    """Whether a folder looks like a model, or like one to be: a card or a license, nothing else.
+    """Returns True if a folder looks like a model, or holds only a card or a license.
 
     A training run is no model, whichever name its sidecar has; nor is a project with a config.json.
     A model has no folders.
@@ -82,8 +82,8 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
-def strangers(out: Path) -> list[str]:
-    """What would be lost with an old model without being part of it."""
+def foreign_entries(out: Path) -> list[str]:
+    """Files in OUT that are not part of the old model and would be removed with it."""
     try:
         content = _object(out, manifest_name(out))
     except OSError:

@@ -48,7 +48,7 @@ class SourceRecord(_Frozen):
 
 
 class FieldRecord(_Frozen):
-    """A field of the model's description and who told it."""
+    """A field of the model's description and the source of its value."""
 
     value: Any
     source: str | None
@@ -76,10 +76,10 @@ class Manifest(_Frozen):
 
     `kind` says what the output is, `source.kind` what it was made from. Version 1 had neither.
     `dtype` is what config.json names; with `dtype_kept` the tensors have the checkpoint's own, and
-    it is the one that most of their bytes have. `run` is null where a run left nothing that tells
-    of it. `missing_chunks` has the places, in each array's grid, of the chunks that the checkpoint
-    does not store and that were read as zeros, `accepted_keys` the settings that `--accept-key`
-    let pass; both are written only where there are any.
+    it is the one that most of their bytes have. `run` is null where a run left no record of its
+    training. `missing_chunks` has the places, in each array's grid, of the chunks that the
+    checkpoint does not store and that were read as zeros, `accepted_keys` the settings that
+    `--accept-key` let pass; both are written only where there are any.
     """
 
     format: Literal["moeconv"] = "moeconv"
@@ -111,7 +111,7 @@ class Manifest(_Frozen):
         return to_json(_plain(self.model_dump(mode="json", exclude=left_out)))
 
     def description(self) -> ModelDescription:
-        """The model that `model` tells of.
+        """The model that `model` describes.
 
         Raises:
             ValueError: It lacks a field, has one too many, or one has a value that no model has.

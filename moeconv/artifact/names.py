@@ -1,6 +1,6 @@
-"""The names of an output's files, and of what may lie beside them: ours, and what people add.
+"""The names of an output's files, and of those allowed next to them: ours, and what people add.
 
-Below verify and push: structure takes none of these for a stranger, and push sends nothing else.
+Below verify and push: structure accepts these files, and push sends no others.
 """
 
 from pathlib import Path
@@ -28,12 +28,12 @@ KNOWN = (*ALLOWED, LOSS_PLOT, ".gitattributes", ".cache")
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether verify made a folder to write its report into; one that was killed left it."""
+    """Returns True for the folder of a report that verify was killed while writing."""
     return path.name.startswith(WRITING) and path.is_dir() and not path.is_symlink()
 
 
 def is_output_name(name: str) -> bool:
-    """Whether convert writes files of this name: no path, no code, nothing that it does not know.
+    """Returns True if convert writes files of this name: no path, no code, nothing unknown.
 
     A manifest that names anything else was not written by it.
     """

@@ -1,4 +1,4 @@
-"""`moeconv inspect`: the model as moeconv understands it, and what still has to be told."""
+"""`moeconv inspect`: the model as moeconv understands it, and the settings still missing."""
 
 from typing import Any
 

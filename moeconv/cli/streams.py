@@ -1,4 +1,4 @@
-"""stdout and stderr that may be closed, full or read by nobody: a command's work goes on."""
+"""stdout and stderr that may be closed, full or without a reader: a command's work goes on."""
 
 import errno
 import io
@@ -67,7 +67,7 @@ def lost(below: _Raw | None) -> str | None:
 
 
 def say(text: str) -> None:
-    """A line on stderr; what others wrote into it acts on no terminal."""
+    """A line on stderr; control characters in foreign text are escaped."""
     sys.stderr.write(f"{printable(text)}\n")
 
 

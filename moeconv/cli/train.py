@@ -63,7 +63,7 @@ def command(
     FILE.yml is a MaxText config of your own. KEY=VALUE is any MaxText setting, or one of the run
     that MaxText has not: run.epochs=1, run.data.source=stories.jsonl, run.wandb.enabled=false.
 
-    The run lies in runs/<run_name> (base_output_directory, run_name). The same command goes on
+    The run is stored in runs/<run_name> (base_output_directory, run_name). The same command goes on
     where it was interrupted: to the bit on CPUs; on GPUs the last bits may differ.
     """
     if importlib.util.find_spec("maxtext") is None:

@@ -29,8 +29,8 @@ FAILED, COULD_NOT_RUN = 1, 2
     "--config",
     metavar="FILE",
     type=LocalPath(dir_okay=False),
-    help="MaxText YAML that the reference is built from. Default: the run's sidecar, else what "
-    "the manifest says the conversion was told.",
+    help="MaxText YAML that the reference is built from. Default: the run's sidecar, else the "
+    "settings that the manifest records.",
 )
 @ACCEPT
 @click.option(

@@ -158,13 +158,13 @@ def _place(out: Path, source: StoredCheckpoint) -> Path:
     step = (items.parent if items.name == "items" else items).resolve()
     if place in step.parents:
         raise OutputError(f"OUT {out} contains the checkpoint {step}; choose another directory")
-    # What lies beside a run's steps belongs to Orbax: a directory 600 would be a step of its, to be
+    # The directory of a run's steps belongs to Orbax: a directory 600 would be a step of its, to be
     # resumed or deleted.
     steps = [step.parent] if step.parent.name == "checkpoints" else []
     for inside in (step, items.resolve(), *steps):
         if place == inside or inside in place.parents:
             raise OutputError(
-                f"OUT {out} lies inside the checkpoint {inside}; choose a directory outside of it"
+                f"OUT {out} is inside the checkpoint {inside}; choose a directory outside of it"
             )
     return place
 

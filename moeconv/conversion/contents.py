@@ -1,4 +1,4 @@
-"""What is written beside the tensors: config.json, the index, the tokenizer, and the manifest."""
+"""What is written next to the tensors: config.json, the index, the tokenizer, and the manifest."""
 
 import hashlib
 import math

@@ -37,7 +37,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Everything `moeconv convert` can be told; see the command's help.
+    """The options of `moeconv convert`; see the command's help.
 
     Attributes:
         config: MaxText YAML.
@@ -230,7 +230,7 @@ def _tokenizer(
     spec = options.tokenizer or checkpoint.tokenizer
     if spec is None:
         return None
-    with suppress(RuntimeError):  # ~name of no user, of which read_tokenizer tells
+    with suppress(RuntimeError):  # ~name of no user, which read_tokenizer reports
         checkpoint.unchanged.watch(partial(stamps, Path(asked_set(spec)[1]).expanduser()))
     if options.tokenizer is not None:
         return read_tokenizer(spec, model_max_length=length)
@@ -238,7 +238,7 @@ def _tokenizer(
 
 
 def _run(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[RunRecord | None, Sequence[str]]:
-    """What the run tells of its training, and what of it could not be read."""
+    """The run's record of its training, and warnings about what could not be read."""
     sidecar = checkpoint.sidecar.content if checkpoint.sidecar else None
     run, unread = read_run(checkpoint.step, sidecar)
     if options.tokenizer is not None and run is not None and run.facts is not None:

@@ -53,7 +53,7 @@ class Result:
             return []
         return [
             "chunks of these parameters are not stored and were read as zeros, as "
-            "--allow-missing-chunks says; whether they were lost cannot be told: "
+            "--allow-missing-chunks says; moeconv cannot tell lost chunks from zeros: "
             + ", ".join(self.missing)
         ]
 
@@ -152,12 +152,14 @@ class Engine:
                 "places; they are written again"
             )
         # Spilled pieces are gone, so that an assembly is kept whole or not at all.
-        again = {self._assembly.get(u.array.name) for u in self._plan.units if u.number not in kept}
-        again |= self._spills.keys() - done
+        rewrite = {
+            self._assembly.get(u.array.name) for u in self._plan.units if u.number not in kept
+        }
+        rewrite |= self._spills.keys() - done
         todo = []
         for unit in self._plan.units:
             assembly = self._assembly.get(unit.array.name)
-            if assembly is not None and assembly in again:
+            if assembly is not None and assembly in rewrite:
                 self._waiting.setdefault(assembly, set()).add(unit.number)
             elif unit.number in kept:
                 self._recorder.take_over(unit, journal.done[unit.number])
@@ -176,7 +178,7 @@ class Engine:
         parts = [
             (routes[number], ranges, routes[number].form.piece_bytes(ranges))
             for number, ranges in pieces(unit, routes)
-            if spill is None or (unit.number, number) not in spill.lots
+            if spill is None or (unit.number, number) not in spill.pieces
         ]
         return self._holds(parts, done.written)
 
@@ -215,8 +217,8 @@ class Engine:
         except BaseException:
             self._abort(None)
             for thread in workers:
-                thread.see_off()
-            self._recorder.stop(insist=True)
+                thread.wait_uninterrupted()
+            self._recorder.stop(uninterrupted=True)
             raise
         finally:
             hashers.shutdown()

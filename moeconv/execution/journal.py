@@ -83,7 +83,7 @@ class Journal:
             plan_digest: Of the plan.
             units: The plan's.
             assemblies: The names of its assemblies.
-            resume: Whether to take anything over.
+            resume: True to take over what an earlier process did.
 
         Raises:
             ValueError: There is a journal, but of another plan.

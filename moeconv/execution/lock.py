@@ -1,4 +1,4 @@
-"""The lock beside OUT: one process at a time works on it."""
+"""The lock next to OUT: one process at a time works on it."""
 
 import contextlib
 import errno
@@ -21,25 +21,25 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._beside = -1
+        self._folder_fd = -1
         self._fd: int | None = None
 
-    def take(self, beside: int) -> None:
+    def take(self, folder_fd: int) -> None:
         """Takes the lock.
 
         Args:
-            beside: The folder that it lies in.
+            folder_fd: The open folder that holds it.
 
         Raises:
             BlockingIOError: Another process holds it.
             OutputError: There is no lock of ours, but something else of its name.
             OSError: It cannot be made.
         """
-        self._beside = beside
+        self._folder_fd = folder_fd
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         while self._fd is None:
             try:
-                fd = os.open(self.path.name, flags, 0o600, dir_fd=beside)
+                fd = os.open(self.path.name, flags, 0o600, dir_fd=folder_fd)
             except OSError as error:
                 if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                     raise
@@ -50,7 +50,7 @@ class Lock:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # Its last holder may have removed the file between the two calls.
                 with contextlib.suppress(FileNotFoundError):
-                    here = os.stat(self.path.name, dir_fd=beside, follow_symlinks=False)
+                    here = os.stat(self.path.name, dir_fd=folder_fd, follow_symlinks=False)
                     if os.path.samestat(os.fstat(fd), here):
                         self._fd = fd
             finally:
@@ -61,6 +61,6 @@ class Lock:
         """Gives it back; does nothing where it was not taken."""
         if self._fd is not None:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path.name, dir_fd=self._beside)
+                os.unlink(self.path.name, dir_fd=self._folder_fd)
             os.close(self._fd)
             self._fd = None

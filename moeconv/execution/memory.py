@@ -29,7 +29,7 @@ class Budget:
         """Removes the first item that there is room for; waits until there is one.
 
         Args:
-            wanted: The most expensive first; while threads share it, nobody else changes it.
+            wanted: The most expensive first; while threads share it, only this method changes it.
             cost: Bytes that an item needs, to be released when it is done.
 
         Returns:

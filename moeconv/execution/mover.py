@@ -114,7 +114,7 @@ class Mover:
     ) -> int:
         """Puts a piece to its place; `written`, with what went to the targets added."""
         spill, form, spilled = self._spill.get(unit.array.name), route.form, 0
-        if spill is not None and (unit.number, number) not in spill.lots:
+        if spill is not None and (unit.number, number) not in spill.pieces:
             spill = None
         for part in blocks(form, ranges):
             if self._stopped.is_set():
@@ -142,7 +142,7 @@ class Mover:
     def _write(self, route: Route, ranges: Ranges, values: Array, written: int) -> int:
         """Writes values to every copy; the CRC-32 `written` with them added.
 
-        It tells damage, not a forger: who can write to the folder can write a journal too.
+        It detects damage, not forgery: who can write to the folder can write a journal too.
         """
         for edge in route.edges:
             self._sink.write(edge.target, route.form, ranges, values)

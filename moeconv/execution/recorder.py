@@ -51,10 +51,10 @@ class Recorder:
         """Records an assembly, and the CRC-32 of its bytes, once these are synced."""
         self._entries.put(lambda: self._journal.assembled(name, written))
 
-    def stop(self, *, insist: bool = False) -> None:
-        """Waits until everything is recorded; with `insist` whatever the user says."""
+    def stop(self, *, uninterrupted: bool = False) -> None:
+        """Waits until everything is recorded; with `uninterrupted` also through Ctrl-C."""
         self._entries.put(None)
-        self._thread.see_off() if insist else self._thread.wait()
+        self._thread.wait_uninterrupted() if uninterrupted else self._thread.wait()
 
     def array_digests(self, info: Mapping[str, ArrayInfo]) -> dict[str, str]:
         """The digest of each array as it was read (see `digest.array_digest`)."""

@@ -89,7 +89,7 @@ class SafetensorsSink:
         write_all(self._descriptors[place.file], payload(values), place.offset)
 
     def checksum(self, target: str, form: Form, ranges: Ranges, size: int, before: int) -> int:
-        """CRC-32 of the bytes that lie where a piece belongs."""
+        """CRC-32 of the bytes stored where a piece belongs."""
         place = self._places[target]
         fd, offset = self._descriptors[place.file], place.offset + form.offset(ranges)
         for start in range(offset, offset + size, _HASH_BLOCK):
@@ -126,7 +126,7 @@ class SafetensorsSink:
             self._stopped = True
             self._progress.notify_all()
         for thread in self._hashers:
-            thread.see_off()
+            thread.wait_uninterrupted()
         while self._descriptors:
             os.close(self._descriptors.pop())
 
@@ -158,7 +158,9 @@ class SafetensorsSink:
                     part = buffer[: min(len(buffer), end - position)]
                     count = os.preadv(self._descriptors[number], [part], position)
                     if count == 0:
-                        raise OSError(errno.EIO, "a file being written was cut by somebody else")
+                        raise OSError(
+                            errno.EIO, "another process cut a file that was being written"
+                        )
                     digest.update(part[:count])
                     position += count
         if position == self._files[number].layout.size:

@@ -1,8 +1,8 @@
 """Pieces that cannot go to their place as they come: spilled to a scratch file, then assembled.
 
-An assembly (`planning.units`) is a group of targets whose pieces lie between each other's values.
-All its pieces are laid out one behind the other in one scratch file. When the last has come, each
-stretch of each target is put together from them, block by block.
+An assembly (`planning.units`) is a group of targets whose pieces interleave with each other's
+values. All its pieces are laid out one behind the other in one scratch file. When the last has
+come, each stretch of each target is put together from them, block by block.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from moeconv.tensor.form import Form, Range
 
 
 @dataclass(frozen=True)
-class _Lot:
+class _SpilledPiece:
     """Where a piece is in the scratch file, and where it belongs."""
 
     offset: int
@@ -39,14 +39,14 @@ class Spill:
 
     Attributes:
         name: The assembly's.
-        lots: The pieces, by unit's number and route's position.
+        pieces: The pieces, by unit's number and route's position.
         slots: Each stretch of a target, with the route that its copies are known by.
         size: Bytes of all pieces.
     """
 
     name: str
-    lots: dict[tuple[int, int], _Lot] = field(default_factory=dict)
-    slots: dict[Slot, tuple[Route, list[_Lot]]] = field(default_factory=dict)
+    pieces: dict[tuple[int, int], _SpilledPiece] = field(default_factory=dict)
+    slots: dict[Slot, tuple[Route, list[_SpilledPiece]]] = field(default_factory=dict)
     size: int = 0
     _scratch: "_Scratch | None" = None
 
@@ -54,7 +54,7 @@ class Spill:
     def of(
         cls, assembly: Assembly, units: Sequence[Unit], routes: Mapping[str, Sequence[Route]]
     ) -> "Spill":
-        """Gives every piece of an assembly its lot; they follow each other without gaps."""
+        """Lays the pieces of an assembly out in the scratch file, without gaps."""
         spill = cls(assembly.name)
         for unit in units:
             if unit.array.name not in assembly.arrays:
@@ -63,9 +63,9 @@ class Spill:
             for number, ranges in pieces(unit, group):
                 route = group[number]
                 if route.slot in assembly.slots:
-                    lot = _Lot(spill.size, route.form, ranges)
-                    spill.lots[unit.number, number] = lot
-                    spill.slots.setdefault(route.slot, (route, []))[1].append(lot)
+                    piece = _SpilledPiece(spill.size, route.form, ranges)
+                    spill.pieces[unit.number, number] = piece
+                    spill.slots.setdefault(route.slot, (route, []))[1].append(piece)
                     spill.size += route.form.piece_bytes(ranges)
         return spill
 
@@ -81,18 +81,18 @@ class Spill:
     def write(self, unit: Unit, number: int, offset: int, values: Array) -> None:
         """Writes a part of a piece, which begins so many bytes behind the piece."""
         assert self._scratch is not None
-        self._scratch.write(self.lots[unit.number, number].offset + offset, payload(values))
+        self._scratch.write(self.pieces[unit.number, number].offset + offset, payload(values))
 
     def assembled(self, slot: Slot) -> Iterator[tuple[dict[str, Range], Array]]:
         """Puts a stretch of a target together, block by block: each block's ranges and values."""
         assert self._scratch is not None
-        route, lots = self.slots[slot]
+        route, spilled = self.slots[slot]
         axes = route.form.target_axes
         for ranges in stretches(route.form):
             shape = [ranges[axis][1] - ranges[axis][0] for axis in axes]
             block = np.zeros(shape, route.form.dtype)
-            for lot in lots:
-                _collect(self._scratch, lot, block, ranges)
+            for piece in spilled:
+                _collect(self._scratch, piece, block, ranges)
             yield ranges, block
 
     def close(self) -> None:
@@ -102,23 +102,25 @@ class Spill:
             self._scratch = None
 
 
-def _collect(scratch: "_Scratch", lot: _Lot, block: Array, ranges: Mapping[str, Range]) -> None:
+def _collect(
+    scratch: "_Scratch", piece: _SpilledPiece, block: Array, ranges: Mapping[str, Range]
+) -> None:
     """Copies to a block what it has of a piece, which is one run of the scratch file.
 
     A block has one entry of each outer axis and all of each inner one (`slabs`), so what it shares
     with a piece are values of the piece that follow each other.
     """
-    axes, shape = lot.form.target_axes, lot.form.piece_shape(lot.ranges)
+    axes, shape = piece.form.target_axes, piece.form.piece_shape(piece.ranges)
     here: list[slice] = []  # the shared box in the block
     first, count = 0, 1
     for axis, size in zip(axes, shape, strict=True):
-        start = lot.ranges[axis][0]
+        start = piece.ranges[axis][0]
         low, high = max(ranges[axis][0], start), min(ranges[axis][1], start + size)
         if low >= high:
             return
         here.append(slice(low - ranges[axis][0], high - ranges[axis][0]))
         first, count = first * size + low - start, count * (high - low)
-    data = scratch.read(lot.offset + first * block.itemsize, count * block.itemsize)
+    data = scratch.read(piece.offset + first * block.itemsize, count * block.itemsize)
     part = block[tuple(here)]
     part[...] = np.frombuffer(data, block.dtype).reshape(part.shape)
 

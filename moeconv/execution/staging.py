@@ -1,10 +1,10 @@
-"""All or nothing: everything is written to a hidden folder beside OUT, then renamed into place.
+"""All or nothing: everything is written to a hidden folder next to OUT, then renamed into place.
 
-Beside OUT lie, while it is being made, `.<OUT>.moeconv-partial` (the folder being filled),
+Next to OUT, while it is being made, are `.<OUT>.moeconv-partial` (the folder being filled),
 `.<OUT>.moeconv-lock` (held by the process that works on OUT) and, where two folders cannot swap at
 once, for a moment `.<OUT>.moeconv-old` (the model being replaced).
 
-Others may write to the folder that OUT lies in. So it is held open, everything in it is named
+Other users may write to OUT's parent folder. So it is held open, everything in it is named
 relative to it, and what has one of these names without being ours is refused: a folder must belong
 to us and be closed to others, and it is emptied only where it holds our journal or a model.
 """
@@ -17,7 +17,7 @@ import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from moeconv.artifact.destination import holds_something, is_replaceable, strangers
+from moeconv.artifact.destination import foreign_entries, holds_something, is_replaceable
 from moeconv.errors import OutputError
 from moeconv.execution.journal import NAME as JOURNAL
 from moeconv.execution.lock import IN_THE_WAY, Lock
@@ -29,7 +29,7 @@ _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _PROBE = "moeconv-mode"
-_REPLACED = "was replaced by somebody else during the conversion; convert again"
+_REPLACED = "was replaced by another process during the conversion; convert again"
 
 
 class Staging:
@@ -57,7 +57,7 @@ class Staging:
         self._overwrite = overwrite
         self._lock = Lock(out.parent / f".{out.name}.moeconv-lock")
         self._made: list[Path] = []
-        # The folder that OUT lies in, `folder`, and what OUT was before a swap.
+        # OUT's parent folder, `folder`, and what OUT was before a swap.
         self._beside = self._inside = self._replaced = -1
         try:
             self._made = [p for p in out.parents if not p.exists()]
@@ -122,14 +122,14 @@ class Staging:
                 f"OUT {self.out} is not empty; pass --overwrite to replace it once the new model "
                 "is whole, or choose another directory"
             )
-        if lost := strangers(self.out):
+        if lost := foreign_entries(self.out):
             names = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if lost[3:] else "")
             self.notes.append(
                 f"warning: --overwrite also removes from OUT what moeconv did not write: {names}"
             )
 
     def _is_there(self, folder: Path) -> bool:
-        """Whether one of the folders beside OUT is there.
+        """Returns True if one of the folders next to OUT is there.
 
         Raises:
             OutputError: Something else has its name.
@@ -177,13 +177,13 @@ class Staging:
             names: The files that belong to the model; what else an earlier process left goes.
 
         Raises:
-            OutputError: Somebody filled OUT meanwhile.
+            OutputError: Another process filled OUT meanwhile.
         """
         occupied = holds_something(self.out)
         if occupied and not (self._overwrite and is_replaceable(self.out)):
             raise OutputError(
-                f"OUT {self.out} was filled by somebody else during the conversion; the new model "
-                f"waits in {self.folder}: go on with --resume once OUT is empty"
+                f"OUT {self.out} was filled by another process during the conversion; the new "
+                f"model waits in {self.folder}: go on with --resume once OUT is empty"
             )
         mode = _mode_of_a_new_folder(self._inside)
         for name in _journal_last(self._inside):
@@ -211,7 +211,7 @@ class Staging:
     def _swap(self) -> bool:
         """Swaps `folder` and OUT; False where kernel or file system cannot."""
         old = os.open(self.out.name, _FOLDER, dir_fd=self._beside)
-        with contextlib.suppress(PermissionError):  # somebody else's
+        with contextlib.suppress(PermissionError):  # another user's
             os.fchmod(old, stat.S_IMODE(os.fstat(old).st_mode) & ~_OTHERS_WRITE)
         if _exchange(self._beside, self.folder.name, self.out.name):
             self._replaced = old
@@ -220,7 +220,7 @@ class Staging:
         return False
 
     def _holds_ours(self) -> bool:
-        """Whether the folder that was opened still has its name."""
+        """Returns True if the folder that was opened still has its name."""
         try:
             here = _lstat(self.folder.name, self._beside)
         except FileNotFoundError:
@@ -284,14 +284,14 @@ class Staging:
         self._inside = self._replaced = self._beside = -1
 
 
-def _exchange(beside: int, one: str, other: str) -> bool:
+def _exchange(folder: int, one: str, other: str) -> bool:
     """Swaps two names of a folder atomically; False where kernel or file system cannot."""
     try:
         rename = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
     code = rename(
-        beside, os.fsencode(one), beside, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
+        folder, os.fsencode(one), folder, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE)
     )
     return bool(code == 0)
 
@@ -306,7 +306,7 @@ def _lstat(name: str, folder: int) -> os.stat_result:
 
 
 def _journal_last(folder: int) -> list[str]:
-    """What lies in a folder; a process that is killed on the way leaves the journal."""
+    """The names in a folder, the journal last, so that a killed process leaves the journal."""
     return sorted(_names(folder), key=lambda name: name == JOURNAL)
 
 

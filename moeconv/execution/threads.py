@@ -11,8 +11,8 @@ class Thread(threading.Thread):
     """A daemon thread that the main thread waits for.
 
     `threading.Thread.join` takes a running thread for ended when a signal interrupts it (CPython
-    3.12 `Thread._wait_for_tstate_lock`), and whoever then closes the files it writes to closes them
-    too early.
+    3.12 `Thread._wait_for_tstate_lock`), so the files it writes to
+    would be closed too early.
     """
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -37,8 +37,8 @@ class Thread(threading.Thread):
         while not self._ended:
             time.sleep(_POLL)
 
-    def see_off(self) -> None:
-        """Waits whatever the user says; for a thread that was told to stop.
+    def wait_uninterrupted(self) -> None:
+        """Waits also through Ctrl-C, for a thread that was asked to stop.
 
         One whose start was interrupted is not waited for: it must find nothing to do.
         """

@@ -1,7 +1,7 @@
 """The Hub's address, and whether the token may go there.
 
 A token goes to the Hub over https, to this very machine, or over https to another host that the
-user named (`--endpoint`, HF_ENDPOINT), and to nobody else.
+user named (`--endpoint`, HF_ENDPOINT), and to no other host.
 """
 
 import ipaddress
@@ -44,12 +44,12 @@ class Address:
         return self.origin[1]
 
     def takes_token(self, scheme: str, host: str, port: int | None) -> bool:
-        """Whether what is asked there may carry the token."""
+        """Returns True if a request to this place may carry the token."""
         asked = (scheme, host.lower(), port or _PORTS.get(scheme, 0))
         return asked == self.origin or (self.hub and _is_hub(asked))
 
     def may_be_asked(self, scheme: str, host: str) -> bool:
-        """Whether anything may be asked there: unencrypted nothing but this machine."""
+        """Returns True if a request may go there: without encryption only to this machine."""
         return scheme == "https" or (scheme == "http" and self.loopback and is_loopback(host))
 
 
@@ -79,7 +79,7 @@ def read_address(endpoint: str | None) -> Address:
     return Address(text, origin, loopback, _is_hub(origin))
 
 
-def stranger_warning(address: Address) -> str | None:
+def other_host_warning(address: Address) -> str | None:
     """A warning, if the token goes to a host that is neither the Hub nor this machine."""
     if address.hub or address.loopback:
         return None
@@ -90,7 +90,7 @@ def stranger_warning(address: Address) -> str | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine: the name localhost, or an address of the loopback."""
+    """Returns True if a host is this machine: the name localhost, or an address of the loopback."""
     if host.lower() == "localhost":
         return True
     try:

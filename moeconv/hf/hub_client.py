@@ -68,7 +68,7 @@ def hub_client(address: Address) -> Iterator[None]:
 
     Raises:
         HubError: From within huggingface_hub's functions: a limit was passed for good, or the token
-            would have gone to a stranger.
+            would have gone to another host.
     """
     session = _Session(address, LIMITS)
     set_client_factory(session.client)
@@ -138,7 +138,9 @@ class _Session:
 
     def _limit(self, response: Any) -> None:
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise HubError(f"{response.url.host} packs its answers, which nobody asked for")
+            raise HubError(
+                f"{response.url.host} compresses its answers, which the request did not allow"
+            )
         response.stream = _Received(response.stream, response, self.limits)
 
     def _patient(self, plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -56,7 +56,7 @@ class FileLayout:
 
 
 def lay_out(tensors: Sequence[TensorSpec]) -> FileLayout:
-    """Plans a file; tensors lie in the order given, wider dtypes first so that all are aligned."""
+    """Plans a file: tensors in the order given, wider dtypes first so that all are aligned."""
     ordered = sorted(tensors, key=lambda t: -DTYPES[t.dtype].itemsize)
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -104,7 +104,7 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
             if len(spec.shape) > _MOST_AXES or max(spec.shape, default=0) > _LONGEST_AXIS:
                 raise ValueError(f"tensor {name} has a shape that no tensor has")
             if start != position or stop - start != spec.nbytes:
-                raise ValueError(f"tensor {name} does not lie where its shape says")
+                raise ValueError(f"tensor {name} is not stored where its shape says")
             found[name] = (spec, start)
             position = stop
         if position != size:

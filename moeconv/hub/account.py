@@ -18,7 +18,7 @@ class Account:
 
     Attributes:
         name: The user.
-        may_write: To the repository in question; None where the Hub does not tell.
+        may_write: To the repository in question; None where the Hub does not say.
         why: Of a no, or of not knowing.
     """
 
@@ -65,7 +65,7 @@ def may_write(me: Mapping[str, Any], repo_id: str) -> tuple[bool | None, str]:
         if org.get("name") == namespace:
             in_org = org.get("roleInOrg")
             if in_org is None:
-                return None, f"the Hub does not tell the account's role in {namespace}"
+                return None, f"the Hub does not say the account's role in {namespace}"
             if in_org in _WRITING_ROLES:
                 return True, ""
             # A resource group may give more (huggingface.co/docs/hub/security-resource-groups).

@@ -54,7 +54,7 @@ _FIGURES = (
     ("perplexity_candidate", "perplexity, this model", ".5g"),
 )
 
-# Warnings of convert that are advice to whoever converts, or that the card tells elsewhere.
+# Warnings of convert that are advice for the conversion, or that the card has elsewhere.
 _NOT_FOR_READERS = ("no tokenizer was given", "newer steps are", "--untie", "the dense MLP of")
 
 
@@ -298,7 +298,7 @@ def _summary(checks: Sequence[Check]) -> str:
 
 
 def _figures(parity: Check) -> list[tuple[str, str]]:
-    # Perplexity of random ids tells nothing: running text alone, where there was some.
+    # Perplexity of random ids means nothing: running text alone, where there was some.
     kind = "text" if parity.metrics.get("text") else "all"
     figures = parity.metrics.get(kind) or {}
     compared = "running text" if kind == "text" else "random ids"

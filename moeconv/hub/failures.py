@@ -47,8 +47,8 @@ def is_transient(error: BaseException) -> bool:
     return status in _TRANSIENT if status is not None else isinstance(error, HttpError)
 
 
-def patiently[Answer](call: Callable[[], Answer], what: str, note: Note) -> Answer:
-    """Calls until it works, four times again at most; for what may be done twice."""
+def with_retries[Answer](call: Callable[[], Answer], what: str, note: Note) -> Answer:
+    """Calls, and retries up to four times; for calls that may be repeated."""
     for wait in WAITS:
         try:
             return call()
@@ -128,7 +128,7 @@ def explain(error: BaseException, what: str, place: str) -> str:
     """The sentence."""
     status = status_of(error)
     begin = f"{what} ({place}) failed: "
-    again = "run the same command again, what the Hub has is not sent twice"
+    retry = "run the same command again, what the Hub has is not sent twice"
     if isinstance(error, OfflineModeIsEnabled):
         return begin + "HF_HUB_OFFLINE is set; unset it to reach the Hub"
     if isinstance(error, LocalTokenNotFoundError):
@@ -139,7 +139,7 @@ def explain(error: BaseException, what: str, place: str) -> str:
         words = _short(error)
         xet = "; HF_HUB_DISABLE_XET=1 uploads without Xet" if "xet" in words else ""
         return begin + (
-            f"the connection broke ({words}) and trying again did not help; {again}{xet}"
+            f"the connection broke ({words}) and trying again did not help; {retry}{xet}"
         )
     match error:
         case RevisionNotFoundError():
@@ -150,44 +150,44 @@ def explain(error: BaseException, what: str, place: str) -> str:
                 "repository's page, or push to another --repo-id"
             )
     said = server_message(error)
-    told = f", {said}" if said else ""
+    reason = f", {said}" if said else ""
     match status:
         case 401 if not isinstance(error, RepositoryNotFoundError):
             return begin + (
-                f"the Hub does not take the token (401{told}); it is wrong, expired or revoked: "
+                f"the Hub does not take the token (401{reason}); it is wrong, expired or revoked: "
                 f"set HF_TOKEN to a valid one ({_SETTINGS}) or run `hf auth login`"
             )
         case 401 | 404:
             return begin + (
-                f"there is no such repository, or the token may not see it ({status}{told}); check "
-                "--repo-id, and that the token may read and write it"
+                f"there is no such repository, or the token may not see it ({status}{reason}); "
+                "check --repo-id, and that the token may read and write it"
             )
         case 403:
             return begin + (
-                f"the token may not do that (403{told}); it needs write access to {place}: make "
+                f"the token may not do that (403{reason}); it needs write access to {place}: make "
                 f"one on {_SETTINGS}, or push to a namespace of your own"
             )
         case 409 | 412:
             return begin + (
-                f"somebody else changed the repository meanwhile ({status}{told}); nothing of this "
-                f"push was committed: look at what changed, then {again}"
+                f"another commit changed the repository meanwhile ({status}{reason}); nothing of "
+                f"this push was committed: look at what changed, then {retry}"
             )
         case 413:
             return begin + (
-                f"a file is larger than the Hub takes (413{told}); convert again with a smaller "
+                f"a file is larger than the Hub takes (413{reason}); convert again with a smaller "
                 "--max-shard-size"
             )
         case 429:
             wait = retry_after(error)
             after = f"in {wait:.0f} s" if wait else "later"
-            return begin + f"the Hub allows no more requests now (429{told}); {again}, {after}"
+            return begin + f"the Hub allows no more requests now (429{reason}); {retry}, {after}"
         case _ if status >= 500:
             return begin + (
-                f"the Hub is in trouble ({status}{told}) and trying again did not help; see "
-                f"https://status.huggingface.co, then {again}"
+                f"the Hub is in trouble ({status}{reason}) and trying again did not help; see "
+                f"https://status.huggingface.co, then {retry}"
             )
         case _:
-            return begin + f"the Hub answered {status}{told or ' without a reason'}"
+            return begin + f"the Hub answered {status}{reason or ' without a reason'}"
 
 
 def server_message(error: BaseException) -> str:

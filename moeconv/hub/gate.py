@@ -1,12 +1,12 @@
-"""Whether an output is proven to be the model that was trained.
+"""The gate of push: is an output proven to be the model that was trained?
 
-A verdict counts if it was made of the bytes that lie there now, did not fail, and rests on the
+A verdict counts if it was made of the bytes that are there now, did not fail, and rests on the
 levels structure and weights and on one of logits and layers against MaxText itself: equal weights
 prove nothing about the RoPE that config.json declares. Warnings pass and are repeated in the card.
 
-The verdict is not taken at its word: it is made again of the checks, each level must have those
-that it always makes, and the source must be the manifest's. It is evidence and not a signature:
-whoever writes a report that is consistent in itself is believed.
+The verdict is not taken at its word: it is computed again from the checks, each level must have
+those that it always makes, and the source must be the manifest's. It is evidence and not a
+signature: a forged report that is consistent in itself is believed.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Judgement:
 
 
 def judge(output: Output) -> Judgement:
-    """Looks at the verdict and reads every byte; a dry run tells what is wrong, so none is raised.
+    """Reads the verdict and every byte; a dry run reports what is wrong, so nothing is raised.
 
     Raises:
         OutputError: A file cannot be read.
@@ -133,7 +133,7 @@ def demand(output: Output, judgement: Judgement) -> None:
 
 
 def demand_verdict(output: Output) -> None:
-    """Lets an output pass whose report proves it, if it is of these bytes, which nobody reads here.
+    """Lets an output pass whose report proves it, without reading the bytes that it is about.
 
     Raises:
         UnverifiedError: Whatever the bytes are, it is not proven; says why and what to do.

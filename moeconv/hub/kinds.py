@@ -1,4 +1,4 @@
-"""Whether a file is what its name says, so that nothing else goes out under the name of one.
+"""Checks that a file is what its name says, so that push sends nothing else under that name.
 
 Of what `push` sends, only weights, pictures and a sentencepiece model are not text.
 """
@@ -102,7 +102,7 @@ def _text(kind: bytes, data: bytes) -> bytes:
 
 
 def _image(header: bytes, pixels: bytes) -> bytes:
-    """The pixels unpacked, exactly those that the header tells of.
+    """The pixels unpacked, exactly as many as the header says.
 
     Raises:
         ValueError: They are not.

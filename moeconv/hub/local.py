@@ -1,4 +1,4 @@
-"""An output of `convert` as it lies on the disk: its manifest, its verdict, every file's digest."""
+"""An output of `convert` as it is on the disk: its manifest, its verdict, every file's digest."""
 
 import hashlib
 import os
@@ -43,7 +43,7 @@ class File:
         sha256: Its digest.
         content: All of it, read once: what was looked at is what is sent; None of weights.
         weights: A file too large for that.
-        path: Where it lies, if it is sent as it is.
+        path: Where it is stored, if it is sent as it is.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Output:
     """An output of `convert`; its files are read when they are asked for, once.
 
     Attributes:
-        folder: Where it lies.
+        folder: Where it is stored.
         manifest: What it claims.
         raw: The manifest's bytes.
         manifest_name: Its file's name.
@@ -161,7 +161,7 @@ class Output:
 
     @cached_property
     def files(self) -> dict[str, File]:
-        """Each file as it lies there.
+        """Each file as it is stored.
 
         Raises:
             OutputError: One cannot be read.
@@ -189,7 +189,7 @@ class Output:
 
     @property
     def dataset(self) -> str | None:
-        """The Hub's id of the training data, where that is what the run told."""
+        """The Hub's id of the training data, where the run names one."""
         run = self.manifest.run
         name = run.facts.dataset if run is not None and run.facts is not None else None
         return name if name is not None and _DATASET.fullmatch(name) else None
@@ -200,7 +200,7 @@ class Output:
         return "tokenizer.json" in self.manifest.files
 
     def left_behind(self, sent: Iterable[str]) -> list[str]:
-        """What lies in the folder and is not sent."""
+        """Files in the folder that are not sent."""
         known = set(sent)
         try:
             there = sorted(self.folder.iterdir())

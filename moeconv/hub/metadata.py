@@ -104,7 +104,7 @@ def assemble(metadata: Mapping[str, Any], body: str) -> str:
 
 
 def is_ours(readme: str) -> bool:
-    """True if a README is a card of push that nobody has edited (its metadata may be)."""
+    """True if a README is a card of push whose text is unedited (its metadata may be)."""
     text = _body(readme)
     mark = _MARK.search(text)
     return mark is not None and _digest(text[: mark.start()]) == mark[1]
@@ -114,20 +114,20 @@ def _digest(body: str) -> str:
     return hashlib.sha256(body.strip("\n").encode()).hexdigest()
 
 
-def join(readme: str, ours: Mapping[str, Any], *, where: str, insist: Iterable[str] = ()) -> str:
+def join(readme: str, ours: Mapping[str, Any], *, where: str, override: Iterable[str] = ()) -> str:
     """A user's README with our metadata where it has none of its own; its text stays.
 
     Args:
         readme: As it is.
         ours: Our metadata.
         where: Of the README, for messages.
-        insist: Keys that the user gave on the command line, which win.
+        override: Keys that the user gave on the command line; they win.
 
     Raises:
         OutputError: Its metadata cannot be read.
     """
     theirs = read_metadata(readme, where)
-    merged = {**ours, **theirs, **{key: ours[key] for key in insist if key in ours}}
+    merged = {**ours, **theirs, **{key: ours[key] for key in override if key in ours}}
     kept = [tag for tag in _list(theirs.get("tags")) if tag != UNVERIFIED_TAG]
     merged["tags"] = list(dict.fromkeys([*kept, *ours["tags"]]))
     if "datasets" in ours:
@@ -140,7 +140,7 @@ def join(readme: str, ours: Mapping[str, Any], *, where: str, insist: Iterable[s
 
 
 def renew(readme: str, ours: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Our metadata, with keys and tags that somebody added to our card on the Hub."""
+    """Our metadata, with keys and tags that users added to our card on the Hub."""
     theirs = read_metadata(readme, where)
     added = [tag for tag in _list(theirs.get("tags")) if tag not in (*_OWN_TAGS, *targets())]
     theirs.pop("model-index", None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moeconv.hf.hub_address import Address
 from moeconv.hub.account import Account
 from moeconv.hub.changes import Change
-from moeconv.hub.prepare import Parcel, PushOptions
+from moeconv.hub.prepare import PreparedPush, PushOptions
 from moeconv.hub.remote import Remote
 from moeconv.hub.upload import Commit
 from moeconv.printing import Printable
@@ -32,20 +32,20 @@ class PushPlan(Printable):
     """What a push would do.
 
     Attributes:
-        parcel: What is sent.
+        prepared: What is sent.
         options: The user's.
         address: To which Hub.
-        account: Whose token it is; None without a token, or if the Hub does not tell.
+        account: Whose token it is; None without a token, or if the Hub does not say.
         remote: What is there; None when the Hub could not be reached.
         changes: File by file.
         card: The README as it would be.
         card_origin: Whose text it is.
         card_checked: True if the Hub has validated its metadata.
-        warnings: The parcel's, and what could not be found out; a sentence each.
+        warnings: The prepared push's, and what could not be found out; a sentence each.
         dry_run: It is for looking at: nothing was refused.
     """
 
-    parcel: Parcel
+    prepared: PreparedPush
     options: PushOptions
     address: Address
     account: Account | None
@@ -59,12 +59,12 @@ class PushPlan(Printable):
 
     def as_dict(self) -> dict[str, Any]:
         """What `moeconv push --dry-run --json` prints."""
-        account, remote, judgement = self.account, self.remote, self.parcel.judgement
+        account, remote, judgement = self.account, self.remote, self.prepared.judgement
         there = remote if remote and remote.exists else None
         return {
-            "out": str(self.parcel.output.folder),
+            "out": str(self.prepared.output.folder),
             "endpoint": self.address.url,
-            "repo_id": self.parcel.repo_id,
+            "repo_id": self.prepared.repo_id,
             "revision": self.options.revision,
             "repository": self._repository(),
             "exists": remote.exists if remote else None,
@@ -74,7 +74,7 @@ class PushPlan(Printable):
             "verified": judgement.verified,
             "problem": judgement.problem,
             "files": _files(self.changes),
-            "left_behind": list(self.parcel.left_behind),
+            "left_behind": list(self.prepared.left_behind),
             "card": self.card,
             "card_checked": self.card_checked,
             "warnings": list(self.warnings),
@@ -83,10 +83,10 @@ class PushPlan(Printable):
     def parts(self) -> "Iterator[RenderableType]":
         """What `moeconv push --dry-run` prints."""
         yield _table(self.changes, known=self.remote is not None)
-        for name, why in self.parcel.left_behind.items():
+        for name, why in self.prepared.left_behind.items():
             yield f"{name}: stays here ({why})"
         yield ""
-        yield f"repository: {self.address.url}/{self.parcel.repo_id}, {self._repository()}"
+        yield f"repository: {self.address.url}/{self.prepared.repo_id}, {self._repository()}"
         yield f"account: {self._account()}"
         yield f"verified: {self._verified()}"
         checked = "" if self.card_checked else ", not validated by the Hub"
@@ -101,7 +101,7 @@ class PushPlan(Printable):
         if not remote.exists:
             default = "public, unless the namespace's default is private"
             kind = "private" if options.private else default
-            seen = "" if self.account else " (or is private, which nobody without a token can see)"
+            seen = "" if self.account else " (or is private, which needs a token to be seen)"
             return f"which is not there{seen} and would be made: {kind}"
         kind = {True: "private", False: "public", None: "of unknown visibility"}[remote.private]
         where = f"branch {options.revision}" + ("" if remote.branch else " (would be made)")
@@ -114,14 +114,14 @@ class PushPlan(Printable):
     def _account(self) -> str:
         account = self.account
         if account is None:
-            return "no token, or the Hub did not tell"
+            return "no token, or the Hub did not say"
         if account.may_write is None:
             return f"{account.name}; whether it may write is unknown: {account.why}"
         may = "may write" if account.may_write else f"may not write: {account.why}"
         return f"{account.name}, {may}"
 
     def _verified(self) -> str:
-        report, problem = self.parcel.judgement.report, self.parcel.judgement.problem
+        report, problem = self.prepared.judgement.report, self.prepared.judgement.problem
         if problem is None:
             assert report is not None
             levels = ", ".join(f"{level} {status}" for level, status in report.levels.items())
@@ -154,15 +154,15 @@ class Pushed(Printable):
             return plan.as_dict()
         return {
             "endpoint": plan.address.url,
-            "repo_id": plan.parcel.repo_id,
+            "repo_id": plan.prepared.repo_id,
             "revision": commit.revision,
             "commit": commit.oid,
             "commit_url": commit.url,
             "pull_request": commit.pull_request,
-            "verified": plan.parcel.judgement.verified,
+            "verified": plan.prepared.judgement.verified,
             "sent_bytes": self.sent_bytes,
             "files": _files(self.changes),
-            "left_behind": list(plan.parcel.left_behind),
+            "left_behind": list(plan.prepared.left_behind),
             "warnings": list(plan.warnings),
         }
 

@@ -44,7 +44,7 @@ class PushOptions:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class PreparedPush:
     """What is to be sent.
 
     Attributes:
@@ -53,9 +53,9 @@ class Parcel:
         repo_id: Where it goes.
         files: Everything but the card.
         metadata: The card's.
-        body: The card's text, where nobody wrote another one.
+        body: The card's text, where the user wrote none.
         readme: The README in OUT, None where there is none.
-        left_behind: What lies in OUT and is not sent, and why.
+        left_behind: Files in OUT that are not sent, and why.
         warnings: Of what is known without the Hub, a sentence each.
     """
 
@@ -69,20 +69,20 @@ class Parcel:
     left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
 
-    def card(self, on_hub: str | None, insist: tuple[str, ...] = ()) -> tuple[str, str]:
+    def card(self, on_hub: str | None, override: tuple[str, ...] = ()) -> tuple[str, str]:
         """The README to be on the Hub, and whose it is.
 
         Args:
             on_hub: The one that is there.
-            insist: Metadata that the user gave on the command line.
+            override: Metadata that the user gave on the command line.
         """
         if self.readme is not None and not is_ours(self.readme):
             where = str(self.output.folder / CARD_NAME)
-            joined = join(self.readme, self.metadata, where=where, insist=insist)
+            joined = join(self.readme, self.metadata, where=where, override=override)
             return joined, f"the text of {where}, with moeconv's metadata"
         if on_hub is not None and not is_ours(on_hub):
             where = f"the {CARD_NAME} of {self.repo_id}"
-            joined = join(on_hub, self.metadata, where=where, insist=insist)
+            joined = join(on_hub, self.metadata, where=where, override=override)
             return joined, f"the text of {where}, with moeconv's metadata"
         metadata = self.metadata
         if on_hub is not None:
@@ -108,17 +108,17 @@ def find_output(out: Path | None, note: Callable[[str], None]) -> Path:
     return found
 
 
-def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Parcel:
+def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> PreparedPush:
     """Reads OUT and makes everything that is to be sent; sends nothing.
 
     Args:
         out: An output of `convert`.
         options: The user's.
-        dry_run: What is not proven to be the model is told of, not refused.
+        dry_run: What is not proven to be the model is reported, not refused.
         note: For people.
 
     Raises:
-        MoeconvError: OUT is damaged, holds a secret, or nobody said where it goes; or, outside of
+        MoeconvError: OUT is damaged, holds a secret, or has no destination; or, outside of
             a dry run, its report cannot prove it, which is said before gigabytes are read.
     """
     if options.create_pr and options.revision != "main":
@@ -153,7 +153,7 @@ def prepare(out: Path, options: PushOptions, *, dry_run: bool, note: Note) -> Pa
     left = {
         name: _why_left(name, output, judgement) for name in output.left_behind([*names, CARD_NAME])
     }
-    return Parcel(
+    return PreparedPush(
         output=output,
         judgement=judgement,
         repo_id=repo_id,
@@ -170,7 +170,7 @@ def _demand_bound(output: Output, judgement: Judgement) -> None:
     """Each file has the digest of the manifest or of the report.
 
     Raises:
-        OutputError: Nobody vouches for the bytes of one.
+        OutputError: Neither manifest nor report has the digest of one.
     """
     if output.changed and judgement.report is None:
         raise OutputError(
@@ -209,7 +209,7 @@ def _beside(output: Output, report: Report | None) -> list[File]:
 
 def _why_left(name: str, output: Output, judgement: Judgement) -> str:
     if name in (*VERDICT, *LEGAL) and output.report is not None and judgement.report is None:
-        return f"{REPORT_NAME} does not speak of what lies here"
+        return f"{REPORT_NAME} is about other bytes than these"
     if name in (*PLOTS, *LEGAL):
         return f"no {REPORT_NAME} has its digest; run moeconv verify again"
     return "not in the manifest"
@@ -222,7 +222,7 @@ def _repo_id(options: PushOptions, output: Output) -> str:
     repo_id = options.repo_id or _fact(output, "hub_repo")
     if repo_id is None:
         raise UsageError(
-            "nobody said where the model goes: the run's config names no repository; pass "
+            "no repository is named, neither by --repo-id nor by the run's config; pass "
             "--repo-id NAMESPACE/NAME"
         )
     try:

@@ -1,6 +1,6 @@
-"""What may be told to everybody: manifest and report without this machine's paths, no secrets.
+"""What may be published: manifest and report without this machine's paths, no secrets.
 
-A manifest names the checkpoint and the config it was told by as paths of the machine that
+A manifest names the checkpoint and the config it was made with as paths of the machine that
 converted. On the Hub only their ends are left (`RUN/checkpoints/STEP/items`). That changes the
 manifest's bytes, so the report's digest of it is renewed; every other digest stays what it was.
 """
@@ -45,9 +45,9 @@ def public_files(output: Output, report: Report | None, beside: Collection[str])
     same = public == strict_json.loads(raw)
     files = [File.of(output.manifest_name, raw if same else strict_json.dumps(public))]
     if report is not None:
-        told = _walk(report.model_dump(mode="json"), lambda text: shorten(text, known))
-        told["files"][output.manifest_name] = files[0].sha256
-        files.append(File.of(REPORT_NAME, strict_json.dumps(told)))
+        published = _walk(report.model_dump(mode="json"), lambda text: shorten(text, known))
+        published["files"][output.manifest_name] = files[0].sha256
+        files.append(File.of(REPORT_NAME, strict_json.dumps(published)))
         page = to_markdown(report, [output.folder / name for name in beside])
         files.append(File.of(PAGE_NAME, shorten(page, known).encode()))
     return files

@@ -11,16 +11,16 @@ from moeconv import __version__
 from moeconv.artifact.manifest import MANIFEST_NAMES
 from moeconv.artifact.names import CARD_NAME
 from moeconv.errors import HubError, OutputError, UsageError
-from moeconv.hf.hub_address import Address, read_address, stranger_warning
+from moeconv.hf.hub_address import Address, other_host_warning, read_address
 from moeconv.hf.hub_client import hub_client
 from moeconv.hub.account import Account, demand_token, read_account
 from moeconv.hub.changes import plan_changes
-from moeconv.hub.failures import Note, hub_errors, patiently, status_of, upload_errors
+from moeconv.hub.failures import Note, hub_errors, status_of, upload_errors, with_retries
 from moeconv.hub.gate import demand
 from moeconv.hub.local import File
 from moeconv.hub.metadata import read_metadata
 from moeconv.hub.plan import Pushed, PushPlan
-from moeconv.hub.prepare import Parcel, PushOptions
+from moeconv.hub.prepare import PreparedPush, PushOptions
 from moeconv.hub.public import demand_sendable
 from moeconv.hub.remote import Remote, read_remote
 from moeconv.hub.upload import (
@@ -37,16 +37,16 @@ from moeconv.sizes import format_size
 
 
 def plan_push(
-    parcel: Parcel, options: PushOptions, *, endpoint: str | None, dry_run: bool, note: Note
+    prepared: PreparedPush, options: PushOptions, *, endpoint: str | None, dry_run: bool, note: Note
 ) -> PushPlan:
     """Looks at the Hub and says what would happen there; changes nothing.
 
     Args:
-        parcel: From `prepare`.
+        prepared: From `prepare`.
         options: The user's.
         endpoint: The Hub's address, None for the one of huggingface_hub (HF_ENDPOINT).
-        dry_run: What forbids a push, or cannot be found out (no token, no network), is told
-            instead of refused; `push` does not take such a plan.
+        dry_run: What forbids a push, or cannot be found out (no token, no network), is
+            reported instead of refused; `push` does not take such a plan.
         note: For people.
 
     Raises:
@@ -54,59 +54,59 @@ def plan_push(
             proven to be the model, the Hub cannot be asked, or it must not go there.
     """
     if not dry_run and not options.unverified:
-        demand(parcel.output, parcel.judgement)
+        demand(prepared.output, prepared.judgement)
     address = read_address(endpoint)
     with hub_client(address):
-        return _plan(parcel, options, address, dry_run=dry_run, note=note)
+        return _plan(prepared, options, address, dry_run=dry_run, note=note)
 
 
 def _plan(
-    parcel: Parcel, options: PushOptions, address: Address, *, dry_run: bool, note: Note
+    prepared: PreparedPush, options: PushOptions, address: Address, *, dry_run: bool, note: Note
 ) -> PushPlan:
     token = get_token() if dry_run else demand_token()
-    warning = stranger_warning(address)
+    warning = other_host_warning(address)
     if warning is not None and token is not None:
         note(f"warning: {warning}")
     api = _api(address, token)
-    repo_id, unknown = parcel.repo_id, []
+    repo_id, unknown = prepared.repo_id, []
     account, remote, on_hub = None, None, None
     old_manifests: dict[str, bytes] = {}
-    insist = ("license",) if options.license else ()
+    override = ("license",) if options.license else ()
     try:
         with hub_errors("asking the Hub", repo_id):
             if token is not None:
-                account = patiently(lambda: read_account(api, repo_id), "the account", note)
+                account = with_retries(lambda: read_account(api, repo_id), "the account", note)
             author = account.name if account and options.create_pr else None
             remote = read_remote(api, repo_id, options.revision, pull_request_of=author, note=note)
-            on_hub = _fetch(api, parcel, remote, CARD_NAME, note)
+            on_hub = _fetch(api, prepared, remote, CARD_NAME, note)
             for name in MANIFEST_NAMES:
-                if (old := _fetch(api, parcel, remote, name, note)) is not None:
+                if (old := _fetch(api, prepared, remote, name, note)) is not None:
                     old_manifests[name] = old.encode()
     except HubError as error:
         if not dry_run:
             raise
         unknown.append(f"what is on the Hub: {error}")
-    card, origin = parcel.card(on_hub, insist)
+    card, origin = prepared.card(on_hub, override)
     demand_sendable([File.of(CARD_NAME, card.encode())])
     checked = False
     try:
         with hub_errors("validating the card", repo_id):
-            if unknown:  # nobody waits twice for a Hub that does not answer
+            if unknown:  # do not wait twice for a Hub that does not answer
                 _validate(api, card, origin)
             else:
-                patiently(lambda: _validate(api, card, origin), "validating the card", note)
+                with_retries(lambda: _validate(api, card, origin), "validating the card", note)
             checked = True
     except HubError as error:
         if not dry_run:
             raise
         unknown.append(f"whether the card is valid: {error}")
-    files = [*parcel.files, File.of(CARD_NAME, card.encode())]
+    files = [*prepared.files, File.of(CARD_NAME, card.encode())]
     there = remote.files if remote else {}
     changes = plan_changes(files, there, old_manifests=old_manifests)
     if not dry_run:
         _demand_place(account, remote, repo_id, options)
     return PushPlan(
-        parcel,
+        prepared,
         options,
         address,
         account,
@@ -115,17 +115,18 @@ def _plan(
         card,
         origin,
         checked,
-        (*parcel.warnings, *_no_license(card, origin), *unknown),
+        (*prepared.warnings, *_no_license(card, origin), *unknown),
         dry_run,
     )
 
 
 def _no_license(card: str, origin: str) -> list[str]:
-    """A warning, if neither the run nor a flag nor an earlier README told the license."""
+    """A warning, if neither the run nor a flag nor an earlier README names the license."""
     if read_metadata(card, f"the card ({origin})").get("license"):
         return []
     return [
-        "nobody said which license the model has, so the card names none; pass --license ID "
+        "neither the run nor a flag says which license the model has, so the card names "
+        "none; pass --license ID "
         "(https://huggingface.co/docs/hub/repositories-licenses)"
     ]
 
@@ -163,7 +164,7 @@ def push(plan: PushPlan, *, note: Note) -> Pushed:
 
 
 def _push(plan: PushPlan, opened: ExitStack, note: Note) -> Pushed:
-    repo_id, options = plan.parcel.repo_id, plan.options
+    repo_id, options = plan.prepared.repo_id, plan.options
     # `plan_push` has refused already what must not go; a dry run's plan may be of such.
     assert not plan.dry_run
     assert plan.account is not None
@@ -232,14 +233,14 @@ def _api(address: Address, token: str | None) -> HfApi:
 def _pr(plan: PushPlan, number: int | None) -> str | None:
     if number is None:
         return None
-    return f"{plan.address.url}/{plan.parcel.repo_id}/discussions/{number}"
+    return f"{plan.address.url}/{plan.prepared.repo_id}/discussions/{number}"
 
 
-def _fetch(api: HfApi, parcel: Parcel, remote: Remote, name: str, note: Note) -> str | None:
+def _fetch(api: HfApi, prepared: PreparedPush, remote: Remote, name: str, note: Note) -> str | None:
     """A small text file of the repository; None when it is not there."""
     if name not in remote.files:
         return None
-    url = f"{api.endpoint}/{parcel.repo_id}/resolve/{remote.head}/{name}"
+    url = f"{api.endpoint}/{prepared.repo_id}/resolve/{remote.head}/{name}"
     headers = build_hf_headers(token=api.token)
 
     def get() -> str:
@@ -248,7 +249,7 @@ def _fetch(api: HfApi, parcel: Parcel, remote: Remote, name: str, note: Note) ->
         content: bytes = response.content
         return content.decode("utf-8-sig", "replace")
 
-    return patiently(get, name, note)
+    return with_retries(get, name, note)
 
 
 def _validate(api: HfApi, card: str, origin: str) -> None:
@@ -265,8 +266,8 @@ def _validate(api: HfApi, card: str, origin: str) -> None:
     except HfHubHTTPError as error:
         if status_of(error) != 400:
             raise
-        told: Sequence[dict[str, str]] = response.json().get("errors") or []
-        reasons = "; ".join(str(one.get("message", "")) for one in told) or response.text[:200]
+        errors: Sequence[dict[str, str]] = response.json().get("errors") or []
+        reasons = "; ".join(str(one.get("message", "")) for one in errors) or response.text[:200]
         raise OutputError(
             f"the Hub does not take the card's metadata ({origin}): {reasons}; mend them, or what "
             "--license and the run's facts say"

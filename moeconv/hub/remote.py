@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile
 
-from moeconv.hub.failures import Note, patiently
+from moeconv.hub.failures import Note, with_retries
 from moeconv.hub.local import File
 
 # In the first comment of a pull request that push opened: how a later run finds it again.
@@ -77,9 +77,9 @@ def read_remote(
     """
 
     def info(at: str | None) -> tuple[str | None, bool | None]:
-        found = patiently(lambda: api.model_info(repo_id, revision=at), "the repository", note)
+        found = with_retries(lambda: api.model_info(repo_id, revision=at), "the repository", note)
         if not isinstance(found.sha, str | None) or not isinstance(found.private, bool | None):
-            raise TypeError("it tells of no repository")
+            raise TypeError("it describes no repository")
         return found.sha, found.private
 
     try:
@@ -104,7 +104,7 @@ def read_remote(
 
 def list_files(api: HfApi, repo_id: str, revision: str, note: Note) -> dict[str, RemoteFile]:
     """Every file at a commit."""
-    tree = patiently(
+    tree = with_retries(
         lambda: list(api.list_repo_tree(repo_id, recursive=True, revision=revision)),
         "the listing",
         note,
@@ -113,8 +113,8 @@ def list_files(api: HfApi, repo_id: str, revision: str, note: Note) -> dict[str,
     for one in tree:
         if isinstance(one, RepoFile):
             oid = one.lfs.sha256 if one.lfs else None
-            told = (one.path, one.size, one.blob_id, oid)
-            if not all(map(isinstance, told, (str, int, str, str | None))):
+            values = (one.path, one.size, one.blob_id, oid)
+            if not all(map(isinstance, values, (str, int, str, str | None))):
                 raise TypeError("it lists no files")
             files[one.path] = RemoteFile(one.size, one.blob_id, oid)
     return files
@@ -122,7 +122,7 @@ def list_files(api: HfApi, repo_id: str, revision: str, note: Note) -> dict[str,
 
 def find_pull_request(api: HfApi, repo_id: str, author: str, note: Note) -> int | None:
     """The newest open pull request of an account that push opened."""
-    found = patiently(
+    found = with_retries(
         lambda: list(
             api.get_repo_discussions(
                 repo_id, author=author, discussion_type="pull_request", discussion_status="open"
@@ -136,7 +136,7 @@ def find_pull_request(api: HfApi, repo_id: str, author: str, note: Note) -> int 
         def details(number: int = one.num) -> Any:
             return api.get_discussion_details(repo_id, number)
 
-        events = patiently(details, "the pull request", note).events
+        events = with_retries(details, "the pull request", note).events
         if any(PR_MARK in (getattr(event, "content", None) or "") for event in events):
             return int(one.num)
     return None

@@ -18,9 +18,9 @@ from moeconv.hub.failures import (
     WAITS,
     Note,
     is_transient,
-    patiently,
     retry_after,
     status_of,
+    with_retries,
 )
 from moeconv.hub.local import File
 from moeconv.hub.remote import (
@@ -66,7 +66,7 @@ class Commit:
 
 def make_repository(api: HfApi, repo_id: str, *, private: bool, note: Note) -> None:
     """Makes a repository; one that is there already stays as it is."""
-    patiently(
+    with_retries(
         # Without --private the namespace's own default decides.
         lambda: api.create_repo(repo_id, private=private or None, exist_ok=True),
         "making the repository",
@@ -76,7 +76,9 @@ def make_repository(api: HfApi, repo_id: str, *, private: bool, note: Note) -> N
 
 def make_branch(api: HfApi, repo_id: str, branch: str, note: Note) -> None:
     """Makes a branch that begins where main is."""
-    patiently(lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), "the branch", note)
+    with_retries(
+        lambda: api.create_branch(repo_id, branch=branch, exist_ok=True), "the branch", note
+    )
 
 
 def operations_of(
@@ -105,7 +107,7 @@ def _add(file: File, opened: ExitStack) -> CommitOperationAdd:
     if file.weights is None:
         return CommitOperationAdd(file.name, file.looked_at)
     descriptor = opened.enter_context(file.weights.descriptor())
-    # The file that was hashed, whatever lies at its path by now: this is what Xet reads.
+    # The file that was hashed, whatever is at its path by now: this is what Xet reads.
     add = _AddWeights(file.name, f"/dev/fd/{descriptor}")
     add.upload_info.sha256 = bytes.fromhex(file.sha256)
     os.lseek(descriptor, 0, os.SEEK_SET)  # where /dev/fd shares the place of reading (macOS)
@@ -150,7 +152,7 @@ class _AddWeights(CommitOperationAdd):  # type: ignore[misc]
         )
 
     def demand_unchanged(self) -> None:
-        """Raises OutputError, if somebody wrote to the file since it was hashed."""
+        """Raises OutputError if the file changed since it was hashed."""
         self.weights.demand_unchanged(self.descriptor)
 
 
@@ -178,7 +180,7 @@ def send(
     """Makes the one commit. It lands whole or not at all, and never twice.
 
     Its answer may be lost after it landed, so before it is sent again the Hub is asked; and it
-    names its parent, so that it cannot land on top of what somebody else did meanwhile.
+    names its parent, so that it cannot land on top of another commit made meanwhile.
     """
     last = len(WAITS)
     for attempt in range(last + 1):
@@ -212,7 +214,7 @@ def send(
             except Exception:  # whatever comes of an answer that is none
                 raise HubError(
                     f"committing ({target.repo_id}) failed: {error_name(error)}, and the Hub does "
-                    "not tell whether the commit landed all the same; run the same command again, "
+                    "not say whether the commit landed all the same; run the same command again, "
                     "nothing is sent or committed twice"
                 ) from None
             if landed is not None:
@@ -256,7 +258,9 @@ def _moved(api: HfApi, target: Target, note: Note) -> bool:
 
 
 def _head(api: HfApi, repo_id: str, revision: str, note: Note) -> str:
-    found: str = patiently(lambda: api.model_info(repo_id, revision=revision), "the head", note).sha
+    found: str = with_retries(
+        lambda: api.model_info(repo_id, revision=revision), "the head", note
+    ).sha
     return found
 
 

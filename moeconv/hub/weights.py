@@ -1,7 +1,7 @@
 """A file of weights as it was hashed: what is read of it later is compared, block by block.
 
-It is far too large to be kept in memory between the gate and the upload, and meanwhile somebody may
-put another file in its place. So nothing is handed out before its block is known to be the one that
+It is far too large to be kept in memory between the gate and the upload, and meanwhile another
+file may be put in its place. So nothing is handed out before its block is known to be the one that
 was hashed.
 """
 
@@ -35,7 +35,7 @@ class Weights:
         sha256: Of all of it.
         header: Its first bytes, up to the end of the header of safetensors.
         blocks: A digest of each `BLOCK` bytes.
-        identity: What tells it from another file in its place.
+        identity: What distinguishes it from another file in its place.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Weights:
         """Hashes a file.
 
         Raises:
-            OutputError: It cannot be read, or somebody writes to it.
+            OutputError: It cannot be read, or changes meanwhile.
         """
         whole, blocks, header, size, wanted = hashlib.sha256(), list[bytes](), bytearray(), 0, 8
         try:
@@ -76,7 +76,7 @@ class Weights:
         """The file that was hashed, open.
 
         Raises:
-            OutputError: It cannot be opened, or is another one, or somebody wrote to it.
+            OutputError: It cannot be opened, is another one, or has changed.
         """
         try:
             file = open_inside(self.folder, self.name, links=False)
@@ -87,10 +87,10 @@ class Weights:
             yield file.fileno()
 
     def demand_unchanged(self, descriptor: int) -> None:
-        """Makes sure that nobody wrote to the file since it was hashed.
+        """Makes sure that the file has not changed since it was hashed.
 
         Raises:
-            OutputError: Somebody did.
+            OutputError: It has.
         """
         if _identity(descriptor) != self.identity:
             raise _changed(self.folder / self.name)

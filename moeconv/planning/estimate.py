@@ -10,7 +10,7 @@ from moeconv.planning.slabs import BLOCK_BYTES, MIB
 from moeconv.planning.units import Assembly, Unit
 from moeconv.sizes import format_size
 
-# Source block, transposed block, one temporary of a value op: what a worker holds beside its unit.
+# Source block, transposed block, one temporary of a value op: what a worker holds besides its unit.
 WORKER_BYTES = 4 * BLOCK_BYTES
 # numpy, tensorstore, pydantic, rich: the interpreter before any work, measured and rounded up.
 IMPORT_BYTES = 128 * MIB
@@ -67,7 +67,7 @@ class Estimate:
         the limit: on a small machine memory matters more than the last few percent of speed.
 
         Raises:
-            MemoryLimitError: The limit lies below the floor.
+            MemoryLimitError: The limit is below the floor.
         """
         floor = self.memory_floor
         if limit < floor:

@@ -1,4 +1,4 @@
-"""What a conversion writes, as data: which files, and where each target array lies in them.
+"""What a conversion writes, as data: which files, and the place of each target array in them.
 
 An `Output` is one side of a conversion as far as it is written. The plan asks it what it takes and
 how large it is; `execution` opens the sink that belongs to it.
@@ -51,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True)
 class SafetensorsOutput:
-    """A Hugging Face model: safetensors files, in which tensors lie one behind the other.
+    """A Hugging Face model: safetensors files, in which tensors follow one another.
 
     Attributes:
         files: The files.
@@ -84,8 +84,8 @@ def safetensors_output(
     """Lays the files out.
 
     Tensors are assigned to files in the order of the layers, as loaders expect; within a file they
-    lie in the order in which they are made, so that finished parts can be hashed while others are
-    read.
+    are stored in the order in which they are made, so that finished parts can be hashed while
+    others are read.
 
     Args:
         edges: Every tensor, by name.

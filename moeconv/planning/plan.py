@@ -55,7 +55,7 @@ class PlannedSource:
         files: Digest of the names, sizes and times of its files, where they are on this machine.
         may_lack: Chunks that are not stored count as zeros, where the format leaves zeros out.
         arrays: How each array is stored, by name.
-        collections: The collection of each array, by name, as its key path does not tell it.
+        collections: The collection of each array, by name, which its key path does not give.
     """
 
     kind: Literal["maxtext"]
@@ -72,24 +72,24 @@ class PlannedSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from another of the same shapes.
+        """What distinguishes it from another source of the same shapes.
 
         It may have been moved; but without OCDBT, whose manifest changes with every chunk, and not
-        on this machine, only its place tells it from another.
+        on this machine, only its place identifies it.
         """
-        told_apart = "manifest.ocdbt" in self.metadata or self.files is not None
+        identified = "manifest.ocdbt" in self.metadata or self.files is not None
         return {
             "kind": self.kind,
             "step": self.step,
             "metadata": dict(self.metadata),
             "files": None if "manifest.ocdbt" in self.metadata else self.files,
-            "path": None if told_apart else self.path,
+            "path": None if identified else self.path,
         }
 
 
 @dataclass(frozen=True)
 class PlannedTokenizer:
-    """The tokenizer that is written beside the tensors.
+    """The tokenizer that is written next to the tensors.
 
     Attributes:
         option: `--tokenizer`; None where it is the run's own.
@@ -126,8 +126,8 @@ class Plan(Printable):
         source: What is read.
         warnings: Sentences for people.
         dropped: Parameters left out on purpose, with the reason.
-        tokenizer: What is written beside the tensors.
-        run: What the source's run tells of its training.
+        tokenizer: What is written next to the tensors.
+        run: The record of the source's training run.
         accepted_keys: Settings that `--accept-key` let pass.
         jobs: Units worked on at the same time, unless `convert` says otherwise.
         max_memory: Bytes of memory to stay within, unless `convert` says otherwise.
@@ -239,7 +239,7 @@ def build_plan(
     edges: Sequence[Edge],
     source: PlannedSource,
     max_shard_bytes: int,
-    **beside: Any,
+    **attributes: Any,
 ) -> Plan:
     """Makes the plan: units of work, the order of tensors, files and places.
 
@@ -251,7 +251,7 @@ def build_plan(
         edges: Every target array, from `mapping.edges.expand`.
         source: As the attributes of `Plan`.
         max_shard_bytes: As there.
-        beside: The attributes of `Plan` that say nothing of its tensors.
+        attributes: The attributes of `Plan` that say nothing of its tensors.
     """
     routes = routes_of(edges)
     units = cut_into_units(routes, source.arrays)
@@ -277,5 +277,5 @@ def build_plan(
         units=units,
         assemblies=assemblies(routes, units, output.takes),
         source=source,
-        **beside,
+        **attributes,
     )

@@ -41,7 +41,7 @@ class Route:
 
     @property
     def slot(self) -> "Slot":
-        """The stretch of the target that it shares with parts that lie between its own values."""
+        """The stretch of the target shared with the parts that interleave with its own values."""
         return Slot(self.edges[0].target, self.form.base)
 
 

@@ -1,1 +1,1 @@
-"""Meeting what others wrote: files, JSON and text that may be damaged, huge, or made to do harm."""
+"""Untrusted input: files, JSON and text that may be damaged, huge or hostile."""

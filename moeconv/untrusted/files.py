@@ -1,4 +1,4 @@
-"""Opening files of a folder that somebody else may have filled.
+"""Opening files of a folder with untrusted content.
 
 `open_inside` is for every file that is found by its name in a run, a checkpoint, a tokenizer
 directory or a converted model: a link, a `..` or an absolute name must not lead out of the folder,
@@ -33,7 +33,7 @@ _ADDRESS = re.compile(
 
 
 def is_address(text: object) -> bool:
-    """Whether a path is an address of some store: no file of this machine is meant by it."""
+    """Returns True if a path is the address of a store, not of a file of this machine."""
     return _ADDRESS.match(str(text)) is not None
 
 
@@ -45,7 +45,7 @@ def without_access(text: object) -> str:
 
 
 class UnsafeFileError(OSError):
-    """The file is no regular file, too large, or lies outside its folder; `strerror` says which.
+    """The file is no regular file, too large, or is outside its folder; `strerror` says which.
 
     An OSError, so that it becomes a sentence wherever an unreadable file does.
     """
@@ -155,7 +155,7 @@ def is_file(folder: Path, name: str, *, links: bool = True) -> bool:
 def demand_inside(folder: Path) -> None:
     """Looks at a folder before a library gets it that opens its files by name.
 
-    What lies in folders below is not looked at.
+    Folders below it are not looked at.
 
     Raises:
         UnsafeFileError: A link leads out, or there is a FIFO, a device or a socket.

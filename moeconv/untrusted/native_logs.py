@@ -37,5 +37,5 @@ def _forward(source: int, words: int) -> None:
             if _LINE.match(line) is None:
                 try:
                     os.write(words, line)
-                except OSError:  # nobody reads stderr
+                except OSError:  # stderr has no reader
                     continue

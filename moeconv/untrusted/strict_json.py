@@ -5,12 +5,12 @@ from typing import Any, NoReturn
 
 
 def loads(raw: bytes | str, *, unique: bool = False) -> Any:
-    """Parses JSON that somebody else wrote.
+    """Parses untrusted JSON.
 
     Args:
         raw: The text.
-        unique: Whether a name that stands twice in an object is refused: readers differ in which
-            of both they take.
+        unique: True to refuse an object that has a name twice: readers differ in which of both
+            they take.
 
     Raises:
         ValueError: It is not JSON in UTF-8, is nested too deeply, holds NaN or Infinity (also as a

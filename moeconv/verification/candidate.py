@@ -14,9 +14,9 @@ from typing import Any
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout, detect_layout
+from moeconv.artifact.fingerprint import Fingerprint, fingerprint
 from moeconv.artifact.manifest import Manifest, manifest_name
 from moeconv.artifact.names import is_output_name
-from moeconv.artifact.stamps import Stamp, stamp
 from moeconv.errors import (
     ConfigError,
     NotACheckpointError,
@@ -67,14 +67,14 @@ class Candidate:
         out: The directory.
         manifest: What it claims.
         given: The checkpoint that the user named, None for the manifest's own.
-        stamps: Size and time of every file at the beginning.
+        fingerprints: Size and time of every file at the beginning.
         manifest_path: The manifest's file.
     """
 
     out: Path
     manifest: Manifest
     given: str | None
-    stamps: Mapping[str, Stamp | None]
+    fingerprints: Mapping[str, Fingerprint | None]
     manifest_path: Path
 
     @classmethod
@@ -91,7 +91,7 @@ class Candidate:
             raise NotACheckpointError(f"{out} does not exist; give an output of moeconv convert")
         demand_loadable_files(out)
         try:
-            first = stamp(path)
+            first = fingerprint(path)
             raw = read_inside(out, name)
         except FileNotFoundError:
             raise NotACheckpointError(
@@ -102,8 +102,8 @@ class Candidate:
         try:
             manifest = Manifest.model_validate(loads(raw))
             names = filter(is_output_name, manifest.files)
-            stamps = {name: first, **{n: stamp(out / n) for n in names}}
-            candidate = cls(out, manifest, source, stamps, path)
+            fingerprints = {name: first, **{n: fingerprint(out / n) for n in names}}
+            candidate = cls(out, manifest, source, fingerprints, path)
             # Computed once here, so that what does not describe a model is a damaged manifest.
             if reason := cannot_hold(candidate.family, candidate.model):
                 raise ValueError(reason)
@@ -122,7 +122,9 @@ class Candidate:
         Raises:
             OutputError: A file was written since the beginning.
         """
-        moved = [name for name, one in self.stamps.items() if stamp(self.out / name) != one]
+        moved = [
+            name for name, one in self.fingerprints.items() if fingerprint(self.out / name) != one
+        ]
         if moved:
             raise OutputError(
                 f"{self.out} changed while it was verified ({', '.join(moved[:3])}); verify again"
@@ -141,7 +143,7 @@ class Candidate:
     @property
     def names(self) -> list[str]:
         """The files of the manifest that convert can have written; no other is opened."""
-        return [name for name in self.stamps if name != self.manifest_path.name]
+        return [name for name in self.fingerprints if name != self.manifest_path.name]
 
     @property
     def family(self) -> Target:

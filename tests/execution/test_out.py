@@ -228,7 +228,7 @@ def test_an_out_that_somebody_fills_meanwhile(tiny, tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(Engine, "run", slow)
-    with pytest.raises(OutputError, match="was filled by somebody else during the conversion"):
+    with pytest.raises(OutputError, match="was filled by another process during the conversion"):
         to(tiny, out)
     monkeypatch.undo()
     assert contents(out) == {"mine.txt": b"mine"}
@@ -251,7 +251,7 @@ def test_out_inside_the_checkpoint(tmp_path, where, flags):
     config = config_beside(tmp_path)
     ran = moeconv("convert", checkpoint.run, tmp_path / where, "--config", config, *flags)
     assert ran.code == OutputError.exit_code
-    assert "lies inside the checkpoint" in ran.error
+    assert "is inside the checkpoint" in ran.error
     config.unlink()
     assert contents(tmp_path) == before
 

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 from moeconv.errors import HubError, TokenizerError, UsageError
-from moeconv.hf.hub_address import read_address, stranger_warning
+from moeconv.hf.hub_address import other_host_warning, read_address
 from moeconv.hf.hub_client import hub_client
 from moeconv.hf.tokenizer import read_tokenizer
 
@@ -76,7 +76,7 @@ def test_an_address_that_may(endpoint):
     address = read_address(endpoint)
     kind = "hub" if address.hub else "loopback" if address.loopback else "stranger"
     assert kind == TAKEN[endpoint]
-    warning = stranger_warning(address)
+    warning = other_host_warning(address)
     assert (warning is not None) == (kind == "stranger")
     assert warning is None or address.host in warning
 

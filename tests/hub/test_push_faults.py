@@ -113,7 +113,7 @@ def test_a_hub_that_falls_silent_after_the_commit(hub, push, out, there, naps):
     info = hub_server.Fault("info", status=503, times=ALWAYS)
     ran = push()
     assert ran.code == HubError.exit_code
-    assert "does not tell whether the commit landed" in ran.error
+    assert "does not say whether the commit landed" in ran.error
     info.times = 0
     assert silence[0].times == 0
     ran = push("--json")
@@ -211,7 +211,7 @@ def test_somebody_else_commits_meanwhile(hub, push, out, there, naps):
     hub.fault("commit", before=lambda: hub.store.write(there, {"other.txt": b"theirs"}))
     ran = push()
     assert ran.code == HubError.exit_code
-    assert "somebody else changed the repository meanwhile (412" in ran.error
+    assert "another commit changed the repository meanwhile (412" in ran.error
     assert there.resolve("main").title == "somebody else's commit"
     assert not names(out) & set(there.files())
     ran = push()

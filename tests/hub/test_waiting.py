@@ -184,7 +184,7 @@ ROUTES = ["whoami", "info", "tree", "preupload", "lfs_batch", "commit", "validat
 
 
 @pytest.fixture(scope="module")
-def parcel(made):
+def prepared(made):
     return prepare(made, PushOptions(), dry_run=False, note=lambda text: None)
 
 
@@ -196,14 +196,14 @@ def pairs():
 
 
 @pytest.mark.parametrize(("route", "answer"), dict.fromkeys(pairs()))
-def test_an_answer_that_is_none(hub, there, parcel, limits, naps, monkeypatch, route, answer):
+def test_an_answer_that_is_none(hub, there, prepared, limits, naps, monkeypatch, route, answer):
     limits.still = 5.0
     monkeypatch.setattr(
         hub_server._Handler, f"_{route}", lambda self, body: (200, ANSWERS[answer], {})
     )
     try:
         plan = plan_push(
-            parcel, PushOptions(), endpoint=None, dry_run=False, note=lambda text: None
+            prepared, PushOptions(), endpoint=None, dry_run=False, note=lambda text: None
         )
         push_plan(plan, note=lambda text: None)
     except HubError as error:

@@ -9,7 +9,7 @@ import pytest
 
 from moeconv.errors import OutputError
 from moeconv.hub.local import newest_output
-from moeconv.hub.prepare import Parcel, PushOptions, prepare
+from moeconv.hub.prepare import PreparedPush, PushOptions, prepare
 from moeconv.verification.candidate import Candidate
 from moeconv.verification.report.files import write_report
 from moeconv.verification.report.report import make_report
@@ -29,7 +29,7 @@ def out(made: Path, tmp_path: Path) -> Path:
     return shutil.copytree(made, tmp_path / "out")
 
 
-def _prepare(out: Path) -> Parcel:
+def _prepare(out: Path) -> PreparedPush:
     with planted.at_once(20):
         options = PushOptions(repo_id="me/model", unverified=True)
         return prepare(out, options, dry_run=True, note=lambda text: None)
@@ -61,9 +61,9 @@ def test_a_link_in_out_is_never_sent(out, outside, name, plant):
 def test_what_nobody_sends_may_be_anything(out, outside, plant):
     """Of it only the name is told."""
     outside.plant(plant, out / "notes.txt")
-    parcel = _prepare(out)
-    assert any(name.startswith("notes.txt") for name in parcel.left_behind)
-    assert "notes.txt" not in {file.name for file in parcel.files}
+    prepared = _prepare(out)
+    assert any(name.startswith("notes.txt") for name in prepared.left_behind)
+    assert "notes.txt" not in {file.name for file in prepared.files}
 
 
 def test_a_link_within_out_is_refused_too(out):

@@ -140,7 +140,7 @@ def test_a_file_of_ours_that_becomes_a_link_is_not_published(out, outside):
     made = Staging(out, overwrite=False, resume=False)
     made.write({"config.json": b"new"})
     outside.plant(planted.absolute, _beside(out, "partial") / "config.json")
-    with pytest.raises(OutputError, match="replaced by somebody else"):
+    with pytest.raises(OutputError, match="replaced by another process"):
         made.publish(["config.json"])
     made.discard()
     assert not out.exists()
@@ -171,7 +171,7 @@ def test_whether_a_folder_is_a_model_is_found_out_without_waiting(out, outside, 
     outside.plant(plant, out / "moeconv_manifest.json")
     with planted.at_once():
         assert not places.is_replaceable(out)
-        assert "moeconv_manifest.json" not in places.strangers(out)
+        assert "moeconv_manifest.json" not in places.foreign_entries(out)
     assert outside.untouched()
 
 

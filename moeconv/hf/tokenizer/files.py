@@ -79,7 +79,7 @@ def check_fits(tokenizer: TokenizerFiles, vocab_size: int) -> list[str]:
     """Checks that every token has a row in the model's embedding.
 
     MaxText trains on without one: an id past the table reads its last row, and as a target it
-    gives no loss, so a model whose BOS and EOS lie past its table has learned neither.
+    gives no loss, so a model whose BOS and EOS are past its table has learned neither.
 
     Args:
         tokenizer: The tokenizer to write.
@@ -138,9 +138,9 @@ def described(
     Raises:
         TokenizerError: A file is damaged, or asks for code.
     """
-    told = json_object(files, GENERATION_CONFIG, source)
+    given = json_object(files, GENERATION_CONFIG, source)
     files.pop(GENERATION_CONFIG, None)
-    generation, left = read_generation(told, source)
+    generation, left = read_generation(given, source)
     for name in _COPIED:
         json_object(files, name, source)
     config = json_object(files, "tokenizer_config.json", source)

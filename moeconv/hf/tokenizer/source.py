@@ -9,7 +9,7 @@ from pathlib import Path
 from moeconv.errors import TokenizerError
 from moeconv.hf.hub_trouble import hub_trouble
 from moeconv.hf.tokenizer import from_sentencepiece, tiktoken_bpe
-from moeconv.hf.tokenizer.beside import MODEL, put_together
+from moeconv.hf.tokenizer.companions import MODEL, put_together
 from moeconv.hf.tokenizer.files import (
     TOKENIZER_FILES,
     Kind,
@@ -130,7 +130,7 @@ def read_files(read: Callable[[str, int], bytes | None], source: str) -> dict[st
 
     Args:
         read: Gets a name and the most bytes; gives the content, None where there is none.
-        source: Where they lie, for people.
+        source: Where they are, for people.
 
     Raises:
         TokenizerError: They are too large together.
@@ -148,7 +148,7 @@ def read_files(read: Callable[[str, int], bytes | None], source: str) -> dict[st
 
 
 def _directory(folder: Path, source: str) -> dict[str, bytes]:
-    """The tokenizer's files that lie in a folder; no link there may lead out of it."""
+    """The tokenizer's files in a folder; no link there may lead out of it."""
 
     def read(name: str, limit: int) -> bytes | None:
         with contextlib.suppress(FileNotFoundError, IsADirectoryError):
@@ -170,7 +170,7 @@ def tokenizer_of(
 
     Args:
         files: Name and content of each.
-        source: Where they lie, for people.
+        source: Where they are, for people.
         kind: How they were read.
         model_max_length: The model's context length, for a `tokenizer_config.json` made here.
         special: The special tokens that were asked for, for tiktoken ranks.

@@ -16,7 +16,7 @@ _RANK_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2}[ \t]+[0-9]{1,9}\s*")
 
 
 def is_ranks(data: bytes) -> bool:
-    """Whether a file's first line is `<base64> <rank>`."""
+    """Returns True if a file's first line is `<base64> <rank>`."""
     head = data.lstrip()[:4096].splitlines()
     return bool(head) and _RANK_LINE.fullmatch(head[0]) is not None
 

@@ -1,12 +1,12 @@
-"""Whether somebody wrote to a file meanwhile, without reading it again."""
+"""A file's fingerprint: it changes when the file is written, and costs no reading."""
 
 from pathlib import Path
 
 # Size, time of the last change in nanoseconds, and inode: another file at the same place.
-Stamp = tuple[int, int, int]
+Fingerprint = tuple[int, int, int]
 
 
-def stamp(path: Path) -> Stamp | None:
+def fingerprint(path: Path) -> Fingerprint | None:
     """What changes when a file is written or replaced; None where there is none."""
     try:
         status = path.stat()

@@ -1,4 +1,4 @@
-"""What stands beside a sentencepiece model or ranks in a slow tokenizer's directory."""
+"""The files next to a sentencepiece model or ranks in a slow tokenizer's directory."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ _USE = ("additional_special_tokens", "chat_template", "model_max_length", "paddi
 def put_together(
     files: Mapping[str, bytes], made: Mapping[str, bytes], source: str
 ) -> dict[str, bytes]:
-    """The files made of a model, with what the files beside it say of its use.
+    """The files made of a model, with what the files next to it say of its use.
 
     Tokens that were added to it are taken over, and so is `add_bos_token: false`. The model itself
     is left out: it may name paths of the machine that trained it.
