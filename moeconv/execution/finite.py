@@ -1,11 +1,11 @@
 """What a conversion refuses: NaN and Inf, of the checkpoint and of a cast that overflows."""
 
-from moeconv.arch.layout import listing
 from moeconv.errors import TensorError
 from moeconv.planning.units import Route
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import count_nonfinite
 from moeconv.tensor.stored import ArrayInfo
+from moeconv.untrusted.text import listing
 
 
 def check_finite(array: Array, dtype: str, what: str) -> None:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.layout import Layout, StoredParameter, listing
+from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.errors import TensorError, UnsupportedError
 from moeconv.mapping.rules import JOINED, Options, Rule, Target
 from moeconv.tensor.axes import ROTARY_LAYOUTS, Array, Rearrangement, flatten, parse_side
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.tensor.form import Form
 from moeconv.tensor.values import Affine, Cast, Fold, ValueOp
+from moeconv.untrusted.text import listing
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.detection import detect_layout
+from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
 from moeconv.arch.told import ToldConfig, tell

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from moeconv.arch.layout import may_hold
+from moeconv.arch.detection import may_hold
 from moeconv.errors import TensorError, UnsupportedError
 from moeconv.families import blocks
 from moeconv.orbax.arrays import Arrays

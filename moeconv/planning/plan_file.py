@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 
 from moeconv import __version__
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.detection import detect_layout
+from moeconv.arch.layout import Layout
 from moeconv.errors import ConfigError, MoeconvError, OutputError
 from moeconv.families import blocks, targets
 from moeconv.mapping.edges import expand

@@ -13,7 +13,8 @@ from typing import Any
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.detection import detect_layout
+from moeconv.arch.layout import Layout
 from moeconv.artifact.fingerprint import Fingerprint, fingerprint
 from moeconv.artifact.manifest import Manifest, manifest_name
 from moeconv.artifact.names import is_output_name

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import synthetic
 
-from moeconv.arch import layout as layouts
+from moeconv.arch import detection as layouts
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.keys import function_keys
 from moeconv.arch.layout import build_layout

@@ -11,7 +11,8 @@ import pytest
 import synthetic
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.layout import build_layout, detect_layout
+from moeconv.arch.detection import detect_layout
+from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import DENSE, EMBEDDING, FINAL_NORM, OUTPUT_HEAD, LayerKind, Parameter
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED, SCANNED, UNSCANNED, Module, Segment, Stacking

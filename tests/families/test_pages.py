@@ -13,8 +13,8 @@ import synthetic
 
 import moeconv
 from moeconv import families
+from moeconv.arch.detection import detect_layout
 from moeconv.arch.keys import function_keys, keys_read
-from moeconv.arch.layout import detect_layout
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError, OutputError, UnsupportedError
 from moeconv.hub.local import Output

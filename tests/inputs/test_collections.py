@@ -7,7 +7,7 @@ import pytest
 import synthetic
 from inputs_lab import converted
 
-from moeconv.arch import layout as layouts
+from moeconv.arch import detection as layouts
 from moeconv.arch.parameters import MOE, Parameter
 from moeconv.arch.stacks import SCANNED, UNSCANNED
 from moeconv.errors import ConfigError, TensorError, UnsupportedError

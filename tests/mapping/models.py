@@ -8,7 +8,8 @@ import synthetic
 from hypothesis import strategies as st
 
 from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.layout import Layout, detect_layout
+from moeconv.arch.detection import detect_layout
+from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED
 from moeconv.arch.told import ToldConfig, from_flags, from_mapping

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Sample, samples
 
-from moeconv.arch.layout import detect_layout
+from moeconv.arch.detection import detect_layout
 from moeconv.errors import MoeconvError, TensorError
 from moeconv.families import targets_of
 from moeconv.mapping.edges import Part, cannot_hold, expand

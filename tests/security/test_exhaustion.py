@@ -11,7 +11,7 @@ import pytest
 import synthetic
 from cli_runner import moeconv
 
-from moeconv.arch.layout import detect_layout
+from moeconv.arch.detection import detect_layout
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import (
     ConfigError,
