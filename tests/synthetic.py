@@ -81,10 +81,8 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
 }
 # Of blocks whose targets have one width for shared and routed experts.
 ONE_WIDTH = frozenset({"llama4"})
-# Of blocks with one kind of layers after another.
-FOLLOWING: Mapping[str, tuple[str, ...]] = {
-    "deepseek": ("mla_lora dense", *["mla_lora moe+bias"] * 3),
-}
+# Of blocks with another kind of layer first: that of the first layer, and of all others.
+FOLLOWING: Mapping[str, tuple[str, str]] = {"deepseek": ("mla_lora dense", "mla_lora moe+bias")}
 
 
 @dataclass(frozen=True)
@@ -111,11 +109,12 @@ class Synthetic:
         return path
 
 
-def cycle_of(block: str) -> list[LayerKind]:
+def cycle_of(block: str, layers: int) -> list[LayerKind]:
     """The layers of a block that is repeated: one of each kind, or the first kind alone."""
     page = blocks()[block]
     if block in FOLLOWING:
-        return list(map(LayerKind, FOLLOWING[block]))
+        first, other = map(LayerKind, FOLLOWING[block])
+        return [first, *[other] * (layers - 1)]
     return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
 
 
@@ -131,7 +130,7 @@ def layout_of(
 ) -> Layout:
     """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`."""
     page = blocks()[block]
-    kinds = cycle_of(block) if kinds is None else list(kinds)
+    kinds = cycle_of(block, layers) if kinds is None else list(kinds)
     depth = layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]

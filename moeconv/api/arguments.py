@@ -57,7 +57,7 @@ def jobs_of(jobs: int | None) -> int:
     """
     if jobs is None:
         return os.cpu_count() or 1
-    if jobs < 1:
+    if not isinstance(jobs, int) or jobs < 1:
         raise UsageError("--jobs takes a whole number from 1")
     return jobs
 

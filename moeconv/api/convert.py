@@ -185,6 +185,7 @@ def convert(
     src: "StrPath | Plan",
     out: StrPath,
     *,
+    checkpoint: StrPath | None = None,
     overwrite: bool = False,
     resume: bool = False,
     allow_nonfinite: bool = False,
@@ -197,6 +198,8 @@ def convert(
     Args:
         src: A checkpoint, as `open_checkpoint` takes it, or a plan of `plan` or `load_plan`.
         out: The folder to make, on this machine.
+        checkpoint: Where the checkpoint of a plan is, if it was moved, or its address needs a user
+            and password, which no plan holds.
         overwrite: Replace the model in `out` once the new one is whole.
         resume: Go on with an interrupted conversion to `out`.
         allow_nonfinite: Copy NaN and Inf instead of refusing them.
@@ -226,7 +229,8 @@ def convert(
     resolve_out(place)  # before minutes of work
     allowed = {"overwrite": overwrite, "resume": resume, "allow_nonfinite": allow_nonfinite}
     if isinstance(src, Plan):
-        prepared = api.reopen(_with_limits(src, options), **allowed)
+        place_of = None if checkpoint is None else os.fspath(checkpoint)
+        prepared = api.reopen(with_limits(src, options), place_of, **allowed)
     else:
         prepared = api.plan_conversion(os.fspath(src), _options(**options, **allowed))
     for text in prepared.plan.warnings:
@@ -237,7 +241,7 @@ def convert(
     return Converted(place, len(prepared.plan.edges), manifest)
 
 
-def _with_limits(plan: "Plan", options: PlanOptions) -> "Plan":
+def with_limits(plan: "Plan", options: PlanOptions) -> "Plan":
     """A plan with what `convert` may say anew of it: how much of this machine it takes.
 
     Raises:

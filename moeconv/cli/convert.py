@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 from click.core import ParameterSource
@@ -22,6 +22,7 @@ from moeconv.cli.options import (
 from moeconv.cli.streams import interruptible
 
 if TYPE_CHECKING:
+    from moeconv.api.convert import PlanOptions
     from moeconv.planning.plan import Plan
 
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     "--plan",
     "plan_file",
     type=LocalPath(dir_okay=False),
-    help="Carry out a plan that --dry-run --json has printed; in place of CKPT and of what decides "
-    "the output.",
+    help="Carry out a plan that --dry-run --json has printed; it decides the output. CKPT is only "
+    "needed where the checkpoint was moved.",
 )
 @CONFIG
 @SET
@@ -108,24 +109,25 @@ def command(
     address of one; the newest complete step is taken unless one is named. OUT appears whole or not
     at all.
     """
-    from moeconv.api.convert import convert, load_plan, plan
+    from moeconv.api.convert import convert, load_plan, plan, with_limits
     from moeconv.artifact.destination import resolve_out
 
     output = output_of(json_mode, quiet)
     if plan_file is not None and out is None:
         ckpt, out = None, ckpt
-    if (ckpt is None) == (plan_file is None) or (out is None and not dry_run):
+    if (ckpt is None and plan_file is None) or (out is None and not dry_run):
         raise click.UsageError("give CKPT and OUT, or --plan FILE and OUT", ctx)
-    source: str | Plan = load_plan(plan_file) if plan_file is not None else str(ckpt)
-    if isinstance(source, str):
-        tell_of_store(output, source)
-    else:
-        options = _of_the_machine(ctx, options)
+    if ckpt is not None:
+        tell_of_store(output, ckpt)
+    planned: Plan | None = None
+    if plan_file is not None:
+        planned = with_limits(load_plan(plan_file), _of_the_machine(ctx, options))
+        options = {}
     place = None if out is None else LocalPath().convert(out, None, ctx)
     if place is not None:
         resolve_out(place)  # before minutes of work
     if dry_run or place is None:
-        planned = plan(source, **options) if isinstance(source, str) else source
+        planned = planned or plan(str(ckpt), **options)
         for text in planned.warnings:
             output.warn(text)
         output.answer(planned)
@@ -141,8 +143,9 @@ def command(
 
     output.answer(
         convert(
-            source,
+            planned or str(ckpt),
             place,
+            checkpoint=ckpt if planned is not None else None,
             overwrite=overwrite,
             resume=resume,
             allow_nonfinite=allow_nonfinite,
@@ -153,7 +156,7 @@ def command(
     )
 
 
-def _of_the_machine(ctx: click.Context, options: dict[str, Any]) -> dict[str, Any]:
+def _of_the_machine(ctx: click.Context, options: dict[str, Any]) -> "PlanOptions":
     """The options that were given, of those that may still be given to a plan.
 
     Raises:
@@ -164,4 +167,4 @@ def _of_the_machine(ctx: click.Context, options: dict[str, Any]) -> dict[str, An
     decided = given.keys() - {"jobs", "max_memory"}
     if flags := [param.opts[0] for param in ctx.command.params if param.name in decided]:
         raise click.UsageError(f"{', '.join(flags)}: decided by the plan; make another", ctx)
-    return given
+    return cast("PlanOptions", given)

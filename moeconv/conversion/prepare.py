@@ -151,7 +151,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         max_shard_bytes=options.max_shard_bytes,
         warnings=tuple(warnings),
         dropped=checkpoint.dropped,
-        tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, options.tokenizer),
+        tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, _absolute(options.tokenizer)),
         run=run,
         accepted_keys=tuple(checkpoint.resolved.accepted),
         jobs=options.jobs,
@@ -163,12 +163,18 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
 
 
 def reopen(
-    plan: Plan, *, overwrite: bool = False, resume: bool = False, allow_nonfinite: bool = False
+    plan: Plan,
+    checkpoint: str | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Prepared:
     """Opens what a plan reads, which another process may have made.
 
     Args:
         plan: What to do.
+        checkpoint: Where the checkpoint is; None where the plan says.
         overwrite: As in `ConvertOptions`.
         resume: As there.
         allow_nonfinite: As there.
@@ -180,11 +186,11 @@ def reopen(
         TokenizerError: The tokenizer is not there, or not the one that was planned.
     """
     planned = plan.source
-    stored = open_stored(planned.path, allow_missing_chunks=planned.may_lack)
+    stored = open_stored(checkpoint or planned.path, allow_missing_chunks=planned.may_lack)
     found = (stored.metadata, stored.files, dict(stored.arrays.info))
     if found != (dict(planned.metadata), planned.files, dict(planned.arrays)):
         raise TensorError(
-            f"{planned.path} is not as it was when the plan was made; make the plan again"
+            f"{stored.step.items} is not as it was when the plan was made; make the plan again"
         )
     tokenizer = None
     if (wanted := plan.tokenizer) is not None:
@@ -193,7 +199,7 @@ def reopen(
             tokenizer = read_tokenizer(wanted.option, model_max_length=length)
         elif (sidecar := find_sidecar(stored.step, needed=True)) and sidecar.content.tokenizer:
             tokenizer = run_tokenizer(sidecar, model_max_length=length)
-        if tokenizer is None or PlannedTokenizer.of(tokenizer, wanted.option) != wanted:
+        if tokenizer is None or PlannedTokenizer.of(tokenizer, None).files != wanted.files:
             raise TokenizerError(
                 f"the tokenizer {wanted.source} is not as it was when the plan was made; make the "
                 "plan again"
@@ -205,6 +211,17 @@ def reopen(
         tokenizer,
         ConvertOptions(overwrite=overwrite, resume=resume, allow_nonfinite=allow_nonfinite),
     )
+
+
+def _absolute(option: str | None) -> str | None:
+    """`--tokenizer` for a process in another folder."""
+    if option is None:
+        return None
+    with suppress(OSError, RuntimeError):  # no path, or ~name of no user
+        path = Path(asked_set(option)[1]).expanduser()
+        if path.exists():
+            return option.removesuffix(asked_set(option)[1]) + str(path.absolute())
+    return option
 
 
 def _planned_source(checkpoint: Checkpoint) -> PlannedSource:

@@ -204,7 +204,7 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError(
             f"{path} is no plan that moeconv wrote: {where}: {first['msg']}; make it again"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+    except (ValueError, LookupError, TypeError, ArithmeticError, AttributeError, RecursionError):
         raise ConfigError(f"{path} is no plan that moeconv wrote; make it again") from None
 
 

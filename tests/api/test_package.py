@@ -90,7 +90,7 @@ SAME = {
     "convert": (
         ["plan", "convert"],
         {"json_mode", "quiet", "dry_run", "plan_file"},
-        {"progress", "note"},
+        {"progress", "note", "checkpoint"},
     ),
     "verify": (["verify"], {"json_mode", "quiet", "level"}, {"levels", "progress", "note"}),
     "push": (["push"], {"json_mode", "quiet", "repo_id"}, {"note"}),

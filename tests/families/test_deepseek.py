@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -12,9 +13,19 @@ from moeconv.errors import ConfigError, TensorError, UnsupportedError
 from moeconv.families import blocks
 
 
-def planned(tmp_path, *, change=lambda arrays: None, scanned=True, **changes):
-    made = synthetic.write(tmp_path / "run", "deepseek", change=change, scanned=scanned)
-    return plan_conversion(str(made.run), ConvertOptions(config=made.config_file(**changes)))
+@cache
+def run_of(root):
+    """One checkpoint for all tests that do not change it."""
+    return synthetic.write(root / "deepseek", "deepseek")
+
+
+def planned(tmp_path, *, change=None, **changes):
+    if change is None:
+        made = run_of(tmp_path.parent)
+    else:
+        made = synthetic.write(tmp_path / "run", "deepseek", change=change)
+    config = made.config_file(tmp_path, **changes)
+    return plan_conversion(str(made.run), ConvertOptions(config=config))
 
 
 def without_bias(arrays):
@@ -142,7 +153,7 @@ def test_a_kimi_of_before_it_routed_so_is_warned_of(tmp_path):
     assert any(
         "before 0.2.5" in w for w in planned(tmp_path, model_name="kimi-k2-1t").plan.warnings
     )
-    warned = planned(tmp_path / "other").plan.warnings
+    warned = planned(tmp_path).plan.warnings
     assert not any("before 0.2.5" in line for line in warned)
 
 

@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import synthetic
 
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import DENSE, MOE
-from moeconv.families import target_for, targets
+from moeconv.conversion.api import ConvertOptions, plan_conversion
+from moeconv.families import blocks, target_for, targets
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.mapping.edges import cannot_hold
 from moeconv.mapping.rules import Options
@@ -28,13 +30,23 @@ def config(target="mixtral", untie=False, **changes):
     )
 
 
-@pytest.mark.parametrize("target", targets())
-def test_both_spellings_agree(target):
-    written = config(target)
-    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 500000.0
-    assert written["torch_dtype"] == written["dtype"] == "float32"
-    assert written.get("head_dim", 768 // 12) == 64
-    assert written["architectures"] == [targets()[target].architecture]
+@pytest.mark.parametrize("block", synthetic.BLOCKS)
+def test_both_spellings_agree(block, tmp_path):
+    made = synthetic.write(tmp_path / "run", block)
+    options = ConvertOptions(config=made.config_file())
+    model = plan_conversion(str(made.run), options).plan.model
+    for name in blocks()[block].targets:
+        page = targets()[name]
+        if cannot_hold(page, model):
+            continue
+        written = model_config(page, model, "float32", Options())
+        rope = written["rope_parameters"]  # one, or one for each type of layer
+        ropes = [rope] if "rope_theta" in rope else list(rope.values())
+        assert {each["rope_theta"] for each in ropes} == {written["rope_theta"]} == {500000.0}
+        assert written["torch_dtype"] == written["dtype"] == "float32"
+        assert written["architectures"] == [page.architecture]
+        if "head_dim" in written:
+            assert written["head_dim"] == model.head_dim
 
 
 def test_scaled_rope_is_written_for_both_generations():

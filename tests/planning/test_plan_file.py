@@ -79,11 +79,11 @@ def test_the_command_prints_and_takes_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["RUN", "OUT", "--plan", "PLAN"], "give CKPT and OUT, or --plan FILE and OUT"),
         (["--plan", "PLAN"], "give CKPT and OUT, or --plan FILE and OUT"),
         (["RUN"], "give CKPT and OUT, or --plan FILE and OUT"),
         (["OUT", "--plan", "PLAN", "--dtype", "float32"], "--dtype: decided by the plan"),
         (["OUT", "--plan", "PLAN", "--accept-key", "x"], "--accept-key: decided by the plan"),
+        (["RUN", "OUT", "--plan", "PLAN", "--untie"], "--untie: decided by the plan"),
     ],
 )
 def test_a_plan_takes_no_second_source_or_decision(run, planned, tmp_path, given, said):
@@ -104,6 +104,7 @@ CHANGES = {
     "no target": lambda plan: plan["request"].update(target="nobody"),
     "a size": lambda plan: plan["request"]["model"]["vocab_size"].update(value=160),
     "a shape": lambda plan: plan["request"]["source"]["arrays"][0].update(shape=[3, 3]),
+    "no path": lambda plan: plan["request"]["source"]["arrays"][0].update(path=[]),
     "an array less": lambda plan: plan["request"]["source"]["arrays"].pop(),
     "an accepted key": lambda plan: plan["request"]["accepted_keys"].append("use_magic"),
     "a warning": lambda plan: plan["request"]["warnings"].clear(),
@@ -140,6 +141,8 @@ def test_a_source_that_changed_or_went_is_refused(run, planned, tmp_path):
     (tmp_path / "run").rename(tmp_path / "moved")
     with pytest.raises(NotACheckpointError):
         api.convert(planned, tmp_path / "out")
+    api.convert(planned, tmp_path / "from there", checkpoint=tmp_path / "moved")
+    assert (tmp_path / "from there").is_dir()
     (tmp_path / "other").rename(tmp_path / "run")
     with pytest.raises(TensorError, match="is not as it was when the plan was made"):
         api.convert(planned, tmp_path / "out")
@@ -156,3 +159,28 @@ def test_another_tokenizer_is_refused(run, tmp_path):
     with pytest.raises(TokenizerError, match="is not as it was when the plan was made"):
         api.convert(planned, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_it_is_carried_out_in_any_folder(run, tmp_path, monkeypatch):
+    shutil.copytree(DIRECTORY, tmp_path / "tokenizer")
+    monkeypatch.chdir(tmp_path)
+    api.plan("run", config="run/config.yml", tokenizer="tokenizer").save("plan.json")
+    api.convert("run", "here", config="run/config.yml", tokenizer="tokenizer")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    api.convert(api.load_plan("../plan.json"), "out")
+    assert contents(tmp_path / "elsewhere" / "out") == contents(tmp_path / "here")
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_the_machine_s_limits_are_given_anew(planned, tmp_path, more):
+    plan = tmp_path / "plan.json"
+    ran = moeconv("convert", "--plan", plan, tmp_path / "out", "--max-memory", "1KiB", *more)
+    assert ran.code == 9
+    assert "--max-memory 1.02 kB is below" in ran.err
+
+
+@pytest.mark.parametrize("jobs", [1.5, "3", 0])
+def test_jobs_are_a_whole_number(run, jobs):
+    with pytest.raises(UsageError, match="--jobs takes a whole number from 1"):
+        api.plan(run.run, config=run.run / "config.yml", jobs=jobs)

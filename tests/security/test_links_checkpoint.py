@@ -83,7 +83,7 @@ def test_nor_of_an_ocdbt_store(tmp_path, outside, name, plant):
 @planted.every()
 def test_nor_do_files_beside_it(run, outside, plant):
     outside.plant(plant, run / "moeconv_run.json")
-    with pytest.raises(ConfigError, match=r"moeconv\.json"):
+    with pytest.raises(ConfigError, match=r"moeconv_run\.json"):
         _open(run)
 
 

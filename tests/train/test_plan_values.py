@@ -70,7 +70,7 @@ def test_a_finished_run_is_compared_before_it_is_called_finished(prepared, tmp_p
     with pytest.raises(ConfigError, match="has 20 steps already, more than steps=10"):
         again("steps=10", "learning_rate_schedule_steps=20")
     sidecar.write_text("{")
-    with pytest.raises(ConfigError, match=r"moeconv\.json: "):
+    with pytest.raises(ConfigError, match=r"moeconv_run\.json: "):
         again("steps=20")
 
 
