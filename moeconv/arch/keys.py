@@ -30,7 +30,7 @@ class Key:
 
     Attributes:
         kind: `function` changes what is computed from given weights and tokens; `size` shapes
-            tell; `derived` MaxText computes from others; `training`, `machine` and `io` change
+            show; `derived` MaxText computes from others; `training`, `machine` and `io` change
             nothing that is converted.
         neutral: Of a `function`, the values under which the model is the plain decoder.
         what: What other values do, continuing "KEY=VALUE …".

@@ -281,7 +281,7 @@ class Arrays:
         """
         whole = self.info.pop(name)
         for path, window in parts.items():
-            # So that a chunk of the part lies in one that is stored.
+            # So that a chunk of the part is inside one that is stored.
             along = math.gcd(whole.chunk[window.axis], window.start)
             self._leaves[path] = self._leaves[whole.path]
             part = replace(

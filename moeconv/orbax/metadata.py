@@ -104,7 +104,7 @@ def read_tree(items: Folder) -> Tree:
     twice = [name for name, n in Counter(".".join(leaf) for leaf in leaves).items() if n > 1]
     if twice:
         raise NotACheckpointError(
-            f"{items}/_METADATA names {twice[0]} twice, so which array it is remains unclear"
+            f"{items}/_METADATA names {twice[0]} twice, so it is unclear which array it is"
         )
     use_ocdbt = content.get("use_ocdbt")
     if use_ocdbt is None:
@@ -153,8 +153,8 @@ def _model(
         elif len(same) > 1:
             names = " and ".join(leaf.stored_name for leaf in same)
             raise NotACheckpointError(
-                f"{items}/_METADATA names one parameter as {names}, so which array it is cannot be "
-                "told"
+                f"{items}/_METADATA names one parameter as {names}, so it is unclear which array "
+                "it is"
             )
     return tuple(same[0] for same in found.values()), tuple(superseded)
 
