@@ -140,7 +140,7 @@ def mapping_page() -> str:
                 "A factor is computed in float64 and rounded once. It is exact where it is a power "
                 "of two (head_dim 4, 16, 64, 256; the same for the hidden size).",
                 *(family_section(f) for f in targets().values()),
-                "## What shapes cannot tell",
+                "## What shapes do not show",
                 "These come from the run's config, its `moeconv_run.json`, or `--set`; they are "
                 "never guessed.",
                 fields,

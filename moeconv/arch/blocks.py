@@ -7,7 +7,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.fields import YARN, Known, ToldField
+from moeconv.arch.fields import YARN, ConfigField, Known
 from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, OUTPUT_HEAD, LayerKind, Parameter
 from moeconv.arch.stacks import SCANNED, UNSCANNED, Stacking
 
@@ -40,7 +40,7 @@ class Block:
 
     Every setting of MaxText that can change what a model computes is either a field of the model's
     description, honoured here with values that can be converted, not used by the block's code (as
-    was observed, or is said here), or has to be neutral (`keys`). So a block whose settings nobody
+    was observed, or is said here), or has to be neutral (`keys`). So a block whose settings no page
     looked through converts nothing but the plain decoder.
 
     Attributes:
@@ -64,7 +64,7 @@ class Block:
         demands: Settings that must have one of these values, of which none need be neutral.
         honours: Settings that may have other values than neutral ones, and these values.
         shown: Settings that are true where the layers have this kind of attention, and false
-            elsewhere: their parameters tell.
+            elsewhere: their parameters show them.
         shapes: Settings that the shapes decide, from the description's fields. The config must
             agree, and the reference is built with them.
         idle: Settings that the block's code reads, and that have no effect in it.
@@ -84,7 +84,7 @@ class Block:
     query_scale_in_kernel: bool = True
     expert_width: str = "moe_mlp_dim"
     ropes: Collection[str] = ("default", "llama3.1")
-    settings: tuple[ToldField, ...] = ()
+    settings: tuple[ConfigField, ...] = ()
     layer_types: Callable[[int, Mapping[str, Any]], str] | None = None
     demands: Mapping[str, Collection[Any]] = field(default_factory=dict)
     honours: Mapping[str, Collection[Any]] = field(default_factory=dict)
@@ -110,7 +110,7 @@ class Block:
         return tuple(kind for kind, group in self.layers.items() if name in {p.name for p in group})
 
 
-def settings_of(block: Block | None, known: Known) -> list[ToldField]:
+def settings_of(block: Block | None, known: Known) -> list[ConfigField]:
     """The settings that a description has: YaRN's, and those of its block.
 
     Args:

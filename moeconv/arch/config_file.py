@@ -137,7 +137,7 @@ def _logged(text: str) -> Any:
 
 
 def _load(path: Path, seen: set[Path], folder: Path | None = None) -> ConfigFile:
-    """Reads a file that the user named, or one that another names, which must lie in `folder`."""
+    """Reads a file that the user named, or one that another names, which must be in `folder`."""
     try:
         if folder is None:
             raw = read_regular(path, limit=SIZE_LIMIT)

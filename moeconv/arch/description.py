@@ -9,14 +9,14 @@ from pydantic import Field
 
 from moeconv.arch.parameters import AXES, LayerKind, fields_of
 
-# What a value may be, for whoever reads a description from a file.
+# What a value may be, for reading a description from a file.
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
 class Origin(StrEnum):
-    """Who told a field."""
+    """The kind of source that gave a field."""
 
     SHAPE = "shape"
     SIDECAR = "sidecar"
@@ -30,7 +30,7 @@ class Origin(StrEnum):
 
 @dataclass(frozen=True)
 class Provenance:
-    """Who told a field, and the exact place."""
+    """The source of a field, and the exact place."""
 
     origin: Origin
     detail: str

@@ -37,25 +37,25 @@ def detect_layout(
 
     Args:
         shapes: Shape of every array below `params.params`, by key path.
-        blocks: The decoder block; where nobody told it, all that it may be. The first that has
+        blocks: The decoder block; where no config names it, all that it may be. The first that has
             exactly these parameters is taken.
-        scan_axis: `param_scan_axis` when the run's config tells it; only needed when hidden size
-            and stacked layers are equal in number, so that shapes cannot tell.
+        scan_axis: `param_scan_axis` when the run's config gives it; only needed when hidden size
+            and stacked layers are equal in number, so that shapes do not show it.
         collections: Where the arrays are that are not in `params` (`Parameter.may_be_in`).
 
     Raises:
         TensorError: An array that the block does not have (all are listed), a missing layer, a
             missing parameter, or a number of axes that does not fit.
-        ConfigError: The scan axis is ambiguous, or the one told contradicts the shapes.
+        ConfigError: The scan axis is ambiguous, or the configured one contradicts the shapes.
     """
     nearest: tuple[int, TensorError] | None = None
     for block in blocks:
         try:
             return _Detection(block, shapes, collections or {}).layout(scan_axis)
         except TensorError as error:
-            strange = len(_unknown(block, shapes))
-            if nearest is None or strange < nearest[0]:
-                nearest = strange, error
+            unknown = len(_unknown(block, shapes))
+            if nearest is None or unknown < nearest[0]:
+                nearest = unknown, error
     assert nearest is not None
     raise nearest[1]
 
@@ -278,7 +278,7 @@ class _Detection:
         return next(p for p in self._block.layers[kind] if p.name == name)
 
     def _scan_axis(
-        self, told: int | None, slots: Sequence[Sequence["_Slot"]]
+        self, configured: int | None, slots: Sequence[Sequence["_Slot"]]
     ) -> tuple[int, "_Lengths"]:
         """The layer axis and the lengths of all stacks: the one way that fits every shape."""
         final = tuple(FINAL_NORM.name.split("."))
@@ -300,13 +300,13 @@ class _Detection:
                 f"the shapes of the stacked layers fit no scan axis; the first that does not fit "
                 f"param_scan_axis=1 is {problem}"
             )
-        axis = next(iter(fits)) if told is None else told
+        axis = next(iter(fits)) if configured is None else configured
         if axis not in fits:
             raise ConfigError(
-                f"param_scan_axis is {told} in the config, but the shapes of the checkpoint have "
-                f"the layer axis at {' or '.join(map(str, fits))}; give the config of this run"
+                f"param_scan_axis is {configured} in the config, but the shapes of the checkpoint "
+                f"have the layer axis at {' or '.join(map(str, fits))}; give the config of this run"
             )
-        if told is None and len(fits) > 1:
+        if configured is None and len(fits) > 1:
             raise ConfigError(
                 f"the shapes fit a layer axis at {' and '.join(map(str, fits))} alike; give it "
                 "with --set param_scan_axis=1 (MaxText's default), in --config, or in the run's "
@@ -317,7 +317,7 @@ class _Detection:
     def _lengths(
         self, axis: int, width: int, slots: Sequence[Sequence["_Slot"]]
     ) -> tuple["_Lengths", str | None]:
-        """The lengths of all stacks if layers lie on an axis, and what does not fit."""
+        """The lengths of all stacks if layers are stacked on an axis, and what does not fit."""
         sizes: dict[Any, int] = {"D": width}
         for number, slot in ((n, slot) for n, segment in enumerate(slots) for slot in segment):
             if not slot.module.stacked:
@@ -328,7 +328,7 @@ class _Detection:
                 parameter = self._parameter(place.name, slot.kind)
                 axes, *others = self._ways(slot.module, path, parameter, axis)
                 if others:
-                    continue  # the sizes that the others have tell which it is
+                    continue  # the sizes of the others show which it is
                 fits = len(axes) == len(shape) and all(
                     sizes.setdefault(stacks.get(name, name), n) == n
                     for name, n in zip(axes, shape, strict=True)

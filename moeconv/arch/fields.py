@@ -1,4 +1,4 @@
-"""The fields that shapes cannot tell, and the config keys that shapes can contradict."""
+"""The fields that shapes do not show, and the config keys that shapes can contradict."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ Known = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class ToldField:
+class ConfigField:
     """A field or setting of the description that the config must give.
 
     Attributes:
@@ -16,7 +16,7 @@ class ToldField:
         key: MaxText config key.
         parse: Checks and converts a config value; raises ValueError or TypeError.
         expects: What `parse` accepts, for messages.
-        needed: Whether this model has the field at all, given what is known so far.
+        needed: True if this model has the field at all, given what is known so far.
         otherwise: Value of a field where it is not needed; a setting is left out there.
         write: A config value of which `parse` makes this value of a setting.
     """
@@ -79,11 +79,11 @@ def has_moe(known: Known) -> bool:
     return any(kind.mlp == "moe" for kind in known["layer_kinds"])
 
 
-FIELDS: tuple[ToldField, ...] = (
-    ToldField(
+FIELDS: tuple[ConfigField, ...] = (
+    ConfigField(
         "num_experts_per_tok", "num_experts_per_tok", positive_int, "a whole number ≥ 1", has_moe
     ),
-    ToldField(
+    ConfigField(
         "normalize_embedding_logits",
         "normalize_embedding_logits",
         truth,
@@ -91,9 +91,9 @@ FIELDS: tuple[ToldField, ...] = (
         lambda known: bool(known["tie_word_embeddings"]),
         False,
     ),
-    ToldField("rope_type", "rope_type", _rope_type, "default, llama3.1 or yarn"),
-    ToldField("rope_theta", "rope_max_timescale", positive_float, "a number > 0"),
-    ToldField(
+    ConfigField("rope_type", "rope_type", _rope_type, "default, llama3.1 or yarn"),
+    ConfigField("rope_theta", "rope_max_timescale", positive_float, "a number > 0"),
+    ConfigField(
         "rope_use_scale",
         "rope_use_scale",
         truth,
@@ -101,8 +101,8 @@ FIELDS: tuple[ToldField, ...] = (
         lambda known: known.get("rope_type", "llama3.1") == "llama3.1",
         False,
     ),
-    ToldField("rms_norm_eps", "normalization_layer_epsilon", positive_float, "a number > 0"),
-    ToldField("max_position_embeddings", "max_target_length", positive_int, "a whole number ≥ 1"),
+    ConfigField("rms_norm_eps", "normalization_layer_epsilon", positive_float, "a number > 0"),
+    ConfigField("max_position_embeddings", "max_target_length", positive_int, "a whole number ≥ 1"),
 )
 
 
@@ -112,35 +112,37 @@ def _is_yarn(known: Known) -> bool:
 
 # The settings of a model with YaRN; MaxText layers/embeddings.py `YarnRotaryEmbedding`. Positions
 # from `rope_positions` on would be rotated as the last of them.
-YARN: tuple[ToldField, ...] = (
-    ToldField("rope_factor", "rope_factor", positive_float, "a number > 0", _is_yarn),
-    ToldField(
+YARN: tuple[ConfigField, ...] = (
+    ConfigField("rope_factor", "rope_factor", positive_float, "a number > 0", _is_yarn),
+    ConfigField(
         "original_max_position_embeddings",
         "original_max_position_embeddings",
         positive_int,
         "a whole number ≥ 1",
         _is_yarn,
     ),
-    ToldField(
+    ConfigField(
         "rope_positions", "max_position_embeddings", positive_int, "a whole number ≥ 1", _is_yarn
     ),
-    ToldField("beta_fast", "beta_fast", positive_float, "a number > 0", _is_yarn),
-    ToldField("beta_slow", "beta_slow", positive_float, "a number > 0", _is_yarn),
-    ToldField("rope_truncate", "rope_truncate", truth, "true or false", _is_yarn),
-    ToldField("rope_interleave", "rope_interleave", truth, "true or false", _is_yarn),
-    ToldField("rope_attention_scaling", "rope_attention_scaling", truth, "true or false", _is_yarn),
+    ConfigField("beta_fast", "beta_fast", positive_float, "a number > 0", _is_yarn),
+    ConfigField("beta_slow", "beta_slow", positive_float, "a number > 0", _is_yarn),
+    ConfigField("rope_truncate", "rope_truncate", truth, "true or false", _is_yarn),
+    ConfigField("rope_interleave", "rope_interleave", truth, "true or false", _is_yarn),
+    ConfigField(
+        "rope_attention_scaling", "rope_attention_scaling", truth, "true or false", _is_yarn
+    ),
 )
 
 # Of blocks with a router of DeepSeek's kind; MaxText layers/moe.py `RoutedMoE.get_topk`.
-ROUTING: tuple[ToldField, ...] = (
-    ToldField("routed_score_func", "routed_score_func", str, "a function's name", has_moe),
-    ToldField(
+ROUTING: tuple[ConfigField, ...] = (
+    ConfigField("routed_score_func", "routed_score_func", str, "a function's name", has_moe),
+    ConfigField(
         "routed_scaling_factor", "routed_scaling_factor", positive_float, "a number > 0", has_moe
     ),
-    ToldField(
+    ConfigField(
         "n_routing_groups", "n_routing_groups", count_or_none, "-1 or a whole number ≥ 1", has_moe
     ),
-    ToldField(
+    ConfigField(
         "topk_routing_group",
         "topk_routing_group",
         count_or_none,
@@ -164,7 +166,7 @@ SHAPE_KEYS: dict[str, tuple[str, ...]] = {
     "scan_layers": ("scan_layers",),
 }
 
-# Every key that a config may tell, for the packaged defaults and for `--set`.
+# Every key that a config may have, for the packaged defaults and for `--set`.
 TOLD_KEYS: frozenset[str] = frozenset(
     {
         "decoder_block",

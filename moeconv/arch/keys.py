@@ -18,7 +18,7 @@ from moeconv.arch.fields import FIELDS, YARN
 from moeconv.arch.yaml_file import short
 
 _IGNORED = "is ignored by this decoder block in MaxText, and so by the converted model"
-# Settings that fields of the description hold, and those that say how layers lie.
+# Settings that fields of the description hold, and those that say how layers are stored.
 _HELD = frozenset({"decoder_block", *(field.key for field in (*FIELDS, *YARN))})
 # Read where the model is quantised (layers/quantizations.py), which was not observed.
 _BEHIND_QUANTIZATION = frozenset({"weight_sparsity_n", "weight_sparsity_m"})
@@ -30,11 +30,11 @@ class Key:
 
     Attributes:
         kind: `function` changes what is computed from given weights and tokens; `size` shapes
-            tell; `derived` MaxText computes from others; `training`, `machine` and `io` change
+            show; `derived` MaxText computes from others; `training`, `machine` and `io` change
             nothing that is converted.
         neutral: Of a `function`, the values under which the model is the plain decoder.
         what: What other values do, continuing "KEY=VALUE …".
-        visible: Other values show in the parameters, so that nobody needs to tell this one.
+        visible: Other values show in the parameters, so that no config needs to give this one.
     """
 
     kind: str
@@ -45,13 +45,13 @@ class Key:
     def is_neutral(self, value: Any) -> bool:
         """True if a value leaves the model a plain one; a section does if its settings do."""
         if isinstance(value, Mapping):
-            # What a field holds is told once, at the top.
-            told = {name: keys().get(name) for name in value}
+            # What a field holds is given once, at the top.
+            known = {name: keys().get(name) for name in value}
             return not any(
                 key is None
                 or name in _HELD | {"model_name"}
                 or (key.kind == "function" and not key.is_neutral(value[name]))
-                for name, key in told.items()
+                for name, key in known.items()
             )
         return _among(value, self.neutral)
 
@@ -86,32 +86,32 @@ def function_keys() -> Mapping[str, Key]:
 
 
 def verdicts(
-    block: Block, told: Mapping[str, Any], *, tied: bool
+    block: Block, configured: Mapping[str, Any], *, tied: bool
 ) -> tuple[list[str], list[str], list[str]]:
-    """Judges what was told about settings that decide a model.
+    """Judges the configured settings that decide a model.
 
     Args:
         block: Whose page says which of them it honours.
-        told: Config values by MaxText key.
+        configured: Config values by MaxText key.
         tied: True if the output head is the embedding.
 
     Returns:
-        Refusals, warnings (both sentences), and keys that nobody told though nothing shows them.
+        Refusals, warnings (both sentences), and keys that no config gives and no shape shows.
     """
     refusals: list[str] = []
     warnings: list[str] = []
-    untold: list[str] = []
+    missing: list[str] = []
     held = {*block.shown, *block.shapes, *(field.key for field in block.settings)}
     read = keys_read().get(block.name, frozenset(function_keys()))
     for name, key in function_keys().items():
         ignored = name in block.idle or name not in read | _BEHIND_QUANTIZATION
         if name in held:
             continue
-        if name not in told:
+        if name not in configured:
             if not (ignored or key.visible or name in block.warns):
-                untold.append(name)
+                missing.append(name)
             continue
-        value = told[name]
+        value = configured[name]
         if name in block.demands:
             if not _among(value, block.demands[name]):
                 only = " or ".join(short(each) for each in block.demands[name])
@@ -130,11 +130,11 @@ def verdicts(
             warnings.append(sentence + _IGNORED)
         else:
             refusals.append(sentence + key.what)
-    return refusals, warnings, untold
+    return refusals, warnings, missing
 
 
 def unknown_keys(content: Collection[str], accepted: Collection[str]) -> list[str]:
-    """Settings of a config that no supported MaxText has and that nobody accepted."""
+    """Settings of a config that no supported MaxText has and that the user did not accept."""
     return sorted(set(content) - keys().keys() - set(accepted))
 
 

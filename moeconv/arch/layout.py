@@ -50,7 +50,7 @@ class StoredParameter:
         return tuple(axis for axis in (STACKED, NESTED) if axis in self.axes)
 
     def entry(self, layer: int | None) -> dict[str, int]:
-        """The entry of each stacked axis at which a layer lies."""
+        """The entry of each stacked axis at which a layer is stored."""
         if layer is None or not self.stacked:
             return {}
         sizes = [self.shape[self.axes.index(axis)] for axis in self.stacked]

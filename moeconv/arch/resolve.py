@@ -1,17 +1,17 @@
-"""From shapes and from what was told to the description of a model, or to what is still missing."""
+"""From shapes and config to the description of a model, or to what is still missing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moeconv.arch.blocks import Block, settings_of
+from moeconv.arch.config_sources import CHANGED, TOKEN_IDS, ResolvedConfig, maxtext_defaults
 from moeconv.arch.description import ModelDescription, Origin, Provenance
-from moeconv.arch.fields import FIELDS, SHAPE_KEYS, YARN, ToldField
+from moeconv.arch.fields import FIELDS, SHAPE_KEYS, YARN, ConfigField
 from moeconv.arch.keys import verdicts
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.arch.parameters import AXES, fields_of
 from moeconv.arch.stacks import CYCLED, NESTED, STACKED
-from moeconv.arch.told import CHANGED, TOKEN_IDS, ToldConfig, maxtext_defaults
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
 
@@ -22,9 +22,9 @@ class Resolution:
 
     Attributes:
         known: Values of description fields.
-        sources: Who told each of them.
-        missing: Config keys that shapes cannot tell and nobody told.
-        refusals: Told semantics that no target can hold, one sentence each.
+        sources: The source of each of them.
+        missing: Config keys that neither shapes nor config give.
+        refusals: ConfigEntry semantics that no target can hold, one sentence each.
         warnings: Things to know, one sentence each.
     """
 
@@ -51,7 +51,7 @@ class Resolution:
 
 
 def missing_message(missing: Sequence[str]) -> str:
-    """Names the keys, MaxText's default for each, and the three ways to tell them."""
+    """Names the keys, MaxText's default for each, and the three ways to give them."""
     base = maxtext_defaults()["base"]
     own = {"decoder_block", *(f.key for f in (*FIELDS, *YARN))}
     defaults = {key: f"MaxText's default: {base[key]}" for key in missing if key in base}
@@ -70,7 +70,7 @@ def missing_message(missing: Sequence[str]) -> str:
             "defaults (--set model_name=default says that all that are not given have)"
         )
     return (
-        "the checkpoint's shapes cannot tell these fields, and nobody told them:"
+        "the checkpoint's shapes do not show these fields, and no config gives them:"
         + "".join(lines)
         + "\nGive the run's MaxText YAML with --config FILE (keys it leaves out take MaxText's "
         "defaults), each field with --set KEY=VALUE, or put the run's moeconv_run.json (its "
@@ -79,40 +79,40 @@ def missing_message(missing: Sequence[str]) -> str:
 
 
 def resolve(
-    layout: Layout, told: ToldConfig, *, scan_layers: bool | None = None, dated: bool = True
+    layout: Layout, resolved: ResolvedConfig, *, scan_layers: bool | None = None, dated: bool = True
 ) -> Resolution:
-    """Puts together what shapes say and what was told.
+    """Puts together what shapes and config say.
 
     Args:
         layout: The checkpoint's structure.
-        told: Config file or sidecar, and flags.
+        resolved: Config file or sidecar, and flags.
         scan_layers: `custom_metadata.scan_layers` of the checkpoint, if it has any.
-        dated: Whether the save is younger than the changes in `CHANGED`; else such a default could
+        dated: True if the save is younger than the changes in `CHANGED`; else such a default could
             be either, and is missing.
 
     Raises:
         TensorError: Shapes contradict each other.
-        ConfigError: What was told contradicts the shapes, or has no sensible value.
+        ConfigError: The config contradicts the shapes, or has no sensible value.
     """
     known, sources = _from_shapes(layout)
     missing: list[str] = []
-    block = _block(layout, told, known, sources, missing)
-    _check_against_shapes(layout, told, known, sources, block, scan_layers)
+    block = _block(layout, resolved, known, sources, missing)
+    _check_against_shapes(layout, resolved, known, sources, block, scan_layers)
     for spec in FIELDS:
         if spec.needed(known):
-            _read(spec, told, known, sources, missing, dated=dated)
+            _read(spec, resolved, known, sources, missing, dated=dated)
         else:
             known[spec.name] = spec.otherwise
     settings: dict[str, Any] = {}
     for spec in settings_of(block, known):
-        _read(spec, told, settings, sources, missing, dated=dated)
+        _read(spec, resolved, settings, sources, missing, dated=dated)
     experts, chosen = known.get("num_experts"), known.get("num_experts_per_tok")
     if experts and chosen and chosen > experts:
         raise ConfigError(
             f"num_experts_per_tok={chosen} ({sources['num_experts_per_tok']}) is more than the "
             f"{experts} experts of the checkpoint"
         )
-    _token_ids(told, known, sources)
+    _token_ids(resolved, known, sources)
     if block and block.layer_types and not missing:
         cycle = layout.cycle if layout.stacking.scanned else len(layout.kinds)
         settings["layer_types"] = tuple(
@@ -121,29 +121,29 @@ def resolve(
         detail = f"by position, {layout.describe()}"
         sources["layer_types"] = Provenance(Origin.BLOCK, detail)
     known["settings"] = settings
-    plain = {key: entry.value for key, entry in told.items()}
+    plain = {key: entry.value for key, entry in resolved.items()}
     tied = known["tie_word_embeddings"]
-    refusals, warnings, untold = verdicts(block, plain, tied=tied) if block else ([], [], [])
+    refusals, warnings, open_keys = verdicts(block, plain, tied=tied) if block else ([], [], [])
     refusals += _rope(block, known, settings, sources)
     # One that base.yml does not have is its own default wherever there is a config.
-    untold = [key for key in untold if key in maxtext_defaults()["base"]]
-    warnings += _dropped(layout, told)
-    if told.ignored:
+    open_keys = [key for key in open_keys if key in maxtext_defaults()["base"]]
+    warnings += _dropped(layout, resolved)
+    if resolved.ignored:
         warnings.append(
-            f"--set: {short(', '.join(told.ignored), 500)}: decide nothing of a conversion, and "
-            "are ignored"
+            f"--set: {short(', '.join(resolved.ignored), 500)}: decide nothing of a conversion, "
+            "and are ignored"
         )
-    if told.accepted:
+    if resolved.accepted:
         warnings.append(
-            f"--accept-key: whether {', '.join(told.accepted)} changes the model is not known to "
-            "moeconv; it is taken not to"
+            f"--accept-key: whether {', '.join(resolved.accepted)} changes the model is not known "
+            "to moeconv; it is taken not to"
         )
-    return Resolution(known, sources, tuple(missing + untold), tuple(refusals), tuple(warnings))
+    return Resolution(known, sources, tuple(missing + open_keys), tuple(refusals), tuple(warnings))
 
 
 def _read(
-    spec: ToldField,
-    told: ToldConfig,
+    spec: ConfigField,
+    resolved: ResolvedConfig,
     known: dict[str, Any],
     sources: dict[str, Provenance],
     missing: list[str],
@@ -151,9 +151,9 @@ def _read(
     dated: bool,
 ) -> None:
     """Reads one field or setting into `known`, or puts its key among the missing ones."""
-    value = told.get(spec.key)
-    if spec.name == "rope_type" and str(told.value("model_name", "")).startswith("llama3.1"):
-        value = told["model_name"]
+    value = resolved.get(spec.key)
+    if spec.name == "rope_type" and str(resolved.value("model_name", "")).startswith("llama3.1"):
+        value = resolved["model_name"]
     either = value is not None and value.is_default and not dated and spec.key in CHANGED
     if value is None or value.value is None or either:
         missing.append(spec.key)
@@ -252,13 +252,13 @@ def _solved(
 
 def _block(
     layout: Layout,
-    told: ToldConfig,
+    resolved: ResolvedConfig,
     known: dict[str, Any],
     sources: dict[str, Provenance],
     missing: list[str],
 ) -> Block | None:
-    """The decoder block, None where nobody told it; the layout then is of one that it may be."""
-    entry = told.get("decoder_block")
+    """The decoder block; None where no config names it: the layout is then of a possible one."""
+    entry = resolved.get("decoder_block")
     if entry is None:
         missing.append("decoder_block")
         return None
@@ -269,7 +269,7 @@ def _block(
 
 def _check_against_shapes(
     layout: Layout,
-    told: ToldConfig,
+    resolved: ResolvedConfig,
     known: dict[str, Any],
     sources: dict[str, Provenance],
     block: Block | None,
@@ -297,12 +297,12 @@ def _check_against_shapes(
     for name, aliases in keys.items():
         fact = facts[name]
         for key in aliases if fact is not None else ():
-            entry = told.get(key)
+            entry = resolved.get(key)
             if entry is None or not entry.explicit or _is_unset(entry.value):
                 continue
-            value = _scaled(key, entry.value, told) if key.startswith("base_") else entry.value
+            value = _scaled(key, entry.value, resolved) if key.startswith("base_") else entry.value
             if name == "num_hidden_layers":
-                value = _built_layers(layout, value, told)
+                value = _built_layers(layout, value, resolved)
             if value != fact:
                 where = sources.get(name)
                 raise ConfigError(
@@ -314,30 +314,30 @@ def _check_against_shapes(
 
 
 def _is_unset(value: Any) -> bool:
-    """MaxText's -1 for a width that another key tells, also once it is scaled."""
+    """MaxText's -1 for a width that another key gives, also once it is scaled."""
     return _is_whole(value) and value < 0
 
 
-def _built_layers(layout: Layout, layers: Any, told: ToldConfig) -> Any:
+def _built_layers(layout: Layout, layers: Any, resolved: ResolvedConfig) -> Any:
     """Layers MaxText builds of those configured: a scanned model drops a cut-off last block.
 
     Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`.
     """
-    cycle = _count(told, "inhomogeneous_layer_cycle_interval")
+    cycle = _count(resolved, "inhomogeneous_layer_cycle_interval")
     if not layout.stacking.scanned or not _is_whole(layers):
         return layers
     blocks = int(layers // cycle)
     return blocks * cycle if layout.stacking is CYCLED else blocks
 
 
-def _dropped(layout: Layout, told: ToldConfig) -> list[str]:
+def _dropped(layout: Layout, resolved: ResolvedConfig) -> list[str]:
     """Layers that were configured and never built, which MaxText does not say."""
     for key in SHAPE_KEYS["num_hidden_layers"]:
-        entry = told.get(key)
+        entry = resolved.get(key)
         if entry is None or not entry.explicit or _is_unset(entry.value):
             continue
-        layers = _scaled(key, entry.value, told) if key.startswith("base_") else entry.value
-        if _is_whole(layers) and _built_layers(layout, layers, told) < layers:
+        layers = _scaled(key, entry.value, resolved) if key.startswith("base_") else entry.value
+        if _is_whole(layers) and _built_layers(layout, layers, resolved) < layers:
             return [
                 f"{key}={short(entry.value)} ({entry.provenance}), but MaxText built "
                 f"{len(layout.kinds)} layers: it drops those that do not fill a block of "
@@ -346,12 +346,12 @@ def _dropped(layout: Layout, told: ToldConfig) -> list[str]:
     return []
 
 
-def _scaled(key: str, value: Any, told: ToldConfig) -> Any:
+def _scaled(key: str, value: Any, resolved: ResolvedConfig) -> Any:
     """Widens a base size by `global_parameter_scale`, a power of two.
 
     Source: MaxText configs/types.py `get_individual_scales`.
     """
-    scale = _count(told, "global_parameter_scale")
+    scale = _count(resolved, "global_parameter_scale")
     if scale == 1 or not _is_whole(value):
         return value
     exponent = scale.bit_length() - 1
@@ -368,23 +368,25 @@ def _scaled(key: str, value: Any, told: ToldConfig) -> Any:
 
 
 def _is_whole(value: Any) -> bool:
-    """Whether a config value is a whole number, be it written as 4 or as 4.0."""
+    """Returns True if a config value is a whole number, be it written as 4 or as 4.0."""
     return not isinstance(value, bool) and isinstance(value, int | float) and value % 1 == 0
 
 
-def _count(told: ToldConfig, key: str) -> int:
-    """A key that counts something, 1 where nobody told it."""
-    value = told.value(key, 1) or 1
+def _count(resolved: ResolvedConfig, key: str) -> int:
+    """A key that counts something, 1 where it is not given."""
+    value = resolved.value(key, 1) or 1
     if not _is_whole(value) or value < 1:
         raise ConfigError(
-            f"{key}={short(value)} ({told[key].provenance}) should be a whole number ≥ 1"
+            f"{key}={short(value)} ({resolved[key].provenance}) should be a whole number ≥ 1"
         )
     return int(value)
 
 
-def _token_ids(told: ToldConfig, known: dict[str, Any], sources: dict[str, Provenance]) -> None:
+def _token_ids(
+    resolved: ResolvedConfig, known: dict[str, Any], sources: dict[str, Provenance]
+) -> None:
     for name in TOKEN_IDS:
-        entry = told.get(name)
+        entry = resolved.get(name)
         if entry is None or entry.value is None:
             continue
         several = isinstance(entry.value, list) and name == "eos_token_id"

@@ -79,7 +79,7 @@ class Module:
         return (int(match[1]) if self.numbered else 0), name
 
     def path(self, number: int, name: str) -> KeyPath:
-        """Where a parameter of a module lies; the inverse of `place`."""
+        """Where a parameter of a module is stored; the inverse of `place`."""
         first, dot, rest = name.partition(".")
         inside = f"{self.pattern.format(number)}.{first}{self.suffix}{dot}{rest}"
         return ("decoder", *inside.split("."))

@@ -1,6 +1,6 @@
-"""Reading YAML that somebody else wrote: small, flat, plain, and without surprises.
+"""Reading untrusted YAML: small, flat, plain, and without surprises.
 
-MaxText's own files need no aliases, tags or deep nesting. Whoever needs none can be bounded: by the
+MaxText's own files need no aliases, tags or deep nesting. So all of these can be bounded: by the
 size of the file everything else is, too.
 """
 

@@ -26,7 +26,7 @@ from moeconv.maxtext.checkpoint import (
     run_tokenizer,
 )
 from moeconv.maxtext.run_record import RunRecord, read_run
-from moeconv.orbax.inventory import stamps
+from moeconv.orbax.inventory import fingerprints
 from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
 from moeconv.sizes import HUB_FILE_LIMIT, format_size
 from moeconv.tensor.dtypes import DTYPES
@@ -153,7 +153,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         dropped=checkpoint.dropped,
         tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, _absolute(options.tokenizer)),
         run=run,
-        accepted_keys=tuple(checkpoint.told.accepted),
+        accepted_keys=tuple(checkpoint.resolved.accepted),
         jobs=options.jobs,
         max_memory=options.max_memory,
     )
@@ -248,7 +248,7 @@ def _tokenizer(
     if spec is None:
         return None
     with suppress(RuntimeError):  # ~name of no user, which read_tokenizer reports
-        checkpoint.unchanged.watch(partial(stamps, Path(asked_set(spec)[1]).expanduser()))
+        checkpoint.unchanged.watch(partial(fingerprints, Path(asked_set(spec)[1]).expanduser()))
     if options.tokenizer is not None:
         return read_tokenizer(spec, model_max_length=length)
     return checkpoint.read_tokenizer(length)

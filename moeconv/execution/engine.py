@@ -53,8 +53,7 @@ class Result:
             return []
         return [
             "chunks of these parameters are not stored and were read as zeros, as "
-            "--allow-missing-chunks says; moeconv cannot tell lost chunks from zeros: "
-            + ", ".join(self.missing)
+            "--allow-missing-chunks says; lost chunks look the same: " + ", ".join(self.missing)
         ]
 
 

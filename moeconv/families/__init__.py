@@ -34,7 +34,7 @@ def pages() -> tuple[ModuleType, ...]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
             found.append(importlib.import_module(entry.value))
-        except (Exception, SystemExit) as error:  # whatever a stranger's module raises
+        except (Exception, SystemExit) as error:  # whatever a foreign module raises
             raise ConfigError(
                 f"the page {entry.name} ({entry.value}), which an installed package adds to "
                 f"moeconv, cannot be imported: {type(error).__name__}: {error}"
@@ -105,8 +105,8 @@ def target_for(model: ModelDescription, name: str = "auto") -> Target:
         for each in possible:
             if reasons[each.name] is None:
                 return each
-        told = "; ".join(f"--target {name}: {reason}" for name, reason in reasons.items())
-        raise UnsupportedError(f"no target can hold this model: {told}")
+        listed = "; ".join(f"--target {name}: {reason}" for name, reason in reasons.items())
+        raise UnsupportedError(f"no target can hold this model: {listed}")
     for each in possible:
         if each.name == name:
             return each

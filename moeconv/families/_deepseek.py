@@ -9,7 +9,7 @@ weighs by score plus bias, and ignores groups.
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.fields import ROUTING, Known, ToldField, has_moe, not_negative, truth
+from moeconv.arch.fields import ROUTING, ConfigField, Known, has_moe, not_negative, truth
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import Module, Segment, Stacking
 from moeconv.families._shared import (
@@ -104,7 +104,7 @@ def _routing(model_name: Any) -> str:
 
 SETTINGS = (
     *ROUTING,
-    ToldField(
+    ConfigField(
         "routing",
         "model_name",
         _routing,
@@ -112,8 +112,8 @@ SETTINGS = (
         has_moe,
         write=lambda value: _RELEASED.get(value, "default"),
     ),
-    ToldField("routed_bias", "routed_bias", truth, "true or false", has_moe),
-    ToldField("mscale", "mscale", not_negative, "a number ≥ 0"),
+    ConfigField("routed_bias", "routed_bias", truth, "true or false", has_moe),
+    ConfigField("mscale", "mscale", not_negative, "a number ≥ 0"),
 )
 
 

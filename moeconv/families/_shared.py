@@ -131,7 +131,7 @@ TRUNK = (
     Rule("decoder.decoder_norm.scale", "model.norm.weight",        "D -> D", scale=LOGIT_SCALE),
     Rule("decoder.logits_dense.kernel", "lm_head.weight",          "D V -> V D", when=UNTIED),
     Rule("token_embedder.embedding",  "lm_head.weight",            "V D -> V D",
-         when=TIED_BUT_UNTIE, again=True),
+         when=TIED_BUT_UNTIE, shared=True),
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.fields import ToldField, positive_float, positive_int
+from moeconv.arch.fields import ConfigField, positive_float, positive_int
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._shared import (
@@ -81,8 +81,12 @@ BLOCK = Block(
     expert_width="mlp_dim",  # models/gpt_oss.py
     ropes=("default", "llama3.1", "yarn"),
     settings=(
-        ToldField("sliding_window_size", "sliding_window_size", positive_int, "a whole number ≥ 1"),
-        ToldField("mlp_activations_limit", "mlp_activations_limit", positive_float, "a number > 0"),
+        ConfigField(
+            "sliding_window_size", "sliding_window_size", positive_int, "a whole number ≥ 1"
+        ),
+        ConfigField(
+            "mlp_activations_limit", "mlp_activations_limit", positive_float, "a number > 0"
+        ),
     ),
     layer_types=_layer_type,
     demands={"mlp_activations": (("sigmoid", "linear"),)},

@@ -12,7 +12,7 @@ from typing import Any
 
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.fields import ToldField, positive_int, truth
+from moeconv.arch.fields import ConfigField, positive_int, truth
 from moeconv.arch.parameters import DENSE, MOE, Layers
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._shared import (
@@ -84,12 +84,12 @@ BLOCK = Block(
     stackings=(UNSCANNED, CYCLED),
     query_scale_in_kernel=False,  # it passes `query_pre_attn_scalar`
     settings=(
-        ToldField("nope_layer_interval", "nope_layer_interval", _interval, "a whole number ≥ -1"),
-        ToldField(
+        ConfigField("nope_layer_interval", "nope_layer_interval", _interval, "a whole number ≥ -1"),
+        ConfigField(
             "chunk_attn_window_size", "chunk_attn_window_size", positive_int, "a whole number ≥ 1"
         ),
-        ToldField("use_qk_norm", "use_qk_norm", truth, "true or false"),
-        ToldField("temperature_tuning", "temperature_tuning", truth, "true or false"),
+        ConfigField("use_qk_norm", "use_qk_norm", truth, "true or false"),
+        ConfigField("temperature_tuning", "temperature_tuning", truth, "true or false"),
     ),
     layer_types=_layer_type,
     shapes={"shared_experts": shared_experts},

@@ -12,7 +12,7 @@ from typing import Any
 
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.fields import ToldField, positive_int
+from moeconv.arch.fields import ConfigField, positive_int
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._shared import (
@@ -72,7 +72,9 @@ BLOCK = Block(
     expert_width="mlp_dim",
     ropes=("default", "yarn"),
     settings=(
-        ToldField("sliding_window_size", "sliding_window_size", positive_int, "a whole number ≥ 1"),
+        ConfigField(
+            "sliding_window_size", "sliding_window_size", positive_int, "a whole number ≥ 1"
+        ),
     ),
     layer_types=_layer_type,
     shown={"use_qk_norm": "qk_norm"},

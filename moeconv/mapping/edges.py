@@ -293,7 +293,7 @@ def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
     stacked = {array.name: array.stacked for array in layout.arrays}
     for edge in edges:
         for part in edge.parts:
-            if edge.is_first_copy and not family.rules[edge.rule].again:
+            if edge.is_first_copy and not family.rules[edge.rule].shared:
                 entry = tuple(part.form.take[axis] for axis in stacked[part.source])
                 found = consumed.setdefault((part.source, *entry), [])
                 found.append(part.form.take.get("E"))
@@ -316,7 +316,7 @@ def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
 
 
 def _is_covered(edge: Edge) -> bool:
-    """True if the parts of a tensor, which lie apart by their places, make up all of it."""
+    """True if the parts of a tensor, each at its own place, make up all of it."""
     places = {(part.form.base, *part.form.place.values()) for part in edge.parts}
     written = sum(math.prod(p.form.piece_shape(p.form.whole)) for p in edge.parts)
     return len(places) == len(edge.parts) and written == math.prod(edge.shape)

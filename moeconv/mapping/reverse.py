@@ -1,6 +1,6 @@
 """The way back: a checkpoint's arrays from the converted tensors, by undoing the same forms.
 
-Nobody writes the mapping a second time: `restore` walks the very edges that `expand` made. It is
+The mapping is not written a second time: `restore` walks the very edges that `expand` made. It is
 exact wherever the edges are; where a factor rounds, the way back is within one unit of the last
 place.
 """

@@ -63,15 +63,15 @@ class Rule:
             with `fill`.
         target: Hugging Face name; `{L}` is the layer, `{E}` the expert. An `{E}` that the source's
             axes lack replicates the tensor to every expert.
-        place: The rearrangement of one slice, e.g. `D H h -> (H h) D`. Several sources lie along
-            the axis `g` of the right side (`D F -> D (F g)`, gate and up in turn), or, without one,
-            behind each other along the outermost axis, each by its own place if they differ.
+        place: The rearrangement of one slice, e.g. `D H h -> (H h) D`. Several sources are joined
+            along the axis `g` of the right side (`D F -> D (F g)`, gate and up in turn), or else
+            one behind the other along the outermost axis, each by its own place if they differ.
         scale: Factor, if the values must change.
         rotary: True where `h` is rotated by RoPE, so that the order of its entries follows the
             rotary layouts of source and target.
         layers: Kinds of target layer the rule writes; None for a tensor the model has once.
         when: Further condition.
-        again: The parameter is read by another rule too, on purpose.
+        shared: The parameter is read by another rule too, on purpose.
         fill: Value of a tensor without a source.
     """
 
@@ -82,7 +82,7 @@ class Rule:
     rotary: bool = False
     layers: Layers | None = None
     when: When = ALWAYS
-    again: bool = False
+    shared: bool = False
     fill: float = 0.0
 
     @property
@@ -180,7 +180,7 @@ class Target:
         summary: What it is for, one sentence.
         rotary: Order in which its checkpoints store the rotated halves of a head.
         kinds: Kinds of layer it can hold.
-        requires: Whether it can hold this model; the reason if not.
+        requires: The reason why it cannot hold this model, None if it can.
         rules: The rule table.
         config: The config table.
         since: The oldest transformers that loads what is written; of those that do not have the

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
+from moeconv.arch.config_sources import ResolvedConfig, resolve_config
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
-from moeconv.arch.told import ToldConfig, tell
 from moeconv.arch.yaml_file import short
 from moeconv.errors import (
     ConfigError,
@@ -34,7 +34,7 @@ from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSideca
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.maxtext.whole import demand_whole, refuse_adapters, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
-from moeconv.orbax.inventory import Stamp, inventory, stamps, versions
+from moeconv.orbax.inventory import Fingerprint, fingerprints, inventory, versions
 from moeconv.orbax.locate import METADATA, Step, locate, read_beside
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.printing import Printable
@@ -111,14 +111,14 @@ class Checkpoint(StoredCheckpoint, Printable):
 
     Attributes:
         layout: How layers are stored.
-        told: What config and flags said.
+        resolved: Config and flags, resolved.
         resolution: What is known of the model, and what is missing.
         sidecar: The run's sidecar and where it is, if one was found.
         dropped: Parameters left out on purpose, with the reason.
     """
 
     layout: Layout
-    told: ToldConfig
+    resolved: ResolvedConfig
     resolution: Resolution
     sidecar: FoundSidecar | None
     dropped: Mapping[str, str]
@@ -151,14 +151,14 @@ class Checkpoint(StoredCheckpoint, Printable):
 
 
 def _look(step: Step) -> Mapping[str, object]:
-    """What changes when the checkpoint does: on this machine, the stamp of every file."""
+    """What changes when the checkpoint does: on this machine, the fingerprint of every file."""
     if (local := step.items.local) is not None:
         step_metadata = (step.folder.local or local.parent) / METADATA
-        return {**inventory(local), **stamps(step_metadata)}
+        return {**inventory(local), **fingerprints(step_metadata)}
     return versions(step.items, _OWN) | versions(step.folder, [METADATA])
 
 
-def _files_digest(files: Mapping[str, Stamp]) -> str:
+def _files_digest(files: Mapping[str, Fingerprint]) -> str:
     lines = sorted(f"{name} {size} {changed}" for name, (size, changed, *_) in files.items())
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -182,7 +182,7 @@ def open_checkpoint(
 
     Raises:
         NotACheckpointError: There is no complete checkpoint.
-        ConfigError: What was told cannot be read, or contradicts the shapes.
+        ConfigError: The config cannot be read, or contradicts the shapes.
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
@@ -199,14 +199,14 @@ def open_checkpoint(
         )
     content, provenance = run_config(config, sidecar, step)
     unread += said_of(content, provenance, given=config is not None)
-    told = tell(content, provenance, sets, accept)
+    resolved = resolve_config(content, provenance, sets, accept)
     demand_order(stored.fused, content)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
-    layout = _layout(used, told, tree.collections)
+    layout = _layout(used, resolved, tree.collections)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
-    deciding = told.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
+    deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
@@ -218,7 +218,7 @@ def open_checkpoint(
         stored.notes,
         stored.fused,
         layout,
-        told,
+        resolved,
         resolution,
         sidecar,
         dropped,
@@ -257,16 +257,16 @@ def _has(arrays: Arrays, module: str) -> bool:
 
 def _layout(
     shapes: Mapping[KeyPath, tuple[int, ...]],
-    told: ToldConfig,
+    resolved: ResolvedConfig,
     collections: Mapping[KeyPath, str] | None = None,
 ) -> Layout:
-    """How layers are stored, by the decoder block that was told, or any that fits.
+    """How layers are stored, by the configured decoder block, or any that fits.
 
     Raises:
         UnsupportedError: The decoder block is not one moeconv converts.
         ConfigError: It is, but the checkpoint is of another.
     """
-    axis, entry = _scan_axis(told), told.get("decoder_block")
+    axis, entry = _scan_axis(resolved), resolved.get("decoder_block")
     if entry is None:
         every = list(blocks().values())
         return detect_layout(shapes, every, scan_axis=axis, collections=collections)
@@ -296,9 +296,9 @@ def _fitting(shapes: Mapping[KeyPath, tuple[int, ...]], possible: Sequence[Block
     return None
 
 
-def _scan_axis(told: ToldConfig) -> int | None:
-    """`param_scan_axis`, where somebody wrote it down for this run."""
-    axis = told.get("param_scan_axis")
+def _scan_axis(resolved: ResolvedConfig) -> int | None:
+    """`param_scan_axis`, where it was written for this run."""
+    axis = resolved.get("param_scan_axis")
     if axis is None or not axis.explicit:
         return None
     if isinstance(axis.value, bool) or axis.value not in range(8):
@@ -309,10 +309,10 @@ def _scan_axis(told: ToldConfig) -> int | None:
 
 
 def run_tokenizer(sidecar: FoundSidecar, *, model_max_length: int | None) -> TokenizerFiles:
-    """The tokenizer that a run's sidecar names, which lies in the run, here or at its address.
+    """The tokenizer that a run's sidecar names, which is in the run, here or at its address.
 
     Raises:
-        TokenizerError: It lies outside, cannot be read, or cannot be used.
+        TokenizerError: It is outside, cannot be read, or cannot be used.
     """
     name, run = sidecar.content.tokenizer, sidecar.folder
     assert name is not None

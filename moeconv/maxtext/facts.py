@@ -26,7 +26,7 @@ class Facts:
     """What a checkpoint is.
 
     Attributes:
-        releases: The MaxText releases that may have written it, and what tells.
+        releases: The MaxText releases that may have written it, and the evidence.
         item: Name of the item of its step, or that it is the step itself.
         tree: Where the model is in its tree.
         storage: How arrays are stored.

@@ -84,7 +84,7 @@ def parts(checkpoint: "Checkpoint") -> "Iterator[RenderableType]":
         yield f"tokenizer: {report['tokenizer']}"
 
     table = Table(title="model", title_justify="left", box=None, pad_edge=False)
-    for heading in ("field", "value", "told by"):
+    for heading in ("field", "value", "source"):
         table.add_column(heading, overflow="fold")
     for name, field in report["fields"].items():
         value = field["value"]
@@ -111,4 +111,4 @@ def parts(checkpoint: "Checkpoint") -> "Iterator[RenderableType]":
     if report["missing"]:
         yield missing_message(report["missing"])
     if not report["refusals"] and not report["missing"]:
-        yield "nothing more has to be told; convert with: moeconv convert CKPT OUT"
+        yield "nothing is missing; convert with: moeconv convert CKPT OUT"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.arch.config_file import ConfigFile, load_config_file, read_found
+from moeconv.arch.config_sources import known_keys
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.told import known_keys
 from moeconv.errors import ConfigError
 from moeconv.maxtext.sidecar import FoundSidecar
 from moeconv.orbax.locate import Step
@@ -26,7 +26,7 @@ _MOST = 20
 def run_config(
     config: Path | None, sidecar: FoundSidecar | None, step: Step | None = None
 ) -> tuple[Mapping[str, Any] | None, Provenance]:
-    """What told of a run's config, for `tell`.
+    """A run's config and its source, for `resolve_config`.
 
     Args:
         config: The user's file, which is taken first.

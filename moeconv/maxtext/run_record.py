@@ -1,4 +1,4 @@
-"""What a run tells of its training, carried into the manifest so that OUT can tell it alone.
+"""The record of a run's training, carried into the manifest so that OUT needs no run.
 
 The run's directory may be gone when a model is published, so `moeconv convert` takes over what a
 model card needs: the sidecar's facts, the settings that describe a training, and the losses up to
@@ -18,7 +18,7 @@ from moeconv.maxtext.sidecar import METRICS_NAME, MetricsLine, RunFacts, RunSide
 from moeconv.orbax.locate import Step, read_beside
 from moeconv.untrusted import strict_json
 
-# Settings a card may tell; nothing else of a config is taken over, so no path and no name.
+# Settings that a card may name; nothing else of a config is taken over, so no path and no name.
 SETTINGS = (
     "hardware",
     "ici_data_parallelism",
@@ -86,7 +86,7 @@ class RunRecord(BaseModel):
 
 
 def read_run(step: Step, sidecar: RunSidecar | None) -> tuple[RunRecord | None, list[str]]:
-    """The record of a checkpoint's run; None when there is nothing to tell.
+    """The record of a checkpoint's run; None when there is nothing to record.
 
     Returns:
         The record, and warnings.
@@ -148,7 +148,7 @@ def _metrics(step: Step) -> tuple[list[_Point], list[str]]:
         try:
             raw = read_beside(folder, METRICS_NAME, limit=_METRICS_LIMIT)
         except NotACheckpointError as error:
-            return [], [f"{error}; the manifest tells no losses"]
+            return [], [f"{error}; the manifest has no losses"]
         if raw is not None:
             break
     found: dict[tuple[str, int], _Point] = {}

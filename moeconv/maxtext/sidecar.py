@@ -18,7 +18,7 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class RunFacts(BaseModel):
-    """What a model card tells of a run, and where its model is to go; unknown keys are kept."""
+    """What a model card says of a run, and where its model is to go; unknown keys are kept."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 

@@ -1,4 +1,4 @@
-"""Whether a source is still the one that was read: of two that were mixed no model is made."""
+"""Checks that a source is still the one that was read: no model is made of a mixture of two."""
 
 from collections.abc import Callable, Mapping
 
@@ -36,5 +36,5 @@ class Unchanged:
             more = f" and {len(changed) - 3} more" if changed - set(sorted(changed)[:3]) else ""
             raise TensorError(
                 f"the source was written to while it was converted ({first}{more}), so that the "
-                "model would be a mixture; convert again when nobody writes to it"
+                "model would be a mixture; convert again when no process writes to it"
             )

@@ -16,11 +16,11 @@ def demand_whole(step: Step, arrays: Arrays) -> list[str]:
     """Of a save that is not known to have finished, demands every chunk of the model.
 
     Returns:
-        A warning that says what told, if it was such a one.
+        A warning that names the evidence, if it was such a one.
 
     Raises:
         TensorError: Chunks are missing; names the first array.
-        NotACheckpointError: Whether some are cannot be found out.
+        NotACheckpointError: It cannot be found out whether some are.
     """
     why = [step.uncommitted] if step.uncommitted else []
     if arrays.unmerged:
@@ -58,9 +58,9 @@ def refuse_adapters(step: Step, tree: Tree) -> None:
     count = len(tree.adapters)
     if not count:
         return
-    told = [f"{key.removeprefix('lora_')} {step.lora[key]}"
+    facts = [f"{key.removeprefix('lora_')} {step.lora[key]}"
             for key in ("lora_rank", "lora_alpha") if key in step.lora]  # fmt: skip
-    what = f"a LoRA adapter ({', '.join([*told, f'{count} matrices'])})"
+    what = f"a LoRA adapter ({', '.join([*facts, f'{count} matrices'])})"
     first = tree.adapters[0].stored_name
     if count == len(tree.model):
         raise UnsupportedError(

@@ -1,6 +1,6 @@
 """The arrays of a checkpoint through tensorstore: shapes, chunks, and reading a box of one.
 
-A box is read through a cache that holds just the chunks it lies in, so that a chunk is fetched and
+A box is read through a cache that holds just the chunks it touches, so that a chunk is fetched and
 decoded once however many boxes are cut from it. The cache is dropped with the reader.
 """
 
@@ -84,7 +84,7 @@ class Arrays:
         """Opens them.
 
         Args:
-            items: Where they lie.
+            items: Where they are stored.
             tree: What its `_METADATA` says.
             allow_missing: See `may_lack`.
 
@@ -200,7 +200,7 @@ class Arrays:
             **self._spec(path),
             # What is in the cache is not asked for again with every box: a store may be far away.
             "recheck_cached_data": False,
-            # A missing chunk reads as zeros unless tensorstore is told that none may be missing.
+            # A missing chunk reads as zeros unless tensorstore is asked to fail on missing ones.
             "fill_missing_data_reads": fill,
         }
         try:
@@ -281,7 +281,7 @@ class Arrays:
         """
         whole = self.info.pop(name)
         for path, window in parts.items():
-            # So that a chunk of the part lies in one that is stored.
+            # So that a chunk of the part is inside one that is stored.
             along = math.gcd(whole.chunk[window.axis], window.start)
             self._leaves[path] = self._leaves[whole.path]
             part = replace(
@@ -365,13 +365,13 @@ class Reader:
 
 
 def _is_missing(future: Any) -> bool:
-    """Whether a read failed because nothing is there."""
+    """Returns True if a read failed because nothing is there."""
     error = future.exception()
     return error is not None and str(error).startswith(_MISSING)
 
 
 def _codecs(store: Any) -> tuple[list[str], bool]:
-    """Names of an array's codecs, read from its metadata, and whether its chunks lie in shards."""
+    """Names of an array's codecs, read from its metadata, and whether its chunks are in shards."""
     metadata: Mapping[str, Any] = store.spec().to_json().get("metadata", {})
     if compressor := metadata.get("compressor"):
         return [str(compressor.get("id"))], False

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: what is there, all of it inside, and what tells when it changed."""
+"""The files of a checkpoint: what is there, all of it inside, and what shows that it changed."""
 
 import contextlib
 import os
@@ -19,15 +19,15 @@ _LIMITS = {
     **dict.fromkeys(("zarr.json", ".zarray", ".zattrs"), ARRAY_LIMIT),
 }
 
-# Size, times of the last change of content and of the entry (which nobody sets back), and inode.
-Stamp = tuple[int, int, int, int]
+# Size, times of the last change of content and of the entry (which cannot be set back), and inode.
+Fingerprint = tuple[int, int, int, int]
 
 
-def inventory(folder: Path) -> Mapping[str, Stamp]:
+def inventory(folder: Path) -> Mapping[str, Fingerprint]:
     """Every file below a folder, by its name relative to it; nothing is opened.
 
     A link to a file or folder inside is fine (in a snapshot of the Hub's cache: to its blobs), and
-    a file's stamp is that of what it leads to.
+    a file's fingerprint is that of what it leads to.
 
     Raises:
         NotACheckpointError: A link leads out, in a circle or nowhere, there is a FIFO, device or
@@ -42,18 +42,18 @@ def inventory(folder: Path) -> Mapping[str, Stamp]:
         ) from None
 
 
-def stamps(path: Path) -> Mapping[str, Stamp]:
-    """The stamp of a file, or of the files directly in a folder; none where there is nothing."""
+def fingerprints(path: Path) -> Mapping[str, Fingerprint]:
+    """The fingerprint of a file, or of each file directly in a folder; empty without any."""
     found = {}
     with contextlib.suppress(OSError, ValueError):
         for entry in path.iterdir() if path.is_dir() else [path]:
             with contextlib.suppress(OSError):
-                found[str(entry)] = _stamp(entry.stat())
+                found[str(entry)] = _fingerprint(entry.stat())
     return found
 
 
 def versions(folder: Folder, names: Iterable[str]) -> dict[str, object]:
-    """What changes when files of a remote store do, as far as the store tells.
+    """What changes when files of a remote store do, as far as the store shows.
 
     Raises:
         StorageError: It failed.
@@ -61,7 +61,7 @@ def versions(folder: Folder, names: Iterable[str]) -> dict[str, object]:
     return {str(folder / name): folder.version(name) for name in names}
 
 
-def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
+def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Fingerprint]]:
     pending = [prefix]
     while pending:
         below = pending.pop()
@@ -77,7 +77,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
                         raise UnsafeFileError(
                             Path(entry.path), f"is larger than {limit // _KIB} KiB"
                         )
-                    yield name, _stamp(status)
+                    yield name, _fingerprint(status)
                 elif not stat.S_ISDIR(status.st_mode):
                     raise UnsafeFileError(Path(entry.path), "is a FIFO, device or socket")
                 elif not linked:
@@ -86,7 +86,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, Stamp]]:
                     raise UnsafeFileError(Path(entry.path), "is a link to a folder outside")
 
 
-def _stamp(status: os.stat_result) -> Stamp:
+def _fingerprint(status: os.stat_result) -> Fingerprint:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 

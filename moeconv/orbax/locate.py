@@ -9,9 +9,9 @@ fine-tunes, `model_params`, beside items of the optimizer and of gradients; Orba
 or `pytree`.
 
 A step is complete once its commit marker is there. On a local disk Orbax renames a finished step
-into place, so its name alone tells, and before its v1 it left no marker there; elsewhere the time
-of the commit is recorded before the marker is (orbax-checkpoint `path/atomicity.py`). So a copy of
-a finished save may lack the marker; whether it is whole, its arrays tell (`Step.uncommitted`).
+into place, so its name shows it, and before its v1 it left no marker there; elsewhere the time of
+the commit is recorded before the marker is (orbax-checkpoint `path/atomicity.py`). So a copy of a
+finished save may lack the marker; whether it is whole, its arrays show (`Step.uncommitted`).
 """
 
 import itertools
@@ -49,11 +49,11 @@ class Step:
     Attributes:
         items: Folder that holds `_METADATA`.
         folder: Folder of the step, which may be the same.
-        number: Training step, None when the path does not tell.
+        number: Training step, None when the path does not name it.
         custom_metadata: What MaxText recorded beside it (`scan_layers`).
-        beside: Folders where the run's sidecar may lie, nearest first.
+        beside: Folders where the run's sidecar may be, nearest first.
         skipped: Newer steps passed over because their save is unfinished.
-        dated: Whether it has the step metadata that Orbax writes since 0.5.11 of May 2024, so that
+        dated: True if it has the step metadata that Orbax writes since 0.5.11 of May 2024, so that
             no older MaxText saved it.
         handler: Orbax's name of what wrote its items, as far as it is recorded.
         uncommitted: Why it counts as finished only if its arrays are whole; None if it does anyway.
@@ -216,7 +216,7 @@ def _steps(names: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Commit:
-    """Whether a save is complete: why not, or why that is in doubt; and whether it is dated."""
+    """How complete a save is: why not, or why that is in doubt; and whether it is dated."""
 
     unfinished: str | None = None
     uncommitted: str | None = None
@@ -268,7 +268,7 @@ def _step(item: Folder, step: Folder | None = None, skipped: tuple[str, ...] = (
     content = _json(step, raw) if raw is not None else {}
     custom = content.get("custom_metadata")
     beside, number = [step], None
-    # Above any other folder there may lie a sidecar of something else.
+    # Above any other folder there may be a sidecar of something else.
     if _STEP.match(step.name):
         number = int(step.name)
         beside.append(step.parent)

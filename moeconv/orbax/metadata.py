@@ -30,7 +30,7 @@ class Tree:
         model: The arrays of the model, no two of one name.
         superseded: Arrays of `params.params` that another collection has as well; MaxText takes
             that one's (common/checkpointing.py `load_params_from_path`).
-        use_ocdbt: Leaves lie in one OCDBT store instead of a folder each.
+        use_ocdbt: Leaves are stored in one OCDBT store instead of a folder each.
         use_zarr3: zarr v3, else v2.
         zeros_stored: Chunks of zeros are written too, so that an absent chunk is a damaged one.
     """
@@ -55,7 +55,7 @@ class Tree:
 
     @property
     def is_train_state(self) -> bool:
-        """Whether optimizer state lies beside the parameters."""
+        """Returns True if optimizer state is stored with the parameters."""
         return any(leaf[0] in ("opt_state", "optimizer") for leaf in self.leaves)
 
     @property
@@ -104,7 +104,7 @@ def read_tree(items: Folder) -> Tree:
     twice = [name for name, n in Counter(".".join(leaf) for leaf in leaves).items() if n > 1]
     if twice:
         raise NotACheckpointError(
-            f"{items}/_METADATA names {twice[0]} twice, so which array it is cannot be told"
+            f"{items}/_METADATA names {twice[0]} twice, so it is unclear which array it is"
         )
     use_ocdbt = content.get("use_ocdbt")
     if use_ocdbt is None:
@@ -134,16 +134,16 @@ def _model(
 ) -> tuple[tuple[Leaf, ...], tuple[Leaf, ...]]:
     """The arrays of the model; leaves that may belong to it are never passed over."""
     found: dict[KeyPath, list[Leaf]] = {}
-    strangers = []
+    others = []
     for stored in leaves:
         if is_of_training(stored):
             continue
         if (leaf := leaf_of(stored, root)) is None:
-            strangers.append(".".join(stored))
+            others.append(".".join(stored))
         else:
             found.setdefault(leaf.path, []).append(leaf)
-    if strangers:
-        raise outside(items, root, strangers)
+    if others:
+        raise outside(items, root, others)
     superseded = []
     for same in found.values():
         own = [leaf for leaf in same if leaf.collection == PARAMS]
@@ -153,8 +153,8 @@ def _model(
         elif len(same) > 1:
             names = " and ".join(leaf.stored_name for leaf in same)
             raise NotACheckpointError(
-                f"{items}/_METADATA names one parameter as {names}, so which array it is cannot be "
-                "told"
+                f"{items}/_METADATA names one parameter as {names}, so it is unclear which array "
+                "it is"
             )
     return tuple(same[0] for same in found.values()), tuple(superseded)
 
@@ -179,7 +179,7 @@ def _key(key: Any) -> str:
 
 
 def _is_empty(value: dict[str, Any]) -> bool:
-    """Whether an entry is an empty container (a `None`, a `{}`), which has no array.
+    """Returns True if an entry is an empty container (a `None`, a `{}`), which has no array.
 
     The parameters-only checkpoints of MaxText 0.1.0 have `opt_state: {}` this way.
     """

@@ -1,6 +1,6 @@
 """Paths that may be local or remote: one small interface over tensorstore's key-value stores.
 
-A remote store is given up after a silence, never after a total: whoever sends bytes is waited for.
+A remote store is given up after a silence, never after a total: one that sends bytes is waited for.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ CURL_LIMITS = {
     "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "10",
     "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "256",
 }
-# tensorstore's own are 32 attempts over a quarter of an hour, also where nobody listens.
+# tensorstore's own are 32 attempts over a quarter of an hour, also where no server listens.
 _RETRIES = {"max_retries": 6, "initial_delay": "500ms", "max_delay": "8s"}
 # While the first files are asked for nothing is lost by giving up; seconds between attempts.
 _FIRST_DELAYS = (0.3, 1.0)
@@ -68,7 +68,7 @@ def _first() -> ts.Context:
     return _context({"max_retries": 0, "initial_delay": "1s", "max_delay": "1s"})
 
 
-_LONGEST = 500  # characters of somebody else's message, which may quote all of a file
+_LONGEST = 500  # characters of a foreign message, which may quote all of a file
 # The largest metadata that runs write have some MB; parsed they take up to twenty times as much.
 LIMIT = 32 * 2**20
 
@@ -154,7 +154,7 @@ class Folder:
         """The folder without links on the way from its root.
 
         Raises:
-            NotACheckpointError: It lies outside.
+            NotACheckpointError: It is outside.
         """
         if self.local is None or self.root in (None, self.local):
             return self
@@ -178,7 +178,7 @@ class Folder:
 
         Raises:
             NotACheckpointError: It is larger than `limit`; or it is on this machine and cannot be
-                read, lies outside of the root or is no regular file.
+                read, is outside of the root or is no regular file.
             StorageError: The store does not answer, or not with it (`DeniedError`).
         """
         if ".." in PurePosixPath(name).parts or name.startswith("/"):
@@ -198,7 +198,7 @@ class Folder:
             raise NotACheckpointError(f"cannot read {self / name}: {reason(error)}") from None
 
     def has(self, name: str) -> bool:
-        """Whether there is a file of this name.
+        """Returns True if there is a file of this name.
 
         Raises:
             NotACheckpointError: As `read`.
@@ -253,7 +253,7 @@ class Folder:
             ) from None
 
     def exists(self) -> bool:
-        """Whether a local folder is there; remote ones are found out by reading."""
+        """Returns True if a local folder is there; remote ones are found out by reading."""
         return self.local is None or self.local.is_dir()
 
     def _ask(self, name: str, question: Any) -> Any:
@@ -275,7 +275,7 @@ class Folder:
 
 
 def is_silence(error: BaseException) -> bool:
-    """Whether an attempt ended because the store said nothing for too long."""
+    """Returns True if an attempt ended because the store said nothing for too long."""
     return "Timeout was reached" in str(error)
 
 

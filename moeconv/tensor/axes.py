@@ -78,7 +78,7 @@ class Rearrangement:
 
     @property
     def is_identity(self) -> bool:
-        """Whether memory order is unchanged (fusing and splitting alone move nothing)."""
+        """Returns True if memory order is unchanged (fusing and splitting alone move nothing)."""
         return flatten(self.left) == flatten(self.right)
 
     @property

@@ -96,7 +96,7 @@ class Form:
     # --- boxes ----------------------------------------------------------------------------------
 
     def ranges(self, held: Ranges) -> dict[str, Range]:
-        """Where a box of the array lies in the tensor; an axis that is split is held whole.
+        """Where a box of the array belongs in the tensor; an axis that is split is held whole.
 
         Args:
             held: Ranges on the array's axes.
@@ -139,7 +139,7 @@ class Form:
         return math.prod(self.piece_shape(ranges)) * self.dtype.itemsize
 
     def is_contiguous(self, ranges: Ranges) -> bool:
-        """True if a piece lies in the tensor without gaps: whole on every axis behind `lead`."""
+        """True if a piece has no gaps in the tensor: whole on every axis behind `lead`."""
         behind = self.target_axes[self.target_axes.index(self.lead) + 1 :] if self.lead else ()
         shape = dict(zip(self.target_axes, self.piece_shape(ranges), strict=True))
         full = dict(zip(self.target_axes, self.target_shape, strict=True))

@@ -54,7 +54,7 @@ class ArrayInfo:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of the part of one chunk that lies in the array."""
+        """Bytes of the part of one chunk that is inside the array."""
         return math.prod(self.chunk) * self.itemsize
 
     @property

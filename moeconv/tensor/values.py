@@ -1,7 +1,7 @@
 """What is done to the values of a tensor, each op with its way back and its own verdict.
 
 A value op is the only part of a mapping that may round. It rounds once, and knows how far that
-moves a value, how to go back, and whether a value that somebody else wrote is the right one. A new
+moves a value, how to go back, and whether a value that is already written is the right one. A new
 op is one class here; nothing outside asks which op it has.
 """
 
@@ -204,10 +204,10 @@ class Affine:
         exact = self._exact(source)
         # The rounding of this very sum, and product, in float64. Two numbers of 24 bits, as all
         # dtypes have at most, make an exact product.
-        slack = np.abs(exact) * 2.0**-52
+        tolerance = np.abs(exact) * 2.0**-52
         if np.float32(self.fold.factor) != self.fold.factor:
-            slack += np.abs(source.astype(np.float64) * self.fold.factor) * 2.0**-52
-        return _not_rounded(exact, slack, target, self.target)
+            tolerance += np.abs(source.astype(np.float64) * self.fold.factor) * 2.0**-52
+        return _not_rounded(exact, tolerance, target, self.target)
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """Moved by `noise` units in the last place of the target, and taken back."""
@@ -222,14 +222,14 @@ def _cast(values: Array, dtype: str) -> Array:
         return values.astype(DTYPES[dtype])
 
 
-def _not_rounded(exact: Array, slack: Array | float, target: Array, dtype: str) -> Array:
-    """Where a value is not `exact` (float64, itself off by up to `slack`) to the nearest, once."""
+def _not_rounded(exact: Array, tolerance: Array | float, target: Array, dtype: str) -> Array:
+    """Where a value is not `exact` (float64, within `tolerance`) rounded to the nearest, once."""
     half = 0.5 * ulp(exact, dtype)
     got = target.astype(np.float64)
     apart = np.abs(got - exact)
     odd = (bits(target) & 1).astype(bool).reshape(target.shape)
     # A value half way between two numbers goes to the even one.
-    wrong = ~(apart <= half + slack) | (odd & (apart >= half) & (slack < half))
+    wrong = ~(apart <= half + tolerance) | (odd & (apart >= half) & (tolerance < half))
     return np.asarray(wrong | (np.signbit(got) != np.signbit(exact)))  # -0.0 is not 0.0
 
 

@@ -111,8 +111,8 @@ def worst(checks: Iterable[Check]) -> Status:
     return max((c.status for c in checks), key=_RANK.__getitem__, default=Status.SKIP)
 
 
-def worse(one: Status, other: Status) -> Status:
-    """The worse of two verdicts."""
+def more_severe(one: Status, other: Status) -> Status:
+    """The more severe of two verdicts."""
     return max(one, other, key=_RANK.__getitem__)
 
 

@@ -9,8 +9,8 @@ import synthetic
 import yaml
 from cli_runner import moeconv
 
+from moeconv.arch.config_sources import CHANGED, known_keys, maxtext_defaults
 from moeconv.arch.keys import keys
-from moeconv.arch.told import CHANGED, known_keys, maxtext_defaults
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError
 from moeconv.maxtext.checkpoint import open_checkpoint

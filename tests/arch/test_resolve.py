@@ -7,13 +7,13 @@ import pytest
 import synthetic
 
 from moeconv.arch import detection as layouts
+from moeconv.arch.config_sources import ResolvedConfig, from_flags, from_mapping, maxtext_defaults
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.keys import function_keys
 from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import DENSE, MOE
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED
-from moeconv.arch.told import ToldConfig, from_flags, from_mapping, maxtext_defaults
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
 from moeconv.families import blocks
 from moeconv.maxtext import checkpoint as source
@@ -42,7 +42,7 @@ HERE = Provenance(Origin.CONFIG, "run.yml")
 def told(*flags, **config):
     base = {"decoder_block": "envy", "num_experts_per_tok": 2}
     where = Provenance(Origin.CONFIG, "run.yml")
-    return ToldConfig(from_mapping(base | config, where), from_flags(flags))
+    return ResolvedConfig(from_mapping(base | config, where), from_flags(flags))
 
 
 def test_shapes_tell_the_sizes():
@@ -184,7 +184,7 @@ def test_yarn_is_refused_where_the_targets_do_not_know_it():
 
 
 def test_untold_fields_are_all_named_with_the_three_ways():
-    resolution = resolve(detect_layout(shapes()), ToldConfig(from_flags([])))
+    resolution = resolve(detect_layout(shapes()), ResolvedConfig(from_flags([])))
     with pytest.raises(ConfigError) as caught:
         resolution.model()
     text = str(caught.value)
@@ -295,7 +295,7 @@ def test_a_setting_that_shows_in_the_parameters_is_told_by_them(block, key):
     base = {"decoder_block": block, "num_experts_per_tok": 2}
 
     def resolved(**config):
-        return resolve(layout, ToldConfig(from_mapping(base | config, HERE))).model()
+        return resolve(layout, ResolvedConfig(from_mapping(base | config, HERE))).model()
 
     assert resolved() == resolved(**{key: True})
     with pytest.raises(

@@ -11,12 +11,12 @@ import pytest
 import synthetic
 
 from moeconv.arch.blocks import Block
+from moeconv.arch.config_sources import ResolvedConfig
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import DENSE, EMBEDDING, FINAL_NORM, OUTPUT_HEAD, LayerKind, Parameter
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED, SCANNED, UNSCANNED, Module, Segment, Stacking
-from moeconv.arch.told import ToldConfig
 from moeconv.families._shared import ATTENTION_PARAMETERS, MLP_PARAMETERS
 
 TREES = json.loads((Path(__file__).parents[1] / "fixtures" / "maxtext_trees.json").read_text())
@@ -180,6 +180,6 @@ def test_a_model_with_a_nested_stack_is_described() -> None:
     made = build_layout(block, block.stackings[0], [DENSE] * 9, sizes, blocks=[(4, 2), (1, 1)])
     found = detect_layout({array.path: array.shape for array in made.arrays}, [block])
     assert found == made
-    known = resolve(found, ToldConfig()).known
+    known = resolve(found, ResolvedConfig()).known
     assert (known["hidden_size"], known["intermediate_size"]) == (sizes["D"], sizes["F"])
     assert len(known["layer_kinds"]) == 9

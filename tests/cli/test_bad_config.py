@@ -108,7 +108,7 @@ def test_untold_fields(checkpoint):
         assert key in sentence
     ran = moeconv("inspect", checkpoint.run)
     assert ran.code == 0
-    assert "nobody told them" in ran.out
+    assert "no config gives them" in ran.out
     missing = json.loads(moeconv("inspect", checkpoint.run, "--json").out)["missing"]
     assert {"decoder_block", "num_experts_per_tok", "rope_max_timescale"} <= set(missing)
 

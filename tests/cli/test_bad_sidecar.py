@@ -126,7 +126,7 @@ def test_metrics_that_cannot_be_read(checkpoint, monkeypatch):
     unreadable(monkeypatch, path)
     ran = convert(checkpoint)
     assert ran.code == 0
-    assert f"warning: cannot read {path}: Permission denied; the manifest tells no losses" in (
+    assert f"warning: cannot read {path}: Permission denied; the manifest has no losses" in (
         ran.err
     )
 

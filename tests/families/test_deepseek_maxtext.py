@@ -6,11 +6,11 @@ import pytest
 from helpers import assert_same_model, config_file, run
 from maxtext_lab import DEEPSEEK_V3
 
+from moeconv.arch.config_sources import tell
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import LayerKind
 from moeconv.arch.resolve import resolve
-from moeconv.arch.told import tell
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.families import blocks, target_for
 from moeconv.mapping.rules import Options

@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 
+from moeconv.arch.config_sources import tell
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import build_layout
 from moeconv.arch.resolve import resolve
-from moeconv.arch.told import tell
 from moeconv.families import blocks, target_for
 from moeconv.hf.config import model_config
 from moeconv.mapping.rules import Options

@@ -8,6 +8,7 @@ import synthetic
 from inputs_lab import converted
 
 from moeconv.arch import detection as layouts
+from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import MOE, Parameter
 from moeconv.arch.stacks import SCANNED, UNSCANNED
 from moeconv.errors import ConfigError, TensorError, UnsupportedError
@@ -23,7 +24,7 @@ PATH = ("decoder", "layers", *BIAS.name.split("."))
 
 def made(*, experts=8, layers=4, aside=(), scan_axis=1, stacking=SCANNED):
     shape = [(1, layers)] if stacking.scanned else [(layers, 1)]
-    return layouts.build_layout(
+    return build_layout(
         BLOCK, stacking, [MOE] * layers, {**SIZES, "E": experts},
         blocks=shape, aside=aside, scan_axis=scan_axis,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import yaml
 from inputs_lab import converted, warnings
 
 from moeconv.arch.config_file import load_config_file
-from moeconv.arch.told import from_config_file
+from moeconv.arch.config_sources import from_config_file
 from moeconv.errors import ConfigError
 from moeconv.maxtext.checkpoint import open_checkpoint
 

@@ -7,12 +7,12 @@ import numpy as np
 import synthetic
 from hypothesis import strategies as st
 
+from moeconv.arch.config_sources import ResolvedConfig, from_flags, from_mapping
 from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED
-from moeconv.arch.told import ToldConfig, from_flags, from_mapping
 from moeconv.families import blocks
 from moeconv.tensor.dtypes import DTYPES
 
@@ -103,7 +103,9 @@ def samples(
         [page],
         scan_axis=axis if scanned else None,
     )
-    config = ToldConfig(from_mapping(told, Provenance(Origin.CONFIG, "sample.yml")), from_flags([]))
+    config = ResolvedConfig(
+        from_mapping(told, Provenance(Origin.CONFIG, "sample.yml")), from_flags([])
+    )
     return Sample(
         arrays,
         layout,

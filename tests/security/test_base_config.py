@@ -2,7 +2,7 @@
 
 import pytest
 
-from moeconv.arch.told import load_config_file
+from moeconv.arch.config_sources import load_config_file
 from moeconv.errors import ConfigError
 
 

@@ -35,7 +35,7 @@ def test_metrics(checkpoint):
     record, warnings = read_run(locate(str(checkpoint.run)), None)
     assert record is None
     [warning] = warnings
-    assert "metrics.jsonl: is larger than 64 MiB; the manifest tells no losses" in warning
+    assert "metrics.jsonl: is larger than 64 MiB; the manifest has no losses" in warning
 
 
 def test_a_tokenizer_as_a_whole(tmp_path):

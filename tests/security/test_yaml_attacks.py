@@ -101,7 +101,7 @@ def test_maxtexts_own_files_are_read(run):
     import importlib.util
     from pathlib import Path
 
-    from moeconv.arch.told import load_config_file
+    from moeconv.arch.config_sources import load_config_file
 
     spec = importlib.util.find_spec("maxtext")
     assert spec is not None and spec.submodule_search_locations

@@ -6,9 +6,9 @@ length of the context. Where the run's config is there, they are compared and no
 
 from typing import Any
 
+from moeconv.arch.config_sources import TOKEN_IDS
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import FIELDS, YARN
-from moeconv.arch.told import TOKEN_IDS
 from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Check, CheckFactory, Status
 from moeconv.verification.models.reference import ReferenceConfig

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moeconv.tensor.axes import Array
-from moeconv.verification.checks import Check, CheckFactory, Status, worse
+from moeconv.verification.checks import Check, CheckFactory, Status, more_severe
 from moeconv.verification.measure.limits import HIDDEN, ROUTER
 
 # The parts of a layer, as attributes of `LayerTrace`.
@@ -68,7 +68,7 @@ class Place:
         limit = ROUTER if part == "router" else HIDDEN
         here, grown = measure(reference, local, masks[0]), measure(reference, own, None)
         rounding = measure(reference, rounded, masks[1]) if rounded is not None else None
-        status = worse(
+        status = more_severe(
             limit.grade(here.largest, rounding.largest if rounding is not None else 0.0),
             limit.grade(here.rms, rounding.rms if rounding is not None else 0.0),
         )
@@ -92,7 +92,7 @@ def hidden_check(of: CheckFactory, places: Sequence[Place], reference: str) -> C
     """
     status = Status.PASS
     for place in places:
-        status = worse(status, place.status)
+        status = more_severe(status, place.status)
     layers = 1 + max((p.layer for p in places if p.layer is not None), default=-1)
     metrics = {"places": [asdict(place) for place in places]}
     if status is Status.PASS:

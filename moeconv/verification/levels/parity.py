@@ -7,7 +7,7 @@ from typing import Any, overload
 import numpy as np
 
 from moeconv.tensor.axes import Array
-from moeconv.verification.checks import Check, CheckFactory, Status, worse
+from moeconv.verification.checks import Check, CheckFactory, Status, more_severe
 from moeconv.verification.measure.limits import KL, LOGITS
 from moeconv.verification.measure.metrics import Positions
 from moeconv.verification.measure.routing import Choice, Routing, compare_routing, status_of
@@ -98,10 +98,10 @@ def _parity(of: CheckFactory, parity: Parity, reference: str) -> Check:
     for limit, value, allowed in zip(
         (KL, KL, LOGITS), _graded(strict, largest), _graded(by_rounding, largest), strict=True
     ):
-        status = worse(status, limit.grade(value, allowed))
+        status = more_severe(status, limit.grade(value, allowed))
     share = float(settled.mean())
     if share < 0.5:
-        status = worse(status, Status.WARN)
+        status = more_severe(status, Status.WARN)
     if found.lost:  # also where a near-tie flipped
         status = Status.FAIL
     first = parity.routing.first_wrong

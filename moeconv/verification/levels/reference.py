@@ -77,7 +77,7 @@ class Reference:
             name: The model's name.
         """
         independent = self.config is None or self.config.independent
-        accepted = () if self.config is None else self.config.told.accepted
+        accepted = () if self.config is None else self.config.resolved.accepted
         summary = f"{name}, by {self.origin}"
         if not independent:
             summary += (

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moeconv.tensor.axes import Array
-from moeconv.verification.checks import Status, worse
+from moeconv.verification.checks import Status, more_severe
 from moeconv.verification.measure.limits import ROUTER
 from moeconv.verification.measure.metrics import demand_finite
 
@@ -143,7 +143,9 @@ def compare_routing(
         elif (moved := baseline.get(layer)) is None:
             status = ROUTER.grade(difference)
         else:
-            status = worse(ROUTER.grade(difference, moved.difference), ROUTER.grade(rms, moved.rms))
+            status = more_severe(
+                ROUTER.grade(difference, moved.difference), ROUTER.grade(rms, moved.rms)
+            )
         found.append(
             LayerRouting(
                 layer=layer,
@@ -164,5 +166,5 @@ def status_of(routing: Routing) -> Status:
     """The worst of all layers."""
     status = Status.PASS
     for one in routing.layers:
-        status = worse(status, one.status)
+        status = more_severe(status, one.status)
     return status

@@ -1,7 +1,7 @@
 """The MaxText config that the reference is built from: the run's own where there is one.
 
-It is resolved by the functions that convert uses (`arch.told.tell`, `arch.resolve`), and MaxText is
-given the outcome: a YAML has one meaning.
+It is resolved by the functions that convert uses (`arch.config_sources`, `arch.resolve`), and
+MaxText is given the outcome: a YAML has one meaning.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.arch.blocks import Block, settings_of
+from moeconv.arch.config_sources import (
+    CHANGED,
+    SCALED_KEYS,
+    ConfigEntry,
+    ResolvedConfig,
+    known_keys,
+    resolve_config,
+)
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
-from moeconv.arch.told import CHANGED, SCALED_KEYS, Told, ToldConfig, known_keys, tell
 from moeconv.maxtext.checkpoint import find_sidecar
 from moeconv.maxtext.run_config import run_config
 from moeconv.orbax.locate import Step
@@ -32,7 +39,7 @@ class ReferenceConfig:
         layout: How the checkpoint stores it.
         step: The checkpoint.
         content: The run's config as it is written; None where only the manifest describes the run.
-        told: The same with MaxText's defaults.
+        resolved: The same with MaxText's defaults.
         origin: For people.
     """
 
@@ -40,7 +47,7 @@ class ReferenceConfig:
     layout: Layout
     step: Step
     content: Mapping[str, Any] | None
-    told: ToldConfig
+    resolved: ResolvedConfig
     origin: str
 
     @property
@@ -59,7 +66,7 @@ class ReferenceConfig:
         The reference has the manifest's values there.
         """
         keys = {"decoder_block", *(CHANGED if not self.step.dated else ())}
-        return {_NAMES[k]: self.told[k].value for k in keys if self.told[k].is_default}
+        return {_NAMES[k]: self.resolved[k].value for k in keys if self.resolved[k].is_default}
 
     @cached_property
     def resolution(self) -> Resolution:
@@ -69,12 +76,12 @@ class ReferenceConfig:
             MoeconvError: The config is not of this checkpoint's model.
         """
         own = {
-            key: Told(getattr(self.model, name), self.told[key].provenance)
+            key: ConfigEntry(getattr(self.model, name), self.resolved[key].provenance)
             for key, name in _NAMES.items()
             if name in self.unsaid
         }
-        told = ToldConfig(self.told, own)
-        return resolve(self.layout, told, scan_layers=self.step.scan_layers)
+        resolved = ResolvedConfig(self.resolved, own)
+        return resolve(self.layout, resolved, scan_layers=self.step.scan_layers)
 
     @cached_property
     def keys(self) -> Mapping[str, Any]:
@@ -87,9 +94,14 @@ class ReferenceConfig:
             return {**_sizes(self.model, self.layout), **_semantics(self.model, self.layout.block)}
         decided = known_keys() | SCALED_KEYS.keys()
         others = {key: value for key, value in self.content.items() if key not in decided}
-        told = {key: one.value for key, one in self.told.items() if key not in SCALED_KEYS}
+        decisive = {key: one.value for key, one in self.resolved.items() if key not in SCALED_KEYS}
         run = self.resolution.model()
-        return {**others, **told, **_sizes(run, self.layout), **_semantics(run, self.layout.block)}
+        return {
+            **others,
+            **decisive,
+            **_sizes(run, self.layout),
+            **_semantics(run, self.layout.block),
+        }
 
 
 def reference_config(
@@ -121,8 +133,8 @@ def reference_config(
         origin = f"the run's sidecar in {sidecar.folder}"
     else:
         origin = "the description in the output's manifest"
-    told = tell(content, provenance, (), accepted)
-    return ReferenceConfig(model, layout, step, content, told, origin)
+    resolved = resolve_config(content, provenance, (), accepted)
+    return ReferenceConfig(model, layout, step, content, resolved, origin)
 
 
 def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:

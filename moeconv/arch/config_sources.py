@@ -1,4 +1,4 @@
-"""What the user and the run told about a model: config file, sidecar and flags, in one mapping.
+"""The sources of a model's config: config file, sidecar and flags, resolved to one mapping.
 
 Keys are MaxText's own (`rope_max_timescale`, `num_experts_per_tok`, …) plus the three token ids.
 Flags win over a config file; a config file replaces the run's sidecar. Keys that a config file
@@ -49,7 +49,7 @@ SCALED_KEYS = {
 
 
 # Defaults of base.yml that once were others: the value, and until when. A checkpoint of that time
-# can be read as well, and the shapes do not tell (AI-Hypercomputer/maxtext#414, the only one whose
+# can be read as well, and shapes do not show it (AI-Hypercomputer/maxtext#414, the only one whose
 # value decides a conversion; between 0.1.0 and 0.2.5 tools/maxtext_defaults.py finds none).
 CHANGED: Mapping[str, tuple[Any, str]] = {
     "normalization_layer_epsilon": (1e-6, "February 2024"),
@@ -57,43 +57,43 @@ CHANGED: Mapping[str, tuple[Any, str]] = {
 
 
 @dataclass(frozen=True)
-class Told:
-    """One value, who told it, and whether it was said explicitly or is a default."""
+class ConfigEntry:
+    """One value of a config and its source."""
 
     value: Any
     provenance: Provenance
 
     @property
     def explicit(self) -> bool:
-        """Whether somebody wrote it down for this run, so that it may contradict the shapes."""
+        """Returns True if it was written for this run, so that it may contradict the shapes."""
         return self.provenance.origin not in (Origin.DEFAULT, Origin.MODEL)
 
     @property
     def is_default(self) -> bool:
-        """Whether MaxText's base.yml says it, and nobody else."""
+        """Returns True if only MaxText's base.yml gives it."""
         return self.provenance.origin is Origin.DEFAULT
 
 
-class ToldConfig(Mapping[str, Told]):
-    """Everything told, by MaxText key; later layers win.
+class ResolvedConfig(Mapping[str, ConfigEntry]):
+    """A config of all sources, by MaxText key; later layers win.
 
     Attributes:
         ignored: What flags said that decides nothing.
-        accepted: Settings of the config that nobody knows, which the user says decide nothing.
+        accepted: Unknown settings of the config, which the user says decide nothing.
     """
 
     def __init__(
         self,
-        *layers: Mapping[str, Told],
+        *layers: Mapping[str, ConfigEntry],
         ignored: Sequence[str] = (),
         accepted: Sequence[str] = (),
     ) -> None:
-        self._values: dict[str, Told] = {}
+        self._values: dict[str, ConfigEntry] = {}
         for layer in layers:
             self._values.update(layer)
         self.ignored, self.accepted = tuple(ignored), tuple(accepted)
 
-    def __getitem__(self, key: str) -> Told:
+    def __getitem__(self, key: str) -> ConfigEntry:
         return self._values[key]
 
     def __iter__(self) -> Iterator[str]:
@@ -102,10 +102,10 @@ class ToldConfig(Mapping[str, Told]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def without(self, of: Callable[[str], bool]) -> "ToldConfig":
+    def without(self, of: Callable[[str], bool]) -> "ResolvedConfig":
         """All but the keys of which this is true."""
-        kept = {key: told for key, told in self._values.items() if not of(key)}
-        return ToldConfig(kept, ignored=self.ignored, accepted=self.accepted)
+        kept = {key: entry for key, entry in self._values.items() if not of(key)}
+        return ResolvedConfig(kept, ignored=self.ignored, accepted=self.accepted)
 
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, or `default`."""
@@ -120,7 +120,7 @@ def maxtext_defaults() -> dict[str, Any]:
     return data
 
 
-def from_flags(sets: Sequence[str]) -> ToldConfig:
+def from_flags(sets: Sequence[str]) -> ResolvedConfig:
     """Reads `--set key=value`; values are YAML scalars, as on MaxText's command line.
 
     One may be a whole command line of MaxText. Settings that decide nothing of a conversion are
@@ -131,7 +131,7 @@ def from_flags(sets: Sequence[str]) -> ToldConfig:
         ConfigError: A pair without `=`, an unreadable value, a setting that MaxText has not, or a
             model that MaxText does not ship.
     """
-    told: dict[str, Told] = {}
+    entries: dict[str, ConfigEntry] = {}
     ignored: list[str] = []
     for pair in (pair for text in sets for pair in _pairs(text, ignored)):
         key, _, text = pair.partition("=")
@@ -151,10 +151,10 @@ def from_flags(sets: Sequence[str]) -> ToldConfig:
             raise ConfigError(
                 f"--set {key}: {short(repr(text))} is not a YAML value ({error})"
             ) from None
-        told[key] = Told(value, Provenance(Origin.FLAG, f"--set {short(pair)}"))
-    if "model_name" in told:
-        told = {**_defaults(), **_model(told["model_name"].value, "--set"), **told}
-    return ToldConfig(told, ignored=ignored)
+        entries[key] = ConfigEntry(value, Provenance(Origin.FLAG, f"--set {short(pair)}"))
+    if "model_name" in entries:
+        entries = {**_defaults(), **_model(entries["model_name"].value, "--set"), **entries}
+    return ResolvedConfig(entries, ignored=ignored)
 
 
 def _pairs(text: str, ignored: list[str]) -> list[str]:
@@ -191,13 +191,13 @@ def _pairs(text: str, ignored: list[str]) -> list[str]:
     return [text]
 
 
-def tell(
+def resolve_config(
     content: Mapping[str, Any] | None,
     provenance: Provenance,
     sets: Sequence[str],
     accept: Collection[str] = (),
-) -> ToldConfig:
-    """All that was told: a config as MaxText would resolve it, and flags over it.
+) -> ResolvedConfig:
+    """A config as MaxText would resolve it, with flags over it.
 
     Args:
         content: A YAML's or a sidecar's config; None where there is none.
@@ -214,9 +214,9 @@ def tell(
     if "model_name" in flags:
         named = {**content, "model_name": flags["model_name"].value}
         content = replace(content, settings=named) if isinstance(content, ConfigFile) else named
-    explicit = {key: told for key, told in flags.items() if told.explicit}
+    explicit = {key: entry for key, entry in flags.items() if entry.explicit}
     accepted = sorted(set(accept) & content.keys() - keys().keys())
-    return ToldConfig(
+    return ResolvedConfig(
         from_mapping(content, provenance, accept),
         explicit,
         ignored=flags.ignored,
@@ -254,7 +254,7 @@ def check_spelling(content: Mapping[Any, Any], where: str, accept: Collection[st
             )
 
 
-def from_config_file(path: Path) -> dict[str, Told]:
+def from_config_file(path: Path) -> dict[str, ConfigEntry]:
     """Reads any MaxText YAML: a run's own (`base_config` is followed), or a resolved config.
 
     Raises:
@@ -266,7 +266,7 @@ def from_config_file(path: Path) -> dict[str, Told]:
 
 def from_mapping(
     content: Mapping[str, Any], provenance: Provenance, accept: Collection[str] = ()
-) -> dict[str, Told]:
+) -> dict[str, ConfigEntry]:
     """Puts a config over MaxText's defaults, and the model file it names over both.
 
     Of a part of a resolved config, such as a log that is cut, nothing is filled in.
@@ -280,17 +280,17 @@ def from_mapping(
             names a model that MaxText does not ship.
     """
     check_spelling(content, provenance.detail, accept)
-    if strange := unknown_keys({str(key) for key in content} - set(TOKEN_IDS), accept):
-        listed = ", ".join(short(key) for key in strange[:20])
+    if unknown := unknown_keys({str(key) for key in content} - set(TOKEN_IDS), accept):
+        listed = ", ".join(short(key) for key in unknown[:20])
         raise ConfigError(
             f"{provenance.detail}: moeconv does not know {listed}"
-            f"{f' and {len(strange) - 20} more' if len(strange) > 20 else ''}, of a newer MaxText "
-            "or a fork, and cannot tell whether that changes the model; for each that does not, "
+            f"{f' and {len(unknown) - 20} more' if len(unknown) > 20 else ''}, of a newer MaxText "
+            "or a fork, and cannot say whether that changes the model; for each that does not, "
             "pass --accept-key KEY"
         )
     where = content.where if isinstance(content, ConfigFile) else {}
     said = {
-        str(key): Told(
+        str(key): ConfigEntry(
             _plain(value), Provenance(provenance.origin, where.get(key, provenance.detail))
         )
         for key, value in content.items()
@@ -310,15 +310,15 @@ def from_mapping(
     return _defaults() | said | _model(content.get("model_name"), provenance.detail)
 
 
-def _defaults() -> dict[str, Told]:
+def _defaults() -> dict[str, ConfigEntry]:
     """MaxText's own."""
     defaults = maxtext_defaults()
     versions = defaults["maxtext_versions"]
     where = Provenance(Origin.DEFAULT, f"base.yml, {versions[0]} to {versions[-1]}")
-    return {key: Told(value, where) for key, value in defaults["base"].items()}
+    return {key: ConfigEntry(value, where) for key, value in defaults["base"].items()}
 
 
-def _model(name: Any, where: str) -> dict[str, Told]:
+def _model(name: Any, where: str) -> dict[str, ConfigEntry]:
     """What the file of a model says; nothing for the default one.
 
     Raises:
@@ -335,7 +335,7 @@ def _model(name: Any, where: str) -> dict[str, Told]:
             "config instead"
         )
     provenance = Provenance(Origin.MODEL, f"configs/models/{name}.yml")
-    return {key: Told(value, provenance) for key, value in models[name].items()}
+    return {key: ConfigEntry(value, provenance) for key, value in models[name].items()}
 
 
 def _plain(value: Any) -> Any:

@@ -7,19 +7,19 @@ import pytest
 import yaml
 from moeconv_train import recipe
 
-from moeconv.arch import told as told_module
-from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.fields import TOLD_KEYS
-from moeconv.arch.keys import function_keys, keys
-from moeconv.arch.told import (
-    ToldConfig,
+from moeconv.arch import config_sources
+from moeconv.arch.config_sources import (
+    ResolvedConfig,
     from_config_file,
     from_flags,
     from_mapping,
     known_keys,
     maxtext_defaults,
-    tell,
+    resolve_config,
 )
+from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.fields import TOLD_KEYS
+from moeconv.arch.keys import function_keys, keys
 from moeconv.errors import ConfigError
 
 HERE = Provenance(Origin.CONFIG, "here")
@@ -164,7 +164,7 @@ def test_enums_of_a_logged_config_are_understood():
 
 
 def test_flags_win():
-    told = ToldConfig(
+    told = ResolvedConfig(
         from_mapping({"rope_max_timescale": 1}, HERE), from_flags(["rope_max_timescale=2e5"])
     )
     assert told.value("rope_max_timescale") == 2e5
@@ -224,8 +224,8 @@ def test_a_model_name_makes_the_rest_maxtexts_defaults():
 @pytest.mark.parametrize("key", ["quantum_attention", "mesh_of_2031"])
 def test_a_setting_that_nobody_knows_is_refused_until_it_is_accepted(key):
     with pytest.raises(ConfigError, match=f"here: moeconv does not know {key}, .*--accept-key"):
-        tell({key: 1, "decoder_block": "mixtral"}, HERE, ())
-    told = tell({key: 1, "decoder_block": "mixtral"}, HERE, (), accept=[key, "steps"])
+        resolve_config({key: 1, "decoder_block": "mixtral"}, HERE, ())
+    told = resolve_config({key: 1, "decoder_block": "mixtral"}, HERE, (), accept=[key, "steps"])
     assert told.accepted == (key,)
     assert key not in told
 
@@ -254,15 +254,17 @@ def test_a_key_that_resembles_another_can_be_accepted():
     with pytest.raises(
         ConfigError, match=r"did you mean use_qk_norm\? .*--accept-key use_qk_norms"
     ):
-        tell({"use_qk_norms": False}, HERE, ())
-    assert tell({"use_qk_norms": False}, HERE, (), ["use_qk_norms"]).accepted == ("use_qk_norms",)
+        resolve_config({"use_qk_norms": False}, HERE, ())
+    assert resolve_config({"use_qk_norms": False}, HERE, (), ["use_qk_norms"]).accepted == (
+        "use_qk_norms",
+    )
 
 
 def test_a_neutral_value_is_neutral_as_it_is_read():
     """A resolved config has the word none, which MaxText and we read as nothing."""
     for name, key in function_keys().items():
         for value in key.neutral:
-            assert key.is_neutral(told_module._plain(value)), name
+            assert key.is_neutral(config_sources._plain(value)), name
 
 
 @pytest.mark.parametrize(
