@@ -117,12 +117,11 @@ def command(
         ckpt, out = None, ckpt
     if (ckpt is None and plan_file is None) or (out is None and not dry_run):
         raise click.UsageError("give CKPT and OUT, or --plan FILE and OUT", ctx)
-    if ckpt is not None:
-        tell_of_store(output, ckpt)
     planned: Plan | None = None
     if plan_file is not None:
         planned = with_limits(load_plan(plan_file), _of_the_machine(ctx, options))
         options = {}
+    tell_of_store(output, ckpt or (planned.source.path if planned is not None else ""))
     place = None if out is None else LocalPath().convert(out, None, ctx)
     if place is not None:
         resolve_out(place)  # before minutes of work

@@ -36,8 +36,7 @@ def small_files(plan: Plan, tokenizer: TokenizerFiles | None) -> dict[str, bytes
 
 def _index(plan: Plan) -> dict[str, Any] | None:
     """Content of model.safetensors.index.json; None when one file holds everything."""
-    files, places = plan.output.files, plan.output.places
-    if len(files) == 1:
+    if len(plan.output.sizes) == 1:
         return None
     return {
         "metadata": {
@@ -45,7 +44,7 @@ def _index(plan: Plan) -> dict[str, Any] | None:
             "total_parameters": sum(math.prod(edge.shape) for edge in plan.edges.values()),
             "total_size": plan.target_bytes,
         },
-        "weight_map": {name: files[places[name].file].name for name in sorted(places)},
+        "weight_map": {name: plan.output.place(name)["file"] for name in sorted(plan.edges)},
     }
 
 
@@ -59,8 +58,8 @@ def make_manifest(plan: Plan, result: Result, files: Mapping[str, bytes]) -> Man
     """
     source, model = plan.source, plan.model
     records = {
-        file.name: FileRecord(size=file.layout.size, sha256=result.files[file.name])
-        for file in plan.output.files
+        name: FileRecord(size=size, sha256=result.files[name])
+        for name, size in plan.output.sizes.items()
     }
     records |= {
         name: FileRecord(size=len(raw), sha256=hashlib.sha256(raw).hexdigest())

@@ -27,6 +27,7 @@ from moeconv.maxtext.checkpoint import (
 )
 from moeconv.maxtext.run_record import RunRecord, read_run
 from moeconv.orbax.inventory import fingerprints
+from moeconv.planning.output import safetensors_output
 from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
 from moeconv.sizes import HUB_FILE_LIMIT, format_size
 from moeconv.tensor.dtypes import DTYPES
@@ -148,6 +149,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         dtype=dtype,
         edges=edges,
         source=_planned_source(checkpoint),
+        lay_out=safetensors_output,
         max_shard_bytes=options.max_shard_bytes,
         warnings=tuple(warnings),
         dropped=checkpoint.dropped,

@@ -3,11 +3,10 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
-from moeconv.hf.safetensors import payload
 from moeconv.planning.slabs import slabs
 from moeconv.planning.units import Unit
 from moeconv.tensor.axes import Array
-from moeconv.tensor.stored import Reader
+from moeconv.tensor.stored import Reader, payload
 
 Part = tuple[slice, ...]
 Position = tuple[int, ...]

@@ -11,12 +11,11 @@ from moeconv.execution.finite import check_finite, check_overflow, nonfinite_mes
 from moeconv.execution.journal import Done
 from moeconv.execution.sink import Sink
 from moeconv.execution.spill import Spill
-from moeconv.hf.safetensors import payload
 from moeconv.planning.plan import Plan
 from moeconv.planning.units import Route, Slot, Unit, blocks, pieces, source_box
 from moeconv.tensor.axes import Array
 from moeconv.tensor.form import Ranges
-from moeconv.tensor.stored import Reader, Source
+from moeconv.tensor.stored import Reader, Source, payload
 
 Progress = Callable[[int, int], None]
 
@@ -96,10 +95,12 @@ class Mover:
 
     def count(self, unit: Unit) -> None:
         """Counts a unit that an earlier process has moved."""
-        routes = self._plan.routes[unit.array.name]
+        routes, written = self._plan.routes[unit.array.name], 0
         for number, ranges in pieces(unit, routes):
-            self._written(routes[number], routes[number].form.piece_bytes(ranges))
-        self._progress(unit.nbytes, 0)
+            size = routes[number].form.piece_bytes(ranges)
+            self._written(routes[number], size)
+            written += size * len(routes[number].edges)
+        self._progress(unit.nbytes, written)
 
     def _look(self, unit: Unit, position: Position, part: tuple[slice, ...], data: Array) -> bool:
         """Looks at each part of a unit while it is hashed; False stops the hashing."""

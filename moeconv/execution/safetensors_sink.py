@@ -12,11 +12,11 @@ from pathlib import Path
 from moeconv.errors import OutputError
 from moeconv.execution.own_files import open_own, write_all
 from moeconv.execution.threads import Thread
-from moeconv.hf.safetensors import payload
 from moeconv.planning.output import SafetensorsOutput
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array
 from moeconv.tensor.form import Form, Ranges
+from moeconv.tensor.stored import payload
 
 _HASH_BLOCK = 1 << 20
 _HASHERS = 2  # files hashed at the same moment

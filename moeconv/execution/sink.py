@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moeconv.execution.safetensors_sink import SafetensorsSink
-from moeconv.planning.output import SafetensorsOutput
+from moeconv.planning.output import Output, SafetensorsOutput
 from moeconv.tensor.axes import Array
 from moeconv.tensor.form import Form, Ranges
 
@@ -61,7 +61,7 @@ class Sink(Protocol):
         """Stops hashing and closes the files."""
 
 
-def open_sink(output: SafetensorsOutput, folder: Path, *, keep: bool) -> Sink:
+def open_sink(output: Output, folder: Path, *, keep: bool) -> Sink:
     """The sink of an output.
 
     Args:
@@ -72,4 +72,6 @@ def open_sink(output: SafetensorsOutput, folder: Path, *, keep: bool) -> Sink:
     Raises:
         OutputError: The disk has no room, or a file to reopen is not there as it was left.
     """
-    return SafetensorsSink(folder, output, keep=keep)
+    if isinstance(output, SafetensorsOutput):
+        return SafetensorsSink(folder, output, keep=keep)
+    raise TypeError(f"no sink writes an output of kind {output.kind}")

@@ -17,11 +17,11 @@ import numpy as np
 
 from moeconv.errors import OutputError
 from moeconv.execution.own_files import open_own, write_all
-from moeconv.hf.safetensors import payload
 from moeconv.planning.units import Assembly, Route, Slot, Unit, pieces, stretches
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array
 from moeconv.tensor.form import Form, Range
+from moeconv.tensor.stored import payload
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,8 @@ class Staging:
             return
         if not is_replaceable(self.out):
             raise OutputError(
-                f"OUT {self.out} is not empty and holds no model, or a folder beside one, so not "
-                "even --overwrite replaces it; choose another directory"
+                f"OUT {self.out} is not empty and holds no model, or a run or a folder beside one, "
+                "so not even --overwrite replaces it; choose another directory"
             )
         if not self._overwrite:
             raise OutputError(

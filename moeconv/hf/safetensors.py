@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeconv.errors import TensorError
-from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.untrusted.strict_json import loads
 
@@ -112,14 +111,3 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TensorError(f"{path} is not a whole safetensors file: {error}") from None
     return found
-
-
-def payload(array: Array) -> memoryview:
-    """The bytes of an array as they go to the file: C order, or an error.
-
-    Raises:
-        ValueError: The array is not C-contiguous; its memory order is not its logical order.
-    """
-    if not array.flags.c_contiguous:
-        raise ValueError("only C-contiguous arrays have their logical order in memory")
-    return memoryview(array.reshape(-1).view("u1"))

@@ -6,7 +6,7 @@ how large it is; `execution` opens the sink that belongs to it.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from moeconv.hf.safetensors import FileLayout, TensorSpec, lay_out
 from moeconv.mapping.edges import Edge
@@ -28,8 +28,15 @@ class Output(Protocol):
     def identity(self) -> Any:
         """Everything that decides its bytes, JSON-able."""
 
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Bytes of each file that holds values, by name."""
+
     def takes(self, form: Form, ranges: Ranges) -> bool:
         """True if a piece of a target can be written as it comes."""
+
+    def place(self, target: str) -> Mapping[str, Any]:
+        """Where a target is stored, for plan.json."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +68,17 @@ class SafetensorsOutput:
 
     files: tuple[PlannedFile, ...]
     places: Mapping[str, Place]
-    kind: Literal["huggingface"] = "huggingface"
+    kind: str = "huggingface"
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files, headers included."""
-        return sum(file.layout.size for file in self.files)
+        return sum(self.sizes.values())
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, header included, by name."""
+        return {file.name: file.layout.size for file in self.files}
 
     @property
     def identity(self) -> list[list[str]]:
@@ -76,6 +88,11 @@ class SafetensorsOutput:
     def takes(self, form: Form, ranges: Ranges) -> bool:
         """True if the piece is one run of bytes: short runs of many layers would be slow."""
         return form.is_contiguous(ranges)
+
+    def place(self, target: str) -> dict[str, Any]:
+        """The file of a tensor, and the byte at which it begins."""
+        place = self.places[target]
+        return {"file": self.files[place.file].name, "offset": place.offset}
 
 
 def safetensors_output(

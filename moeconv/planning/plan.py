@@ -9,11 +9,11 @@ MaxText's.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from moeconv import __version__
 from moeconv.arch.description import ModelDescription
@@ -23,7 +23,7 @@ from moeconv.mapping.edges import Edge
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.run_record import RunRecord
 from moeconv.planning.estimate import Estimate
-from moeconv.planning.output import SafetensorsOutput, model_order, safetensors_output
+from moeconv.planning.output import Output, model_order
 from moeconv.planning.shown import plan_parts
 from moeconv.planning.units import (
     Assembly,
@@ -39,13 +39,16 @@ from moeconv.tensor.stored import ArrayInfo
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+# Given every target, their names in the order in which they are made, and the largest file.
+LayOut = Callable[[Mapping[str, Edge], Sequence[str], int], Output]
+
 
 @dataclass(frozen=True)
 class PlannedSource:
     """What is read: which model, and how it is stored.
 
     Attributes:
-        kind: As manifests name it.
+        kind: As manifests name it: `maxtext`.
         path: Where it is: a path, or an address.
         step: Of the run, where there is one.
         format: How its files are written, for people.
@@ -58,7 +61,7 @@ class PlannedSource:
         collections: The collection of each array, by name, which its key path does not give.
     """
 
-    kind: Literal["maxtext"]
+    kind: str
     path: str
     step: int | None
     format: str
@@ -139,7 +142,7 @@ class Plan(Printable):
     dtype: str | None
     max_shard_bytes: int
     edges: Mapping[str, Edge]
-    output: SafetensorsOutput
+    output: Output
     routes: Mapping[str, tuple[Route, ...]]
     units: tuple[Unit, ...]
     assemblies: tuple[Assembly, ...]
@@ -239,6 +242,7 @@ def build_plan(
     edges: Sequence[Edge],
     source: PlannedSource,
     max_shard_bytes: int,
+    lay_out: LayOut,
     **attributes: Any,
 ) -> Plan:
     """Makes the plan: units of work, the order of tensors, files and places.
@@ -251,6 +255,7 @@ def build_plan(
         edges: Every target array, from `mapping.edges.expand`.
         source: As the attributes of `Plan`.
         max_shard_bytes: As there.
+        lay_out: Makes the output, such as `safetensors_output`.
         attributes: The attributes of `Plan` that say nothing of its tensors.
     """
     routes = routes_of(edges)
@@ -264,7 +269,7 @@ def build_plan(
             model_order(by_name[n]),
         ),
     )
-    output = safetensors_output(by_name, made, max_shard_bytes)
+    output = lay_out(by_name, made, max_shard_bytes)
     return Plan(
         model=model,
         target=target,

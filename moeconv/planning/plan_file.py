@@ -9,9 +9,9 @@ import hashlib
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeconv import __version__
 from moeconv.arch.description import Origin, Provenance
@@ -23,12 +23,18 @@ from moeconv.mapping.edges import expand
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.run_record import RunRecord
 from moeconv.planning.model_values import model_of
+from moeconv.planning.output import safetensors_output
 from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
 from moeconv.tensor.stored import ArrayInfo
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import read_regular
 
+# What makes an output of a kind.
+_LAY_OUT = {"huggingface": safetensors_output}
 _LIMIT = 2**30  # a plan of a trillion parameters has some 50 MB
+
+
+_Size = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 class _Frozen(BaseModel):
@@ -37,11 +43,11 @@ class _Frozen(BaseModel):
 
 class _Array(_Frozen):
     path: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[_Size, ...]
     dtype: str
-    chunk: tuple[int, ...]
+    chunk: tuple[_Size, ...]
     codec: str
-    decoded_bytes: int
+    decoded_bytes: _Size
 
 
 class _Source(_Frozen):
@@ -86,8 +92,8 @@ class _Request(_Frozen):
     tokenizer: _Tokenizer | None
     run: RunRecord | None
     accepted_keys: list[str]
-    jobs: PositiveInt
-    max_memory: PositiveInt
+    jobs: _Size
+    max_memory: _Size
 
 
 class _PlanFile(BaseModel):
@@ -95,7 +101,8 @@ class _PlanFile(BaseModel):
 
     format: Literal["moeconv plan"]
     version: Literal[1]
-    moeconv_version: str
+    moeconv_version: str = Field(pattern=r"^[0-9A-Za-z.+-]{1,40}$")
+    output: Literal["huggingface"]
     digest: str
     request: _Request
     request_sha256: str
@@ -127,6 +134,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "format": "moeconv plan",
         "version": 1,
         "moeconv_version": __version__,
+        "output": plan.output.kind,
         **_outcome(plan),
         "request": (asked := request.model_dump(mode="json")),
         "request_sha256": _sha256(asked),
@@ -149,13 +157,12 @@ def _outcome(plan: Plan) -> dict[str, Any]:
                 "ops": edge.steps(),
                 "summary": edge.describe(),
                 "error_bound": edge.bound(),
-                "file": output.files[output.places[name].file].name,
-                "offset": output.places[name].offset,
+                **output.place(name),
                 "bytes": edge.nbytes,
             }
             for name, edge in plan.edges.items()
         ],
-        "files": [{"name": f.name, "bytes": f.layout.size} for f in output.files],
+        "files": [{"name": name, "bytes": size} for name, size in output.sizes.items()],
         "read_bytes": estimate.read_bytes,
         "write_bytes": estimate.write_bytes,
         "scratch_bytes": estimate.scratch_bytes,
@@ -195,8 +202,11 @@ def load_plan(path: Path) -> Plan:
         ConfigError: It is no plan, another moeconv's, or it was changed.
     """
     try:
-        file = _PlanFile.model_validate(strict_json.loads(read_regular(path, limit=_LIMIT)))
-        return _plan_of(file, path)
+        content = strict_json.loads(read_regular(path, limit=_LIMIT), unique=True)
+        plan = _plan_of(_PlanFile.model_validate(content), path)
+        if content != strict_json.loads(strict_json.dumps(to_json(plan))):
+            raise _changed(path)  # what people read of it, say
+        return plan
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValidationError as error:
@@ -209,11 +219,15 @@ def load_plan(path: Path) -> Plan:
         raise ConfigError(f"{path} is no plan that moeconv wrote; make it again") from None
 
 
+def _changed(path: Path, version: str = __version__) -> ConfigError:
+    made = f"it was made by moeconv {version}, and this is {__version__}"
+    because = made if version != __version__ else "it was changed"
+    return ConfigError(f"{path} is not what this moeconv would plan: {because}; make it again")
+
+
 def _plan_of(file: _PlanFile, path: Path) -> Plan:
     request, tokenizer = file.request, file.request.tokenizer
-    made = f"it was made by moeconv {file.moeconv_version}, and this is {__version__}"
-    because = made if file.moeconv_version != __version__ else "it was changed"
-    stale = ConfigError(f"{path} is not what this moeconv would plan: {because}; make it again")
+    stale = _changed(path, file.moeconv_version)
     model = model_of({name: one.value for name, one in request.model.items()})
     sources = {name: Provenance(*one.source) for name, one in request.model.items() if one.source}
     arrays = [ArrayInfo(**vars(array)) for array in request.source.arrays]
@@ -238,6 +252,7 @@ def _plan_of(file: _PlanFile, path: Path) -> Plan:
                 options=options,
             ),
             source=source,
+            lay_out=_LAY_OUT[file.output],
             max_shard_bytes=request.max_shard_bytes,
             warnings=tuple(request.warnings),
             dropped=request.dropped,

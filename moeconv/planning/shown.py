@@ -31,8 +31,8 @@ def plan_parts(plan: "Plan") -> "Iterator[RenderableType]":
     yield f"{plan.page.architecture}, {len(plan.edges)} tensors"
     yield table
     yield ""
-    for file in plan.output.files:
-        yield f"{file.name}  {format_size(file.layout.size)}"
+    for name, size in plan.output.sizes.items():
+        yield f"{name}  {format_size(size)}"
     estimate = plan.estimate
     scratch = f" (scratch {format_size(estimate.scratch_bytes)})" if estimate.scratch_bytes else ""
     yield (

@@ -95,3 +95,14 @@ class Source(Protocol):
 
     def reader(self, name: str, chunks: int = 1) -> Reader:
         """Opens an array, to keep so many decoded chunks of it."""
+
+
+def payload(array: Array) -> memoryview:
+    """The bytes of an array as they are stored: C order, or an error.
+
+    Raises:
+        ValueError: The array is not C-contiguous; its memory order is not its logical order.
+    """
+    if not array.flags.c_contiguous:
+        raise ValueError("only C-contiguous arrays have their logical order in memory")
+    return memoryview(array.reshape(-1).view("u1"))

@@ -10,7 +10,7 @@ from maxtext_lab import ENVY, TIED
 from safetensors import safe_open
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-from moeconv.hf.safetensors import payload
+from moeconv.tensor.stored import payload
 
 
 def test_the_writer_of_these_tests_writes_what_maxtext_writes(maxtext_lab, tmp_path):

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from moeconv.hf.safetensors import TensorSpec, lay_out, payload
+from moeconv.hf.safetensors import TensorSpec, lay_out
 from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.stored import payload
 
 
 @st.composite

@@ -1,5 +1,6 @@
 """A plan as a file: another process reads it back, and carries out the same, or nothing."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from engine_lab import contents
 import moeconv as api
 from moeconv.errors import ConfigError, NotACheckpointError, TensorError, TokenizerError, UsageError
 from moeconv.planning.plan_file import load_plan
+from moeconv.untrusted import strict_json
 
 DIRECTORY = Path(__file__).parents[2] / "train" / "corpus" / "tokenizer"
 
@@ -114,14 +116,28 @@ CHANGES = {
     "a version": lambda plan: plan.update(version=2),
     "numbers as text": lambda plan: plan["request"].update(jobs="many"),
     "no request": lambda plan: plan.pop("request"),
-    "a huge array": lambda plan: plan["request"]["source"]["arrays"][0].update(chunk=[0, 0, 0]),
+    "a huge array": lambda plan: plan["request"]["source"]["arrays"][0].update(
+        decoded_bytes=10**400
+    ),
+    "no chunks": lambda plan: plan["request"]["source"]["arrays"][0].update(chunk=[0]),
+    "what is read of it": lambda plan: plan["tensors"].pop(),
+    "its costs": lambda plan: plan.update(write_bytes=0),
+    "a sentence": lambda plan: plan["warnings"].append("all is well"),
+    "something beside": lambda plan: plan.update(note="x"),
+    "a version of two lines": lambda plan: plan.update(moeconv_version="1\nerror: x"),
 }
 
 
+@pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_plan_is_refused(planned, tmp_path, change):
+def test_a_changed_plan_is_refused(planned, tmp_path, change, signed):
     content = json.loads((tmp_path / "plan.json").read_text())
     CHANGES[change](content)
+    if signed and "request" in content:  # by somebody who knows how
+        raw = strict_json.dumps(content["request"])
+        content["request_sha256"] = hashlib.sha256(raw).hexdigest()
+    if signed and change in ("an accepted key", "a warning"):
+        return  # what decides no byte of a tensor is for who has the file to say
     (tmp_path / "plan.json").write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"plan\.json is .*make it again"):
         load_plan(tmp_path / "plan.json")
