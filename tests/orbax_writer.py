@@ -1,7 +1,7 @@
 """Checkpoints in Orbax's layout, written with tensorstore: any shapes, any chunks, in milliseconds.
 
 For properties that need arbitrary chunking, and for damage. What MaxText itself writes is in
-`maxtext_lab`; `conversion/test_written.py` holds the two against each other.
+`maxtext_lab`; `execution/test_written.py` holds the two against each other.
 """
 
 import json

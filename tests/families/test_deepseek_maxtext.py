@@ -6,7 +6,7 @@ import pytest
 from helpers import assert_same_model, config_file, run
 from maxtext_lab import DEEPSEEK_V3
 
-from moeconv.arch.config_sources import tell
+from moeconv.arch.config_sources import resolve_config
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import LayerKind
@@ -75,7 +75,7 @@ def test_a_released_config_is_the_published_one(name):
     way = next(way for way in block.stackings if way.scanned)
     shape = [(1, dense), (1, layers - dense)]
     layout = build_layout(block, way, kinds, {**HEADS, **sizes}, blocks=shape)
-    told = tell({"model_name": name}, Provenance(Origin.CONFIG, "released.yml"), ())
+    told = resolve_config({"model_name": name}, Provenance(Origin.CONFIG, "released.yml"), ())
     model = resolve(layout, told).model()
     ours = {key.key: key.value(model, Options()) for key in target_for(model).config}
     published = getattr(hf_model_configs, name.replace("-", "_") + "_dict")

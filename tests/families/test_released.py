@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from moeconv.arch.config_sources import tell
+from moeconv.arch.config_sources import resolve_config
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import build_layout
 from moeconv.arch.resolve import resolve
@@ -44,7 +44,7 @@ def theirs(name):
 
 def ours(name):
     """The config.json of a checkpoint with the shapes that the model's file asks for."""
-    told = tell({"model_name": name}, Provenance(Origin.CONFIG, "run.yml"), ())
+    told = resolve_config({"model_name": name}, Provenance(Origin.CONFIG, "run.yml"), ())
     value = {key: one.value for key, one in told.items()}
     block = blocks()[value["decoder_block"]]
     heads, kv, width = (value[f"base_{k}"] for k in ("num_query_heads", "num_kv_heads", "emb_dim"))

@@ -65,7 +65,7 @@ def test_a_dry_run_without_a_token_tells_what_it_can(hub, push, monkeypatch):
     told = json.loads(ran.out)
     assert told["account"] is None and told["card_checked"] is True
     assert set(actions(ran).values()) == {"add"}
-    assert "without a token" in told["repository"]
+    assert "needs a token" in told["repository"]
     assert hub.store.repos == {}
     ran = push()
     assert ran.code == HubError.exit_code

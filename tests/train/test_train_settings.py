@@ -64,7 +64,7 @@ def test_words_may_come_in_any_order():
     found = recipe.read(["steps=2", "tiny_cpu", "run.epochs=3", "run_name=a=b"])
     assert found.name == "tiny_cpu"
     assert found.given == {"steps": "2", "run_name": "a=b"}
-    assert found.run.epochs == 3 and found.resolved == {"epochs"}
+    assert found.run.epochs == 3 and found.told == {"epochs"}
 
 
 @pytest.mark.parametrize(
