@@ -19,6 +19,8 @@ from moeconv.untrusted.files import is_file, open_inside, open_regular, read_ins
 _LOGGED = re.compile(rb"^(?!\s*#).*?\bConfig param ([A-Za-z_]\w{0,99}): (.*)$", re.ASCII)
 _MARK = b"Config param "
 _LONGEST_LINE = 64 * 1024
+# MaxText logs its settings before the first step (configs/pyconfig.py): what follows is not read.
+_READ = 2**28
 _LONGEST_NUMBER = 100
 _MOST_KEYS = 5000
 # Settings of every release, first and last of the sorted list among them, and how many a resolved
@@ -99,9 +101,9 @@ def _read_log(path: Path, folder: Path | None = None) -> ConfigFile | None:
         else open_inside(folder, path.relative_to(folder).as_posix())
     )
     with opened as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE):
-            number += line.endswith(b"\n")
+        number = read = 0
+        while read < _READ and (line := file.readline(_LONGEST_LINE)):
+            number, read = number + line.endswith(b"\n"), read + len(line)
             if _MARK not in line or not (match := _LOGGED.match(line.rstrip(b"\r\n"))):
                 continue
             key = match[1].decode()

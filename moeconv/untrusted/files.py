@@ -123,8 +123,11 @@ def read_inside(folder: Path, name: str, *, links: bool = True, limit: int = REA
 
 def read_whole(file: BinaryIO, path: Path, *, limit: int = READ_LIMIT) -> bytes:
     """What is left of an open file; UnsafeFileError where that is too much."""
-    content = file.read(limit + 1)
-    if len(content) > limit:
+    # Not `limit` at once, which would be reserved for the smallest file.
+    content = b"" if (size := os.fstat(file.fileno()).st_size) > limit else file.read(size + 1)
+    while size <= limit and len(content) <= limit and (more := file.read(2**20)):
+        content += more
+    if size > limit or len(content) > limit:
         raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
     return content
 

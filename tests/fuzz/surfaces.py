@@ -95,7 +95,7 @@ KNOWN = {
     "older/checkpoints/0/items/*gate*/.zarray": [("inspect older", (Kind("huge"),), 3)],
     "out/generation_config.json": [
         ("structure", (Kind("huge"),), 1),
-        ("weights", (Kind("huge"),), 0),
+        ("weights", (Kind("huge"),), 1),
     ],
     "out/model-00001-of-00002.safetensors": [("push anyway", (Kind("huge"),), 6)],
     "run/tokenizer/tokenizer.json": [

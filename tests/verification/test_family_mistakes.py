@@ -182,7 +182,7 @@ def each_page():
         yield pytest.param(name, marks=marks)
 
 
-@pytest.mark.parametrize("name", each_page())
+@pytest.mark.parametrize("name", list(each_page()))
 def test_a_mistaken_page_is_found_by_running_it(maxtext_lab, tmp_path, monkeypatch, name):
     family, mistaken, place = PAGES[name]
     monkeypatch.setitem(targets(), family, mistaken(targets()[family]))
