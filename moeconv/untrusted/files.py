@@ -123,13 +123,14 @@ def read_inside(folder: Path, name: str, *, links: bool = True, limit: int = REA
 
 def read_whole(file: BinaryIO, path: Path, *, limit: int = READ_LIMIT) -> bytes:
     """What is left of an open file; UnsafeFileError where that is too much."""
-    # Not `limit` at once, which would be reserved for the smallest file.
-    content = b"" if (size := os.fstat(file.fileno()).st_size) > limit else file.read(size + 1)
-    while size <= limit and len(content) <= limit and (more := file.read(2**20)):
-        content += more
-    if size > limit or len(content) > limit:
-        raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
-    return content
+    size = os.fstat(file.fileno()).st_size
+    if size <= limit:
+        content = file.read(size + 1)  # not `limit`, which would be reserved for the smallest file
+        while len(content) <= limit and (more := file.read(2**20)):  # it has grown
+            content += more
+        if len(content) <= limit:
+            return content
+    raise UnsafeFileError(path, f"is larger than {limit // 2**20} MiB")
 
 
 def inside(folder: Path, name: str) -> Path:
