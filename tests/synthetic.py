@@ -137,7 +137,8 @@ def write(
     if block in ONE_WIDTH:
         sizes["S"] = sizes["M"]
     layout = layout_of(block, layers=sizes["L"], tied=tied, scanned=scanned, sizes=sizes)
-    axes = {array.name: "".join(array.axes) for array in layout.arrays}
+    apart = {array.name: array.axes for array in layout.arrays}
+    axes = {name: "".join(each) for name, each in apart.items()}
     arrays = {}
     for name, shape in ((array.name, array.shape) for array in layout.arrays):
         # Of its own, so that no other array changes these values.
@@ -148,10 +149,10 @@ def write(
     change(arrays)
     chunks = {
         tuple(name.split(".")): tuple(
-            -(-n // (split or {}).get(a, 1)) for a, n in zip(axes[name], value.shape, strict=False)
+            -(-n // (split or {}).get(a, 1)) for a, n in zip(apart[name], value.shape, strict=False)
         )
         for name, value in arrays.items()
-        if name in axes and len(axes[name]) == value.ndim
+        if name in apart and len(apart[name]) == value.ndim
     }
     step_dir = orbax_writer.write(
         run / "checkpoints" / str(step),
