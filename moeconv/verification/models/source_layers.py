@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.errors import OutputError, TensorError
+from moeconv.errors import OutputError, TensorError, UnsupportedError
 from moeconv.orbax.arrays import Arrays
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array
@@ -44,7 +44,16 @@ class LayerReader:
             layout: Where it keeps its layers.
             scratch: Folder below which a scratch folder is made; the system's own by default.
             progress: Called with bytes of the checkpoint that were laid out.
+
+        Raises:
+            UnsupportedError: A parameter is stored quantised: a layer is run on numbers.
         """
+        for info in arrays.info.values():
+            if info.dtype not in DTYPES:
+                raise UnsupportedError(
+                    f"parameter {info.name} is stored as {info.dtype}, on which level layers runs "
+                    "nothing; give --level weights"
+                )
         self._arrays = arrays
         self._held = layout.places
         self._scratch = scratch
