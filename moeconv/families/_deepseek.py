@@ -205,11 +205,17 @@ def refusal(model: ModelDescription) -> str | None:
 
 def caveats(model: ModelDescription, options: Options) -> list[str]:
     """What is said of a model on either target."""
+    lines, given = [], vars(model)
+    if given["v_head_dim"] != given["qk_nope_head_dim"] + given["qk_rope_head_dim"]:
+        lines.append(
+            "mistral.rs fails on a CPU where the values' heads are not as wide as the keys'"
+        )
     if model.settings["n_routing_groups"] == -1 or routes_as_v3(model):
-        return []
+        return lines
     return [
+        *lines,
         f"n_routing_groups={model.settings['n_routing_groups']} has no effect: MaxText chooses "
-        f"groups of experts only where model_name begins with {', '.join(NAMES)}"
+        f"groups of experts only where model_name begins with {', '.join(NAMES)}",
     ]
 
 
@@ -242,7 +248,9 @@ def _rope(model: ModelDescription) -> dict[str, Any]:
 
 
 def _rope_scaling(model: ModelDescription) -> dict[str, Any]:
-    return {key: value for key, value in _rope(model).items() if key != "rope_theta"}
+    """With the type under its old name too, by which alone mistral.rs finds it."""
+    rope = {key: value for key, value in _rope(model).items() if key != "rope_theta"}
+    return {**rope, "type": rope["rope_type"]}
 
 
 _OTHERWISE = frozenset({"head_dim", "rope_scaling", "rope_parameters"})
