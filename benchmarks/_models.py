@@ -1,7 +1,7 @@
 """The models that are measured, and small ones that test the bench itself."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 REFERENCE: Mapping[str, Any] = {
@@ -65,6 +65,15 @@ class Model:
         """The same in a fraction of a second, to test the bench itself."""
         overrides = {**self.overrides, **TINY}
         return Model(f"{self.title}, tiny", overrides, self.full_state, self.exporter)
+
+    def with_experts(self, count: int) -> "Model":
+        """With so many of its experts only."""
+        title = f"{self.title}, {count} of its {self.overrides['num_experts']} experts"
+        return replace(self, title=title, overrides={**self.overrides, "num_experts": count})
+
+    def is_of(self, whole: "Model") -> bool:
+        """True if it is that model, with all or some of its experts."""
+        return self.title.startswith(whole.title)
 
     def layers(self, count: int) -> "Model":
         return Model(f"{count} layers", {**self.overrides, "base_num_decoder_layers": count})

@@ -1,6 +1,7 @@
 """`moeconv verify`: level weights against the read floor; time and memory of logits and layers.
 
-    python benchmarks/verify.py [--quick] [--large [NAME]] [--repeat 3] [--work DIR] [--json FILE]
+    python benchmarks/verify.py [--quick] [--large [NAME] [--experts N]] [--repeat 3] [--work DIR]
+        [--json FILE]
 
 `--large` measures level layers on one layer of a large model's size instead: Mixtral 8x7B's takes
 16 GB, Qwen3-235B-A22B's and DeepSeek-V3's are computed in groups of experts. What is measured and
@@ -98,7 +99,7 @@ def models(bench: Verifying, chosen: Sequence[tuple[str, Checkpoint, Path]]) -> 
         )
         if level == "logits":
             goals.append(Goal("level logits, seconds", found["seconds"], 180))
-        elif most := next((gb for one, gb in LAYERS.values() if one == made.model), None):
+        elif most := next((gb for one, gb in LAYERS.values() if made.model.is_of(one)), None):
             goals.append(Goal(f"{made.model.title}, GB in all", found["whole"] / GB, most))
         else:
             goals.append(Goal("level layers, GB beyond imports", found["rss"] / GB, 2.0))
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument(
         "--large", nargs="?", const="all", choices=[*LAYERS, "all"], help="layers of large models"
     )
+    parser.add_argument("--experts", type=int, metavar="N", help="only so many of a large layer")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds (default 3)")
     parser.add_argument("--work", type=Path, default=Path("bench-out"), metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, as JSON")
@@ -142,7 +144,10 @@ def main() -> None:
     ]
     if told.large:
         named = LAYERS if told.large == "all" else [told.large]
-        cases = [(LAYERS[name][0], ["layers"], ["--dtype", "bfloat16"]) for name in named]
+        chosen = [LAYERS[name][0] for name in named]
+        if told.experts:
+            chosen = [model.with_experts(told.experts) for model in chosen]
+        cases = [(model, ["layers"], ["--dtype", "bfloat16"]) for model in chosen]
     for model, levels, options in cases:
         say(f"\n## {model.title}\n")
         if told.large:

@@ -205,11 +205,11 @@ def refusal(model: ModelDescription) -> str | None:
 
 def caveats(model: ModelDescription, options: Options) -> list[str]:
     """What is said of a model on either target."""
-    lines, given = [], vars(model)
-    if given["v_head_dim"] != given["qk_nope_head_dim"] + given["qk_rope_head_dim"]:
-        lines.append(
-            "mistral.rs fails on a CPU where the values' heads are not as wide as the keys'"
-        )
+    # Transformers 5 would take it over into `rope_parameters`, beside `rope_type`.
+    lines = [
+        "mistral.rs refuses a DeepSeek whose rope_scaling has no key `type`, the old name of "
+        "rope_type"
+    ]
     if model.settings["n_routing_groups"] == -1 or routes_as_v3(model):
         return lines
     return [
@@ -248,9 +248,7 @@ def _rope(model: ModelDescription) -> dict[str, Any]:
 
 
 def _rope_scaling(model: ModelDescription) -> dict[str, Any]:
-    """With the type under its old name too, by which alone mistral.rs finds it."""
-    rope = {key: value for key, value in _rope(model).items() if key != "rope_theta"}
-    return {**rope, "type": rope["rope_type"]}
+    return {key: value for key, value in _rope(model).items() if key != "rope_theta"}
 
 
 _OTHERWISE = frozenset({"head_dim", "rope_scaling", "rope_parameters"})

@@ -95,9 +95,12 @@ REFUSED = {
     ("mistral.rs", "mixtral-head-dim-24"): "shape mismatch for model.layers.0.self_attn",
     ("mlx-lm", "gpt_oss"): "parameters not in model: \nmodel.layers.0.mlp.experts.down_proj",
     ("mistral.rs", "gpt_oss"): "cannot find tensor model.layers.0.mlp.experts.gate_proj.weight",
-    ("mistral.rs", "deepseek_v2"): "shape mismatch in matmul",
-    ("mistral.rs", "deepseek_v3"): "shape mismatch in matmul",
-    ("mistral.rs", "deepseek_v3-without-groups"): "shape mismatch in matmul",
+    ("mistral.rs", "deepseek_v2"): "any variant of untagged enum DeepSeekV2RopeScaling",
+    ("mistral.rs", "deepseek_v3"): "any variant of untagged enum DeepSeekV2RopeScaling",
+    (
+        "mistral.rs",
+        "deepseek_v3-without-groups",
+    ): "any variant of untagged enum DeepSeekV2RopeScaling",
     ("mlx-lm", "llama4"): "parameters not in model",
     ("mistral.rs", "llama4"): "model class `Llama4ForCausalLM`",
 }

@@ -268,18 +268,16 @@ class HfLayers:
         wanted = type(feed_forward(whole, probe))
         probe.alone(config, number, router_of(whole, probe) is not None)
         prefix = f"{probe.layers}.{number}."
-        stored = self._stored.readers(
-            {
-                name: f"{probe.layers}.0." + name.removeprefix(prefix)
-                for name in self._stored
-                if name.startswith(prefix)
-            }
-        )
+        names = {
+            name: f"{probe.layers}.0." + name.removeprefix(prefix)
+            for name in self._stored
+            if name.startswith(prefix)
+        }
         groups = groups_of(feed_forward(whole, probe))
         model = (
-            self._filled(config, _whole(stored))
+            self._filled(config, _whole(self._stored.readers(names)))
             if groups is None
-            else self._in_groups(config, feed_forward(whole, probe), stored, groups)
+            else self._in_groups(config, feed_forward(whole, probe), names, groups)
         )
         built = type(feed_forward(part_at(model, probe.layers)[0], probe))
         if built is not wanted:
@@ -300,22 +298,22 @@ class HfLayers:
             tensors[f"{probe.head}.weight"] = torch.zeros(1, width)
         return self._build(config, tensors)
 
-    def _in_groups(
-        self, config: Any, whole: Any, stored: Mapping[str, ReadTensor], groups: Groups
-    ) -> Any:
+    def _in_groups(self, config: Any, whole: Any, names: Mapping[str, str], groups: Groups) -> Any:
         """The same of a layer whose experts do not fit into memory."""
         probe, few = self._probe, with_experts(config, groups.size)
         part = feed_forward(part_at(build_empty(few), probe.layers)[0], probe)
 
         def built(experts: slice) -> Any:
-            return self._filled(few, slice_of(stored, whole, part, experts))
+            # Mapped anew for each group: what was read of the others stays in memory no longer.
+            return self._filled(few, slice_of(self._stored.readers(names), whole, part, experts))
 
         def load(experts: slice) -> Any:
             return feed_forward(part_at(built(experts), probe.layers)[0], probe).experts
 
         model = built(next(iter(groups)))
         owner, name = mlp_of(part_at(model, probe.layers)[0], probe)
-        block = grouped_block(whole, getattr(owner, name), stored, grouped_experts(groups, load))
+        experts, stored = grouped_experts(groups, load), self._stored.readers(names)
+        block = grouped_block(whole, getattr(owner, name), stored, experts)
         setattr(owner, name, block)
         return model
 
