@@ -19,8 +19,9 @@ class Taps:
     Attributes:
         attention: Dotted attribute of a layer.
         mlp: The same of the feed-forward half, by its kind.
-        router: The same of what gives the routing scores, below the feed-forward half. Alone or
-            first of what it returns are the values by which experts are ranked: logits, or what a
+        router: The same of what gives the routing scores, below the feed-forward half or beside
+            it in the layer. Alone or first of what it returns are the values by which experts are
+            ranked: logits, or what a
             score function and a bias make of them (layers/moe.py `GateLogit`).
         eligible: The experts among which the `num_experts_per_tok` highest scores are taken:
             `(scores [..., E], model) -> mask [..., E]`. Without it all are, as in layers/moe.py

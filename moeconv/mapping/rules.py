@@ -149,7 +149,7 @@ class Probe:
         head: The output head, below the model.
         attention: The attention, below a layer.
         mlp: Names below a layer of which the first that it has is its feed-forward half.
-        router: The router, below a feed-forward half with experts.
+        router: The router, below a feed-forward half with experts or beside it in the layer.
         scores: The values by which the experts are ranked, [..., E], in the form in which
             MaxText's router gives them (`Taps.router`): `(feed-forward half, what its router
             returned)`. By default what it returned first or alone.

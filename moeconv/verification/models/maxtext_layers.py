@@ -234,11 +234,12 @@ def _traced(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any], dic
 
     mlp = taps.mlp[kind.mlp]
     places = {"attention": taps.attention, "experts": mlp}
-    if kind.mlp == "moe":
-        places["router"] = f"{mlp}.{taps.router}"
 
     def run(state: Any, hidden: Any) -> dict[str, Any]:
         layer = nnx.merge(graph, state)
+        if kind.mlp == "moe":
+            below = hasattr(getattr(layer, mlp, None), taps.router.partition(".")[0])
+            places["router"] = f"{mlp}.{taps.router}" if below else taps.router
         kept: dict[str, Any] = {}
         owners = {name: _owner(layer, place) for name, place in places.items()}
         for name, (owner, attribute) in owners.items():

@@ -28,7 +28,8 @@ def feed_forward(layer: Any, probe: Probe) -> Any:
 
 def router_of(layer: Any, probe: Probe) -> Any:
     """The router of a MoE layer; None in a dense one."""
-    return part_at(feed_forward(layer, probe), probe.router, None)
+    below = part_at(feed_forward(layer, probe), probe.router, None)
+    return part_at(layer, probe.router, None) if below is None else below
 
 
 def tap_router(
