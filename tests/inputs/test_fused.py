@@ -5,9 +5,10 @@ import orbax_writer
 import pytest
 import synthetic
 import yaml
+from checkpoints.llama import LLAMA2
+from checkpoints.mixtral import MIXTRAL
 from engine_lab import tensors
 from inputs_lab import as_leaf, converted
-from maxtext_lab import LLAMA2, MIXTRAL
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError, UnsupportedError
