@@ -21,6 +21,15 @@ class Weights:
         self._scan_axis = config.param_scan_axis if config.scan_layers else None
         self._layers = config.num_decoder_layers
         self._dense = config.first_num_dense_layers
+        # Its router sees 1/sqrt(width) of what others see (models/gemma4.py `Gemma4MoE`), and its
+        # norms, but for these, make scores of sqrt(head_dim) and layers that drown the ones before.
+        gemma4 = config.decoder_block.value == "gemma4"
+        gated = 1.0 if gemma4 else 1.0 / np.sqrt(config.emb_dim)
+        self._halved = (
+            ("query_norm.scale", "post_self_attention_norm.scale", "post_ffw_norm.scale")
+            if gemma4
+            else ()
+        )
         width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
         folded = blocks()[config.decoder_block.value].query_scale_in_kernel
         normalized = config.normalize_embedding_logits or not config.logits_via_embedding
@@ -29,7 +38,7 @@ class Weights:
             "key.kernel": 1.5 / np.sqrt(width),
             "value.kernel": 1.0 / np.sqrt(width),
             "out.kernel": 1.0 / np.sqrt(heads * head),
-            "gate.kernel": 2.0 / np.sqrt(width),
+            "gate.kernel": 2.0 * gated,
             "wq_a.kernel": 1.0 / np.sqrt(width),
             "wq_b.kernel": 1.5 / np.sqrt(config.q_lora_rank or 1),
             "wkv_a.kernel": 1.5 / np.sqrt(width),
@@ -59,6 +68,8 @@ class Weights:
         elif parts[0] == "decoder" and parts[1].rpartition("_")[0] in first:
             stack, _, number = parts[1].rpartition("_")
             value = self._array(".".join(parts[2:]), first[stack] + int(number), leaf.shape)
+        elif self._scan_axis is not None and parts[1] in ("scanned_blocks", "layers_remainder"):
+            value = self._nested(parts[1], parts[2], ".".join(parts[3:]), leaf.shape)
         elif self._scan_axis is not None and parts[:2] == ["decoder", "layers"]:
             # decoder.layers.layers_1.rest: index i of its stack is layer i * cycle + 1.
             rest = parts[2:]
@@ -81,11 +92,31 @@ class Weights:
             value = self._array(name, None, leaf.shape)
         return value.astype(leaf.dtype)
 
+    def _nested(self, where: str, module: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Of blocks of six: five in one module, on an axis of their own, and one; or of the rest.
+
+        Source: models/gemma4.py `Gemma4ScannableBlock`, layers/nnx_scan.py.
+        """
+        blocks, local = where == "scanned_blocks", module == "local_layers"
+        plain, stacks = list(shape), []
+        for step in [6] * blocks + [1] * local:
+            axis = self._scan_axis if len(plain) > self._scan_axis else 0
+            stacks.append((axis, plain.pop(axis), step))
+
+        def build(layer: int, left: list[tuple[int, int, int]]) -> np.ndarray:
+            if not left:
+                return self._array(name, layer, tuple(plain))
+            axis, length, step = left[0]
+            return np.stack([build(layer + step * n, left[1:]) for n in range(length)], axis=axis)
+
+        first = 0 if blocks else self._layers - self._layers % 6
+        return build(first + (0 if local else 5), stacks)
+
     def _array(self, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
         seed = (self._seed, zlib.crc32(name.encode()), -1 if layer is None else layer)
         draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
-        if name.endswith(".scale"):
-            return 1.0 + 0.25 * draw
+        if name.endswith((".scale", "_scale", "scale_2", "scalar")):
+            return (0.5 if name.endswith(self._halved) else 1.0) * (1.0 + 0.25 * draw)
         if name.endswith(("bias", "sinks")):
             return 0.3 * draw
         suffixes = [suffix for suffix in self._scale if name.endswith(suffix)]

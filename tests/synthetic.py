@@ -24,6 +24,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
+    "J": 1, "j": 6, "u": 1,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -38,6 +39,9 @@ BLOCKS: Mapping[str, Settings] = {block: row.told or {} for block, row in _ROWS.
 ONE_WIDTH = frozenset(block for block, row in _ROWS.items() if row.one_width)
 FOLLOWING: Mapping[str, tuple[str, str]] = {
     block: row.following for block, row in _ROWS.items() if row.following
+}
+PATTERNS: Mapping[str, tuple[str, ...]] = {
+    block: row.pattern for block, row in _ROWS.items() if row.pattern
 }
 
 
@@ -71,6 +75,8 @@ def cycle_of(block: str, layers: int) -> list[LayerKind]:
     if block in FOLLOWING:
         first, other = map(LayerKind, FOLLOWING[block])
         return [first, *[other] * (layers - 1)]
+    if block in PATTERNS:
+        return [LayerKind(kind) for kind in PATTERNS[block]]
     return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
 
 
@@ -84,15 +90,20 @@ def layout_of(
     sizes: Mapping[str, int] = SIZES,
     kinds: Sequence[LayerKind] | None = None,
 ) -> Layout:
-    """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`."""
+    """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`.
+
+    Of a pattern there are as many more as fill it.
+    """
     page = blocks()[block]
     kinds = cycle_of(block, layers) if kinds is None else list(kinds)
-    depth = layers // len(kinds)
+    depth = -(-layers // len(kinds)) if block in PATTERNS else layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
     shape = [(len(kinds), depth) if scanned else (depth * len(kinds), 1)]
     kinds = kinds * depth
-    if len(way.segments) > 1:
+    if block in PATTERNS:
+        shape += [(1, 0)] * (len(way.segments) - 1)
+    elif len(way.segments) > 1:
         counts = [sum(k in each.modules[0].kinds for k in kinds) for each in way.segments]
         shape = [(1, count) if scanned else (count, 1) for count in counts]
     return build_layout(page, way, kinds, sizes, blocks=shape, scan_axis=axis, tied=tied)

@@ -61,10 +61,10 @@ BLOCK = Block(
     settings=(
         ConfigField("sliding_window_size", "sliding_window_size", positive_int, "a whole number"),
         CAP,
-        ConfigField("local_rope_theta", "local_rope_max_timescale", _theta, _THETA),
-        ConfigField("global_rope_theta", "global_rope_max_timescale", _theta, _THETA),
-        ConfigField("local_rope_share", "local_rope_proportion", _share, _SHARE),
-        ConfigField("global_rope_share", "global_rope_proportion", _share, _SHARE),
+        ConfigField("local_rope_max_timescale", "local_rope_max_timescale", _theta, _THETA),
+        ConfigField("global_rope_max_timescale", "global_rope_max_timescale", _theta, _THETA),
+        ConfigField("local_rope_proportion", "local_rope_proportion", _share, _SHARE),
+        ConfigField("global_rope_proportion", "global_rope_proportion", _share, _SHARE),
         ConfigField("norm_topk_prob", "norm_topk_prob", truth, "true or false", has_moe),
         ConfigField("model_name", "model_name", str, "a name"),
     ),
@@ -112,7 +112,7 @@ def _requires(model: ModelDescription) -> str | None:
         return None
     if not keys()["model_name"].is_neutral(name):
         return f"model_name is {name}, for which MaxText has code of its own"
-    if min(told["local_rope_share"], told["global_rope_share"]) < 1:
+    if min(told["local_rope_proportion"], told["global_rope_proportion"]) < 1:
         return (
             f"model_name is {name}, with which MaxText rotates the first part of a head in halves "
             "of that part, at other frequencies (layers/attentions.py `init_rotary_embedding`); a "
@@ -125,7 +125,9 @@ def _ropes(model: ModelDescription) -> dict[str, Any]:
     """One for each kind of layer; `proportional` is MaxText's `Gemma4PartialRotaryEmbedding`."""
     found = {}
     for place, kind in (("local", PATTERN[0]), ("global", PATTERN[-1])):
-        own, share = (model.settings[f"{place}_rope_{what}"] for what in ("theta", "share"))
+        own, share = (
+            model.settings[f"{place}_rope_{what}"] for what in ("max_timescale", "proportion")
+        )
         theta = own if own > 0 else model.rope_theta
         part = {"rope_type": "proportional", "partial_rotary_factor": share}
         found[kind] = {**(part if share < 1 else {"rope_type": "default"}), "rope_theta": theta}

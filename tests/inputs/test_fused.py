@@ -37,6 +37,8 @@ def fuse(arrays, axes, moe=True, mlp=True, qkv=True):
             arrays[f"{above}.wi.kernel"] = np.stack([one, other], at)
         elif qkv and name.endswith("query.kernel"):
             above = above.removesuffix(".query")
+            if f"{above}.value.kernel" not in arrays:
+                continue  # MaxText fuses nothing where keys are the values too
             three = [arrays.pop(f"{above}.{each}.kernel") for each in ("query", "key", "value")]
             at = axes[name].index("H")
             arrays[f"{above}.qkv_proj.kernel"] = np.concatenate(three, at)
