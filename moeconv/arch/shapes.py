@@ -8,7 +8,7 @@ from moeconv.arch.config_sources import ResolvedConfig
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import SHAPE_KEYS
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.arch.parameters import AXES, fields_of
+from moeconv.arch.parameters import AXES, fields_of, length_of
 from moeconv.arch.stacks import CYCLED, NESTED, STACKED
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError
@@ -55,10 +55,10 @@ def from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:
 def _solved(
     sizes: Mapping[str, tuple[int, StoredParameter]],
 ) -> tuple[dict[str, Any], dict[str, Provenance]]:
-    """The fields that axes are as long as; of a sum the one that no other axis has given.
+    """The fields that axes are as long as; of several the one that no other axis has given.
 
     Raises:
-        TensorError: No sizes make up these sums.
+        TensorError: No sizes make up these lengths.
     """
     known: dict[str, Any] = {name: None for axis in AXES for name in fields_of(axis)}
     sources: dict[str, Provenance] = {}
@@ -69,10 +69,12 @@ def _solved(
         size, array = sizes[axis]
         names = fields_of(axis)
         unknown = [name for name in names if known[name] is None]
-        rest = size - sum(known[name] or 0 for name in names)
+        rest = size - length_of(axis, known)
+        # How much longer the axis is for each one more of what is unknown.
+        step = length_of(axis, known | dict.fromkeys(unknown, 1)) - length_of(axis, known)
         where = Provenance(Origin.SHAPE, f"{array.name} {list(array.shape)}")
-        if len(unknown) == 1 and (rest > 0 or len(names) == 1):
-            known[unknown[0]], sources[unknown[0]] = rest, where
+        if len(unknown) == 1 and step and rest % step == 0 and (rest > 0 or len(names) == 1):
+            known[unknown[0]], sources[unknown[0]] = rest // step, where
         elif unknown or rest:
             given = ", ".join(f"{n} is {known[n]} ({sources[n]})" for n in names if known[n])
             raise TensorError(
@@ -150,10 +152,11 @@ def _is_unset(value: Any) -> bool:
 def _built_layers(layout: Layout, layers: Any, resolved: ResolvedConfig) -> Any:
     """Layers MaxText builds of those configured: a scanned model drops a cut-off last block.
 
-    Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`.
+    Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`. Where there is another segment,
+    it has the layers that do not fill a block (`_init_scanned_qwen3_next`).
     """
     cycle = _count(resolved, "inhomogeneous_layer_cycle_interval")
-    if not layout.stacking.scanned or not is_whole(layers):
+    if not layout.stacking.scanned or len(layout.stacking.segments) > 1 or not is_whole(layers):
         return layers
     blocks = int(layers // cycle)
     return blocks * cycle if layout.stacking is CYCLED else blocks

@@ -170,6 +170,20 @@ SCANNED = Stacking("scanned", (Segment((Module("layers", stacked=True),)),))
 CYCLED = Stacking("cycled", (Segment((Module("layers.layers_{}", stacked=True),)),))
 
 
+def nested(blocks: str) -> Stacking:
+    """Blocks of some layers in one module and a last one in another; then what fills no block.
+
+    Source: layers/nnx_decoders.py `_init_scanned_qwen3_next`, `_init_scanned_gemma4`.
+
+    Args:
+        blocks: The module of the blocks.
+    """
+    local = Module(f"{blocks}.local_layers", stacked=True, nested=True)
+    last = Module(f"{blocks}.global_layer", stacked=True)
+    rest = Module("layers_remainder.local_layers", stacked=True)
+    return Stacking("nested", (Segment((local, last)), Segment((rest,), optional=True)))
+
+
 def stacked_axes(axes: tuple[str, ...], scan_axis: int, axis: str) -> tuple[str, ...]:
     """Axes of a stacked parameter: those with too few axes for `scan_axis` are stacked first.
 
