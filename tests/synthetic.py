@@ -22,6 +22,8 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
+    "O": 4 * 4, "Q": 2 * 4, "u": 1, "w": 4, "d": 3, "W": 12, "t": 3, "y": 8,
+    "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -78,11 +80,29 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "normalization_layer_epsilon": 1e-6,
         "rope_type": "yarn",
     },
+    "qwen3_next": {
+        "decoder_block": "qwen3_next",
+        "shared_experts": 1,
+        "gdn_num_key_heads": 2,
+        "gdn_key_head_dim": 5,
+        "gdn_num_value_heads": 4,
+        "gdn_value_head_dim": 3,
+        "partial_rotary_factor": 0.5,
+        "inhomogeneous_layer_cycle_interval": 3,
+    },
 }
+BLOCKS = {**BLOCKS, "qwen3_5": {**BLOCKS["qwen3_next"], "decoder_block": "qwen3_5"}}
 # Of blocks whose targets have one width for shared and routed experts.
 ONE_WIDTH = frozenset({"llama4"})
 # Of blocks with another kind of layer first: that of the first layer, and of all others.
 FOLLOWING: Mapping[str, tuple[str, str]] = {"deepseek": ("mla_lora dense", "mla_lora moe+bias")}
+# Of blocks with another kind of layer last: that of the others, and the last.
+LAST: Mapping[str, tuple[str, str]] = {
+    "qwen3_next": ("linear moe+shared", "gated moe+shared"),
+    "qwen3_5": ("linear moe+shared", "gated moe+shared"),
+}
+# Those of them whose layers that fill no block are on a stack of their own.
+NESTED = frozenset({"qwen3_next"})
 
 
 @dataclass(frozen=True)
@@ -115,6 +135,9 @@ def cycle_of(block: str, layers: int) -> list[LayerKind]:
     if block in FOLLOWING:
         first, other = map(LayerKind, FOLLOWING[block])
         return [first, *[other] * (layers - 1)]
+    if block in LAST:
+        local, last = map(LayerKind, LAST[block])
+        return [local, local, last] if block in NESTED else [local, last]
     return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
 
 
@@ -134,9 +157,12 @@ def layout_of(
     depth = layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
-    shape = [(len(kinds), depth) if scanned else (depth * len(kinds), 1)]
-    kinds = kinds * depth
-    if len(way.segments) > 1:
+    rest = layers % len(kinds) if block in NESTED else 0
+    shape = [(len(kinds), depth) if scanned else (depth * len(kinds) + rest, 1)]
+    if block in NESTED and scanned:
+        shape.append((1, rest))
+    kinds = kinds * depth + kinds[:rest]
+    if len(way.segments) > len(shape):
         counts = [sum(k in each.modules[0].kinds for k in kinds) for each in way.segments]
         shape = [(1, count) if scanned else (count, 1) for count in counts]
     return build_layout(page, way, kinds, sizes, blocks=shape, scan_axis=axis, tied=tied)

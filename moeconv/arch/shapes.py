@@ -9,7 +9,7 @@ from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import SHAPE_KEYS
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.arch.parameters import AXES, fields_of, length_of
-from moeconv.arch.stacks import CYCLED, NESTED, STACKED
+from moeconv.arch.stacks import NESTED, STACKED
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError
 
@@ -159,7 +159,7 @@ def _built_layers(layout: Layout, layers: Any, resolved: ResolvedConfig) -> Any:
     if not layout.stacking.scanned or len(layout.stacking.segments) > 1 or not is_whole(layers):
         return layers
     blocks = int(layers // cycle)
-    return blocks * cycle if layout.stacking is CYCLED else blocks
+    return blocks * cycle if layout.stacking.segments[0].modules[0].numbered else blocks
 
 
 def dropped_layers(layout: Layout, resolved: ResolvedConfig) -> list[str]:

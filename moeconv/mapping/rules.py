@@ -147,8 +147,8 @@ class Probe:
         embedding: The token embedding, below the model.
         norm: The final norm, below the model.
         head: The output head, below the model.
-        attention: The attention, below a layer.
-        mlp: Names below a layer of which the first that it has is its feed-forward half.
+        attention: Names below a layer of which the first that it has is its attention.
+        mlp: The same of its feed-forward half.
         router: The router, below a feed-forward half with experts.
         scores: The values by which the experts are ranked, [..., E], in the form in which
             MaxText's router gives them (`Taps.router`): `(feed-forward half, what its router
@@ -161,7 +161,7 @@ class Probe:
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
-    attention: str = "self_attn"
+    attention: tuple[str, ...] = ("self_attn",)
     mlp: tuple[str, ...] = ("mlp",)
     router: str = "gate"
     scores: Callable[[Any, Any], Any] = lambda mlp, output: (

@@ -17,7 +17,9 @@ from maxtext_lab import (
     OLMO3,
     QWEN2,
     QWEN3,
+    QWEN3_5,
     QWEN3_MOE,
+    QWEN3_NEXT,
     TIED,
 )
 
@@ -128,6 +130,27 @@ CASES = {
         TIED,
         {"rope_type": "default", "rope_max_timescale": 10_000},
     ),
+    "qwen3_next": (QWEN3_NEXT,),
+    "qwen3_next-unscanned-tied-unnormalised": (
+        QWEN3_NEXT,
+        UNSCANNED,
+        TIED,
+        {"normalize_embedding_logits": False, "inhomogeneous_layer_cycle_interval": 3},
+    ),
+    # One local layer a block, and none left; heads of one size, whole heads rotated.
+    "qwen3_next-axis0-tied-without-shared-expert-blocks-of-2": (
+        QWEN3_NEXT,
+        TIED,
+        {"param_scan_axis": 0, "shared_experts": 0, "inhomogeneous_layer_cycle_interval": 2},
+        {"gdn_num_key_heads": 3, "gdn_num_value_heads": 3, "partial_rotary_factor": 1.0},
+    ),
+    # Of six layers MaxText drops the last two.
+    "qwen3_5": (QWEN3_5,),
+    "qwen3_5-unscanned-without-shared-expert": (
+        QWEN3_5,
+        UNSCANNED,
+        {"shared_experts": 0, "use_mrope": False, "partial_rotary_factor": 0.75},
+    ),
     # Without what makes it a Qwen, a block's models are Llamas whose query is scaled explicitly.
     "qwen2-plain": (QWEN2, {"attention_bias": False}),
     "qwen3-plain-axis0": (QWEN3, {"use_qk_norm": False, "param_scan_axis": 0}),
@@ -163,7 +186,7 @@ CASES |= {
     ),
 }
 # One of each of these in every run of the suite.
-_DEAR = {"deepseek_v3", "gpt_oss", "llama4", "olmo3"}
+_DEAR = {"deepseek_v3", "gpt_oss", "llama4", "olmo3", "qwen3_next", "qwen3_5"}
 SLOW = {name for name in CASES if name.startswith(("deepseek", *_DEAR))} - _DEAR
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
@@ -186,6 +209,7 @@ ARCHITECTURES = {
     "llama4": "llama4_text",
     "llama2": "llama",
     "qwen2-plain": "llama",
+    "qwen3_5": "qwen3_next",
 }
 ARCHITECTURES |= {"qwen3-plain-axis0": "llama"}
 ARCHITECTURES |= {name: name.partition("-")[0] for name in CASES if name.startswith("deepseek")}
