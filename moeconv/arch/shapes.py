@@ -8,7 +8,7 @@ from moeconv.arch.config_sources import ResolvedConfig
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import SHAPE_KEYS
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.arch.parameters import AXES, fields_of, length_of
+from moeconv.arch.parameters import AXES, fields_of, is_blocked, length_of
 from moeconv.arch.stacks import NESTED, STACKED
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError
@@ -32,7 +32,7 @@ def from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:
                     f"in {array.name} {list(array.shape)}; they cannot be of one model"
                 )
     names = {array.parameter.name for array in layout.arrays}
-    known, sources = _solved(sizes)
+    known, sources = _solved({a: found for a, found in sizes.items() if not is_blocked(a)})
     if "K" not in sizes:  # MLA has as many (layers/attention_mla.py `MLA._init_projections`)
         known["num_key_value_heads"] = known["num_attention_heads"]
         sources["num_key_value_heads"] = sources["num_attention_heads"]

@@ -55,7 +55,7 @@ def samples(
         last = next(k for k in page.layers if k.variant == local.variant and k != local)
         kinds = [local] * draw(st.integers(1, 3)) + [last]
         cycle = len(kinds)
-        rest = draw(st.integers(0, cycle - 1)) if block in synthetic.NESTED else 0
+        rest = draw(st.integers(0, cycle - 1)) if synthetic.keeps_rest(block) else 0
     if block in synthetic.ONE_WIDTH:  # their targets are for models with experts
         kinds[-1] = next(kind for kind in page.layers if kind.mlp == "moe")
     kv = draw(st.sampled_from([1, 2, 3]))
