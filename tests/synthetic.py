@@ -24,7 +24,8 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
-    "J": 1, "j": 6, "u": 1,
+    "O": 4 * 4, "Q": 2 * 4, "u": 1, "w": 4, "d": 3, "W": 12, "t": 3, "y": 8,
+    "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12, "J": 1, "j": 6,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -43,6 +44,7 @@ FOLLOWING: Mapping[str, tuple[str, str]] = {
 PATTERNS: Mapping[str, tuple[str, ...]] = {
     block: row.pattern for block, row in _ROWS.items() if row.pattern
 }
+LAST: Mapping[str, tuple[str, str]] = {block: row.last for block, row in _ROWS.items() if row.last}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,16 @@ def cycle_of(block: str, layers: int) -> list[LayerKind]:
         return [first, *[other] * (layers - 1)]
     if block in PATTERNS:
         return [LayerKind(kind) for kind in PATTERNS[block]]
+    if block in LAST:
+        other, last = map(LayerKind, LAST[block])
+        return [other, other, last] if keeps_rest(block) else [other, last]
     return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
+
+
+def keeps_rest(block: str) -> bool:
+    """True if layers that do not fill a block have a stack of their own."""
+    ways = (way for way in blocks()[block].stackings if way.scanned)
+    return next(ways).segments[-1].optional
 
 
 def layout_of(
@@ -96,13 +107,16 @@ def layout_of(
     """
     page = blocks()[block]
     kinds = cycle_of(block, layers) if kinds is None else list(kinds)
-    depth = -(-layers // len(kinds)) if block in PATTERNS else layers // len(kinds)
+    if block in PATTERNS:
+        layers += -layers % len(kinds)
+    depth = layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
-    shape = [(len(kinds), depth) if scanned else (depth * len(kinds), 1)]
-    kinds = kinds * depth
-    if block in PATTERNS:
-        shape += [(1, 0)] * (len(way.segments) - 1)
+    rest = layers % len(kinds) if keeps_rest(block) else 0
+    shape = [(len(kinds), depth) if scanned else (depth * len(kinds) + rest, 1)]
+    kinds = kinds * depth + kinds[:rest]
+    if way.segments[-1].optional:
+        shape.append((1, rest))
     elif len(way.segments) > 1:
         counts = [sum(k in each.modules[0].kinds for k in kinds) for each in way.segments]
         shape = [(1, count) if scanned else (count, 1) for count in counts]
@@ -148,7 +162,8 @@ def write(
     if block in ONE_WIDTH:
         sizes["S"] = sizes["M"]
     layout = layout_of(block, layers=sizes["L"], tied=tied, scanned=scanned, sizes=sizes)
-    axes = {array.name: "".join(array.axes) for array in layout.arrays}
+    apart = {array.name: array.axes for array in layout.arrays}
+    axes = {name: "".join(each) for name, each in apart.items()}
     arrays = {}
     for name, shape in ((array.name, array.shape) for array in layout.arrays):
         # Of its own, so that no other array changes these values.
@@ -159,10 +174,10 @@ def write(
     change(arrays)
     chunks = {
         tuple(name.split(".")): tuple(
-            -(-n // (split or {}).get(a, 1)) for a, n in zip(axes[name], value.shape, strict=False)
+            -(-n // (split or {}).get(a, 1)) for a, n in zip(apart[name], value.shape, strict=False)
         )
         for name, value in arrays.items()
-        if name in axes and len(axes[name]) == value.ndim
+        if name in apart and len(apart[name]) == value.ndim
     }
     step_dir = orbax_writer.write(
         run / "checkpoints" / str(step),

@@ -18,9 +18,12 @@ and of linear attention:
 
     w value heads    d size of a value head    W all value heads together    y two gates of each
     t taps of its convolution    C what is convolved: queries, keys, values    Z C and a gate of W
+
+Scales of a quantised parameter have its axes, or blocks of them: `D/128`, and `D/*` for one of all.
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -77,6 +80,20 @@ def length_of(axis: str, fields: Mapping[str, int | None]) -> int:
     return sum(
         math.prod(int(f) if f.isdigit() else fields[f] or 0 for f in term) for term in _terms(axis)
     )
+
+
+_BLOCKED = re.compile(r"(.+)/(\*|[1-9][0-9]*)")
+
+
+def is_axis(axis: str) -> bool:
+    """True if an axis has a meaning: it is one of `AXES`, or counts blocks of one."""
+    found = _BLOCKED.fullmatch(axis)
+    return (found[1] if found else axis) in AXES
+
+
+def is_blocked(axis: str) -> bool:
+    """True if an axis has an entry for each block of another axis (`tensor.axes.blocked`)."""
+    return "/" in axis
 
 
 class LayerKind(str):

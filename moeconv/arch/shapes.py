@@ -8,8 +8,8 @@ from moeconv.arch.config_sources import ResolvedConfig
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import SHAPE_KEYS
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.arch.parameters import AXES, fields_of, length_of
-from moeconv.arch.stacks import CYCLED, NESTED, STACKED
+from moeconv.arch.parameters import AXES, fields_of, is_blocked, length_of
+from moeconv.arch.stacks import NESTED, STACKED
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError
 
@@ -32,7 +32,7 @@ def from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:
                     f"in {array.name} {list(array.shape)}; they cannot be of one model"
                 )
     names = {array.parameter.name for array in layout.arrays}
-    known, sources = _solved(sizes)
+    known, sources = _solved({a: found for a, found in sizes.items() if not is_blocked(a)})
     if "K" not in sizes:  # MLA has as many (layers/attention_mla.py `MLA._init_projections`)
         known["num_key_value_heads"] = known["num_attention_heads"]
         sources["num_key_value_heads"] = sources["num_attention_heads"]
@@ -165,7 +165,7 @@ def _built_layers(layout: Layout, layers: Any, resolved: ResolvedConfig) -> Any:
     if not layout.stacking.scanned or len(layout.stacking.segments) > 1 or not is_whole(layers):
         return layers
     blocks = int(layers // cycle)
-    return blocks * cycle if layout.stacking is CYCLED else blocks
+    return blocks * cycle if layout.stacking.segments[0].modules[0].numbered else blocks
 
 
 def dropped_layers(layout: Layout, resolved: ResolvedConfig) -> list[str]:

@@ -75,6 +75,9 @@ class Rule:
             along the axis `g` of the right side (`D F -> D (F g)`, gate and up in turn), or else
             one behind the other along the outermost axis, each by its own place if they differ.
         scale: Factor and offset, if the values must change.
+        scales: Where the sources are quantised, the logical name of each one's scales, whose axes
+            are the source's or blocks of them (`D/128`; `tensor.companion`). They are consumed
+            with it.
         rotary: True where `h` is rotated by RoPE, so that the order of its entries follows the
             rotary layouts of source and target.
         layers: Kinds of target layer the rule writes; None for a tensor the model has once.
@@ -87,11 +90,16 @@ class Rule:
     target: str
     place: str | tuple[str, ...]
     scale: Factor | None = None
+    scales: tuple[str, ...] = ()
     rotary: bool = False
     layers: Layers | None = None
     when: When = ALWAYS
     shared: bool = False
     fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scales and len(self.scales) != len(self.sources):
+            raise ValueError(f"the rule for {self.target} has scales of some of its sources only")
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -155,8 +163,8 @@ class Probe:
         embedding: The token embedding, below the model.
         norm: The final norm, below the model.
         head: The output head, below the model.
-        attention: The attention, below a layer.
-        mlp: Names below a layer of which the first that it has is its feed-forward half.
+        attention: Names below a layer of which the first that it has is its attention.
+        mlp: The same of its feed-forward half.
         router: The router, below a feed-forward half with experts or beside it in the layer.
         scores: The values by which the experts are ranked, [..., E], in the form in which
             MaxText's router gives them (`Taps.router`): `(feed-forward half, what its router
@@ -169,7 +177,7 @@ class Probe:
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
-    attention: str = "self_attn"
+    attention: tuple[str, ...] = ("self_attn",)
     mlp: tuple[str, ...] = ("mlp",)
     router: str = "gate"
     scores: Callable[[Any, Any], Any] = lambda mlp, output: (

@@ -113,6 +113,30 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "n_routing_groups": 2,
         "topk_routing_group": 1,
     },
+    "qwen3_next": {
+        **_MOE,
+        "base_num_decoder_layers": 3,
+        "shared_experts": 1,
+        "norm_topk_prob": True,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "gdn_num_key_heads": 2,
+        "gdn_key_head_dim": 4,
+        "gdn_num_value_heads": 2,
+        "gdn_value_head_dim": 4,
+        "partial_rotary_factor": 0.5,
+    },
+    "qwen3_5": {
+        **_MOE,
+        "shared_experts": 1,
+        "norm_topk_prob": True,
+        "inhomogeneous_layer_cycle_interval": 2,
+        "gdn_num_key_heads": 2,
+        "gdn_key_head_dim": 4,
+        "gdn_num_value_heads": 2,
+        "gdn_value_head_dim": 4,
+        "use_mrope": True,
+        "mrope_section": [2, 1, 1],
+    },
 }
 # Variants that MaxText does not build: it drops no token of GPT-OSS (configs/types.py), and to drop
 # those of Llama 4 its code has no weights (layers/moe.py `dense_matmul`).

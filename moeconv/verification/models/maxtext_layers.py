@@ -226,6 +226,11 @@ class _Tap:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """For a layer that asks (models/qwen3.py `Qwen3NextDecoderLayer.__call__`)."""
+        return type(self._part)
+
 
 def _traced(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any], dict[str, Any]]:
     """The function to jit: a layer with taps on attention, router and experts."""
