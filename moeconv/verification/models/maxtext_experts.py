@@ -17,7 +17,7 @@ from moeconv.verification.models.maxtext_taps import Tap, owner_of, run_layer
 
 def routed_module(taps: Taps, kind: LayerKind) -> str:
     """The dotted attribute of a layer's `RoutedMoE`: the module that has the router."""
-    return f"{taps.mlp[kind.mlp]}.{taps.router}".rpartition(".")[0]
+    return taps.router_of(kind).rpartition(".")[0]
 
 
 def expert_parameters(block: Block, kind: LayerKind) -> frozenset[str]:
@@ -117,8 +117,7 @@ class GroupedLayer:
         owner, name = owner_of(layer, self._routed)
         routed = getattr(owner, name)
         kept: dict[str, Any] = {}
-        place = f"{self._taps.mlp[self._kind.mlp]}.{self._taps.router}"
-        above, router = owner_of(layer, place)
+        above, router = owner_of(layer, self._taps.router_of(self._kind))
         object.__setattr__(above, router, Tap(getattr(above, router), "router", kept))
         weigh, calls = routed.reshape_and_update_weights, 0
 

@@ -31,6 +31,11 @@ class Tap:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._part, name)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """For a layer that asks (models/qwen3.py `Qwen3NextDecoderLayer.__call__`)."""
+        return type(self._part)
+
 
 def run_layer(layer: Any, hidden: Any) -> Any:
     """Hidden states [B, T, D] after a layer: one segment, no dropout."""
@@ -48,7 +53,7 @@ def traced_layer(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any]
     mlp = taps.mlp[kind.mlp]
     places = {"attention": taps.attention, "experts": mlp}
     if kind.mlp == "moe":
-        places["router"] = f"{mlp}.{taps.router}"
+        places["router"] = taps.router_of(kind)
 
     def run(state: Any, hidden: Any) -> dict[str, Any]:
         layer = nnx.merge(graph, state)

@@ -47,6 +47,7 @@ from moeconv.verification.models.transformers_load import (
     quiet,
 )
 from moeconv.verification.models.transformers_parts import (
+    attention,
     feed_forward,
     mlp_of,
     owner_of,
@@ -232,7 +233,7 @@ class HfLayers:
             stack.enter_context(self._running())
             model = self._single(number)
             layer = part_at(model, self._probe.layers)[0]
-            stack.enter_context(tap(part_at(layer, self._probe.attention), kept, "attention"))
+            stack.enter_context(tap(attention(layer, self._probe), kept, "attention"))
             stack.enter_context(tap(feed_forward(layer, self._probe), kept, "experts"))
             stack.enter_context(tap(layer, kept, "output"))
             stack.enter_context(tap_router(layer, self._probe, kept, "router"))
