@@ -19,21 +19,17 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic
+from checkpoints.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
+from checkpoints.envy import ENVY
+from checkpoints.gpt_oss import GPT_OSS
+from checkpoints.llama import LLAMA2
+from checkpoints.llama4 import LLAMA4
+from checkpoints.mixtral import MIXTRAL
+from checkpoints.olmo3 import OLMO3
+from checkpoints.qwen3_moe import QWEN3_MOE
+from checkpoints.row import TIED
 from consumer import PROMPT, STEPS, reference_of
 from helpers import run, tokens_for
-from maxtext_lab import (
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
-    ENVY,
-    GPT_OSS,
-    KIMI_K2,
-    LLAMA2,
-    LLAMA4,
-    MIXTRAL,
-    OLMO3,
-    QWEN3_MOE,
-    TIED,
-)
 
 from moeconv.artifact.manifest import Manifest
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
