@@ -90,9 +90,23 @@ def test_shared_experts_of_another_width(tmp_path, monkeypatch):
 def test_what_other_loaders_do_not_read_is_a_warning(tmp_path):
     """A limit of its own, and windows that begin anew in each scanned block."""
     plain = plan(tmp_path / "plain", "gpt_oss", scanned=False)
-    assert not any("without a word" in text for text in plain.warnings)
+    assert not any("clip" in text or "every other" in text for text in plain.warnings)
     limit = plan(tmp_path / "limit", "gpt_oss", scanned=False, mlp_activations_limit=6)
     assert any("clip a GPT-OSS at 7" in text for text in limit.warnings)
     blocks_of_one = plan(tmp_path / "one", "gpt_oss", inhomogeneous_layer_cycle_interval=1)
     assert blocks_of_one.model.settings["layer_types"] == ("sliding_attention",) * 4
     assert any("every other layer" in text for text in blocks_of_one.warnings)
+
+
+@pytest.mark.parametrize("block", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_head_that_sglang_does_not_tie_is_a_warning(tmp_path, block):
+    made = synthetic.write(tmp_path, block, scanned=False)
+
+    def warned(untie: bool) -> list[str]:
+        options = ConvertOptions(config=made.config_file(), untie=untie)
+        planned = plan_conversion(str(made.step_dir), options).plan
+        return [text for text in planned.warnings if "SGLang" in text]
+
+    (text,) = warned(untie=False)
+    assert "--untie" in text
+    assert not warned(untie=True)
