@@ -21,9 +21,18 @@ class Weights:
         self._scan_axis = config.param_scan_axis if config.scan_layers else None
         self._layers = config.num_decoder_layers
         self._dense = config.first_num_dense_layers
-        self._cycle = config.inhomogeneous_layer_cycle_interval
         # Whose norms are kept as what is added to 1 (layers/normalizations.py `Qwen3NextRMSNorm`).
         self._centred = config.decoder_block.value in ("qwen3_next", "qwen3_5")
+        # Its router sees 1/sqrt(width) of what others see (models/gemma4.py `Gemma4MoE`), and its
+        # norms, but for these, make scores of sqrt(head_dim) and layers that drown the ones before.
+        gemma4 = config.decoder_block.value == "gemma4"
+        gated = 1.0 if gemma4 else 1.0 / np.sqrt(config.emb_dim)
+        self._halved = (
+            ("query_norm.scale", "post_self_attention_norm.scale", "post_ffw_norm.scale")
+            if gemma4
+            else ()
+        )
+        self._cycle = 6 if gemma4 else config.inhomogeneous_layer_cycle_interval
         width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
         folded = blocks()[config.decoder_block.value].query_scale_in_kernel
         normalized = config.normalize_embedding_logits or not config.logits_via_embedding
@@ -32,7 +41,7 @@ class Weights:
             "key.kernel": 1.5 / np.sqrt(width),
             "value.kernel": 1.0 / np.sqrt(width),
             "out.kernel": 1.0 / np.sqrt(heads * head),
-            "gate.kernel": 2.0 / np.sqrt(width),
+            "gate.kernel": 2.0 * gated,
             "wq_a.kernel": 1.0 / np.sqrt(width),
             "wq_b.kernel": 1.5 / np.sqrt(config.q_lora_rank or 1),
             "wkv_a.kernel": 1.5 / np.sqrt(width),
@@ -94,7 +103,7 @@ class Weights:
     def _nested(self, parts: list[str], whole: tuple[int, ...]) -> np.ndarray:
         """Of blocks with a stack of their own, or the last layer of each, or of what is left."""
         shape, axes, depths = list(whole), [], []
-        stacks = 2 if parts[1:3] == ["layers", "local_layers"] else 1
+        stacks = 2 if parts[2] == "local_layers" and parts[1] != "layers_remainder" else 1
         for _ in range(stacks):  # the outer one was made last
             axes.append(self._scan_axis if len(shape) > self._scan_axis else 0)
             depths.append(shape.pop(axes[-1]))
@@ -116,8 +125,9 @@ class Weights:
     def _array(self, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
         seed = (self._seed, zlib.crc32(name.encode()), -1 if layer is None else layer)
         draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
-        if name.endswith(".scale"):
-            return (0.0 if self._centred and "rms_norm" not in name else 1.0) + 0.25 * draw
+        if name.endswith((".scale", "_scale", "scale_2", "scalar")):
+            scale = (0.0 if self._centred and "rms_norm" not in name else 1.0) + 0.25 * draw
+            return 0.5 * scale if name.endswith(self._halved) else scale
         if name.endswith("A_log"):  # a memory of some 20 tokens
             return 0.5 * draw - 1.5
         if name.endswith(("bias", "sinks")):

@@ -25,7 +25,7 @@ SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
     "O": 4 * 4, "Q": 2 * 4, "u": 1, "w": 4, "d": 3, "W": 12, "t": 3, "y": 8,
-    "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12,
+    "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12, "J": 1, "j": 6,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -40,6 +40,9 @@ BLOCKS: Mapping[str, Settings] = {block: row.told or {} for block, row in _ROWS.
 ONE_WIDTH = frozenset(block for block, row in _ROWS.items() if row.one_width)
 FOLLOWING: Mapping[str, tuple[str, str]] = {
     block: row.following for block, row in _ROWS.items() if row.following
+}
+PATTERNS: Mapping[str, tuple[str, ...]] = {
+    block: row.pattern for block, row in _ROWS.items() if row.pattern
 }
 LAST: Mapping[str, tuple[str, str]] = {block: row.last for block, row in _ROWS.items() if row.last}
 
@@ -74,6 +77,8 @@ def cycle_of(block: str, layers: int) -> list[LayerKind]:
     if block in FOLLOWING:
         first, other = map(LayerKind, FOLLOWING[block])
         return [first, *[other] * (layers - 1)]
+    if block in PATTERNS:
+        return [LayerKind(kind) for kind in PATTERNS[block]]
     if block in LAST:
         other, last = map(LayerKind, LAST[block])
         return [other, other, last] if keeps_rest(block) else [other, last]
@@ -96,9 +101,14 @@ def layout_of(
     sizes: Mapping[str, int] = SIZES,
     kinds: Sequence[LayerKind] | None = None,
 ) -> Layout:
-    """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`."""
+    """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`.
+
+    Of a pattern there are as many more as fill it.
+    """
     page = blocks()[block]
     kinds = cycle_of(block, layers) if kinds is None else list(kinds)
+    if block in PATTERNS:
+        layers += -layers % len(kinds)
     depth = layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]

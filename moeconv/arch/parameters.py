@@ -7,6 +7,7 @@ every layer, however the checkpoint stacks it (see `stacks`). Axis names, used e
     F MLP width    M MLP width of an expert    H query heads    K key/value heads    h head_dim
     S width of the shared experts together    n, m norms of all query and of all key heads
     O all query heads together    Q a query head and its gate    u 1, an axis of no meaning
+    J, j what K and h are in layers of global attention, where they have sizes of their own
 
 and of multi-head latent attention (MLA):
 
@@ -46,6 +47,8 @@ AXES: Mapping[str, str] = {
     "O": "num_attention_heads * head_dim",
     "Q": "2 * head_dim",
     "u": "1",
+    "J": "num_global_key_value_heads",
+    "j": "global_head_dim",
     "q": "q_lora_rank",
     "c": "kv_lora_rank",
     "v": "v_head_dim",

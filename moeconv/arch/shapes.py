@@ -134,6 +134,8 @@ def check_against_shapes(
             value = _scaled(key, entry.value, resolved) if key.startswith("base_") else entry.value
             if name == "num_hidden_layers":
                 value = _built_layers(layout, value, resolved)
+            if value == 0 and key in _AS_ELSEWHERE:
+                value = known[_AS_ELSEWHERE[key]]
             if value != fact:
                 where = sources.get(name)
                 raise ConfigError(
@@ -142,6 +144,10 @@ def check_against_shapes(
                     + (f" ({where})" if where else "")
                     + "; give the config of this run"
                 )
+
+
+# Where MaxText's 0 is the size that other layers have (models/gemma4.py `Gemma4DecoderLayer`).
+_AS_ELSEWHERE = {"global_head_dim": "head_dim", "global_num_kv_heads": "num_key_value_heads"}
 
 
 def _is_unset(value: Any) -> bool:
