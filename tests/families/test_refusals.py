@@ -44,6 +44,19 @@ def plan(folder, block, *, change=lambda arrays: None, sizes=None, scanned=True,
         ("olmo3", {"rope_type": "yarn"}, UnsupportedError, "rope_interleave is true"),
         ("olmo3", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
         ("olmo3", {"use_qk_norm": False}, ConfigError, "use_qk_norm is true"),
+        ("qwen3_next", {"use_qk_norm": True}, UnsupportedError, "use_qk_norm=True should be False"),
+        ("qwen3_next", {"use_qk_norm_in_gdn": False}, UnsupportedError, "use_qk_norm_in_gdn=Fal"),
+        ("qwen3_next", {"gdn_num_key_heads": 4}, UnsupportedError,
+         "make 20 columns of keys, the convolution has 10"),
+        ("qwen3_next", {"gdn_num_key_heads": None}, UnsupportedError, "gdn_num_key_heads=16"),
+        ("qwen3_next", {"gdn_value_head_dim": 4}, ConfigError, "gdn_value_head_dim is 3"),
+        ("qwen3_next", {"inhomogeneous_layer_cycle_interval": 2}, ConfigError,
+         "inhomogeneous_layer_cycle_interval is 3"),
+        ("qwen3_next", {"partial_rotary_factor": 0}, ConfigError, "should be a number > 0"),
+        ("qwen3_next", {"rope_type": "yarn"}, UnsupportedError, "rope_type=yarn"),
+        ("qwen3_5", {"use_multimodal": True}, UnsupportedError, "use_multimodal=True"),
+        ("qwen3_moe", {"decoder_block": "qwen3_custom_moe"}, UnsupportedError,
+         "decoder_block=qwen3_custom_moe .* is not supported"),
     ],
 )  # fmt: skip
 def test_a_setting_is_refused_by_name(tmp_path, block, told, error, words):
@@ -62,7 +75,8 @@ def without(*words):
 @pytest.mark.parametrize(
     ("block", "gone"),
     [("gpt_oss", "sinks"), ("gpt_oss", "wi_0_bias"), ("gpt_oss", "gate.bias"),
-     ("gpt_oss", "out.bias"), ("llama4", "shared_experts.wo"), ("olmo3", "key_norm")],
+     ("gpt_oss", "out.bias"), ("llama4", "shared_experts.wo"), ("olmo3", "key_norm"),
+     ("qwen3_next", "A_log"), ("qwen3_next", "shared_expert_gate")],
 )  # fmt: skip
 def test_a_model_without_what_the_target_always_has(tmp_path, block, gone):
     with pytest.raises(TensorError, match=rf"is not a whole .* layer:\n  missing .*{gone}"):

@@ -3,10 +3,12 @@
 import importlib.util
 
 import pytest
+import synthetic
 
 from moeconv.arch.config_sources import resolve_config
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import build_layout
+from moeconv.arch.parameters import LayerKind
 from moeconv.arch.resolve import resolve
 from moeconv.families import blocks, target_for
 from moeconv.hf.config import model_config
@@ -27,6 +29,7 @@ APART = {
     "gpt-oss-120b": set(),
     "olmo3-7b": {"max_position_embeddings", "rope_parameters"},
     "olmo3-32b": {"max_position_embeddings", "rope_parameters"},
+    "qwen3-next-80b-a3b": {"max_position_embeddings", "intermediate_size"},  # of dense layers
     "mixtral-8x7b": {"max_position_embeddings"},
     "llama3.1-8b": {"max_position_embeddings"},
 }
@@ -42,6 +45,21 @@ def theirs(name):
     return module.HF_MODEL_CONFIGS[name]
 
 
+def linear(value, sizes):
+    """The axes of linear attention."""
+    keys, heads, head = (
+        value["gdn_num_key_heads"] * value["gdn_key_head_dim"],
+        value["gdn_num_value_heads"],
+        value["gdn_value_head_dim"],
+    )
+    values = heads * head
+    return {
+        **{"O": sizes["n"], "Q": 2 * sizes["h"], "u": 1, "t": 4},  # gdn_conv_kernel_dim
+        **{"w": heads, "d": head, "W": values, "y": 2 * heads},
+        **{"C": 2 * keys + values, "Z": 2 * keys + 2 * values},
+    }
+
+
 def ours(name):
     """The config.json of a checkpoint with the shapes that the model's file asks for."""
     told = resolve_config({"model_name": name}, Provenance(Origin.CONFIG, "run.yml"), ())
@@ -54,9 +72,14 @@ def ours(name):
         **{"F": value["base_mlp_dim"], "M": value["base_mlp_dim"], "E": value["num_experts"]},
         **{"n": heads * head, "m": kv * head},
     }
-    depth = value["base_num_decoder_layers"]
+    if block.name in synthetic.LAST:
+        sizes |= linear(value, sizes)
+    depth, cycle = value["base_num_decoder_layers"], value["inhomogeneous_layer_cycle_interval"]
     way = next(way for way in block.stackings if not way.scanned)
     kinds = list(block.layers)[:1] * depth
+    if block.name in synthetic.LAST:
+        other, last = map(LayerKind, synthetic.LAST[block.name])
+        kinds = [*[other] * (cycle - 1), last] * (depth // cycle)
     layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)])
     model = resolve(layout, told).model()
     return model_config(target_for(model), model, "bfloat16", Options())
