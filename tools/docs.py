@@ -32,7 +32,7 @@ def rule_row(rule: Rule) -> list[str]:
     if rule.rotary:
         ops.append("rotary order of `h`")
     if rule.scale:
-        ops.append(f"× {rule.scale.text}")
+        ops.append(rule.scale.words)
     if rule.sources and "{E}" in rule.target and not _has_experts(rule):
         ops.append("copied to every expert")
     where = "once" if rule.layers is None else rule.layers.describe()

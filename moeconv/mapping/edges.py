@@ -263,7 +263,7 @@ class _Expander:
         dtype = self._dtype or stored
         factor = rule.scale.value(self._model) if rule.scale is not None else None
         if rule.scale is not None and factor is not None:
-            fold = Fold(factor, rule.scale.text, reason=rule.scale.reason)
+            fold = Fold(factor, rule.scale.text, rule.scale.offset, rule.scale.reason)
             return Affine(fold, stored, dtype)
         return Cast(stored, dtype)
 

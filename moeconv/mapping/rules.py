@@ -27,17 +27,25 @@ class Options:
 
 @dataclass(frozen=True)
 class Factor:
-    """A named constant by which a rule multiplies.
+    """A named constant by which a rule multiplies, and another that it then adds.
 
     Attributes:
-        text: How plans and docs print it, e.g. `sqrt(head_dim)`.
+        text: How plans and docs print it, e.g. `sqrt(head_dim)`; with an offset the whole
+            expression, e.g. `x - 1`.
         reason: Why it is there, for docs and the manifest.
-        value: The number for one model, None where the model needs no factor.
+        value: The number for one model; None where the model needs neither factor nor offset.
+        offset: What is added to the product, before it is rounded.
     """
 
     text: str
     reason: str
     value: Callable[[ModelDescription], float | None]
+    offset: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """The operation, for docs."""
+        return self.text if self.offset else f"× {self.text}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Rule:
         place: The rearrangement of one slice, e.g. `D H h -> (H h) D`. Several sources are joined
             along the axis `g` of the right side (`D F -> D (F g)`, gate and up in turn), or else
             one behind the other along the outermost axis, each by its own place if they differ.
-        scale: Factor, if the values must change.
+        scale: Factor and offset, if the values must change.
         rotary: True where `h` is rotated by RoPE, so that the order of its entries follows the
             rotary layouts of source and target.
         layers: Kinds of target layer the rule writes; None for a tensor the model has once.
