@@ -164,6 +164,40 @@ OLMO3: Mapping[str, object] = {
     **YARN,
     "rope_truncate": True,
 }
+# Caps that bend scores and logits of about 1.
+GEMMA: Mapping[str, object] = {
+    "decoder_block": "gemma",
+    "num_experts": 1,
+    "mlp_activations": ["gelu", "linear"],
+    "normalization_layer_epsilon": 1e-6,
+}
+_GEMMA_POST_NORMS: Mapping[str, object] = {
+    **GEMMA,
+    "use_post_attn_norm": True,
+    "use_post_ffw_norm": True,
+    "sliding_window_size": 8,
+    "final_logits_soft_cap": 1.5,
+}
+# Two layers a module.
+GEMMA2: Mapping[str, object] = {
+    **_GEMMA_POST_NORMS,
+    "decoder_block": "gemma2",
+    "base_num_decoder_layers": 2,
+    "attn_logits_soft_cap": 2.0,
+}
+# MaxText builds it under a few names only (models/gemma3.py `get_query_pre_attn_scalar`). Two
+# layers are behind the scanned block of six.
+GEMMA3: Mapping[str, object] = {
+    **_GEMMA_POST_NORMS,
+    "decoder_block": "gemma3",
+    "model_name": "gemma3-4b",
+    "override_model_config": True,
+    "base_num_decoder_layers": 8,
+    "logits_via_embedding": False,
+    "rope_max_timescale": 200,
+    "local_rope_max_timescale": 50,
+    "rope_linear_scaling_factor": 4.0,
+}
 TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
 _MACHINE: Mapping[str, object] = {
@@ -435,11 +469,16 @@ class _Weights:
             # MaxText stacks parameters of too few axes on axis 0 (layers/nnx_scan.py).
             axis = self._scan_axis if len(shape) > self._scan_axis else 0
             length = shape.pop(axis)
-            layers = range(offset, self._layers, self._layers // length)
+            # A remainder has fewer layers than there are blocks.
+            layers = [offset + self._layers // length * entry for entry in range(length)]
             value = np.stack(
                 [self._array(".".join(rest), layer, tuple(shape)) for layer in layers],
                 axis=axis,
             )
+        elif parts[:2] == ["decoder", "layers_remainder"]:
+            # Behind the blocks of six (layers/nnx_decoders.py `_init_scanned_gemma3`).
+            layer = self._layers // 6 * 6 + int(parts[2].removeprefix("layers_"))
+            value = self._array(".".join(parts[3:]), layer, leaf.shape)
         elif parts[0] == "decoder" and parts[1].startswith("layers_"):
             layer = int(parts[1].removeprefix("layers_"))
             value = self._array(".".join(parts[2:]), layer, leaf.shape)

@@ -30,6 +30,10 @@ TOLD: Mapping[str, object] = {
     "rope_max_timescale": 500_000,
     "max_target_length": 64,
 }
+GELU: Mapping[str, object] = {
+    "mlp_activations": ["gelu", "linear"],
+    "normalization_layer_epsilon": 1e-6,
+}
 BLOCKS: Mapping[str, Mapping[str, object]] = {
     "mixtral": {"decoder_block": "mixtral"},
     "envy": {
@@ -66,6 +70,23 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "use_qk_norm": True,
         "sliding_window_size": 8,
     },
+    "gemma": {"decoder_block": "gemma", "num_experts": 1, **GELU},
+    "gemma2": {
+        "decoder_block": "gemma2",
+        "num_experts": 1,
+        "sliding_window_size": 8,
+        "attn_logits_soft_cap": 50.0,
+        "final_logits_soft_cap": None,
+        **GELU,
+    },
+    "gemma3": {
+        "decoder_block": "gemma3",
+        "emb_dim": 16,
+        "model_name": "gemma3-4b",
+        "num_experts": 1,
+        "sliding_window_size": 8,
+        **GELU,
+    },
     "deepseek": {
         "decoder_block": "deepseek",
         "model_name": "deepseek3-671b",
@@ -81,6 +102,8 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
 }
 # Of blocks whose targets have one width for shared and routed experts.
 ONE_WIDTH = frozenset({"llama4"})
+# Of blocks whose targets want a width that is a multiple of the number of heads.
+WHOLE_SHARES = frozenset({"gemma", "gemma2", "gemma3"})
 # Of blocks with another kind of layer first: that of the first layer, and of all others.
 FOLLOWING: Mapping[str, tuple[str, str]] = {"deepseek": ("mla_lora dense", "mla_lora moe+bias")}
 
@@ -136,7 +159,11 @@ def layout_of(
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
     shape = [(len(kinds), depth) if scanned else (depth * len(kinds), 1)]
     kinds = kinds * depth
-    if len(way.segments) > 1:
+    if scanned and way.paired > 1:
+        shape = [(way.paired, depth // way.paired)]
+    if way.name == "remainder":
+        shape = [(1, layers - 1), (1, 1)] if layers > 1 else [(0, 0), (1, 1)]
+    elif len(way.segments) > 1:
         counts = [sum(k in each.modules[0].kinds for k in kinds) for each in way.segments]
         shape = [(1, count) if scanned else (count, 1) for count in counts]
     return build_layout(page, way, kinds, sizes, blocks=shape, scan_axis=axis, tied=tied)

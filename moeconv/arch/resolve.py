@@ -155,7 +155,7 @@ def _read(
     if spec.name == "rope_type" and str(resolved.value("model_name", "")).startswith("llama3.1"):
         value = resolved["model_name"]
     either = value is not None and value.is_default and not dated and spec.key in CHANGED
-    if value is None or value.value is None or either:
+    if value is None or (value.value is None and not spec.nullable) or either:
         missing.append(spec.key)
         return
     try:
@@ -321,13 +321,16 @@ def _is_unset(value: Any) -> bool:
 def _built_layers(layout: Layout, layers: Any, resolved: ResolvedConfig) -> Any:
     """Layers MaxText builds of those configured: a scanned model drops a cut-off last block.
 
-    Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`.
+    A module that holds two layers is one to MaxText. Source: MaxText layers/nnx_decoders.py
+    `_init_scanned_generic`; a stacking of several segments has code of its own there, which does
+    not read the cycle.
     """
-    cycle = _count(resolved, "inhomogeneous_layer_cycle_interval")
-    if not layout.stacking.scanned or not _is_whole(layers):
+    cycle, stacking = _count(resolved, "inhomogeneous_layer_cycle_interval"), layout.stacking
+    if not _is_whole(layers):
         return layers
-    blocks = int(layers // cycle)
-    return blocks * cycle if layout.stacking is CYCLED else blocks
+    if stacking.scanned and len(stacking.segments) == 1:
+        layers = int(layers // cycle) * (cycle if stacking is CYCLED else 1)
+    return layers * stacking.paired
 
 
 def _dropped(layout: Layout, resolved: ResolvedConfig) -> list[str]:

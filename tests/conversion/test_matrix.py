@@ -8,6 +8,9 @@ from maxtext_lab import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
     ENVY,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
     GPT_OSS,
     KIMI_K2,
     LLAMA2,
@@ -162,8 +165,33 @@ CASES |= {
         {"q_lora_rank": 28, "model_name": "default", "routed_scaling_factor": 16.0},
     ),
 }
+RAW = {"normalize_embedding_logits": False}
+CASES |= {
+    "gemma3": (GEMMA3,),
+    "gemma3-unscanned-tied": (GEMMA3, UNSCANNED, TIED),
+    # Fewer layers than a scanned block has; no other theta with a window, nothing stretched.
+    "gemma3-all-behind-the-blocks-tied-raw-one-theta": (
+        GEMMA3,
+        TIED,
+        RAW,
+        {"base_num_decoder_layers": 3, "local_rope_max_timescale": -1},
+        {"rope_linear_scaling_factor": 1.0, "final_logits_soft_cap": None},
+    ),
+    "gemma3-27b-no-remainder-axis0": (
+        GEMMA3,
+        {"model_name": "gemma3-27b", "base_num_decoder_layers": 12, "param_scan_axis": 0},
+    ),
+    "gemma2": (GEMMA2, TIED),
+    "gemma2-unscanned-raw-tied-head-dim-24": (GEMMA2, UNSCANNED, TIED, RAW, {"head_dim": 24}),
+    "gemma2-untied-without-caps-axis2": (
+        GEMMA2,
+        {"attn_logits_soft_cap": None, "param_scan_axis": 2, "base_num_decoder_layers": 3},
+    ),
+    "gemma": (GEMMA, TIED),
+    "gemma-unscanned-untied-mqa": (GEMMA, UNSCANNED, {"base_num_kv_heads": 1}),
+}
 # One of each of these in every run of the suite.
-_DEAR = {"deepseek_v3", "gpt_oss", "llama4", "olmo3"}
+_DEAR = {"deepseek_v3", "gpt_oss", "llama4", "olmo3", "gemma", "gemma2", "gemma3"}
 SLOW = {name for name in CASES if name.startswith(("deepseek", *_DEAR))} - _DEAR
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
@@ -187,7 +215,7 @@ ARCHITECTURES = {
     "llama2": "llama",
     "qwen2-plain": "llama",
 }
-ARCHITECTURES |= {"qwen3-plain-axis0": "llama"}
+ARCHITECTURES |= {"qwen3-plain-axis0": "llama", "gemma3": "gemma3_text"}
 ARCHITECTURES |= {name: name.partition("-")[0] for name in CASES if name.startswith("deepseek")}
 
 

@@ -67,12 +67,14 @@ def samples(
         **{axis: synthetic.SIZES[axis] for axis in "qcvrkb"},
     }
     sizes |= {"n": sizes["H"] * sizes["h"], "m": kv * sizes["h"]}
+    if block in synthetic.WHOLE_SHARES:
+        sizes["D"] = sizes["H"] * draw(st.sampled_from([3, 8]))
     tied = draw(st.booleans())
     dtype = draw(st.sampled_from(dtypes))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     made = synthetic.layout_of(
         block,
-        layers=cycle * depth,
+        layers=cycle * depth * page.stackings[0].paired,
         tied=tied,
         scanned=scanned,
         axis=axis,

@@ -8,6 +8,9 @@ from helpers import config_file
 from maxtext_lab import (
     DEEPSEEK_V2,
     DEEPSEEK_V3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
     GPT_OSS,
     KIMI_K2,
     LLAMA4,
@@ -31,6 +34,9 @@ FAMILIES = {
     "GptOssForCausalLM": GPT_OSS,
     "Llama4ForCausalLM": LLAMA4,
     "Olmo3ForCausalLM": OLMO3,
+    "GemmaForCausalLM": GEMMA,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
 }

@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import config_file, run
-from maxtext_lab import DEEPSEEK_V2, DEEPSEEK_V3, GPT_OSS, LLAMA4, OLMO3
+from maxtext_lab import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GPT_OSS,
+    LLAMA4,
+    OLMO3,
+    TIED,
+)
 from parity_lab import Compiled, check
 
-from moeconv.families import targets
+from moeconv.families import blocks, targets
 from moeconv.hf.safetensors import read_header
 from moeconv.mapping.rules import Factor, Target
 from moeconv.verification.checks import Status, worst
@@ -28,6 +38,9 @@ MODELS = {
     "gpt_oss": (GPT_OSS,),
     "llama4": (LLAMA4, FOUR),
     "olmo3": (OLMO3, FOUR),
+    "gemma3": (GEMMA3, TIED),
+    "gemma2": (GEMMA2, TIED),
+    "gemma": (GEMMA, TIED),
     "deepseek_v3": (DEEPSEEK_V3,),
     "deepseek_v2": (DEEPSEEK_V2,),
 }
@@ -93,6 +106,36 @@ def other_way(types: list[str]) -> list[str]:
     return types[1:] + types[:1]
 
 
+def ropes(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Page:
+    """Of the RoPE of both kinds of layer, for transformers 5."""
+    return lambda target: key("rope_parameters", change)(
+        key("rope_scaling", lambda found: None)(target)
+    )
+
+
+def _swapped(rope: dict[str, Any]) -> dict[str, Any]:
+    full, sliding = rope["full_attention"], rope["sliding_attention"]
+    theta = {"rope_theta": full["rope_theta"]}, {"rope_theta": sliding["rope_theta"]}
+    return {"full_attention": full | theta[1], "sliding_attention": sliding | theta[0]}
+
+
+swapped_thetas = ropes(_swapped)
+both_stretched = ropes(
+    lambda rope: {
+        **rope,
+        "sliding_attention": rope["full_attention"]
+        | {"rope_theta": rope["sliding_attention"]["rope_theta"]},
+    }
+)
+none_stretched = ropes(
+    lambda rope: {
+        **rope,
+        "full_attention": {
+            "rope_type": "default", "rope_theta": rope["full_attention"]["rope_theta"]
+        },
+    }
+)  # fmt: skip
+
 ZERO = Factor("0", "a mistake", lambda m: 0.0)
 EXPERTS = ("GptOssMlp.wi_1", "GptOssMlp.wi_0")
 ROUTED = ("Llama4MoEBlock_0.MoeBlock_0.wi_1", "Llama4MoEBlock_0.MoeBlock_0.wi_0")
@@ -144,6 +187,32 @@ PAGES: dict[str, tuple[str, Page, str]] = {
     "no norm of keys' scale": ("olmo3", rule("k_norm.weight", scale=ZERO), "layer 0 attention"),
     "no norm behind the MLP": (
         "olmo3", rule("post_feedforward_layernorm.weight", scale=ZERO), "layer 0"),
+    "scores scaled as of the 27b": (
+        "gemma3", key("query_pre_attn_scalar", lambda n: 12), "layer 0 attention"),
+    "Gemma's window one wider": (
+        "gemma3", key("sliding_window", lambda n: n + 1), "layer 0 attention"),
+    "Gemma's window one narrower": (
+        "gemma3", key("sliding_window", lambda n: n - 1), "layer 0 attention"),
+    "the blocks one layer longer": (
+        "gemma3", key("layer_types", lambda t: t[-1:] + t[:-1]), "layer 5 attention"),
+    "thetas swapped": ("gemma3", swapped_thetas, "layer 0 attention"),
+    "windows stretched too": ("gemma3", both_stretched, "layer 0 attention"),
+    "nothing stretched": ("gemma3", none_stretched, "layer 5 attention"),
+    "Gemma's key norm without its scale": (
+        "gemma3", rule("k_norm.weight", scale=ZERO), "layer 0 attention"),
+    "Gemma's norms' offset": (
+        "gemma3", rule("pre_feedforward_layernorm.weight", scale=None), "layer 0 experts"),
+    "the final norm's offset": ("gemma3", rule("model.norm.weight", scale=None), "final norm"),
+    "embeddings not scaled back": (
+        "gemma3", rule("embed_tokens.weight", scale=None), "embedding"),
+    "no norm behind Gemma's attention": (
+        "gemma2", rule("post_attention_layernorm.weight", scale=ZERO), "layer 0"),
+    "scores not capped": (
+        "gemma2", key("attn_logit_softcapping", lambda x: None), "layer 0 attention"),
+    "scores scaled twice": ("gemma2", rule("q_proj.weight", scale=None), "layer 0 attention"),
+    "windows in the global layers": ("gemma2", key("layer_types", other_way), "layer 0 attention"),
+    "the exact GELU": ("gemma3", key("hidden_activation", lambda x: "gelu"), "layer 0 experts"),
+    "a Gemma's SiLU": ("gemma", key("hidden_act", lambda x: "silu"), "layer 0 experts"),
     "no correction of scores": (
         "deepseek_v3", rule("e_score_correction_bias", scale=ZERO), "layer 1 router"),
     "all groups of experts": ("deepseek_v3", key("topk_group", lambda n: 4), "layer 1 experts"),
@@ -197,6 +266,40 @@ def test_a_mistaken_page_is_found_by_running_it(maxtext_lab, tmp_path, monkeypat
     assert found["hidden"].summary.split(": ")[0].endswith(place), words(found)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_an_uncapped_head_is_found_by_its_logits(maxtext_lab, tmp_path, monkeypatch, family):
+    mistaken = key("final_logit_softcapping", lambda x: None)(targets()[family])
+    monkeypatch.setitem(targets(), family, mistaken)
+    run(maxtext_lab.checkpoint(*MODELS[family]), tmp_path / "out")
+    for level in ("logits", "layers"):
+        found = check(level, tmp_path / "out")
+        assert found["parity"].status is Status.FAIL, words(found)
+    assert found["hidden"].status is Status.PASS, words(found)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_layers_in_another_order_are_found_by_their_logits(
+    maxtext_lab, tmp_path, monkeypatch, family
+):
+    """What is behind the blocks put before them, a pair turned round."""
+    ways = [
+        replace(
+            way,
+            segments=tuple(
+                replace(each, modules=each.modules[::-1]) for each in way.segments[::-1]
+            ),
+        )
+        for way in blocks()[family].stackings
+    ]
+    monkeypatch.setitem(blocks(), family, replace(blocks()[family], stackings=tuple(ways)))
+    run(maxtext_lab.checkpoint(*MODELS[family]), tmp_path / "out")
+    for level in ("structure", "weights"):
+        right = check(level, tmp_path / "out")
+        assert worst(right.values()) is Status.PASS, words(right)
+    found = check("logits", tmp_path / "out")
+    assert found["parity"].status is Status.FAIL, words(found)
+
+
 @pytest.mark.parametrize("layers", [0, 2])
 def test_dense_layers_elsewhere_are_found_by_the_structure(
     maxtext_lab, tmp_path, monkeypatch, layers
@@ -220,6 +323,9 @@ def zeroed(out, name):
      ("gpt_oss", "model.layers.2.self_attn.q_proj.bias"),
      ("gpt_oss", "model.layers.2.mlp.router.bias"),
      ("gpt_oss", "model.layers.2.mlp.experts.gate_up_proj_bias"),
+     ("gemma3", "model.layers.7.self_attn.q_norm.weight"),
+     ("gemma2", "model.layers.3.post_feedforward_layernorm.weight"),
+     ("gemma", "model.embed_tokens.weight"),
      ("llama4", "model.layers.1.feed_forward.shared_expert.up_proj.weight"),
      ("llama4", "model.layers.1.feed_forward.router.weight"),
      ("deepseek_v3", "model.layers.2.mlp.gate.e_score_correction_bias"),
@@ -238,6 +344,9 @@ def test_a_tensor_that_was_lost_is_found_by_its_values(maxtext_lab, tmp_path, fa
     ("family", "told"),
     [("gpt_oss", "sliding_window_size=9"), ("gpt_oss", "rope_factor=5"),
      ("gpt_oss", "mlp_activations_limit=7"), ("olmo3", "sliding_window_size=7"),
+     ("gemma3", "sliding_window_size=9"), ("gemma3", "local_rope_max_timescale=-1"),
+     ("gemma3", "rope_linear_scaling_factor=1"), ("gemma3", "model_name=gemma3-27b"),
+     ("gemma2", "attn_logits_soft_cap=3"), ("gemma2", "sliding_window_size=7"),
      ("llama4", "chunk_attn_window_size=17"),
      ("llama4", "nope_layer_interval=2"), ("llama4", "use_qk_norm=false"),
      ("deepseek_v3", "n_routing_groups=-1"), ("deepseek_v3", "topk_routing_group=3"),

@@ -8,7 +8,7 @@ import contextlib
 import gc
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -66,14 +66,18 @@ class MaxTextLayers:
             self._model = nnx.merge(graph, abstract)
         self._read, self._taps, self._kinds = read, layout.block.taps, layout.kinds
         unscanned = next(way for way in layout.block.stackings if not way.scanned)
-        self._names = unscanned.modules(layout.kinds)
+        # Below the decoder: one module may hold several layers.
+        self._modules = [
+            (module.pattern.format(number), module)
+            for number, module in unscanned.modules(layout.kinds)
+        ]
         # What a layer in a repeated block is hangs on its place in the block.
         self._cycle = layout.cycle if layout.stacking is CYCLED else len(layout.kinds)
         self._known = layout.block.parameters().keys()
         self._jitted: dict[str, Any] = {}
         self._traced: list[tuple[Any, Any]] = []
         self._globals: Any = None
-        self.num_layers: int = self.config.num_decoder_layers
+        self.num_layers: int = self.config.num_decoder_layers * unscanned.paired
 
     @property
     def version(self) -> str:
@@ -138,13 +142,26 @@ class MaxTextLayers:
         import jax.numpy as jnp
         from flax import nnx
 
-        graph, abstract = nnx.split(getattr(self._model.decoder, self._names[number % self._cycle]))
-        state = self._fill(abstract, lambda name: self._read(name, number))
+        at = number % self._cycle
+        name, module = self._modules[at]
+        held = {n - at: each for n, (other, each) in enumerate(self._modules) if other == name}
+
+        def place(inside: str) -> tuple[str, int | None] | None:
+            for offset, each in held.items():
+                found = each.place(("decoder", name, *inside.split(".")))
+                if found is not None and found[1] in self._known:
+                    return found[1], number + offset
+            return None
+
+        graph, abstract = nnx.split(getattr(self._model.decoder, name))
+        state = self._fill(abstract, place)
         # Layers of one kind have equal graphs (which are not hashable): each kind compiles once.
-        traced = next((f for seen, f in self._traced if seen == graph), None)
+        key = graph, module.suffix
+        traced = next((f for seen, f in self._traced if seen == key), None)
         if traced is None:
-            traced = jax.jit(_traced(graph, self._taps, self._kinds[number]))
-            self._traced.append((graph, traced))
+            others = [each.suffix for each in held.values() if each is not module]
+            traced = jax.jit(_traced(graph, self._taps, self._kinds[number], module.suffix, others))
+            self._traced.append((key, traced))
         found = self._run(traced, state, jnp.asarray(hidden, self.config.dtype))
         jax.tree.map(lambda leaf: leaf.delete(), state)
         arrays = {name: np.asarray(value, np.float32) for name, value in found.items()}
@@ -159,11 +176,12 @@ class MaxTextLayers:
 
         graph, abstract = nnx.split(self._model)
         if self._globals is None:
-            layers = set(self._names)
+            layers = {name for name, _ in self._modules}
             parts = nnx.split_state(
                 abstract, lambda path, _: path[0] == "decoder" and path[1] in layers, ...
             )
-            self._globals = self._fill(parts[1], lambda name: self._read(name, None)), parts[0]
+            outer = self._fill(parts[1], lambda name: (name, None) if name in self._known else None)
+            self._globals = outer, parts[0]
         state, layers = self._globals
         if name not in self._jitted:
             # The layers stay shapes: nothing of them is used.
@@ -181,8 +199,10 @@ class MaxTextLayers:
         with running(), quiet(), precision, jax.set_mesh(self._mesh), rules:
             return jax.block_until_ready(function(state, argument))
 
-    def _fill(self, abstract: Any, read: Callable[[str], Array]) -> Any:
+    def _fill(self, abstract: Any, place: Callable[[str], tuple[str, int | None] | None]) -> Any:
         """A state with its parameters read; random streams, never drawn from, are 0.
+
+        `place` says which parameter of which layer a name in the state is, if any.
 
         What the block declares is a parameter, also where MaxText keeps it in a variable of another
         class (layers/moe.py `MoEBiasVar`).
@@ -190,16 +210,17 @@ class MaxTextLayers:
         import jax
         from flax import nnx
 
-        declared = nnx.Any(nnx.Param, lambda path, _: dotted(path) in self._known)
+        declared = nnx.Any(nnx.Param, lambda path, _: place(dotted(path)) is not None)
         parameters, streams, rest = nnx.split_state(abstract, declared, nnx.RngState, ...)
         if unknown := [dotted(path) for path, _ in nnx.to_flat_state(rest)]:
             raise UnsupportedError(f"MaxText's layer keeps state besides parameters: {unknown}.")
         filled = []
         for path, variable in nnx.to_flat_state(parameters):
-            leaf, value = variable.get_value(), read(dotted(path))
+            name, leaf = dotted(path), variable.get_value()
+            value = self._read(*(place(name) or (name, None)))
             if leaf.shape != value.shape:
                 raise TensorError(
-                    f"{dotted(path)} has shape {list(value.shape)} in the checkpoint, but MaxText "
+                    f"{name} has shape {list(value.shape)} in the checkpoint, but MaxText "
                     f"builds {list(leaf.shape)} from the run's config."
                 )
             filled.append((path, variable.replace(value=jax.device_put(value))))
@@ -227,13 +248,23 @@ class _Tap:
         return getattr(self._part, name)
 
 
-def _traced(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any], dict[str, Any]]:
-    """The function to jit: a layer with taps on attention, router and experts."""
+def _traced(
+    graph: Any, taps: Taps, kind: LayerKind, suffix: str, others: Collection[str]
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """The function to jit: a layer with taps on attention, router and experts.
+
+    Args:
+        graph: Of its module.
+        taps: Where the parts are.
+        kind: The layer's.
+        suffix: Behind the names of its parts, where the module holds other layers too.
+        others: Theirs; their attention and MLP are silent, and a norm of zeros is zeros.
+    """
     import jax.numpy as jnp
     from flax import nnx
 
     mlp = taps.mlp[kind.mlp]
-    places = {"attention": taps.attention, "experts": mlp}
+    places = {"attention": taps.attention + suffix, "experts": mlp + suffix}
     if kind.mlp == "moe":
         places["router"] = f"{mlp}.{taps.router}"
 
@@ -244,6 +275,12 @@ def _traced(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any], dic
         for name, (owner, attribute) in owners.items():
             # Past flax, which would take the tap for state of the model.
             object.__setattr__(owner, attribute, _Tap(getattr(owner, attribute), name, kept))
+        for other in others:
+            # The residual passes; attention also returns a cache.
+            silent = {taps.attention: lambda h, *_, **__: (jnp.zeros_like(h), None)}
+            silent[mlp] = lambda h, *_, **__: jnp.zeros_like(h)
+            for name, part in silent.items():
+                object.__setattr__(layer, name + other, part)
         segments = jnp.ones(hidden.shape[:2], jnp.int32)
         result = layer(hidden, segments, _positions(hidden), True, _MODE)
         kept["output"] = result[0] if isinstance(result, tuple) else result
