@@ -20,6 +20,10 @@ _ASIDE = {
     *("router_aux_loss_coef", "output_router_logits", "max_window_layers"),
     "rope_scaling",  # what transformers 5 makes of it is in rope_parameters
 }
+# Of Gemma (docs/families.md) the table has other thetas and another GELU than MaxText computes, and
+# published tables of other lengths.
+GEMMA3 = {"max_position_embeddings", "hidden_activation", "rope_parameters"}
+GEMMA2 = {"max_position_embeddings", "vocab_size"}
 # What differs: the context, which is the run's own, and OLMo 3's YaRN, which MaxText computes
 # (configs/models/olmo3-7b.yml) and its table leaves out (docs/families.md).
 APART = {
@@ -27,6 +31,12 @@ APART = {
     "gpt-oss-120b": set(),
     "olmo3-7b": {"max_position_embeddings", "rope_parameters"},
     "olmo3-32b": {"max_position_embeddings", "rope_parameters"},
+    "gemma3-4b": GEMMA3,
+    "gemma3-12b": GEMMA3,
+    "gemma3-27b": GEMMA3,
+    "gemma2-2b": GEMMA2,
+    "gemma2-9b": GEMMA2 | {"query_pre_attn_scalar"},
+    "gemma2-27b": GEMMA2 | {"query_pre_attn_scalar"},
     "mixtral-8x7b": {"max_position_embeddings"},
     "llama3.1-8b": {"max_position_embeddings"},
 }
@@ -39,7 +49,8 @@ def theirs(name):
     spec = importlib.util.spec_from_file_location("hf_model_configs", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.HF_MODEL_CONFIGS[name]
+    found = module.HF_MODEL_CONFIGS[name]
+    return getattr(found, "text_config", found)
 
 
 def ours(name):
@@ -54,10 +65,11 @@ def ours(name):
         **{"F": value["base_mlp_dim"], "M": value["base_mlp_dim"], "E": value["num_experts"]},
         **{"n": heads * head, "m": kv * head},
     }
-    depth = value["base_num_decoder_layers"]
     way = next(way for way in block.stackings if not way.scanned)
+    depth = value["base_num_decoder_layers"] * way.paired
     kinds = list(block.layers)[:1] * depth
-    layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)])
+    tied = bool(value["logits_via_embedding"])
+    layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)], tied=tied)
     model = resolve(layout, told).model()
     return model_config(target_for(model), model, "bfloat16", Options())
 
