@@ -19,8 +19,11 @@ _SMALL_FILES = 96 * MIB
 
 
 def unit_cost(unit: Unit) -> int:
-    """Peak bytes of one unit: decoded, and compressed (never larger) while it is decoded."""
-    return 2 * unit.decoded_bytes + WORKER_BYTES
+    """Peak bytes of one unit: decoded, and compressed (never larger) while it is decoded.
+
+    Its companions count with it, and so do the zeros that a padded axis brings with its last block.
+    """
+    return 2 * unit.held_bytes + max(WORKER_BYTES, unit.work_bytes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Estimate:
         cls, units: Sequence[Unit], assemblies: Sequence[Assembly], output: Output
     ) -> "Estimate":
         """Adds up the parts of a plan."""
-        largest = max(units, key=lambda unit: unit.decoded_bytes)
+        largest = max(units, key=unit_cost)
         return cls(
             read_bytes=sum(unit.nbytes for unit in units),
             write_bytes=output.nbytes,
@@ -71,10 +74,12 @@ class Estimate:
         """
         floor = self.memory_floor
         if limit < floor:
+            work = self.largest.work_bytes
+            moved = f", and then {format_size(work)} at once are moved" if work else ""
             raise MemoryLimitError(
                 f"--max-memory {format_size(limit)} is below the {format_size(floor)} that this "
                 f"checkpoint needs: {self.largest.array.name} is stored in chunks of "
-                f"{format_size(self.largest.decoded_bytes)}, and a chunk is decoded whole; give "
-                f"--max-memory {math.ceil(floor / MIB)}MiB or more"
+                f"{format_size(self.largest.decoded_bytes)}, and a chunk is decoded whole{moved}; "
+                f"give --max-memory {math.ceil(floor / MIB)}MiB or more"
             )
         return min(limit, max(int(1.1 * floor), jobs * 384 * MIB))
