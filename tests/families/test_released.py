@@ -22,6 +22,10 @@ _ASIDE = {
     *("router_aux_loss_coef", "output_router_logits", "max_window_layers"),
     "rope_scaling",  # what transformers 5 makes of it is in rope_parameters
 }
+# Of Gemma (docs/families.md) the table has other thetas and another GELU than MaxText computes, and
+# published tables of other lengths.
+GEMMA3 = {"max_position_embeddings", "hidden_activation", "rope_parameters"}
+GEMMA2 = {"max_position_embeddings", "vocab_size"}
 # What differs: the context, which is the run's own, and OLMo 3's YaRN, which MaxText computes
 # (configs/models/olmo3-7b.yml) and its table leaves out (docs/families.md).
 APART = {
@@ -30,6 +34,12 @@ APART = {
     "olmo3-7b": {"max_position_embeddings", "rope_parameters"},
     "olmo3-32b": {"max_position_embeddings", "rope_parameters"},
     "qwen3-next-80b-a3b": {"max_position_embeddings", "intermediate_size"},  # of dense layers
+    "gemma3-4b": GEMMA3,
+    "gemma3-12b": GEMMA3,
+    "gemma3-27b": GEMMA3,
+    "gemma2-2b": GEMMA2,
+    "gemma2-9b": GEMMA2 | {"query_pre_attn_scalar"},
+    "gemma2-27b": GEMMA2 | {"query_pre_attn_scalar"},
     "mixtral-8x7b": {"max_position_embeddings"},
     "llama3.1-8b": {"max_position_embeddings"},
 }
@@ -42,7 +52,8 @@ def theirs(name):
     spec = importlib.util.spec_from_file_location("hf_model_configs", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.HF_MODEL_CONFIGS[name]
+    found = module.HF_MODEL_CONFIGS[name]
+    return getattr(found, "text_config", found)
 
 
 def linear(value, sizes):
@@ -74,13 +85,15 @@ def ours(name):
     }
     if block.name in synthetic.LAST:
         sizes |= linear(value, sizes)
-    depth, cycle = value["base_num_decoder_layers"], value["inhomogeneous_layer_cycle_interval"]
     way = next(way for way in block.stackings if not way.scanned)
+    depth = value["base_num_decoder_layers"] * way.paired
     kinds = list(block.layers)[:1] * depth
     if block.name in synthetic.LAST:
+        cycle = value["inhomogeneous_layer_cycle_interval"]
         other, last = map(LayerKind, synthetic.LAST[block.name])
         kinds = [*[other] * (cycle - 1), last] * (depth // cycle)
-    layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)])
+    tied = bool(value["logits_via_embedding"])
+    layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)], tied=tied)
     model = resolve(layout, told).model()
     return model_config(target_for(model), model, "bfloat16", Options())
 
