@@ -3,10 +3,12 @@
 import importlib.util
 
 import pytest
+from synthetic import PATTERNS
 
 from moeconv.arch.config_sources import resolve_config
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.layout import build_layout
+from moeconv.arch.parameters import LayerKind
 from moeconv.arch.resolve import resolve
 from moeconv.families import blocks, target_for
 from moeconv.hf.config import model_config
@@ -29,6 +31,13 @@ APART = {
     "olmo3-32b": {"max_position_embeddings", "rope_parameters"},
     "mixtral-8x7b": {"max_position_embeddings"},
     "llama3.1-8b": {"max_position_embeddings"},
+    # The table's is of a model with images, between whose tokens attention goes both ways.
+    "gemma4-26b": {"max_position_embeddings", "use_bidirectional_attention"},
+    # The width of experts that it has not.
+    "gemma4-31b": {
+        *("max_position_embeddings", "use_bidirectional_attention"),
+        "moe_intermediate_size",
+    },
 }
 
 
@@ -39,7 +48,7 @@ def theirs(name):
     spec = importlib.util.spec_from_file_location("hf_model_configs", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.HF_MODEL_CONFIGS[name]
+    return module.HF_MODEL_CONFIGS[name].get_text_config()
 
 
 def ours(name):
@@ -52,14 +61,29 @@ def ours(name):
     sizes = {
         **{"V": value["vocab_size"], "D": width, "H": heads, "K": kv, "h": head},
         **{"F": value["base_mlp_dim"], "M": value["base_mlp_dim"], "E": value["num_experts"]},
-        **{"n": heads * head, "m": kv * head},
+        **{"n": heads * head, "m": kv * head, "u": 1},
+        **{"J": value["global_num_kv_heads"], "j": value["global_head_dim"]},
     }
     depth = value["base_num_decoder_layers"]
     way = next(way for way in block.stackings if not way.scanned)
-    kinds = list(block.layers)[:1] * depth
-    layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)])
+    if value.get("base_moe_mlp_dim", -1) > 0:
+        sizes["M"] = value["base_moe_mlp_dim"]
+    half = "moe" if value["num_experts"] > 1 else "dense"
+    pattern = [kind.replace("moe", half) for kind in PATTERNS.get(block.name, ())]
+    kinds = [LayerKind(kind) for kind in pattern] or list(block.layers)[:1]
+    kinds = (kinds * depth)[:depth]
+    tied = bool(value["logits_via_embedding"])
+    layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)], tied=tied)
     model = resolve(layout, told).model()
     return model_config(target_for(model), model, "bfloat16", Options())
+
+
+def sizes_of_layers(config):
+    """Of every layer, where they differ; what is asked of the config then is that of the others."""
+    if not getattr(config, "is_heterogeneous", False):
+        return None
+    config.allow_global_per_layer_attribute_access = True
+    return [(layer.head_dim, layer.num_key_value_heads) for layer in config.per_layer_config]
 
 
 @pytest.mark.parametrize("name", APART)
@@ -69,6 +93,7 @@ def test_the_configs_agree_on_what_decides_the_function(name):
     written = ours(name)
     read, table = AutoConfig.for_model(**written), theirs(name)
     assert read.model_type == table.model_type
+    assert sizes_of_layers(read) == sizes_of_layers(table)
     told = {key for key in written if getattr(table, key, None) is not None} - _ASIDE
     assert {"hidden_size", "rope_parameters", "rms_norm_eps"} <= told
     found = {key: (getattr(read, key), getattr(table, key)) for key in told}
