@@ -80,7 +80,11 @@ BLOCK = Block(
     },
     idle=IDLE | {"model_call_mode", "use_qk_norm"},
     warns={**DROPS_TOKENS, **QUANTISES},
-    taps=Taps(mlp=dict.fromkeys(("dense", "moe"), "post_ffw_norm"), router=f"{ROUTED}.gate"),
+    taps=Taps(
+        mlp=dict.fromkeys(("dense", "moe"), "post_ffw_norm"),
+        router=f"{ROUTED}.gate",
+        router_in_layer=True,
+    ),
 )
 
 

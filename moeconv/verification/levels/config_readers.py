@@ -24,12 +24,14 @@ _RENAMED = {"torch_dtype", "dtype", "transformers_version", "architectures", "ro
 def as_transformers_4(config: Config) -> dict[str, Any]:
     """What releases before 5 take from a config.json, and mlx-lm and llama.cpp like them.
 
-    `rope_theta` and `rope_scaling` at the top level (models/*/configuration_*.py and
-    modeling_rope_utils.py `_compute_*` of 4.x), the dtype as `torch_dtype`
-    (configuration_utils.py).
+    `rope_theta`, `rope_scaling` and `partial_rotary_factor` at the top level
+    (models/*/configuration_*.py and modeling_rope_utils.py `_compute_*` of 4.x), the dtype as
+    `torch_dtype` (configuration_utils.py).
     """
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    if "partial_rotary_factor" in config:
+        scaling["partial_rotary_factor"] = config["partial_rotary_factor"]
     return {
         "rope": {"rope_type": kind, "rope_theta": config.get("rope_theta"), **scaling},
         "dtype": config.get("torch_dtype"),

@@ -40,6 +40,12 @@ def _first_of(layer: Any, names: tuple[str, ...]) -> Any:
     return next((part for part in found if part is not None), None) or part_at(layer, names[0])
 
 
+def mlp_of(layer: Any, probe: Probe) -> tuple[Any, str]:
+    """The module that has a layer's feed-forward half as an attribute, and the attribute."""
+    place = next(name for name in probe.mlp if part_at(layer, name, None) is not None)
+    return owner_of(layer, place)
+
+
 def router_of(layer: Any, probe: Probe) -> Any:
     """The router of a MoE layer; None in a dense one."""
     below = part_at(feed_forward(layer, probe), probe.router, None)
