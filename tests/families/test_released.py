@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from synthetic import PATTERNS
+import synthetic
 
 from moeconv.arch.config_sources import resolve_config
 from moeconv.arch.description import Origin, Provenance
@@ -29,6 +29,7 @@ APART = {
     "gpt-oss-120b": set(),
     "olmo3-7b": {"max_position_embeddings", "rope_parameters"},
     "olmo3-32b": {"max_position_embeddings", "rope_parameters"},
+    "qwen3-next-80b-a3b": {"max_position_embeddings", "intermediate_size"},  # of dense layers
     "mixtral-8x7b": {"max_position_embeddings"},
     "llama3.1-8b": {"max_position_embeddings"},
     # The table's is of a model with images, between whose tokens attention goes both ways.
@@ -51,6 +52,21 @@ def theirs(name):
     return module.HF_MODEL_CONFIGS[name].get_text_config()
 
 
+def linear(value, sizes):
+    """The axes of linear attention."""
+    keys, heads, head = (
+        value["gdn_num_key_heads"] * value["gdn_key_head_dim"],
+        value["gdn_num_value_heads"],
+        value["gdn_value_head_dim"],
+    )
+    values = heads * head
+    return {
+        **{"O": sizes["n"], "Q": 2 * sizes["h"], "u": 1, "t": 4},  # gdn_conv_kernel_dim
+        **{"w": heads, "d": head, "W": values, "y": 2 * heads},
+        **{"C": 2 * keys + values, "Z": 2 * keys + 2 * values},
+    }
+
+
 def ours(name):
     """The config.json of a checkpoint with the shapes that the model's file asks for."""
     told = resolve_config({"model_name": name}, Provenance(Origin.CONFIG, "run.yml"), ())
@@ -64,14 +80,18 @@ def ours(name):
         **{"n": heads * head, "m": kv * head, "u": 1},
         **{"J": value["global_num_kv_heads"], "j": value["global_head_dim"]},
     }
-    depth = value["base_num_decoder_layers"]
+    if block.name in synthetic.LAST:
+        sizes |= linear(value, sizes)
+    depth, cycle = value["base_num_decoder_layers"], value["inhomogeneous_layer_cycle_interval"]
     way = next(way for way in block.stackings if not way.scanned)
-    if value.get("base_moe_mlp_dim", -1) > 0:
+    kinds = list(block.layers)[:1] * depth
+    if block.name in synthetic.LAST:
+        other, last = map(LayerKind, synthetic.LAST[block.name])
+        kinds = [*[other] * (cycle - 1), last] * (depth // cycle)
+    if pattern := synthetic.PATTERNS.get(block.name):
+        half = "moe" if value["num_experts"] > 1 else "dense"
+        kinds = [LayerKind(kind.replace("moe", half)) for kind in pattern] * (depth // len(pattern))
         sizes["M"] = value["base_moe_mlp_dim"]
-    half = "moe" if value["num_experts"] > 1 else "dense"
-    pattern = [kind.replace("moe", half) for kind in PATTERNS.get(block.name, ())]
-    kinds = [LayerKind(kind) for kind in pattern] or list(block.layers)[:1]
-    kinds = (kinds * depth)[:depth]
     tied = bool(value["logits_via_embedding"])
     layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)], tied=tied)
     model = resolve(layout, told).model()
