@@ -44,6 +44,22 @@ def plan(folder, block, *, change=lambda arrays: None, sizes=None, scanned=True,
         ("olmo3", {"rope_type": "yarn"}, UnsupportedError, "rope_interleave is true"),
         ("olmo3", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
         ("olmo3", {"use_qk_norm": False}, ConfigError, "use_qk_norm is true"),
+        ("gemma4", {"sliding_window_size": None}, ConfigError, "sliding_window_size=0"),
+        ("gemma4", {"mlp_activations": None}, UnsupportedError, "mlp_activations=.*'gelu'"),
+        ("gemma4", {"v_norm_with_scale": None}, UnsupportedError, "v_norm_with_scale=True should"),
+        ("gemma4", {"normalization_layer_epsilon": 1e-5}, UnsupportedError, "1e-6 for the norms"),
+        ("gemma4", {"norm_topk_prob": False}, UnsupportedError, "norm_topk_prob is false"),
+        ("gemma4", {"model_name": "default"}, UnsupportedError, "halves of that part"),
+        ("gemma4", {"model_name": "olmo3-7b"}, UnsupportedError, "code of its own"),
+        ("gemma4", {"global_rope_proportion": 1.5}, ConfigError, "above 0, at most 1"),
+        ("gemma4", {"global_head_dim": 5}, ConfigError, "global_head_dim is 6"),
+        ("gemma4", {"global_head_dim": 0}, ConfigError, "global_head_dim is 6"),
+        ("gemma4", {"share_kv_projections": False}, ConfigError, "share_kv_projections is true"),
+        ("gemma4", {"shared_experts": 2}, ConfigError, "shared_experts is 1"),
+        ("gemma4", {"attn_logits_soft_cap": 50.0}, UnsupportedError, "attn_logits_soft_cap=50"),
+        ("gemma4", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
+        ("gemma4", {"decoder_block": "gemma4_small", "model_name": "default"}, UnsupportedError,
+         "decoder_block=gemma4_small .* is not supported"),
         ("qwen3_next", {"use_qk_norm": True}, UnsupportedError, "use_qk_norm=True should be False"),
         ("qwen3_next", {"use_qk_norm_in_gdn": False}, UnsupportedError, "use_qk_norm_in_gdn=Fal"),
         ("qwen3_next", {"gdn_num_key_heads": 4}, UnsupportedError,
@@ -81,6 +97,23 @@ def without(*words):
 def test_a_model_without_what_the_target_always_has(tmp_path, block, gone):
     with pytest.raises(TensorError, match=rf"is not a whole .* layer:\n  missing .*{gone}"):
         plan(tmp_path, block, change=without(gone))
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_a_gemma4_whose_last_layer_has_a_window(tmp_path, scanned):
+    """Eight layers are a block and two of another, which has no global one."""
+
+    def two_more(arrays):
+        for name in list(arrays):
+            if not scanned and ".layers_0." in name:
+                for n in (6, 7):
+                    arrays[name.replace("layers_0", f"layers_{n}")] = arrays[name]
+            if ".scanned_blocks.local_layers." in name:
+                rest = name.replace("scanned_blocks", "layers_remainder")
+                arrays[rest] = arrays[name].take(0, 1).take([0, 1], 1)  # two of the five
+
+    with pytest.raises(UnsupportedError, match="8 layers, no multiple of six"):
+        plan(tmp_path, "gemma4", change=two_more, scanned=scanned)
 
 
 def per_head(arrays):

@@ -42,6 +42,13 @@ APART = {
     "gemma2-27b": GEMMA2 | {"query_pre_attn_scalar"},
     "mixtral-8x7b": {"max_position_embeddings"},
     "llama3.1-8b": {"max_position_embeddings"},
+    # The table's is of a model with images, between whose tokens attention goes both ways.
+    "gemma4-26b": {"max_position_embeddings", "use_bidirectional_attention"},
+    # The width of experts that it has not.
+    "gemma4-31b": {
+        *("max_position_embeddings", "use_bidirectional_attention"),
+        "moe_intermediate_size",
+    },
 }
 
 
@@ -81,7 +88,8 @@ def ours(name):
     sizes = {
         **{"V": value["vocab_size"], "D": width, "H": heads, "K": kv, "h": head},
         **{"F": value["base_mlp_dim"], "M": value["base_mlp_dim"], "E": value["num_experts"]},
-        **{"n": heads * head, "m": kv * head},
+        **{"n": heads * head, "m": kv * head, "u": 1},
+        **{"J": value["global_num_kv_heads"], "j": value["global_head_dim"]},
     }
     if block.name in synthetic.LAST:
         sizes |= linear(value, sizes)
@@ -92,10 +100,22 @@ def ours(name):
         cycle = value["inhomogeneous_layer_cycle_interval"]
         other, last = map(LayerKind, synthetic.LAST[block.name])
         kinds = [*[other] * (cycle - 1), last] * (depth // cycle)
+    if pattern := synthetic.PATTERNS.get(block.name):
+        half = "moe" if value["num_experts"] > 1 else "dense"
+        kinds = [LayerKind(kind.replace("moe", half)) for kind in pattern] * (depth // len(pattern))
+        sizes["M"] = value["base_moe_mlp_dim"]
     tied = bool(value["logits_via_embedding"])
     layout = build_layout(block, way, kinds, sizes, blocks=[(depth, 1)], tied=tied)
     model = resolve(layout, told).model()
     return model_config(target_for(model), model, "bfloat16", Options())
+
+
+def sizes_of_layers(config):
+    """Of every layer, where they differ; what is asked of the config then is that of the others."""
+    if not getattr(config, "is_heterogeneous", False):
+        return None
+    config.allow_global_per_layer_attribute_access = True
+    return [(layer.head_dim, layer.num_key_value_heads) for layer in config.per_layer_config]
 
 
 @pytest.mark.parametrize("name", APART)
@@ -105,6 +125,7 @@ def test_the_configs_agree_on_what_decides_the_function(name):
     written = ours(name)
     read, table = AutoConfig.for_model(**written), theirs(name)
     assert read.model_type == table.model_type
+    assert sizes_of_layers(read) == sizes_of_layers(table)
     told = {key for key in written if getattr(table, key, None) is not None} - _ASIDE
     assert {"hidden_size", "rope_parameters", "rms_norm_eps"} <= told
     found = {key: (getattr(read, key), getattr(table, key)) for key in told}
