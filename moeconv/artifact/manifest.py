@@ -71,6 +71,22 @@ class FileRecord(_Frozen):
     sha256: str
 
 
+class AdapterRecord(_Frozen):
+    """A LoRA adapter: the change `scale · A·B`, and the checkpoint that it was trained on.
+
+    `scale` is alpha / rank, `base` where that checkpoint is, `base_metadata` the SHA-256 of its
+    metadata files, `base_model` how PEFT finds the converted base.
+    """
+
+    rank: int
+    alpha: float
+    alpha_source: str
+    scale: float
+    base: str
+    base_metadata: dict[str, str]
+    base_model: str | None
+
+
 class Manifest(_Frozen):
     """The file's schema.
 
@@ -79,13 +95,14 @@ class Manifest(_Frozen):
     it is the one that most of their bytes have. `run` is null where a run left no record of its
     training. `missing_chunks` has the places, in each array's grid, of the chunks that the
     checkpoint does not store and that were read as zeros, `accepted_keys` the settings that
-    `--accept-key` let pass; both are written only where there are any.
+    `--accept-key` let pass; both are written only where there are any. Of an adapter for PEFT
+    `model` describes the base.
     """
 
     format: Literal["moeconv"] = "moeconv"
     version: Literal[1, 2] = 2
     moeconv_version: str
-    kind: Literal["huggingface"] = "huggingface"
+    kind: Literal["huggingface", "peft"] = "huggingface"
     source: SourceRecord
     target: str
     architecture: str
@@ -103,10 +120,11 @@ class Manifest(_Frozen):
     run: RunRecord | None = None
     missing_chunks: dict[str, list[list[int]]] = {}
     accepted_keys: list[str] = []
+    adapter: AdapterRecord | None = None
 
     def to_json(self) -> bytes:
         """Content of the file; what no text may hold (of a path, say) stands as escapes."""
-        rare = ("missing_chunks", "accepted_keys")
+        rare = ("missing_chunks", "accepted_keys", "adapter")
         left_out = {name for name in rare if not getattr(self, name)}
         return to_json(_plain(self.model_dump(mode="json", exclude=left_out)))
 

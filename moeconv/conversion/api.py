@@ -6,7 +6,8 @@ from pathlib import Path
 from moeconv.artifact.destination import resolve_out
 from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
 from moeconv.conversion.contents import make_manifest, small_files
-from moeconv.conversion.prepare import ConvertOptions, Prepared, plan_conversion, reopen
+from moeconv.conversion.options import ConvertOptions, Prepared
+from moeconv.conversion.prepare import plan_conversion, reopen
 from moeconv.errors import (
     NotACheckpointError,
     OutputError,

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from moeconv.arch.description import ModelDescription, Origin, Provenance
+from moeconv.conversion.adapter import plan_adapter
 from moeconv.conversion.contents import demand_json
+from moeconv.conversion.options import ConvertOptions, Prepared, planned_source
 from moeconv.errors import (
     TensorError,
     TokenizerError,
@@ -19,7 +21,6 @@ from moeconv.mapping.edges import expand
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.checkpoint import (
     Checkpoint,
-    StoredCheckpoint,
     find_sidecar,
     open_checkpoint,
     open_stored,
@@ -28,67 +29,9 @@ from moeconv.maxtext.checkpoint import (
 from moeconv.maxtext.run_record import RunRecord, read_run
 from moeconv.orbax.inventory import fingerprints
 from moeconv.planning.output import safetensors_output
-from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
+from moeconv.planning.plan import Plan, PlannedTokenizer, build_plan
 from moeconv.sizes import HUB_FILE_LIMIT, format_size
 from moeconv.tensor.dtypes import DTYPES
-
-GB = 10**9
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """The options of `moeconv convert`; see the command's help.
-
-    Attributes:
-        config: MaxText YAML.
-        sets: `key=value` pairs.
-        accept: Settings of the config that no known MaxText has, and that decide nothing.
-        target: A family's name, or `auto`.
-        dtype: Output dtype, or `keep`.
-        max_shard_bytes: Largest safetensors file.
-        untie: Write an explicit output head.
-        tokenizer: Directory, tiktoken ranks file or Hub id.
-        jobs: Workers.
-        max_memory: Bytes the process may use.
-        overwrite: Replace a non-empty OUT.
-        resume: Go on with an interrupted conversion.
-        allow_nonfinite: Copy NaN and Inf instead of refusing them.
-        allow_missing_chunks: Read chunks that are not stored as zeros, where the checkpoint's
-            format leaves out chunks of zeros.
-    """
-
-    config: Path | None = None
-    sets: Sequence[str] = ()
-    accept: Sequence[str] = ()
-    target: str = "auto"
-    dtype: str = "keep"
-    max_shard_bytes: int = 5 * GB
-    untie: bool = False
-    tokenizer: str | None = None
-    jobs: int = 1
-    max_memory: int = 4 * GIB
-    overwrite: bool = False
-    resume: bool = False
-    allow_nonfinite: bool = False
-    allow_missing_chunks: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A plan, and what it reads, opened.
-
-    Attributes:
-        plan: What to do.
-        source: The checkpoint.
-        tokenizer: Its tokenizer.
-        options: What is allowed while it is done.
-    """
-
-    plan: Plan
-    source: StoredCheckpoint
-    tokenizer: TokenizerFiles | None
-    options: ConvertOptions
 
 
 def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
@@ -103,6 +46,10 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         raise UsageError(f"--target {options.target} is none of auto, {', '.join(targets())}")
     if options.dtype != "keep" and options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
+    if options.base is not None:
+        return plan_adapter(ckpt, options.base, options)
+    if options.base_model is not None:
+        raise UsageError("--base-model is of an adapter's conversion; give --base with it")
     checkpoint = open_checkpoint(
         ckpt,
         config=options.config,
@@ -148,7 +95,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         options=choices,
         dtype=dtype,
         edges=edges,
-        source=_planned_source(checkpoint),
+        source=planned_source(checkpoint, checkpoint.layout),
         lay_out=safetensors_output,
         max_shard_bytes=options.max_shard_bytes,
         warnings=tuple(warnings),
@@ -188,7 +135,11 @@ def reopen(
         TokenizerError: The tokenizer is not there, or not the one that was planned.
     """
     planned = plan.source
-    stored = open_stored(checkpoint or planned.path, allow_missing_chunks=planned.may_lack)
+    stored = open_stored(
+        checkpoint or planned.path,
+        part="model" if plan.adapter is None else "adapter",
+        allow_missing_chunks=planned.may_lack,
+    )
     found = (stored.metadata, stored.files, dict(stored.arrays.info))
     if found != (dict(planned.metadata), planned.files, dict(planned.arrays)):
         raise TensorError(
@@ -224,22 +175,6 @@ def _absolute(option: str | None) -> str | None:
         if path.exists():
             return option.removesuffix(asked_set(option)[1]) + str(path.absolute())
     return option
-
-
-def _planned_source(checkpoint: Checkpoint) -> PlannedSource:
-    return PlannedSource(
-        kind="maxtext",
-        path=str(checkpoint.step.items),
-        step=checkpoint.step.number,
-        format=checkpoint.tree.describe(),
-        layout=checkpoint.layout.describe(),
-        scan_axis=checkpoint.layout.scan_axis,
-        metadata=checkpoint.metadata,
-        files=checkpoint.files,
-        may_lack=checkpoint.arrays.may_lack,
-        arrays=checkpoint.arrays.info,
-        collections={".".join(path): kind for path, kind in checkpoint.tree.collections.items()},
-    )
 
 
 def _tokenizer(

@@ -102,6 +102,11 @@ class Candidate:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             manifest = Manifest.model_validate(loads(raw))
+            if manifest.kind == "peft":
+                raise UnsupportedError(
+                    f"{out} is a LoRA adapter for PEFT, and verify compares whole models; merge it "
+                    "with convert --merge-lora, and verify that"
+                )
             names = filter(is_output_name, manifest.files)
             fingerprints = {name: first, **{n: fingerprint(out / n) for n in names}}
             candidate = cls(out, manifest, source, fingerprints, path)
@@ -110,7 +115,7 @@ class Candidate:
                 raise ValueError(reason)
             _ = candidate.count, candidate.wanted_config
         except Exception as error:  # rules and config keys of a page meet any values
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError | UnsupportedError):
                 raise
             raise ConfigError(
                 f"{path} is not a manifest that this moeconv can read; convert again"

@@ -1,0 +1,93 @@
+"""The first step of converting a LoRA adapter to PEFT: a plan, by the rules of its base model."""
+
+from collections.abc import Iterator
+
+from moeconv.conversion.contents import demand_json
+from moeconv.conversion.options import ConvertOptions, Prepared, planned_source
+from moeconv.errors import UsageError
+from moeconv.families import target_for
+from moeconv.mapping.rules import Options
+from moeconv.maxtext.adapter import Adapter, open_adapter
+from moeconv.maxtext.checkpoint import open_checkpoint
+from moeconv.maxtext.lora import Strength, strength_of
+from moeconv.planning.adapter import PlannedAdapter, map_adapter, peft_output
+from moeconv.planning.plan import build_plan
+
+
+def plan_adapter(ckpt: str, base_ckpt: str, options: ConvertOptions) -> Prepared:
+    """Reads the metadata of an adapter and of its base, and makes the plan; writes nothing.
+
+    Args:
+        ckpt: The checkpoint with the adapter.
+        base_ckpt: The one that it was trained on; both may be one.
+        options: Those of any conversion. The config is of the run that trained the adapter, which
+            also describes the base.
+
+    Raises:
+        MoeconvError: Any of its subclasses; see `moeconv.errors`.
+    """
+    for name, value in {"--untie": options.untie, "--tokenizer": options.tokenizer}.items():
+        if value:
+            raise UsageError(f"{name} says nothing of an adapter: it is of the base's conversion")
+    adapter = open_adapter(
+        ckpt,
+        config=options.config,
+        sets=options.sets,
+        accept=options.accept,
+        allow_missing_chunks=options.allow_missing_chunks,
+    )
+    base = open_checkpoint(
+        base_ckpt,
+        config=options.config,
+        sets=options.sets,
+        accept=options.accept,
+        beside_adapter=True,
+    )
+    model = base.resolution.model()
+    page = target_for(model, options.target)
+    dtype = None if options.dtype == "keep" else options.dtype
+    source = adapter.stored.arrays.info
+    mapped = map_adapter(page, model, base.layout, base.arrays.info, source, dtype)
+    strength = strength_of(
+        adapter.stored.step,
+        adapter.resolved,
+        {name: change.rank for name, change in mapped.changes.items()},
+    )
+    plan = build_plan(
+        model=model,
+        target=page.name,
+        options=Options(),
+        dtype=dtype,
+        edges=mapped.edges,
+        source=planned_source(adapter.stored, base.layout),
+        lay_out=peft_output,
+        max_shard_bytes=options.max_shard_bytes,
+        warnings=(*base.resolution.warnings, *_warnings(adapter, strength, options)),
+        adapter=PlannedAdapter(
+            strength, options.base_model, mapped.modules, planned_source(base, base.layout)
+        ),
+        accepted_keys=tuple(base.resolved.accepted),
+        jobs=options.jobs,
+        max_memory=options.max_memory,
+    )
+    _ = plan.memory_budget  # or it raises: the limit is too low
+    demand_json(plan)
+    base.unchanged.check()
+    return Prepared(plan, adapter.stored, None, options)
+
+
+def _warnings(adapter: Adapter, strength: Strength, options: ConvertOptions) -> Iterator[str]:
+    """Things to know of an adapter, a sentence each."""
+    yield from adapter.notes
+    if skipped := adapter.stored.step.skipped:
+        yield f"newer steps are unfinished and were passed over: {', '.join(skipped)}"
+    if strength.quantised:
+        yield (
+            f"the adapter was trained on a base quantised to {strength.quantised} "
+            f"({strength.source}); on one that is not, the logits are others"
+        )
+    if options.base_model is None:
+        yield (
+            "adapter_config.json names no base model, so PEFT must be given one; name it with "
+            "--base-model, a Hub id or a folder"
+        )
