@@ -11,7 +11,6 @@ import logging
 import os
 import time
 import warnings
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy learns bfloat16)
 import numpy as np
+from maxtext_weights import Weights
 
-from moeconv.families import blocks
-
-# Every test model differs from this only where it says so.
+# Every test model differs from this only where it says so; those of the families are the rows of
+# tests/checkpoints/.
 BASE: Mapping[str, object] = {
     "base_emb_dim": 48,
     "base_num_query_heads": 4,
@@ -40,131 +39,6 @@ BASE: Mapping[str, object] = {
     "dtype": "float32",
     "weight_dtype": "float32",
 }
-MIXTRAL: Mapping[str, object] = {"decoder_block": "mixtral"}
-ENVY: Mapping[str, object] = {
-    "decoder_block": "envy",
-    "interleave_moe_layer_step": 2,
-    "inhomogeneous_layer_cycle_interval": 2,
-    "use_qk_norm": False,
-    "use_post_ffw_norm": False,
-    "base_mlp_dim": 80,
-}
-LLAMA2: Mapping[str, object] = {"decoder_block": "llama2", "num_experts": 1}
-MISTRAL: Mapping[str, object] = {"decoder_block": "mistral", "num_experts": 1}
-QWEN2: Mapping[str, object] = {
-    "decoder_block": "qwen2",
-    "num_experts": 1,
-    "attention_bias": True,
-}
-QWEN3: Mapping[str, object] = {"decoder_block": "qwen3", "num_experts": 1, "use_qk_norm": True}
-QWEN3_MOE: Mapping[str, object] = {
-    "decoder_block": "qwen3_moe",
-    "use_qk_norm": True,
-    "norm_topk_prob": True,
-}
-# All sizes of a head differ, and the widths; routing hangs on the name (layers/moe.py `get_topk`).
-DEEPSEEK_V3: Mapping[str, object] = {
-    "decoder_block": "deepseek",
-    "model_name": "deepseek3-671b",
-    "override_model_config": True,
-    "attention_type": "mla",
-    "base_num_kv_heads": 4,
-    "q_lora_rank": 28,
-    "kv_lora_rank": 26,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 10,
-    "base_mlp_dim": 80,
-    "base_moe_mlp_dim": 20,
-    "first_num_dense_layers": 1,
-    "num_experts": 8,
-    "num_experts_per_tok": 3,
-    "shared_experts": 2,
-    "routed_score_func": "sigmoid",
-    "routed_bias": True,
-    "routed_scaling_factor": 2.5,
-    "n_routing_groups": 4,
-    "topk_routing_group": 2,
-    "normalization_layer_epsilon": 1e-6,
-    "rope_type": "yarn",
-    # The range that YaRN corrects is 1.2 to 3.1 of 4 pairs, rounded 1 to 4.
-    "rope_max_timescale": 20,
-    "max_position_embeddings": 256,
-    "original_max_position_embeddings": 64,
-    "rope_factor": 4,
-    "beta_fast": 4,
-    "mscale": 0.8,
-}
-# Kimi-K2: no groups, and YaRN corrects from one rotation to one.
-KIMI_K2: Mapping[str, object] = {
-    **DEEPSEEK_V3,
-    "model_name": "kimi-k2-1t",
-    "n_routing_groups": -1,
-    "topk_routing_group": -1,
-    "beta_fast": 1,
-}
-DEEPSEEK_V2: Mapping[str, object] = {
-    **KIMI_K2,
-    "model_name": "deepseek2-16b",
-    "q_lora_rank": 0,
-    "routed_score_func": "softmax",
-    "routed_bias": False,
-    "beta_fast": 4,
-}
-# With these numbers the range that YaRN corrects is 1.4 to 3.5 of the 8 pairs, so each counts.
-YARN: Mapping[str, object] = {
-    "rope_type": "yarn",
-    "rope_max_timescale": 200,
-    "rope_factor": 4.0,
-    "original_max_position_embeddings": 64,
-    "max_position_embeddings": 256,
-    "beta_fast": 4,
-    "beta_slow": 1,
-    "rope_interleave": False,
-    "rope_truncate": False,
-    "rope_attention_scaling": True,
-}
-GPT_OSS: Mapping[str, object] = {
-    "decoder_block": "gpt_oss",
-    "sliding_window_size": 8,
-    "attention_bias": True,
-    "attention_sink": True,
-    "mlp_bias": True,
-    "routed_bias": True,
-    "mlp_activations": ["sigmoid", "linear"],
-    "mlp_activations_limit": 1.5,  # so that it clips
-    "inhomogeneous_layer_cycle_interval": 2,
-    **YARN,
-}
-LLAMA4: Mapping[str, object] = {
-    "decoder_block": "llama4",
-    "base_num_decoder_layers": 8,
-    "base_mlp_dim": 80,
-    "num_experts_per_tok": 1,
-    "shared_experts": 1,
-    "use_qk_norm": True,
-    "nope_layer_interval": 4,
-    "interleave_moe_layer_step": 2,
-    "inhomogeneous_layer_cycle_interval": 4,
-    "temperature_tuning": True,
-    "chunk_attn_window_size": 16,
-    "rope_type": "llama3.1",
-}
-# The QK norm is over all heads only under such a name (layers/attentions.py `Attention`).
-OLMO3: Mapping[str, object] = {
-    "decoder_block": "olmo3",
-    "model_name": "olmo3-7b",
-    "override_model_config": True,
-    "num_experts": 1,
-    "base_num_decoder_layers": 8,
-    "use_qk_norm": True,
-    "sliding_window_size": 8,
-    "inhomogeneous_layer_cycle_interval": 4,
-    "normalize_embedding_logits": True,
-    **YARN,
-    "rope_truncate": True,
-}
-TIED: Mapping[str, object] = {"logits_via_embedding": True}
 # On CPU; not part of the model, so not part of LabCheckpoint.config.
 _MACHINE: Mapping[str, object] = {
     "hardware": "cpu",
@@ -263,7 +137,7 @@ def write_checkpoint(
         if len(jax.devices()) < count:
             raise RuntimeError(f"{count} devices wanted: XLA_FLAGS of tests/conftest.py is missing")
         mesh = maxtext_utils.get_mesh_from_config(config, jax.devices()[:count])
-        state = _train_state(config, mesh, _Weights(config, seed), step)
+        state = _train_state(config, mesh, Weights(config, seed), step)
         params, collections = _params(state), _collections(state)
         step_dir = run_dir / "checkpoints" / str(step)
         ocdbt, zarr3 = config.checkpoint_storage_use_ocdbt, config.checkpoint_storage_use_zarr3
@@ -304,7 +178,7 @@ def _resolve(run_dir: Path, given: Mapping[str, object]) -> Any:
     return pyconfig.initialize(["", str(base)], **keys)
 
 
-def _train_state(config: Any, mesh: Any, weights: "_Weights", step: int) -> Any:
+def _train_state(config: Any, mesh: Any, weights: Weights, step: int) -> Any:
     """MaxText's train state as its trainer holds it, every leaf filled by us, none initialised."""
     import jax
     from flax import nnx
@@ -372,92 +246,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-class _Weights:
-    """Values that make every mistake visible.
-
-    Logits come out with a standard deviation near 1, attention and routing are peaked (scores of
-    about 2), and no norm scale is 1, so a wrong theta, scale, order or missing fold shows as a
-    difference of the logits above 0.1.
-    """
-
-    def __init__(self, config: Any, seed: int) -> None:
-        self._seed = seed
-        self._scan_axis = config.param_scan_axis if config.scan_layers else None
-        self._layers = config.num_decoder_layers
-        self._dense = config.first_num_dense_layers
-        width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
-        folded = blocks()[config.decoder_block.value].query_scale_in_kernel
-        normalized = config.normalize_embedding_logits or not config.logits_via_embedding
-        self._scale = {
-            "query.kernel": 1.5 / np.sqrt(width) / (np.sqrt(head) if folded else 1.0),
-            "key.kernel": 1.5 / np.sqrt(width),
-            "value.kernel": 1.0 / np.sqrt(width),
-            "out.kernel": 1.0 / np.sqrt(heads * head),
-            "gate.kernel": 2.0 / np.sqrt(width),
-            "wq_a.kernel": 1.0 / np.sqrt(width),
-            "wq_b.kernel": 1.5 / np.sqrt(config.q_lora_rank or 1),
-            "wkv_a.kernel": 1.5 / np.sqrt(width),
-            "wkv_b.kernel": 1.5 / np.sqrt(config.kv_lora_rank),
-            ".wi_0": 1.5 / np.sqrt(width),
-            ".wi_1": 1.5 / np.sqrt(width),
-            ".wo": 1.0 / np.sqrt(config.moe_mlp_dim),
-            "wi_0.kernel": 1.5 / np.sqrt(width),
-            "wi_1.kernel": 1.5 / np.sqrt(width),
-            "wo.kernel": 1.0 / np.sqrt(config.mlp_dim),
-            "logits_dense.kernel": 1.0 / np.sqrt(width),
-            "token_embedder.embedding": 1.0 if normalized else 1.0 / np.sqrt(width),
-        }
-
-    def __call__(self, name: str, leaf: Any, *, parameter: bool = True) -> np.ndarray:
-        """The values of variable `name`, which has the shape and dtype of `leaf`."""
-        parts = name.split(".")
-        # The layers of DeepSeek's two stacks are numbered on.
-        first = {"dense_layers": 0, "moe_layers": self._dense}
-        if self._scan_axis is not None and parts[0] == "decoder" and parts[1] in first:
-            shape, rest = list(leaf.shape), ".".join(parts[2:])
-            # layers/nnx_scan.py stacks all but `nnx.Param` on axis 0.
-            axis = self._scan_axis if parameter and len(shape) > self._scan_axis else 0
-            length = shape.pop(axis)
-            layers = range(first[parts[1]], first[parts[1]] + length)
-            value = np.stack([self._array(rest, n, tuple(shape)) for n in layers], axis=axis)
-        elif parts[0] == "decoder" and parts[1].rpartition("_")[0] in first:
-            stack, _, number = parts[1].rpartition("_")
-            value = self._array(".".join(parts[2:]), first[stack] + int(number), leaf.shape)
-        elif self._scan_axis is not None and parts[:2] == ["decoder", "layers"]:
-            # decoder.layers.layers_1.rest: index i of its stack is layer i * cycle + 1.
-            rest = parts[2:]
-            offset = 0
-            if rest[0].startswith("layers_"):
-                offset, rest = int(rest[0].removeprefix("layers_")), rest[1:]
-            shape = list(leaf.shape)
-            # MaxText stacks parameters of too few axes on axis 0 (layers/nnx_scan.py).
-            axis = self._scan_axis if len(shape) > self._scan_axis else 0
-            length = shape.pop(axis)
-            layers = range(offset, self._layers, self._layers // length)
-            value = np.stack(
-                [self._array(".".join(rest), layer, tuple(shape)) for layer in layers],
-                axis=axis,
-            )
-        elif parts[0] == "decoder" and parts[1].startswith("layers_"):
-            layer = int(parts[1].removeprefix("layers_"))
-            value = self._array(".".join(parts[2:]), layer, leaf.shape)
-        else:
-            value = self._array(name, None, leaf.shape)
-        return value.astype(leaf.dtype)
-
-    def _array(self, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
-        seed = (self._seed, zlib.crc32(name.encode()), -1 if layer is None else layer)
-        draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
-        if name.endswith(".scale"):
-            return 1.0 + 0.25 * draw
-        if name.endswith(("bias", "sinks")):
-            return 0.3 * draw
-        suffixes = [suffix for suffix in self._scale if name.endswith(suffix)]
-        if not suffixes:
-            raise NotImplementedError(f"the lab has no scale for {name}")
-        return self._scale[suffixes[0]] * draw
 
 
 @contextlib.contextmanager

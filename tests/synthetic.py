@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import orbax_writer
 import yaml
+from checkpoints import ROWS
+from checkpoints.row import Settings
 
 from moeconv.arch.layout import Layout, build_layout
 from moeconv.arch.parameters import LayerKind
@@ -30,59 +32,13 @@ TOLD: Mapping[str, object] = {
     "rope_max_timescale": 500_000,
     "max_target_length": 64,
 }
-BLOCKS: Mapping[str, Mapping[str, object]] = {
-    "mixtral": {"decoder_block": "mixtral"},
-    "envy": {
-        "decoder_block": "envy",
-        "interleave_moe_layer_step": 2,
-        "inhomogeneous_layer_cycle_interval": 2,
-    },
-    "llama2": {"decoder_block": "llama2", "num_experts": 1},
-    "mistral": {"decoder_block": "mistral", "num_experts": 1},
-    "qwen2": {"decoder_block": "qwen2", "num_experts": 1, "attention_bias": True},
-    "qwen3": {"decoder_block": "qwen3", "num_experts": 1, "use_qk_norm": True},
-    "qwen3_moe": {"decoder_block": "qwen3_moe", "use_qk_norm": True},
-    "gpt_oss": {
-        "decoder_block": "gpt_oss",
-        "sliding_window_size": 8,
-        "mlp_activations": ["sigmoid", "linear"],
-        "mlp_activations_limit": 7.0,
-        "inhomogeneous_layer_cycle_interval": 2,
-    },
-    "llama4": {
-        "decoder_block": "llama4",
-        "num_experts_per_tok": 1,
-        "shared_experts": 1,
-        "nope_layer_interval": 4,
-        "interleave_moe_layer_step": 2,
-        "inhomogeneous_layer_cycle_interval": 2,
-        "chunk_attn_window_size": 8,
-    },
-    "olmo3": {
-        "decoder_block": "olmo3",
-        "emb_dim": 16,
-        "model_name": "olmo3-7b",
-        "num_experts": 1,
-        "use_qk_norm": True,
-        "sliding_window_size": 8,
-    },
-    "deepseek": {
-        "decoder_block": "deepseek",
-        "model_name": "deepseek3-671b",
-        "emb_dim": 16,  # a resolved config: what the model's file says does not win
-        "attention_type": "mla",
-        "shared_experts": 2,
-        "first_num_dense_layers": 1,
-        "routed_bias": True,
-        "routed_score_func": "sigmoid",
-        "normalization_layer_epsilon": 1e-6,
-        "rope_type": "yarn",
-    },
+# The rows of the table that are written here, by their block.
+_ROWS = {row.block: row for row in ROWS.values() if row.told is not None}
+BLOCKS: Mapping[str, Settings] = {block: row.told or {} for block, row in _ROWS.items()}
+ONE_WIDTH = frozenset(block for block, row in _ROWS.items() if row.one_width)
+FOLLOWING: Mapping[str, tuple[str, str]] = {
+    block: row.following for block, row in _ROWS.items() if row.following
 }
-# Of blocks whose targets have one width for shared and routed experts.
-ONE_WIDTH = frozenset({"llama4"})
-# Of blocks with another kind of layer first: that of the first layer, and of all others.
-FOLLOWING: Mapping[str, tuple[str, str]] = {"deepseek": ("mla_lora dense", "mla_lora moe+bias")}
 
 
 @dataclass(frozen=True)
@@ -181,7 +137,8 @@ def write(
     if block in ONE_WIDTH:
         sizes["S"] = sizes["M"]
     layout = layout_of(block, layers=sizes["L"], tied=tied, scanned=scanned, sizes=sizes)
-    axes = {array.name: "".join(array.axes) for array in layout.arrays}
+    apart = {array.name: array.axes for array in layout.arrays}
+    axes = {name: "".join(each) for name, each in apart.items()}
     arrays = {}
     for name, shape in ((array.name, array.shape) for array in layout.arrays):
         # Of its own, so that no other array changes these values.
@@ -192,10 +149,10 @@ def write(
     change(arrays)
     chunks = {
         tuple(name.split(".")): tuple(
-            -(-n // (split or {}).get(a, 1)) for a, n in zip(axes[name], value.shape, strict=False)
+            -(-n // (split or {}).get(a, 1)) for a, n in zip(apart[name], value.shape, strict=False)
         )
         for name, value in arrays.items()
-        if name in axes and len(axes[name]) == value.ndim
+        if name in apart and len(apart[name]) == value.ndim
     }
     step_dir = orbax_writer.write(
         run / "checkpoints" / str(step),

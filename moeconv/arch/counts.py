@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
+from moeconv.arch.parameters import is_blocked
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ def count(model: ModelDescription, block: Block) -> Counts:
     outer = block.outer[:-1] if model.tie_word_embeddings else block.outer
     for parameters in (outer, *(block.layers[kind] for kind in model.layer_kinds)):
         for parameter in parameters:
+            if any(is_blocked(axis) for axis in parameter.axes):
+                continue  # scales are no parameters of the model
             number = math.prod(sizes[axis] for axis in parameter.axes)
             total += number
             is_expert = parameter.axes[0] == "E" and len(parameter.axes) > 1

@@ -11,8 +11,11 @@ and of multi-head latent attention (MLA):
 
     q rank of queries    c rank of keys and values    v size of a value head
     r c and the rotated part of a key    k both parts of a query head    b c expanded: key and value
+
+Scales of a quantised parameter have its axes, or blocks of them: `D/128`, and `D/*` for one of all.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +48,20 @@ AXES: Mapping[str, str] = {
 def fields_of(axis: str) -> list[str]:
     """The fields of a description whose sum an axis is as long as."""
     return AXES[axis].split(" + ")
+
+
+_BLOCKED = re.compile(r"(.+)/(\*|[1-9][0-9]*)")
+
+
+def is_axis(axis: str) -> bool:
+    """True if an axis has a meaning: it is one of `AXES`, or counts blocks of one."""
+    found = _BLOCKED.fullmatch(axis)
+    return (found[1] if found else axis) in AXES
+
+
+def is_blocked(axis: str) -> bool:
+    """True if an axis has an entry for each block of another axis (`tensor.axes.blocked`)."""
+    return "/" in axis
 
 
 class LayerKind(str):

@@ -60,9 +60,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     model = checkpoint.resolution.model()
     warnings = list(checkpoint.resolution.warnings)
     if checkpoint.step.skipped:
-        warnings.append(
-            f"newer steps are unfinished and were passed over: {', '.join(checkpoint.step.skipped)}"
-        )
+        warnings.append(f"newer steps were passed over: {'; '.join(checkpoint.step.skipped)}")
     tokenizer = _tokenizer(checkpoint, options, model.max_position_embeddings)
     if tokenizer is not None:
         warnings += [*tokenizer.notes, *check_fits(tokenizer, model.vocab_size)]

@@ -25,8 +25,8 @@ from moeconv.execution.threads import Thread
 from moeconv.planning.estimate import unit_cost
 from moeconv.planning.plan import Plan
 from moeconv.planning.units import Route, Unit, pieces
+from moeconv.tensor.axes import Ranges
 from moeconv.tensor.dtypes import DTYPES
-from moeconv.tensor.form import Ranges
 from moeconv.tensor.stored import Source
 
 

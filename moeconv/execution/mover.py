@@ -7,14 +7,18 @@ from concurrent.futures import Executor
 from functools import partial
 
 from moeconv.execution.digest import Position, chunk_digests
-from moeconv.execution.finite import check_finite, check_overflow, nonfinite_message
+from moeconv.execution.finite import (
+    check_companions,
+    check_finite,
+    check_overflow,
+    nonfinite_message,
+)
 from moeconv.execution.journal import Done
 from moeconv.execution.sink import Sink
 from moeconv.execution.spill import Spill
 from moeconv.planning.plan import Plan
-from moeconv.planning.units import Route, Slot, Unit, blocks, pieces, source_box
-from moeconv.tensor.axes import Array
-from moeconv.tensor.form import Ranges
+from moeconv.planning.units import Route, Slot, Unit, blocks, companions, pieces, source_box
+from moeconv.tensor.axes import Array, Box, Ranges
 from moeconv.tensor.stored import Reader, Source, payload
 
 Progress = Callable[[int, int], None]
@@ -71,9 +75,11 @@ class Mover:
         hashing = hashers.submit(chunk_digests, unit, reader, partial(self._look, unit))
         written = 0
         try:
-            routes = self._plan.routes[unit.array.name]
+            routes, beside = self._plan.routes[unit.array.name], companions(unit, self._source)
             for number, ranges in pieces(unit, routes):
-                written = self._move_piece(unit, number, routes[number], ranges, reader, written)
+                written = self._move_piece(
+                    unit, number, routes[number], ranges, reader, beside, written
+                )
         finally:
             # It uses the reader too; and a NaN that it finds explains an overflow found here.
             digests = hashing.result()
@@ -111,7 +117,14 @@ class Mover:
         return not self._stopped.is_set()
 
     def _move_piece(
-        self, unit: Unit, number: int, route: Route, ranges: Ranges, reader: Reader, written: int
+        self,
+        unit: Unit,
+        number: int,
+        route: Route,
+        ranges: Ranges,
+        reader: Reader,
+        beside: Callable[[str, Box], Array],
+        written: int,
     ) -> int:
         """Puts a piece to its place; `written`, with what went to the targets added."""
         spill, form, spilled = self._spill.get(unit.array.name), route.form, 0
@@ -121,15 +134,20 @@ class Mover:
             if self._stopped.is_set():
                 break
             block = reader.read(source_box(unit, form, part))
-            values = form.run(block, part)
+            others = form.others(part, beside)
+            if not self._allow_nonfinite:
+                check_companions(form.value.companions, others)
+            values = form.run(block, part, others)
             if form.value.changes:
-                check_overflow(block, unit.array, values, route, copied=self._allow_nonfinite)
+                check_overflow(
+                    block, unit.array, values, route, others, copied=self._allow_nonfinite
+                )
             if spill is not None:
                 spill.write(unit, number, spilled, values)
                 spilled += values.nbytes
             else:
                 written = self._write(route, part, values, written)
-            del block, values  # before the next are made
+            del block, others, values  # before the next are made
         return written
 
     def _assemble(self, spill: Spill, slot: Slot, written: int) -> int:

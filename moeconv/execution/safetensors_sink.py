@@ -14,8 +14,8 @@ from moeconv.execution.own_files import open_own, write_all
 from moeconv.execution.threads import Thread
 from moeconv.planning.output import SafetensorsOutput
 from moeconv.sizes import format_size
-from moeconv.tensor.axes import Array
-from moeconv.tensor.form import Form, Ranges
+from moeconv.tensor.axes import Array, Ranges
+from moeconv.tensor.form import Form
 from moeconv.tensor.stored import payload
 
 _HASH_BLOCK = 1 << 20

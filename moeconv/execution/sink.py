@@ -6,8 +6,8 @@ from typing import Protocol
 
 from moeconv.execution.safetensors_sink import SafetensorsSink
 from moeconv.planning.output import Output, SafetensorsOutput
-from moeconv.tensor.axes import Array
-from moeconv.tensor.form import Form, Ranges
+from moeconv.tensor.axes import Array, Ranges
+from moeconv.tensor.form import Form
 
 
 class Sink(Protocol):

@@ -19,8 +19,8 @@ from moeconv.errors import OutputError
 from moeconv.execution.own_files import open_own, write_all
 from moeconv.planning.units import Assembly, Route, Slot, Unit, pieces, stretches
 from moeconv.sizes import format_size
-from moeconv.tensor.axes import Array
-from moeconv.tensor.form import Form, Range
+from moeconv.tensor.axes import Array, Range
+from moeconv.tensor.form import Form
 from moeconv.tensor.stored import payload
 
 

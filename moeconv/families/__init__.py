@@ -14,7 +14,7 @@ from types import ModuleType
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import AXES
+from moeconv.arch.parameters import is_axis
 from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.mapping.edges import cannot_hold
 from moeconv.mapping.rules import Target
@@ -58,7 +58,7 @@ def blocks() -> Mapping[str, Block]:
                 for name in block.targets
                 if name not in targets()
             ),
-            *(f"axis {axis}, which has no meaning" for axis in sorted(axes - AXES.keys())),
+            *(f"axis {axis}, which has no meaning" for axis in sorted(axes) if not is_axis(axis)),
             *(["a name with capitals"] if block.name != block.name.lower() else []),
         ]
         if wrong:

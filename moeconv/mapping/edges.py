@@ -18,8 +18,10 @@ from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.errors import TensorError, UnsupportedError
 from moeconv.mapping.rules import JOINED, Options, Rule, Target
 from moeconv.tensor.axes import ROTARY_LAYOUTS, Array, Rearrangement, flatten, parse_side
-from moeconv.tensor.dtypes import DTYPES
+from moeconv.tensor.companion import Companion
+from moeconv.tensor.dtypes import DTYPES, not_converted
 from moeconv.tensor.form import Form
+from moeconv.tensor.quantised import Dequantise
 from moeconv.tensor.values import Affine, Cast, Fold, ValueOp
 from moeconv.untrusted.text import listing
 
@@ -35,6 +37,11 @@ class Part:
 
     source: str
     form: Form
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The array, and those that are read beside it."""
+        return (self.source, *(other.source for other in self.form.value.companions))
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,11 @@ class Edge:
         return self.copy is None or self.copy[0] == 0
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """The arrays it is made from, part by part."""
+        return tuple(name for part in self.parts for name in part.sources)
+
+    @property
     def values(self) -> tuple[ValueOp, ...]:
         """What is done to the values of each part."""
         return tuple(part.form.value for part in self.parts)
@@ -92,7 +104,8 @@ class Edge:
         for part in self.parts:
             form = part.form
             index = tuple(form.take.get(axis, slice(None)) for axis in form.axes)
-            piece = form.run(np.ascontiguousarray(read(part.source)[index]), form.whole)
+            others = form.others(form.whole, lambda name, box: read(name)[box])
+            piece = form.run(np.ascontiguousarray(read(part.source)[index]), form.whole, others)
             span = flat[form.base : form.base + math.prod(form.target_shape)]
             start = [form.whole[axis][0] for axis in form.target_axes]
             box = tuple(slice(s, s + n) for s, n in zip(start, piece.shape, strict=True))
@@ -219,7 +232,7 @@ class _Expander:
         parts: list[Part] = []
         for number, name in enumerate(rule.sources):
             source = self._find(name, layer)
-            form = self._form(rule, number, source, source.entry(layer), expert)
+            form = self._form(rule, number, source, layer, expert)
             parts.append(Part(source.name, form))
         copy = None
         if expert is not None and "E" not in parts[0].form.axes:
@@ -238,34 +251,71 @@ class _Expander:
         rule: Rule,
         number: int,
         source: StoredParameter,
-        entry: Mapping[str, int],
+        layer: int | None,
         expert: int | None,
     ) -> Form:
         """What becomes of the entry of one of a rule's arrays."""
         sizes = dict(zip(source.axes, source.shape, strict=True))
         if "h" in sizes:
             sizes |= {"rotary": 2, "pair": sizes["h"] // 2}
-        experts = {"E": expert} if expert is not None and "E" in source.axes else {}
         text = rule.places[number]
         joined = JOINED in flatten(parse_side(text.partition("->")[2]))
         return Form(
             axes=source.axes,
             sizes=sizes,
-            take={**entry, **experts},
-            value=self._value(rule, self._dtypes[source.name]),
+            take=_taken(source, layer, expert),
+            value=self._value(rule, number, source, layer, expert),
             rearrange=self._rearrangement(rule, f"{JOINED} {text}" if joined else text),
             place={JOINED: (number, len(rule.sources))} if joined else {},
             extent=self._padded(sizes),
         )
 
-    def _value(self, rule: Rule, stored: str) -> ValueOp:
-        """The value op of a rule: one, so that values are rounded at most once."""
-        dtype = self._dtype or stored
+    def _value(
+        self,
+        rule: Rule,
+        number: int,
+        source: StoredParameter,
+        layer: int | None,
+        expert: int | None,
+    ) -> ValueOp:
+        """The value op of one of a rule's arrays: one, so that values are rounded at most once."""
+        stored = self._dtypes[source.name]
         factor = rule.scale.value(self._model) if rule.scale is not None else None
+        fold = None
         if rule.scale is not None and factor is not None:
             fold = Fold(factor, rule.scale.text, reason=rule.scale.reason)
-            return Affine(fold, stored, dtype)
-        return Cast(stored, dtype)
+        if rule.scales:
+            scales = self._find(rule.scales[number], layer)
+            return self._dequantised(source, scales, fold, layer, expert)
+        if stored not in DTYPES:
+            raise UnsupportedError(not_converted(source.name, stored))
+        dtype = self._dtype or stored
+        return Affine(fold, stored, dtype) if fold is not None else Cast(stored, dtype)
+
+    def _dequantised(
+        self,
+        source: StoredParameter,
+        scales: StoredParameter,
+        fold: Fold | None,
+        layer: int | None,
+        expert: int | None,
+    ) -> ValueOp:
+        """A quantised array and its scales as numbers: of the scales' dtype unless one is given."""
+        stored, beside = self._dtypes[source.name], self._dtypes[scales.name]
+        sizes = dict(zip(source.axes, source.shape, strict=True))
+        other = Companion(scales.name, scales.axes, sizes, _taken(scales, layer, expert))
+        if misfit := other.misfit(scales.shape):
+            raise TensorError(
+                f"{scales.name} {list(scales.shape)} does not hold the scales of {source.name} "
+                f"{list(source.shape)}: it has {misfit}"
+            )
+        dtype = self._dtype or (beside if beside in DTYPES else "bfloat16")
+        taken = _taken(source, layer, expert)
+        free = tuple(axis for axis in source.axes if axis not in taken)
+        try:
+            return Dequantise(stored, dtype, free, other, beside, fold)
+        except ValueError as error:
+            raise UnsupportedError(f"{source.name} cannot be dequantised: {error}") from None
 
     def _rearrangement(self, rule: Rule, place: str) -> Rearrangement:
         """A rule's rearrangement, between rotary orders where source and target differ."""
@@ -285,11 +335,18 @@ class _Expander:
         return {axis: width for axis in ("F", "M") if sizes.get(axis, width) != width}
 
 
+def _taken(array: StoredParameter, layer: int | None, expert: int | None) -> dict[str, int]:
+    """The entry of each axis of an array that one tensor takes."""
+    experts = {"E": expert} if expert is not None and "E" in array.axes else {}
+    return {**array.entry(layer), **experts}
+
+
 def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
     twice = [name for name, n in Counter(e.target for e in edges).items() if n > 1]
     if twice:
         raise TensorError(f"the rules would write these tensors twice:{listing(twice)}")
     consumed: dict[tuple[Any, ...], list[int | None]] = {}
+    beside: dict[tuple[Any, ...], set[int | None]] = {}
     stacked = {array.name: array.stacked for array in layout.arrays}
     for edge in edges:
         for part in edge.parts:
@@ -297,6 +354,9 @@ def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
                 entry = tuple(part.form.take[axis] for axis in stacked[part.source])
                 found = consumed.setdefault((part.source, *entry), [])
                 found.append(part.form.take.get("E"))
+                for other in part.form.value.companions:
+                    entry = tuple(other.take[axis] for axis in stacked[other.source])
+                    beside.setdefault((other.source, *entry), set()).add(other.take.get("E"))
     holes = [edge.target for edge in edges if edge.parts and not _is_covered(edge)]
     if holes:
         raise TensorError(f"the rules do not write all of these tensors:{listing(holes)}")
@@ -306,6 +366,8 @@ def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
         experts = sizes.get("E", 0)
         for entry in product(*(range(sizes[axis]) for axis in array.stacked)):
             taken = consumed.get((array.name, *entry), [])
+            # Several tensors may read the same companion; no tensor may be made of it as well.
+            taken = taken + sorted(beside.get((array.name, *entry), ()), key=lambda e: e or 0)
             if taken != [None] and taken != list(range(experts)):
                 places = [f" [{a}={i}]" for a, i in zip(array.stacked, entry, strict=True)]
                 wrong.append(array.name + "".join(places))

@@ -2,7 +2,8 @@
 
 The mapping is not written a second time: `restore` walks the very edges that `expand` made. It is
 exact wherever the edges are; where a factor rounds, the way back is within one unit of the last
-place.
+place. Companions, such as scales, are not in the tensors: they are given, and what was stored with
+them comes back exactly.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,38 +16,53 @@ from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import bits
 
 
-def restore_part(edge: Edge, part: Part, tensor: Array) -> Array:
+def _lacking(name: str) -> Array:
+    raise TensorError(f"no converted tensor holds {name}, which is read beside another array")
+
+
+def restore_part(
+    edge: Edge, part: Part, tensor: Array, companion: Callable[[str], Array] = _lacking
+) -> Array:
     """Undoes one part of an edge.
 
     Args:
         edge: How the tensor was made.
         part: One of its parts.
         tensor: The tensor, of shape `edge.shape`.
+        companion: Gives a companion of the source array by its name.
 
     Returns:
         The entry of the source array that it came from: the source's axes less the taken ones.
 
     Raises:
-        TensorError: Padding is not zero.
+        TensorError: Padding is not zero, or the companions are not given.
     """
     apart = edge.part_of(tensor, part)
     if any(np.any(apart[box]) for box in part.form.padding()):
         raise TensorError(f"{edge.target}: the padding of an MLP is not zero")
-    return part.form.undo(apart[part.form.box(part.form.whole)])
+    form = part.form
+    others = form.others(form.whole, lambda name, box: companion(name)[box])
+    return form.undo(apart[form.box(form.whole)], others)
 
 
-def restore(edges: Iterable[Edge], read: Callable[[str], Array]) -> dict[str, Array]:
-    """Rebuilds every source array.
+def restore(
+    edges: Iterable[Edge],
+    read: Callable[[str], Array],
+    companion: Callable[[str], Array] = _lacking,
+) -> dict[str, Array]:
+    """Rebuilds every source array but the companions.
 
     Args:
         edges: From `expand`.
         read: Gives a target tensor by name.
+        companion: Gives a companion by name, where the edges have any.
 
     Returns:
         Arrays by the checkpoint's dotted names, in the checkpoint's dtypes.
 
     Raises:
-        TensorError: Copies of one tensor differ, or a filled tensor does not hold its value.
+        TensorError: Copies of one tensor differ, or a filled tensor does not hold its value,
+            or companions are not given.
     """
     arrays: dict[str, Array] = {}
     seen: dict[tuple[str, tuple[tuple[str, int], ...]], str] = {}
@@ -55,7 +71,11 @@ def restore(edges: Iterable[Edge], read: Callable[[str], Array]) -> dict[str, Ar
         if not edge.parts and not np.array_equal(tensor, np.full_like(tensor, edge.fill)):
             raise TensorError(f"{edge.target} should be {edge.describe()}")
         for part in edge.parts:
-            values, name, take = restore_part(edge, part, tensor), part.source, part.form.take
+            values, name, take = (
+                restore_part(edge, part, tensor, companion),
+                part.source,
+                part.form.take,
+            )
             if name not in arrays:
                 shape = [part.form.sizes[axis] for axis in part.form.axes]
                 arrays[name] = np.empty(shape, values.dtype)

@@ -67,6 +67,9 @@ class Rule:
             along the axis `g` of the right side (`D F -> D (F g)`, gate and up in turn), or else
             one behind the other along the outermost axis, each by its own place if they differ.
         scale: Factor, if the values must change.
+        scales: Where the sources are quantised, the logical name of each one's scales, whose axes
+            are the source's or blocks of them (`D/128`; `tensor.companion`). They are consumed
+            with it.
         rotary: True where `h` is rotated by RoPE, so that the order of its entries follows the
             rotary layouts of source and target.
         layers: Kinds of target layer the rule writes; None for a tensor the model has once.
@@ -79,11 +82,16 @@ class Rule:
     target: str
     place: str | tuple[str, ...]
     scale: Factor | None = None
+    scales: tuple[str, ...] = ()
     rotary: bool = False
     layers: Layers | None = None
     when: When = ALWAYS
     shared: bool = False
     fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scales and len(self.scales) != len(self.sources):
+            raise ValueError(f"the rule for {self.target} has scales of some of its sources only")
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -5,9 +5,10 @@
     fused_qkv            `qkv_proj.kernel` [D, H + 2K, h]: queries, keys, values
                          (layers/attentions.py `qkv_projection`)
 
-Each with a layer axis at `param_scan_axis` where layers are stacked. The order of heads in
-`qkv_proj` is another where heads were cut over devices: each device has its own queries, keys and
-values, one behind the other.
+The biases of the last two are fused like their kernels, without D (layers/linears.py
+`DenseGeneral`); those of experts are not. All have a layer axis at `param_scan_axis` where layers
+are stacked. The order of heads in `qkv_proj` is another where heads were cut over devices: each
+device has its own queries, keys and values, one behind the other.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,18 +17,17 @@ from typing import Any
 from moeconv.arch.stacks import STACKED, stacked_axes
 from moeconv.errors import UnsupportedError
 from moeconv.orbax.arrays import Arrays, Window
-from moeconv.tensor.stored import ArrayInfo
 
-# What is fused: the setting, the array, and one that shows its sizes.
-_MOE = ("prefuse_moe_weights", ("wi",), ("wo",))
-_MLP = ("fused_mlp", ("wi", "kernel"), ("wo", "kernel"))
-_QKV = ("fused_qkv", ("qkv_proj", "kernel"), ("out", "kernel"))
-# Their axes in one layer.
-_AXES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    _MOE[0]: (("E", "D", "two M"), ("E", "M", "D")),
-    _MLP[0]: (("D", "two", "F"), ("F", "D")),
-    _QKV[0]: (("D", "heads", "h"), ("H", "h", "D")),
-}
+# What is fused: the setting, the array and its axes in one layer, and one that shows its sizes.
+_MOE, _MLP, _QKV = "prefuse_moe_weights", "fused_mlp", "fused_qkv"
+_Side = tuple[tuple[str, ...], tuple[str, ...]]
+_FUSED: tuple[tuple[str, _Side, _Side], ...] = (
+    (_MOE, (("wi",), ("E", "D", "two M")), (("wo",), ("E", "M", "D"))),
+    (_MLP, (("wi", "kernel"), ("D", "two", "F")), (("wo", "kernel"), ("F", "D"))),
+    (_MLP, (("wi", "bias"), ("two", "F")), (("wo", "kernel"), ("F", "D"))),
+    (_QKV, (("qkv_proj", "kernel"), ("D", "heads", "h")), (("out", "kernel"), ("H", "h", "D"))),
+    (_QKV, (("qkv_proj", "bias"), ("heads", "h")), (("out", "kernel"), ("H", "h", "D"))),
+)
 # MaxText's default first; shapes leave it open only where the rest of the model does, too.
 _SCAN_AXES = (1, 0, 2, 3)
 # Mesh axes that cut heads (configs/base.yml, `logical_axis_rules` of heads).
@@ -45,12 +45,13 @@ def take_apart(arrays: Arrays) -> frozenset[str]:
     """
     found = set()
     for info in list(arrays.info.values()):
-        for setting, fused, beside in (_MOE, _MLP, _QKV):
+        for setting, (fused, axes), (beside, others) in _FUSED:
             if info.path[-len(fused) :] != fused:
                 continue
             above = info.path[: -len(fused)]
             other = arrays.info.get(".".join((*above, *beside)))
-            windows = dict(_windows(setting, info, other)) if other else {}
+            sizes = _sizes(info.shape, other.shape, axes, others) if other else None
+            windows = dict(_windows(setting, fused[-1], *sizes)) if sizes else {}
             parts = {(*above, *path): window for path, window in windows.items()}
             if parts and not any(".".join(path) in arrays.info for path in parts):
                 arrays.split(info.name, parts)
@@ -81,30 +82,34 @@ def demand_order(fused: frozenset[str], config: Mapping[str, Any] | None) -> Non
 
 
 def _windows(
-    setting: str, info: ArrayInfo, other: ArrayInfo
+    setting: str, leaf: str, named: tuple[str, ...], alone: tuple[str, ...], size: Mapping[str, int]
 ) -> Iterator[tuple[tuple[str, ...], Window]]:
-    """The parameters of a fused array, and where they are in it."""
-    sizes = _sizes(info.shape, other.shape, *_AXES[setting])
-    if sizes is None:
-        return
-    named, alone, size = sizes
-    if setting == _MOE[0]:
+    """The parameters of a fused array, and where they are in it.
+
+    Args:
+        setting: By which it was fused.
+        leaf: `kernel` or `bias`; experts have neither.
+        named: The axes of the array.
+        alone: Those of one of its parameters.
+        size: The size of each axis.
+    """
+    if setting == _MOE:
         at, width = named.index("two M"), size["M"]
         yield ("wi_0",), Window(at, 0, width)
         yield ("wi_1",), Window(at, width, 2 * width)
-    elif setting == _MLP[0]:
+    elif setting == _MLP:
         at = named.index("two")
         left = [axis for axis in named if axis != "two"]
         order = tuple(left.index(axis) for axis in alone)
-        yield ("wi_0", "kernel"), Window(at, 0, 1, drop=True, order=order)
-        yield ("wi_1", "kernel"), Window(at, 1, 2, drop=True, order=order)
+        yield ("wi_0", leaf), Window(at, 0, 1, drop=True, order=order)
+        yield ("wi_1", leaf), Window(at, 1, 2, drop=True, order=order)
     else:
         at, heads = named.index("heads"), size["H"]
         keys, odd = divmod(size["heads"] - heads, 2)
         if keys > 0 and not odd and heads % keys == 0:
-            yield ("query", "kernel"), Window(at, 0, heads)
-            yield ("key", "kernel"), Window(at, heads, heads + keys)
-            yield ("value", "kernel"), Window(at, heads + keys, heads + 2 * keys)
+            yield ("query", leaf), Window(at, 0, heads)
+            yield ("key", leaf), Window(at, heads, heads + keys)
+            yield ("value", leaf), Window(at, heads + keys, heads + 2 * keys)
 
 
 def _sizes(

@@ -20,9 +20,9 @@ from moeconv.orbax.inventory import ARRAY_LIMIT, inventory
 from moeconv.orbax.metadata import Tree
 from moeconv.orbax.store import Folder, context, reason
 from moeconv.orbax.trees import KeyPath, is_of_training
-from moeconv.tensor.axes import Array
-from moeconv.tensor.dtypes import DTYPES
-from moeconv.tensor.stored import ArrayInfo, Box
+from moeconv.tensor.axes import Array, Box
+from moeconv.tensor.dtypes import STORED, not_converted
+from moeconv.tensor.stored import ArrayInfo
 
 # Far more than runs write (a chunk is what one device held), and still counted in a second.
 MOST_CHUNKS = 2**20
@@ -236,11 +236,8 @@ class Arrays:
 
     def _describe(self, path: KeyPath, store: Any) -> ArrayInfo:
         name, dtype = ".".join(path), str(store.dtype.name)
-        if dtype not in DTYPES:
-            raise UnsupportedError(
-                f"parameter {name} is stored as {dtype}; moeconv converts "
-                f"{', '.join(DTYPES)} (a quantized checkpoint has to be trained or saved in one)"
-            )
+        if dtype not in STORED:
+            raise UnsupportedError(not_converted(name, dtype))
         codecs, sharded = _codecs(store)
         if unknown := [codec for codec in codecs if codec not in _CODECS]:
             raise UnsupportedError(
@@ -268,7 +265,7 @@ class Arrays:
         grid = (-(-n // c) for n, c in zip(shape, written, strict=True))
         self._grids[path] = math.prod(grid)
         clipped = tuple(min(c, n) for c, n in zip(chunk, shape, strict=True))
-        decoded = math.prod(chunk if sharded else written) * DTYPES[dtype].itemsize
+        decoded = math.prod(chunk if sharded else written) * STORED[dtype].itemsize
         codec = "+".join(c for c in codecs if c != "bytes") or "none"
         return ArrayInfo(path, shape, dtype, clipped, codec, decoded)
 

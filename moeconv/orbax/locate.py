@@ -17,6 +17,7 @@ finished save may lack the marker; whether it is whole, its arrays show (`Step.u
 import itertools
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Step:
         number: Training step, None when the path does not name it.
         custom_metadata: What MaxText recorded beside it (`scan_layers`).
         beside: Folders where the run's sidecar may be, nearest first.
-        skipped: Newer steps passed over because their save is unfinished.
+        skipped: Newer steps passed over, each with the reason.
         dated: True if it has the step metadata that Orbax writes since 0.5.11 of May 2024, so that
             no older MaxText saved it.
         handler: Orbax's name of what wrote its items, as far as it is recorded.
@@ -123,16 +124,15 @@ def _newest(folder: Folder, names: list[str]) -> Step:
             continue
         state = _commit(item, step)
         if state.unfinished is None and (state.uncommitted is None or state.dated):
-            return _step(item, step, tuple(passed))
+            return _step(item, step, _reasons(passed))
         if state.unfinished is None and doubtful is None:
-            doubtful = item, step, tuple(passed)
+            doubtful = item, step, _reasons(passed)
         unfinished += 1
         passed[name] = "no commit marker"
     if doubtful is not None:
         return _step(*doubtful)
     if passed:
-        shown = [f"{name}: {why}" for name, why in list(passed.items())[:5]]
-        listed = "; ".join([*shown, "…"] if len(passed) > 5 else shown)
+        listed = "; ".join(_reasons(passed))
         if unfinished == len(passed):
             raise NotACheckpointError(
                 f"{folder} holds only unfinished saves ({listed}); let the run save once more"
@@ -212,6 +212,12 @@ def _steps(names: list[str]) -> list[str]:
     """Names that are steps, newest first."""
     numbered = sorted(((int(n), n) for n in names if _STEP.match(n)), reverse=True)
     return [name for _, name in numbered]
+
+
+def _reasons(passed: Mapping[str, str]) -> tuple[str, ...]:
+    """Steps with why each was passed over, the first of them."""
+    shown = [f"{name}: {why}" for name, why in list(passed.items())[:5]]
+    return (*shown, "…") if len(passed) > 5 else tuple(shown)
 
 
 @dataclass(frozen=True)

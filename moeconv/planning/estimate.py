@@ -19,8 +19,11 @@ _SMALL_FILES = 96 * MIB
 
 
 def unit_cost(unit: Unit) -> int:
-    """Peak bytes of one unit: decoded, and compressed (never larger) while it is decoded."""
-    return 2 * unit.decoded_bytes + WORKER_BYTES
+    """Peak bytes of one unit: decoded, and compressed (never larger) while it is decoded.
+
+    Its companions count with it, and so do the zeros that a padded axis brings with its last block.
+    """
+    return 2 * unit.held_bytes + max(WORKER_BYTES, unit.work_bytes)
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Estimate:
         cls, units: Sequence[Unit], assemblies: Sequence[Assembly], output: Output
     ) -> "Estimate":
         """Adds up the parts of a plan."""
-        largest = max(units, key=lambda unit: unit.decoded_bytes)
+        largest = max(units, key=unit_cost)
         return cls(
             read_bytes=sum(unit.nbytes for unit in units),
             write_bytes=output.nbytes,

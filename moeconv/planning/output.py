@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from moeconv.hf.safetensors import FileLayout, TensorSpec, lay_out
 from moeconv.mapping.edges import Edge
-from moeconv.tensor.form import Form, Ranges
+from moeconv.tensor.axes import Ranges
+from moeconv.tensor.form import Form
 
 
 class Output(Protocol):

@@ -198,10 +198,7 @@ class Plan(Printable):
             "target": self.target,
             "untie": self.options.untie,
             "output": [self.output.kind, self.output.identity],
-            "tensors": [
-                [e.target, [part.source for part in e.parts], e.steps()]
-                for e in self.edges.values()
-            ],
+            "tensors": [[e.target, list(e.sources), e.steps()] for e in self.edges.values()],
             "units": [[u.array.name, u.box] for u in self.units],
         }
         if self.adapter is not None:

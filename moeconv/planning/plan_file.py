@@ -196,7 +196,7 @@ def _outcome(plan: Plan) -> dict[str, Any]:
                 "name": edge.target,
                 "shape": list(edge.shape),
                 "dtype": edge.dtype,
-                "sources": [part.source for part in edge.parts],
+                "sources": list(edge.sources),
                 "ops": edge.steps(),
                 "summary": edge.describe(),
                 "error_bound": edge.bound(),

@@ -23,7 +23,7 @@ def plan_parts(plan: "Plan") -> "Iterator[RenderableType]":
     for edge in plan.edges.values():
         bound = edge.bound()
         exact = "yes" if bound == 0 else f"within {bound:.1g}"
-        sources = " + ".join(part.source for part in edge.parts) or "—"
+        sources = " + ".join(edge.sources) or "—"
         rest = (str(list(edge.shape)), edge.dtype, sources, edge.describe())
         rows.append((edge.target, (*rest, exact)))
     for name, line, _ in fold(rows):

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from moeconv.tensor.form import Range
+from moeconv.tensor.axes import Range
 
 MIB = 2**20
 BLOCK_BYTES = 8 * MIB  # moved, hashed or assembled at a time

@@ -12,12 +12,13 @@ them once all have arrived.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeconv.mapping.edges import Edge, Part
 from moeconv.planning.slabs import slabs
-from moeconv.tensor.form import Form, Range, Ranges
-from moeconv.tensor.stored import ArrayInfo, Box
+from moeconv.tensor.axes import Array, Box, Range, Ranges
+from moeconv.tensor.form import Form
+from moeconv.tensor.stored import ArrayInfo, Source
 
 UNIT_BYTES = 64 << 20  # chunks are read together up to this, or up to the largest single chunk
 
@@ -66,11 +67,16 @@ class Unit:
         array: The source array.
         box: Range on each of its axes.
         number: Its position in the plan's order, which is also its name in the journal.
+        beside: The boxes of companions that it is read with. They have units of their own too, in
+            which each of their chunks is looked at and hashed once.
+        work_bytes: Of the largest block, while it is moved, where that may be more than usual.
     """
 
     array: ArrayInfo
     box: tuple[Range, ...]
     number: int
+    beside: tuple["Unit", ...] = ()
+    work_bytes: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +92,11 @@ class Unit:
     def decoded_bytes(self) -> int:
         """Bytes of its chunks when they are decoded, each whole."""
         return self.chunk_count * self.array.decoded_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are decoded for it, its companions' included."""
+        return self.decoded_bytes + sum(other.decoded_bytes for other in self.beside)
 
     @property
     def _steps(self) -> list[range]:
@@ -117,6 +128,8 @@ def _product(ranges: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
 def routes_of(edges: Sequence[Edge]) -> dict[str, tuple[Route, ...]]:
     """Groups the parts of edges by source array and entry; filled tensors have no route.
 
+    A companion is an array without routes: the routes of the main array read it.
+
     Tensors of equal parts hold equal bytes, and share a route: the copies of a replicated tensor,
     and an untied head that is the embedding.
     """
@@ -131,6 +144,8 @@ def routes_of(edges: Sequence[Edge]) -> dict[str, tuple[Route, ...]]:
                 alike.append(group := [])
                 routes.setdefault(part.source, []).append((part, group))
             group.append(edge)
+    for name in dict.fromkeys(name for edge in edges for name in edge.sources):
+        routes.setdefault(name, [])
     return {
         name: tuple(Route(tuple(group), part) for part, group in of_array)
         for name, of_array in routes.items()
@@ -143,7 +158,7 @@ def unit_boxes(info: ArrayInfo, routes: Sequence[Route], limit: int) -> list[tup
     Chunks are joined along axes that a route takes apart (always), then, while a unit stays within
     `limit` bytes, along the target's inner axes (so that pieces become contiguous) and the rest.
     """
-    axes = routes[0].form.axes
+    axes = routes[0].form.axes if routes else tuple(map(str, range(len(info.shape))))
     step = [min(c, n) for c, n in zip(info.chunk, info.shape, strict=True)]
     must = {a for r in routes for a in r.form.split}
     inner = [a for r in routes for a in r.form.target_axes if a != r.form.lead]
@@ -176,11 +191,47 @@ def cut_into_units(
         for box in unit_boxes(info[name], group, limit)
     ]
     boxes.sort(key=lambda b: (-Unit(b[0], b[1], 0).nbytes, b[0].name, b[1]))
-    return tuple(Unit(array, box, number) for number, (array, box) in enumerate(boxes))
+    return tuple(
+        _with_needs(Unit(array, box, number), routes[array.name], info)
+        for number, (array, box) in enumerate(boxes)
+    )
+
+
+def _with_needs(unit: Unit, routes: Sequence[Route], info: Mapping[str, ArrayInfo]) -> Unit:
+    """A unit with the companions that it is read with, and what its largest block takes.
+
+    A block is larger than usual where an axis that is taken apart, or one behind a padded axis,
+    cannot be cut, and where the zeros of a padded axis come with it (`blocks`).
+    """
+    if not any(r.form.value.companions or r.form.extent or r.form.split for r in routes):
+        return unit
+    boxes: dict[str, list[Range]] = {}
+    largest: dict[tuple[object, ...], int] = {}
+    for number, ranges in pieces(unit, routes):
+        form = routes[number].form
+        alike = (form.target_shape, form.target_axes, form.value.scratch, *ranges.items())
+        if alike not in largest:
+            largest[alike] = max(form.work_bytes(part) for part in blocks(form, ranges))
+        for name, box in form.companion_boxes(ranges):
+            shape = info[name].shape
+            ends = [_ends(index, size) for index, size in zip(box, shape, strict=True)]
+            both = zip(ends, boxes.get(name, ends), strict=True)
+            boxes[name] = [(min(a[0], b[0]), max(a[1], b[1])) for a, b in both]
+    beside = tuple(Unit(info[name], tuple(box), 0) for name, box in boxes.items())
+    return replace(unit, beside=beside, work_bytes=max(largest.values(), default=0))
+
+
+def _ends(index: slice | int, size: int) -> Range:
+    """Where an index into an axis begins and ends."""
+    if isinstance(index, int):
+        return index, index + 1
+    return index.indices(size)[:2]
 
 
 def pieces(unit: Unit, routes: Sequence[Route]) -> Iterator[tuple[int, dict[str, Range]]]:
     """Routes that a unit feeds (by position), with the ranges of the target's axes it holds."""
+    if not routes:
+        return
     held = dict(zip(routes[0].form.axes, unit.box, strict=True))
     for number, route in enumerate(routes):
         if route.form.holds(held):
@@ -203,8 +254,7 @@ def blocks(form: Form, ranges: Ranges) -> Iterator[dict[str, Range]]:
         yield dict(ranges)
         return
     box = [ranges[axis] for axis in axes]
-    itemsize = max(form.value.scratch, form.dtype.itemsize)
-    for slab in slabs(box, itemsize, deepest=min(whole - 1, padded)):
+    for slab in slabs(box, form.scratch, deepest=min(whole - 1, padded)):
         yield dict(zip(axes, slab, strict=True))
 
 
@@ -224,6 +274,15 @@ def source_box(unit: Unit, form: Form, ranges: Ranges) -> Box:
         else:
             box.append(slice(*ranges.get(axis, held)))
     return tuple(box)
+
+
+def companions(unit: Unit, source: Source) -> Callable[[str, Box], Array]:
+    """What reads boxes of the companions of a unit, which are opened once."""
+    readers = {
+        other.array.name: source.reader(other.array.name, other.chunk_count)
+        for other in unit.beside
+    }
+    return lambda name, box: readers[name].read(box)
 
 
 @dataclass

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Groups = tuple[tuple[str, ...], ...]
 Sizes = Mapping[str, int]
+Range = tuple[int, int]
+Ranges = Mapping[str, Range]
+Box = tuple[slice | int, ...]
 
 _TOKEN = re.compile(r"\(([^()]*)\)|(\S+)")
 
@@ -25,6 +28,24 @@ _TOKEN = re.compile(r"\(([^()]*)\)|(\S+)")
 # Half rotation (Hugging Face's `rotate_half`) stores [a0 … an b0 … bn]: rotary half outermost.
 # Interleaved (pairwise) stores [a0 b0 a1 b1 …]: rotary half innermost.
 ROTARY_LAYOUTS = {"half": "(rotary pair)", "interleaved": "(pair rotary)"}
+
+
+def blocked(axis: str) -> tuple[str, int]:
+    """The axis that an axis like `D/128` counts the blocks of, and the size of a block.
+
+    Returns:
+        `("D", 128)`; of `D/*`, one block as long as the axis, `("D", 0)`; of `D` itself
+        `("D", 1)`.
+
+    Raises:
+        ValueError: The size is no positive number.
+    """
+    name, slash, size = axis.partition("/")
+    if not slash:
+        return axis, 1
+    if size != "*" and int(size) < 1:
+        raise ValueError(f"axis {axis!r} has blocks without values")
+    return name, 0 if size == "*" else int(size)
 
 
 def parse_side(text: str) -> Groups:

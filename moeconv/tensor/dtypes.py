@@ -15,14 +15,42 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
 }
 
+# Dtypes of quantised tensors and of their scales, which are read and never written.
+QUANTISED: dict[str, np.dtype[Any]] = {
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e8m0fnu": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+# All that an array may be stored in.
+STORED = DTYPES | QUANTISED
+
 # Bits of the significand, the implicit one included: unit roundoff is 2**-bits.
 SIGNIFICAND_BITS = {"float32": 24, "bfloat16": 8, "float16": 11}
 
 # Smallest exponent of a normal number.
 SMALLEST_EXPONENT = {"float32": -126, "bfloat16": -126, "float16": -14}
 
-_EXPONENT_MASK = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
+# Bits that are all set in NaN and Inf, and in no number; whole numbers are always finite.
+_EXPONENT_MASK = {
+    "float32": 0x7F800000,
+    "bfloat16": 0x7F80,
+    "float16": 0x7C00,
+    "float8_e4m3fn": 0x7F,
+    "float8_e5m2": 0x7C,
+    "float8_e8m0fnu": 0xFF,
+}
 _COUNTED = 1 << 18  # values looked at together, so that they stay in the cache
+
+
+def not_converted(name: str, dtype: str) -> str:
+    """The sentence for a parameter in a dtype that nothing reads."""
+    return (
+        f"parameter {name} is stored as {dtype}; moeconv converts {', '.join(DTYPES)} (a quantized "
+        "checkpoint has to be trained or saved in one)"
+    )
 
 
 def bits(array: Array) -> Array:
@@ -40,7 +68,9 @@ def ulp(values: Array, dtype: str) -> Array:
 
 def count_nonfinite(array: Array, dtype: str) -> Iterator[int]:
     """Numbers of NaN and Inf, part by part, by the bits of the exponent: fast for every dtype."""
-    flat = array.reshape(-1).view(f"u{DTYPES[dtype].itemsize}")
+    if dtype not in _EXPONENT_MASK:
+        return
+    flat = array.reshape(-1).view(f"u{STORED[dtype].itemsize}")
     mask = flat.dtype.type(_EXPONENT_MASK[dtype])
     for start in range(0, flat.size, _COUNTED):
         yield int(np.count_nonzero((flat[start : start + _COUNTED] & mask) == mask))

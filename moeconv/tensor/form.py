@@ -9,18 +9,15 @@ A box is given as ranges on the tensor's axes, each axis apart (`target_axes`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
-from moeconv.tensor.axes import Array, Rearrangement, flatten
+from moeconv.tensor.axes import Array, Box, Range, Ranges, Rearrangement, flatten
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.tensor.values import ValueOp
-
-Range = tuple[int, int]
-Ranges = Mapping[str, Range]
 
 # Rows of the source's outermost axis moved at a time when it becomes the target's innermost one:
 # 16 values of 4 bytes are a cache line, which makes a transposition four to eight times as fast.
@@ -158,24 +155,50 @@ class Form:
         behind = self.target_axes.index(self.lead) + 1 if self.lead else 0
         return math.prod(self.target_shape[behind:]) * self.dtype.itemsize
 
-    @cached_property
-    def row_scratch(self) -> int:
-        """Bytes for one step along `lead` while its values are computed."""
-        return self.row_bytes // self.dtype.itemsize * max(self.value.scratch, self.dtype.itemsize)
+    @property
+    def scratch(self) -> int:
+        """Bytes of one value of a piece while it is made."""
+        return max(self.value.scratch, self.dtype.itemsize)
+
+    def work_bytes(self, ranges: Ranges) -> int:
+        """Bytes while a piece is made: what is read, two temporaries, and the piece, with zeros."""
+        values = math.prod(ranges[axis][1] - ranges[axis][0] for axis in self.target_axes)
+        return 3 * values * self.scratch + self.piece_bytes(ranges)
 
     # --- data -----------------------------------------------------------------------------------
 
-    def run(self, block: Array, ranges: Ranges) -> Array:
+    def others(self, ranges: Ranges, read: Callable[[str, Box], Array]) -> tuple[Array, ...]:
+        """What the value op reads beside a piece: its companions' values.
+
+        Args:
+            ranges: Of the piece, on the tensor's axes.
+            read: Gives a box of an array, by its name.
+        """
+        if not self.value.companions:
+            return ()
+        held = self._held(ranges)
+        return tuple(c.spread(read(c.source, c.box(held)), held) for c in self.value.companions)
+
+    def companion_boxes(self, ranges: Ranges) -> list[tuple[str, Box]]:
+        """The boxes that `others` reads, with the names of their arrays."""
+        return [(c.source, c.box(self._held(ranges))) for c in self.value.companions]
+
+    def _held(self, ranges: Ranges) -> dict[str, Range]:
+        """Ranges on the array's axes that remain; an axis that is split is held whole."""
+        return {axis: ranges.get(axis, (0, self.sizes[axis])) for axis in self.free}
+
+    def run(self, block: Array, ranges: Ranges, others: Sequence[Array] = ()) -> Array:
         """Makes a piece of the tensor.
 
         Args:
             block: The array's values, C order, axes `free`, cut to `ranges`.
             ranges: On the tensor's axes.
+            others: What `others` gives for them.
 
         Returns:
             C-contiguous, of the tensor's dtype, axes `target_axes`, of `piece_shape(ranges)`.
         """
-        values = self._arranged(self.value.run(block))
+        values = self._arranged(self.value.run(block, others))
         shape = self.piece_shape(ranges)
         padded = shape != values.shape
         if not padded and self.rearrange.is_identity:
@@ -184,22 +207,22 @@ class Form:
         _transpose(values, out[tuple(slice(0, n) for n in values.shape)])
         return out
 
-    def undo(self, piece: Array) -> Array:
+    def undo(self, piece: Array, others: Sequence[Array] = ()) -> Array:
         """The array's values again, axes `free`, from a piece of the tensor without its zeros."""
-        apart = self._as_stored(piece)
-        sizes = iter(apart.shape[len(self.place) :])
-        groups = self.rearrange.left[len(self.place) :]
-        fused = [math.prod(next(sizes) for _ in group) for group in groups]
-        return self.value.undo(apart.reshape(fused))
+        return self.value.undo(self._fused(self._as_stored(piece)), others)
 
-    def wrong(self, block: Array, piece: Array) -> Array:
+    def wrong(self, block: Array, piece: Array, others: Sequence[Array] = ()) -> Array:
         """Where a piece of the tensor is not what `run` makes of a block: a mask like `piece`.
 
         The values of the tensor are taken back to the array's axes and judged there, so that the
         code that wrote them is not what they are compared with.
         """
         stored = self._as_stored(piece)
-        mask = self.value.wrong(block.reshape(stored.shape), stored)
+        if others:  # they have the array's axes
+            fused = self._fused(stored)
+            mask = self.value.wrong(block, fused, others).reshape(stored.shape)
+        else:
+            mask = self.value.wrong(block.reshape(stored.shape), stored)
         return mask.transpose(self.rearrange.permutation)
 
     def padding(self) -> list[tuple[slice, ...]]:
@@ -228,6 +251,12 @@ class Form:
     def _as_stored(self, piece: Array) -> Array:
         """A view of a piece with the array's axes, each apart."""
         return piece.transpose(np.argsort(self.rearrange.permutation))
+
+    def _fused(self, apart: Array) -> Array:
+        """The array's axes `free`, from each apart."""
+        sizes = iter(apart.shape[len(self.place) :])
+        groups = self.rearrange.left[len(self.place) :]
+        return apart.reshape([math.prod(next(sizes) for _ in group) for group in groups])
 
     # --- words ----------------------------------------------------------------------------------
 

@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from moeconv.tensor.axes import Array
-from moeconv.tensor.dtypes import DTYPES
-
-Box = tuple[slice | int, ...]
+from moeconv.tensor.axes import Array, Box
+from moeconv.tensor.dtypes import STORED
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class ArrayInfo:
     Attributes:
         path: Key path, below `params.params` in a MaxText checkpoint.
         shape: Its shape.
-        dtype: A key of `DTYPES`.
+        dtype: A key of `STORED`.
         chunk: Shape of what is decoded at once (the inner chunk of a sharded zarr3 array), cut to
             the array.
         codec: Compression, for people.
@@ -45,7 +43,7 @@ class ArrayInfo:
     @property
     def itemsize(self) -> int:
         """Bytes of one value."""
-        return DTYPES[self.dtype].itemsize
+        return STORED[self.dtype].itemsize
 
     @property
     def nbytes(self) -> int:

@@ -6,12 +6,14 @@ op is one class here; nothing outside asks which op it has.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from moeconv.tensor.axes import Array
+from moeconv.tensor.companion import Companion
 from moeconv.tensor.dtypes import (
     DTYPES,
     SIGNIFICAND_BITS,
@@ -38,7 +40,11 @@ class Fold:
 
 
 class ValueOp(Protocol):
-    """An elementwise map from arrays of dtype `source` to arrays of dtype `target`."""
+    """An elementwise map from arrays of dtype `source` to arrays of dtype `target`.
+
+    An op with companions is given the box of each that belongs to the values, spread to their
+    size (`Companion.spread`), as `others`; an op without them ignores it.
+    """
 
     @property
     def source(self) -> str:
@@ -60,13 +66,17 @@ class ValueOp(Protocol):
     def fold(self) -> Fold | None:
         """What is moved into the weights; None where nothing is."""
 
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """The arrays that are read beside the values."""
+
     def describe(self) -> str:
         """One phrase; empty where nothing changes."""
 
-    def run(self, values: Array) -> Array:
+    def run(self, values: Array, others: Sequence[Array] = ()) -> Array:
         """The target's values; a number that overflows becomes Inf."""
 
-    def undo(self, values: Array) -> Array:
+    def undo(self, values: Array, others: Sequence[Array] = ()) -> Array:
         """The source's values, rounded once to the source's dtype."""
 
     def bound(self) -> float:
@@ -75,14 +85,14 @@ class ValueOp(Protocol):
     def undo_bound(self, largest: float) -> float:
         """Largest absolute error of `undo(run(x))` for normal numbers up to `largest`."""
 
-    def wrong(self, source: Array, target: Array) -> Array:
+    def wrong(self, source: Array, target: Array, others: Sequence[Array] = ()) -> Array:
         """Where `target` is not `run(source)`, value by value: a mask."""
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """float32 source values, moved as far as rounding the target may move them.
 
         Args:
-            values: The source's.
+            values: The source's; of a quantised one, the numbers that it stands for.
             noise: Of the same shape, uniform between -0.5 and 0.5 units in the last place.
         """
 
@@ -94,6 +104,7 @@ class Cast:
     source: str
     target: str
     fold: Fold | None = field(default=None, init=False)
+    companions: tuple[Companion, ...] = field(default=(), init=False)
 
     @property
     def changes(self) -> bool:
@@ -109,11 +120,11 @@ class Cast:
         """One phrase; empty where nothing changes."""
         return f"{self.source} -> {self.target}" if self.changes else ""
 
-    def run(self, values: Array) -> Array:
+    def run(self, values: Array, others: Sequence[Array] = ()) -> Array:
         """The same numbers, rounded once."""
         return _cast(values, self.target) if self.changes else values
 
-    def undo(self, values: Array) -> Array:
+    def undo(self, values: Array, others: Sequence[Array] = ()) -> Array:
         """The cast back."""
         return _cast(values, self.source) if self.changes else values
 
@@ -126,15 +137,15 @@ class Cast:
         """What was rounded on the way there stays so."""
         return self.bound() * largest
 
-    def wrong(self, source: Array, target: Array) -> Array:
+    def wrong(self, source: Array, target: Array, others: Sequence[Array] = ()) -> Array:
         """Widened values are compared wide: narrowing them would round a wrong low bit away."""
         if self.bound() == 0.0:
             return np.asarray(bits(target) != bits(self.run(source)))
-        return _not_rounded(source.astype(np.float64), 0.0, target, self.target)
+        return not_rounded(source.astype(np.float64), 0.0, target, self.target)
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """Moved by `noise` units in the last place of the target; zeros stay."""
-        return np.asarray(values + noise * _spacing(values, self.target))
+        return np.asarray(values + noise * spacing_of(values, self.target))
 
 
 @dataclass(frozen=True)
@@ -149,6 +160,7 @@ class Affine:
     fold: Fold
     source: str
     target: str
+    companions: tuple[Companion, ...] = field(default=(), init=False)
 
     @property
     def changes(self) -> bool:
@@ -170,11 +182,11 @@ class Affine:
         exact = values.astype(np.float64) * self.fold.factor
         return exact + self.fold.offset if self.fold.offset else exact
 
-    def run(self, values: Array) -> Array:
+    def run(self, values: Array, others: Sequence[Array] = ()) -> Array:
         """Computed in float64, rounded once."""
         return round_once(self._exact(values), self.target)
 
-    def undo(self, values: Array) -> Array:
+    def undo(self, values: Array, others: Sequence[Array] = ()) -> Array:
         """By subtraction and division in float64, rounded once."""
         wide = values.astype(np.float64)
         if self.fold.offset:
@@ -199,7 +211,7 @@ class Affine:
         back = 2.0 ** -SIGNIFICAND_BITS[self.source] * (largest + there)
         return there + back if there else 0.0
 
-    def wrong(self, source: Array, target: Array) -> Array:
+    def wrong(self, source: Array, target: Array, others: Sequence[Array] = ()) -> Array:
         """Where a value is not the exact one rounded once."""
         exact = self._exact(source)
         # The rounding of this very sum, and product, in float64. Two numbers of 24 bits, as all
@@ -207,13 +219,13 @@ class Affine:
         tolerance = np.abs(exact) * 2.0**-52
         if np.float32(self.fold.factor) != self.fold.factor:
             tolerance += np.abs(source.astype(np.float64) * self.fold.factor) * 2.0**-52
-        return _not_rounded(exact, tolerance, target, self.target)
+        return not_rounded(exact, tolerance, target, self.target)
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """Moved by `noise` units in the last place of the target, and taken back."""
         factor, offset = np.float32(self.fold.factor), np.float32(self.fold.offset)
         mapped = values * factor + offset
-        moved = mapped + noise * _spacing(mapped, self.target)
+        moved = mapped + noise * spacing_of(mapped, self.target)
         return np.asarray((moved - offset) / factor)
 
 
@@ -222,7 +234,7 @@ def _cast(values: Array, dtype: str) -> Array:
         return values.astype(DTYPES[dtype])
 
 
-def _not_rounded(exact: Array, tolerance: Array | float, target: Array, dtype: str) -> Array:
+def not_rounded(exact: Array, tolerance: Array | float, target: Array, dtype: str) -> Array:
     """Where a value is not `exact` (float64, within `tolerance`) rounded to the nearest, once."""
     half = 0.5 * ulp(exact, dtype)
     got = target.astype(np.float64)
@@ -233,7 +245,7 @@ def _not_rounded(exact: Array, tolerance: Array | float, target: Array, dtype: s
     return np.asarray(wrong | (np.signbit(got) != np.signbit(exact)))  # -0.0 is not 0.0
 
 
-def _spacing(values: Array, dtype: str) -> Array:
+def spacing_of(values: Array, dtype: str) -> Array:
     """Units in the last place of a dtype around float32 values, by their exponent bits alone."""
     power = (values.view(np.uint32) & np.uint32(0x7F800000)).view(np.float32)
     smallest = np.float32(2.0 ** SMALLEST_EXPONENT[dtype])

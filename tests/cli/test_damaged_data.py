@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import tensorstore as ts
 import yaml
+from checkpoints.envy import ENVY
+from checkpoints.row import TIED
 from cli_runner import moeconv
-from maxtext_lab import ENVY, TIED
 from refusals import WI_0, convert, out_of, refused
 
 from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError

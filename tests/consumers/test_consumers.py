@@ -18,9 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints.envy import ENVY
+from checkpoints.llama import LLAMA2
+from checkpoints.mixtral import MIXTRAL
+from checkpoints.row import TIED
 from consumer import PROMPT, STEPS, reference_of
 from helpers import run, tokens_for
-from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
 
 from moeconv.artifact.manifest import Manifest
 from moeconv.verification.models.maxtext import MaxTextModel

@@ -3,168 +3,24 @@
 import json
 
 import pytest
+from checkpoints import ROWS
 from helpers import assert_same_model, run
-from maxtext_lab import (
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
-    ENVY,
-    GPT_OSS,
-    KIMI_K2,
-    LLAMA2,
-    LLAMA4,
-    MISTRAL,
-    MIXTRAL,
-    OLMO3,
-    QWEN2,
-    QWEN3,
-    QWEN3_MOE,
-    TIED,
-)
 
-UNSCANNED = {"scan_layers": False}
-UNTIED = {"logits_via_embedding": False}
 ZARR2 = {"checkpoint_storage_use_zarr3": False}
 NO_OCDBT = {"checkpoint_storage_use_zarr3": False, "checkpoint_storage_use_ocdbt": False}
 FSDP = {"ici_fsdp_parallelism": 4}
 EXPERTS = {"ici_expert_parallelism": 2, "ici_fsdp_parallelism": 2}
-STEP3 = {
-    "base_num_decoder_layers": 6,
-    "interleave_moe_layer_step": 3,
-    "inhomogeneous_layer_cycle_interval": 3,
-}
-LLAMA31 = {"rope_type": "llama3.1", "max_target_length": 96}
 
-# One line a model: blocks and what differs from the lab's base (4 layers, 4 experts top-2, GQA 4:2,
-# head_dim 16, hidden 48, fp32, RoPE theta 500,000, untied, scanned on axis 1, OCDBT + zarr3, one
-# chunk an array). What has nothing to do with each other shares a model.
-CASES = {
-    "mixtral": (MIXTRAL,),
-    "mixtral-tied": (MIXTRAL, TIED),
-    "mixtral-tied-unnormalised": (MIXTRAL, TIED, {"normalize_embedding_logits": False}),
-    "mixtral-unscanned": (MIXTRAL, UNSCANNED),
-    "mixtral-axis0": (MIXTRAL, TIED, {"param_scan_axis": 0}),
-    "mixtral-axis2": (MIXTRAL, {"param_scan_axis": 2}),
-    "mixtral-mqa-head-dim-24-top-1-theta-1e4-eps-1e-6": (
-        MIXTRAL,
-        {"base_num_kv_heads": 1, "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 1},
-        {"rope_max_timescale": 10_000, "normalization_layer_epsilon": 1e-6},
-    ),
-    "mixtral-mha-top-4-theta-1e6-eps-1e-3": (
-        MIXTRAL,
-        {"base_num_kv_heads": 4, "num_experts": 8, "num_experts_per_tok": 4},
-        {"rope_max_timescale": 1_000_000, "normalization_layer_epsilon": 1e-3},
-    ),
-    "mixtral-llama3.1-rope": (MIXTRAL, LLAMA31),
-    "mixtral-llama3.1-rope-unscaled": (MIXTRAL, LLAMA31, {"rope_use_scale": False}),
-    "envy-tied": (ENVY, TIED),
-    "envy-untied": (ENVY, UNTIED),
-    "envy-unscanned": (ENVY, TIED, UNSCANNED),
-    "envy-axis0": (ENVY, TIED, {"param_scan_axis": 0}),
-    "envy-step-3": (ENVY, TIED, STEP3),
-    "envy-step-3-unscanned": (ENVY, TIED, STEP3, UNSCANNED),
-    "envy-one-width-top-1": (ENVY, {"base_mlp_dim": 96, "num_experts_per_tok": 1}),
-    "envy-wide-dense-mha-head-dim-32-top-4": (
-        ENVY,
-        TIED,
-        {"base_mlp_dim": 128, "base_num_kv_heads": 4, "head_dim": 32},
-        {"num_experts": 8, "num_experts_per_tok": 4},
-    ),
-    "envy-all-moe": (
-        ENVY,
-        {
-            "base_mlp_dim": 96,
-            "interleave_moe_layer_step": 1,
-            "inhomogeneous_layer_cycle_interval": 1,
-        },
-    ),
-    "envy-cycle-of-two-steps": (
-        ENVY,
-        TIED,
-        {"interleave_moe_layer_step": 2, "inhomogeneous_layer_cycle_interval": 4},
-    ),
-    "envy-llama3.1-rope": (ENVY, LLAMA31),
-    "llama2": (LLAMA2,),
-    "llama2-unscanned-axis0": (LLAMA2, UNSCANNED, {"param_scan_axis": 0}),
-    "llama2-llama3.1-rope-tied": (LLAMA2, LLAMA31, TIED, {"head_dim": 32}),
-    "mistral": (MISTRAL,),
-    "mistral-unscanned-tied-llama3.1-rope": (MISTRAL, UNSCANNED, TIED, LLAMA31),
-    "qwen2": (QWEN2,),
-    "qwen2-unscanned-tied-llama3.1-rope": (QWEN2, UNSCANNED, TIED, LLAMA31),
-    "qwen3": (QWEN3,),
-    "qwen3-unscanned-tied-llama3.1-rope": (QWEN3, UNSCANNED, TIED, LLAMA31),
-    "qwen3_moe": (QWEN3_MOE,),
-    "qwen3_moe-unscanned-tied-llama3.1-rope": (QWEN3_MOE, UNSCANNED, TIED, LLAMA31),
-    "gpt_oss": (GPT_OSS,),
-    "gpt_oss-unscanned-tied-llama3.1-rope": (GPT_OSS, UNSCANNED, TIED, LLAMA31),
-    "gpt_oss-axis0-truncated-unscaled-yarn-in-pairs": (
-        GPT_OSS,
-        {"param_scan_axis": 0, "rope_truncate": True, "rope_interleave": True},
-        {"rope_attention_scaling": False},
-    ),
-    # A scanned block begins the pattern of windows anew: sliding, full, sliding, sliding.
-    "gpt_oss-cycle-of-3": (
-        GPT_OSS,
-        {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
-        {"rope_type": "default", "sliding_window_size": 1, "num_experts_per_tok": 4},
-    ),
-    "llama4": (LLAMA4,),
-    "llama4-unscanned-tied-half-rope-without-norm-all-moe": (
-        LLAMA4,
-        UNSCANNED,
-        TIED,
-        {"rope_type": "default", "use_qk_norm": False, "base_num_decoder_layers": 4},
-        {"nope_layer_interval": 3, "interleave_moe_layer_step": 1, "chunk_attn_window_size": 7},
-    ),
-    # Neither pattern fits into the scanned block, which begins both anew; no layer lacks RoPE.
-    "llama4-odd-cycle-axis0-unscaled": (
-        LLAMA4,
-        {"base_num_decoder_layers": 6, "inhomogeneous_layer_cycle_interval": 3},
-        {"nope_layer_interval": -1, "rope_use_scale": False, "param_scan_axis": 0},
-    ),
-    "olmo3": (OLMO3,),
-    "olmo3-unscanned-tied-plain-rope": (
-        OLMO3,
-        UNSCANNED,
-        TIED,
-        {"rope_type": "default", "rope_max_timescale": 10_000},
-    ),
-    # Without what makes it a Qwen, a block's models are Llamas whose query is scaled explicitly.
-    "qwen2-plain": (QWEN2, {"attention_bias": False}),
-    "qwen3-plain-axis0": (QWEN3, {"use_qk_norm": False, "param_scan_axis": 0}),
-}
+# A row's `model` differs from the lab's base (4 layers, 4 experts top-2, GQA 4:2, head_dim 16,
+# hidden 48, fp32, RoPE theta 500,000, untied, scanned on axis 1, OCDBT + zarr3, one chunk an
+# array), its `cases` from that. What has nothing to do with each other shares a case.
+CASES = {name: (row.model,) for name, row in ROWS.items()}
 CASES |= {
-    "deepseek_v3": (DEEPSEEK_V3,),
-    "deepseek_v3-unscanned-tied-one-query-matrix": (
-        DEEPSEEK_V3,
-        UNSCANNED,
-        TIED,
-        {"q_lora_rank": 0, "first_num_dense_layers": 2},
-    ),
-    "deepseek_v3-without-dense-layers-axis2-scores-unscaled": (
-        DEEPSEEK_V3,
-        {"first_num_dense_layers": 0, "base_mlp_dim": 20, "param_scan_axis": 2, "mscale": 0.0},
-    ),
-    "deepseek_v3-yarn-not-stretched-not-truncated": (
-        DEEPSEEK_V3,
-        {"max_position_embeddings": 64, "rope_truncate": False},
-    ),
-    # Without a bias the router is the same under any name, but that groups are ignored.
-    "deepseek_v3-own-name-without-bias": (
-        DEEPSEEK_V3,
-        {"model_name": "default", "routed_bias": False},
-    ),
-    "deepseek_v3-kimi_k2": (KIMI_K2,),
-    "deepseek_v2": (DEEPSEEK_V2,),
-    "deepseek_v2-unscanned-tied-narrow-queries-own-name": (
-        DEEPSEEK_V2,
-        UNSCANNED,
-        TIED,
-        {"q_lora_rank": 28, "model_name": "default", "routed_scaling_factor": 16.0},
-    ),
+    f"{name}-{case}": (row.model, *changes)
+    for name, row in ROWS.items()
+    for case, changes in row.cases.items()
 }
-# One of each of these in every run of the suite.
-_DEAR = {"deepseek_v3", "gpt_oss", "llama4", "olmo3"}
-SLOW = {name for name in CASES if name.startswith(("deepseek", *_DEAR))} - _DEAR
+SLOW = {f"{name}-{case}" for name, row in ROWS.items() if row.slow for case in row.cases}
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
     "mixtral-zarr2": ("mixtral-tied", ZARR2, False),
@@ -173,7 +29,7 @@ STORED = {
     "mixtral-experts-sharded": ("mixtral", EXPERTS, False),
     "mixtral-state": ("mixtral", {}, True),
     "envy-fsdp": ("envy-tied", FSDP, False),
-    "envy-experts-sharded": ("envy-untied", EXPERTS, False),
+    "envy-experts-sharded": ("envy", EXPERTS, False),
     "envy-state": ("envy-tied", {}, True),
     "envy-fsdp-state": ("envy-tied", FSDP, True),
     "llama2-fsdp": ("llama2", FSDP, False),
@@ -181,14 +37,9 @@ STORED = {
     "deepseek_v3-state": ("deepseek_v3", {}, True),
 }
 
-ARCHITECTURES = {
-    "envy": "mixtral",
-    "llama4": "llama4_text",
-    "llama2": "llama",
-    "qwen2-plain": "llama",
+MODEL_TYPES = {
+    f"{name}-{case}": kind for name, row in ROWS.items() for case, kind in row.other_types.items()
 }
-ARCHITECTURES |= {"qwen3-plain-axis0": "llama"}
-ARCHITECTURES |= {name: name.partition("-")[0] for name in CASES if name.startswith("deepseek")}
 
 
 @pytest.mark.parametrize(
@@ -199,8 +50,8 @@ def test_the_logits_are_maxtexts(maxtext_lab, tmp_path, name):
     checkpoint = maxtext_lab.checkpoint(*CASES[name])
     run(checkpoint, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    block = checkpoint.config["decoder_block"]
-    assert config["model_type"] == ARCHITECTURES.get(name, ARCHITECTURES.get(block, block))
+    row = ROWS[name.partition("-")[0]]
+    assert config["model_type"] == MODEL_TYPES.get(name, row.model_type)
     assert_same_model(checkpoint, tmp_path / "out")
 
 
@@ -220,7 +71,7 @@ def test_the_same_model_however_it_is_stored(maxtext_lab, tmp_path, name):
     "name",
     [
         "envy-tied",
-        "envy-untied",
+        "envy",
         "envy-unscanned",
         "envy-step-3",
         "envy-wide-dense-mha-head-dim-32-top-4",

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import orbax_writer
 import pytest
+from checkpoints.envy import ENVY
+from checkpoints.row import TIED
 from engine_lab import contents, tensors, to
-from maxtext_lab import ENVY, TIED
 from safetensors import safe_open
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion

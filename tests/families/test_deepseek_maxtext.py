@@ -3,8 +3,8 @@
 import numpy as np
 import orbax_writer
 import pytest
+from checkpoints.deepseek import DEEPSEEK_V3
 from helpers import assert_same_model, config_file, run
-from maxtext_lab import DEEPSEEK_V3
 
 from moeconv.arch.config_sources import resolve_config
 from moeconv.arch.description import Origin, Provenance

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from checkpoints.llama4 import LLAMA4
+from checkpoints.olmo3 import OLMO3
 from helpers import run, tokens_for
-from maxtext_lab import LLAMA4, OLMO3
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("departures of families"), pytest.mark.maxtext]
 # Of the largest logit, in fp32.

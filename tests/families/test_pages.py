@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import synthetic
+from checkpoints import ROWS
 
 import moeconv
 from moeconv import families
@@ -105,8 +106,10 @@ def test_an_output_passes_the_levels_that_need_no_framework(name: str, tmp_path:
 
 
 def test_every_block_and_target_is_tried() -> None:
-    """A new page comes with a row in the tests' table of checkpoints."""
+    """A new page comes with a row in the tests' table of checkpoints (tests/checkpoints)."""
     assert synthetic.BLOCKS.keys() == BLOCKS.keys()
+    usual = {TARGETS[block.targets[0]].architecture for block in BLOCKS.values()}
+    assert usual <= {row.architecture for row in ROWS.values()}
 
 
 PAGE = """

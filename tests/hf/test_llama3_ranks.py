@@ -123,7 +123,8 @@ def test_bos_begins_a_text_and_eos_is_left_to_the_model(loaded: Any) -> None:
         *loaded.encode("world"),
     ]
     assert loaded.decode(loaded.encode("Hello world"), skip_special_tokens=True) == "Hello world"
-    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (128000, 128001, None)
+    assert (loaded.bos_token_id, loaded.eos_token_id) == (128000, 128001)
+    assert (loaded.pad_token_id, loaded.padding_side) == (128001, "left")
     assert loaded.model_max_length == 2048
     assert len(loaded) == 128256
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from denied import unreadable
 from tokenizer_lab import ASSETS, refused, small_ranks, write
 from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
@@ -31,9 +32,11 @@ def test_what_transformers_5_saved_is_made_loadable_in_4(saved: Path, tmp_path: 
     assert config["additional_special_tokens"] == ["<x>"]
     assert "extra_special_tokens" not in config
     assert config["model_max_length"] == 77
-    assert len(tokenizer.notes) == 2
+    assert len(tokenizer.notes) == 4
     assert "TokenizersBackend is unknown to transformers 4" in tokenizer.notes[0]
     assert "extra_special_tokens is a list" in tokenizer.notes[1]
+    assert "padding_side is missing" in tokenizer.notes[2]
+    assert "names no pad_token; '<e>' is written" in tokenizer.notes[3]
 
     loaded = AutoTokenizer.from_pretrained(write(tokenizer, tmp_path / "model"))
     assert len(loaded) == tokenizer.size == 268
@@ -45,7 +48,8 @@ def test_what_transformers_5_saved_is_made_loadable_in_4(saved: Path, tmp_path: 
 
 
 def test_only_tokenizer_files_are_copied_and_as_they_are(saved: Path) -> None:
-    configure(saved, tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens={})
+    own = {"padding_side": "right", "pad_token": "<x>"}
+    configure(saved, tokenizer_class="PreTrainedTokenizerFast", extra_special_tokens={}, **own)
     for name in ("config.json", "model.safetensors", "README.md", "generation_config.json"):
         (saved / name).write_text("{}")
     tokenizer = read_tokenizer(str(saved), model_max_length=5)
@@ -65,12 +69,31 @@ def test_a_lone_tokenizer_json_does_not_become_llamas(saved: Path, tmp_path: Pat
     assert set(tokenizer.files) == {"tokenizer.json", "tokenizer_config.json"}
     assert json.loads(tokenizer.files["tokenizer_config.json"]) == {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "padding_side": "left",
         "model_max_length": 5,
     }
     assert (tokenizer.size, tokenizer.bos_token_id, tokenizer.eos_token_id) == (268, None, None)
     assert "tokenizer_class is missing" in tokenizer.notes[0]
     loaded = AutoTokenizer.from_pretrained(write(tokenizer, tmp_path / "model"))
     assert (len(loaded), loaded.all_special_tokens) == (268, [])
+
+
+def test_texts_of_different_lengths_are_generated_in_one_batch(saved: Path, tmp_path: Path) -> None:
+    out = write(read_tokenizer(str(saved), model_max_length=64), tmp_path / "model")
+    loaded = AutoTokenizer.from_pretrained(out)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 1.0}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(loaded), **shape, **heads)).eval()
+    prompts = ["hello", "hello world hello world", "w"]
+    usual = {"max_new_tokens": 8, "do_sample": False}
+
+    def generated(texts: list[str]) -> list[list[int]]:
+        batch = loaded(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
+        length = batch["input_ids"].shape[1]
+        return [row[length:].tolist() for row in model.generate(**batch, **usual)]
+
+    assert generated(prompts) == [generated([text])[0] for text in prompts]
 
 
 def test_tokens_that_transformers_will_add_are_counted(saved: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import maxtext_lab
 import numpy as np
+from maxtext_weights import Weights
 
 
 def write(run_dir: Path, overrides: Mapping[str, object], *, step: int = 10, seed: int = 0) -> Path:
@@ -28,7 +29,7 @@ def write(run_dir: Path, overrides: Mapping[str, object], *, step: int = 10, see
         mesh = maxtext_utils.get_mesh_from_config(config, jax.devices()[:1])
         with logical_axis_rules(config.logical_axis_rules):
             _, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
-        weights = maxtext_lab._Weights(config, seed)
+        weights = Weights(config, seed)
         filled = []
         for path, variable in nnx.to_flat_state(nnx.state(model)):
             leaf: Any = variable.get_value()

@@ -16,7 +16,7 @@ from moeconv.maxtext.checkpoint import open_checkpoint
 @pytest.fixture(scope="module")
 def resolved(maxtext_lab):
     """A whole config as MaxText resolves it; its enums are MaxText's."""
-    from maxtext_lab import MIXTRAL
+    from checkpoints.mixtral import MIXTRAL
 
     sizes = {"base_emb_dim": 16, "base_num_query_heads": 4, "base_num_kv_heads": 2, "head_dim": 4,
              "base_mlp_dim": 24, "base_moe_mlp_dim": 24, "vocab_size": 64, "num_experts": 4,

@@ -40,7 +40,7 @@ def test_releases_of_what_old_releases_wrote(name, releases):
 
 
 def test_of_what_the_installed_release_wrote(maxtext_lab, tmp_path):
-    from maxtext_lab import MIXTRAL
+    from checkpoints.mixtral import MIXTRAL
 
     for full in (True, False):
         lab = maxtext_lab.checkpoint(MIXTRAL, full_state=full)

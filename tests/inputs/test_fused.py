@@ -5,9 +5,10 @@ import orbax_writer
 import pytest
 import synthetic
 import yaml
+from checkpoints.llama import LLAMA2
+from checkpoints.mixtral import MIXTRAL
 from engine_lab import tensors
 from inputs_lab import as_leaf, converted
-from maxtext_lab import LLAMA2, MIXTRAL
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import TensorError, UnsupportedError
@@ -27,18 +28,18 @@ def fuse(arrays, axes, moe=True, mlp=True, qkv=True):
         if moe and last == "wi_0":
             one, other = arrays.pop(name), arrays.pop(f"{above}.wi_1")
             arrays[f"{above}.wi"] = np.concatenate([one, other], width(axes[name]))
-        elif mlp and name.endswith("wi_0.kernel"):
+        elif mlp and name.endswith(("wi_0.kernel", "wi_0.bias")):
             above = above.removesuffix(".wi_0")
-            one, other = arrays.pop(name), arrays.pop(f"{above}.wi_1.kernel")
+            one, other = arrays.pop(name), arrays.pop(f"{above}.wi_1.{last}")
             at = width(axes[name])
             if axes[name].endswith("L"):  # at param_scan_axis 2 of [D, 2, F]
                 one, other, at = one.swapaxes(1, 2), other.swapaxes(1, 2), 1
-            arrays[f"{above}.wi.kernel"] = np.stack([one, other], at)
-        elif qkv and name.endswith("query.kernel"):
+            arrays[f"{above}.wi.{last}"] = np.stack([one, other], at)
+        elif qkv and name.endswith(("query.kernel", "query.bias")):
             above = above.removesuffix(".query")
-            three = [arrays.pop(f"{above}.{each}.kernel") for each in ("query", "key", "value")]
+            three = [arrays.pop(f"{above}.{each}.{last}") for each in ("query", "key", "value")]
             at = axes[name].index("H")
-            arrays[f"{above}.qkv_proj.kernel"] = np.concatenate(three, at)
+            arrays[f"{above}.qkv_proj.{last}"] = np.concatenate(three, at)
 
 
 def write(run, block, *, scanned=True, sizes=None, split=None, **what):

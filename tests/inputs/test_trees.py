@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import synthetic
 import yaml
+from checkpoints.envy import ENVY
+from checkpoints.mixtral import MIXTRAL
+from checkpoints.row import TIED
 from engine_lab import tensors
 from inputs_lab import as_leaf, converted
-from maxtext_lab import ENVY, MIXTRAL, TIED
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError

@@ -6,9 +6,9 @@ import numpy as np
 import orbax_writer
 import pytest
 import yaml
+from checkpoints.mixtral import MIXTRAL
 from cli_runner import moeconv
 from inputs_lab import as_leaf
-from maxtext_lab import MIXTRAL
 
 from moeconv.verification.models.maxtext import MaxTextModel
 

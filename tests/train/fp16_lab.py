@@ -16,7 +16,9 @@ if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
 
 import numpy as np
-from maxtext_lab import BASE, ENVY, TIED, _quiet
+from checkpoints.envy import ENVY
+from checkpoints.row import TIED
+from maxtext_lab import BASE, _quiet
 
 _FP16 = {"dtype": "float16", "float32_logits": True, "float32_gate_logits": True}
 _RUN = {

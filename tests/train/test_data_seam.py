@@ -39,9 +39,9 @@ def test_a_packed_story_has_the_logits_that_it_has_alone(maxtext_lab):
     """The whole point: in MaxText's own model no story sees another in its row."""
     import jax
     import jax.numpy as jnp
+    from checkpoints.mixtral import MIXTRAL
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
-    from maxtext_lab import MIXTRAL
     from moeconv_train.data.packing import unpack
 
     from moeconv.verification.models.maxtext import MaxTextModel

@@ -7,8 +7,9 @@ import numpy as np
 import orbax_writer
 import pytest
 import synthetic
+from checkpoints.envy import ENVY
+from checkpoints.row import TIED
 from helpers import run
-from maxtext_lab import ENVY, TIED
 from moeconv_train.sidecar import public_config
 from outputs_lab import SIZES, write_tokenizer
 

@@ -3,66 +3,41 @@
 import json
 
 import pytest
+from checkpoints import ROWS
+from checkpoints.deepseek import DEEPSEEK_V3, KIMI_K2
+from checkpoints.row import FORMS, UNSCANNED
 from cli_runner import moeconv
 from helpers import config_file
-from maxtext_lab import (
-    DEEPSEEK_V2,
-    DEEPSEEK_V3,
-    GPT_OSS,
-    KIMI_K2,
-    LLAMA4,
-    MISTRAL,
-    OLMO3,
-    QWEN2,
-    QWEN3,
-    QWEN3_MOE,
-    TIED,
-)
 
 from moeconv.families import blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.proof("families"), pytest.mark.maxtext]
-# A family is one row; the blocks of the reference model are in test_parity.py.
-FAMILIES = {
-    "MistralForCausalLM": MISTRAL,
-    "Qwen2ForCausalLM": QWEN2,
-    "Qwen3ForCausalLM": QWEN3,
-    "Qwen3MoeForCausalLM": QWEN3_MOE,
-    "GptOssForCausalLM": GPT_OSS,
-    "Llama4ForCausalLM": LLAMA4,
-    "Olmo3ForCausalLM": OLMO3,
-    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
-    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
-}
-FORMS = {
-    "scanned, untied": {},
-    "unscanned, tied": {"scan_layers": False, **TIED},
-    "scanned, tied, interleaved RoPE": {"rope_type": "llama3.1", "max_target_length": 96, **TIED},
-}
 
 
-CASES = [
-    (architecture, form)
-    for architecture, family in FAMILIES.items()
-    for form, changes in FORMS.items()
-    if changes.get("rope_type", "default") in (*blocks()[family["decoder_block"]].ropes, "default")
-]
+def can_have(row, form):
+    """Returns True if MaxText has the family's model in that form."""
+    rope = FORMS[form].get("rope_type", "default")
+    return form in row.forms and rope in (*blocks()[row.block].ropes, "default")
 
 
-@pytest.mark.parametrize(("architecture", "form"), CASES)
-def test_all_levels_pass(maxtext_lab, tmp_path, architecture, form):
-    checkpoint = maxtext_lab.checkpoint(FAMILIES[architecture], FORMS[form])
-    passes_all_levels(checkpoint, tmp_path, architecture)
+CASES = [(name, form) for name, row in ROWS.items() for form in FORMS if can_have(row, form)]
+
+
+@pytest.mark.parametrize(("family", "form"), CASES)
+def test_all_levels_pass(maxtext_lab, tmp_path, family, form):
+    row = ROWS[family]
+    checkpoint = maxtext_lab.checkpoint(row.model, FORMS[form])
+    passes_all_levels(checkpoint, tmp_path, row.architecture)
 
 
 @pytest.mark.parametrize(
-    ("family", "full_state"),
-    [(KIMI_K2, False), (DEEPSEEK_V3, True), ({**DEEPSEEK_V3, "scan_layers": False}, True)],
+    ("settings", "full_state"),
+    [(KIMI_K2, False), (DEEPSEEK_V3, True), ({**DEEPSEEK_V3, **UNSCANNED}, True)],
     ids=["Kimi-K2", "a train state", "an unscanned train state"],
 )
-def test_the_router_bias_beside_the_parameters(maxtext_lab, tmp_path, family, full_state):
+def test_the_router_bias_beside_the_parameters(maxtext_lab, tmp_path, settings, full_state):
     """In a collection of its own, and in a train state's nnx_aux."""
-    checkpoint = maxtext_lab.checkpoint(family, full_state=full_state)
+    checkpoint = maxtext_lab.checkpoint(settings, full_state=full_state)
     passes_all_levels(checkpoint, tmp_path, "DeepseekV3ForCausalLM")
 
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from checkpoints.mixtral import MIXTRAL
+from checkpoints.row import TIED
 from dense import EXACT, TOKENS, dense_logits, distance
 from helpers import reference, tokens_for
-from maxtext_lab import MIXTRAL, TIED
 
 from moeconv.errors import ConfigError, TensorError, UsageError
 from moeconv.verification.measure.metrics import compare_logits as compare_positions

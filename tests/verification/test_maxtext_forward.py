@@ -9,9 +9,12 @@ import textwrap
 
 import numpy as np
 import pytest
+from checkpoints.envy import ENVY
+from checkpoints.llama import LLAMA2
+from checkpoints.mixtral import MIXTRAL
+from checkpoints.row import TIED
 from dense import EXACT, TOKENS, dense_logits, distance
 from helpers import reference, tokens_for
-from maxtext_lab import ENVY, LLAMA2, MIXTRAL, TIED
 
 from moeconv.verification.models.maxtext import MaxTextModel
 from moeconv.verification.models.maxtext_config import build_config

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from checkpoints.mixtral import MIXTRAL
+from checkpoints.row import TIED
 from dense import TOKENS
-from maxtext_lab import MIXTRAL, TIED
 
 from moeconv.errors import (
     ConfigError,

@@ -5,8 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from checkpoints.llama import LLAMA2
+from checkpoints.mixtral import MIXTRAL
+from checkpoints.row import TIED
 from helpers import config_file, run
-from maxtext_lab import LLAMA2, MIXTRAL, TIED
 from parity_lab import Compiled, check, edit
 
 from moeconv.errors import UnsupportedError, UsageError

@@ -144,9 +144,8 @@ def described(
     for name in _COPIED:
         json_object(files, name, source)
     config = json_object(files, "tokenizer_config.json", source)
-    config, notes = _mended_config(config, source, model_max_length)
-    if notes:
-        files["tokenizer_config.json"] = strict_json.dumps(config)
+    given_config = config
+    config, notes = _mended_config(given_config, source, model_max_length)
     ids = _ids(files, config, source)
     size = 1 + max(ids.values())
     # transformers reads the map only where the config does not define its added tokens.
@@ -168,6 +167,16 @@ def described(
                 f"id {ids[text]} on loading"
             )
         special[name] = ids[text]
+    if "eos_token" in special and "pad_token" not in special:
+        # In config.json too, it would keep fine-tuning from moving its row of the embedding.
+        config["pad_token"] = text = token_text(names["eos_token"], "eos_token", source)
+        if kind in ("directory", "hub"):
+            notes.append(
+                f"{source}: names no pad_token; {text!r} is written, so that texts of different "
+                "lengths can be generated in one batch"
+            )
+    if config != given_config:
+        files["tokenizer_config.json"] = strict_json.dumps(config)
     return TokenizerFiles(
         files=files,
         source=source,
@@ -208,6 +217,12 @@ def _mended_config(
         notes.append(
             f"{where} extra_special_tokens is a list, which transformers 4 cannot load; "
             f"renamed to {_ADDITIONAL}"
+        )
+    if config.get("padding_side") is None:
+        mended["padding_side"] = "left"
+        notes.append(
+            f"{where} padding_side is missing, and would be right; left written instead, as "
+            "generation in batches needs it"
         )
     if not config and model_max_length is not None:
         mended["model_max_length"] = model_max_length

@@ -26,6 +26,7 @@ def config_files(names: Mapping[str, str], model_max_length: int | None) -> dict
         **names,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
+        "padding_side": "left",  # transformers' default, right, is wrong for generation in batches
         # transformers 5 would write TokenizersBackend, which transformers 4 does not know; the
         # class that a model's type stands for may change how a text is split.
         "tokenizer_class": "PreTrainedTokenizerFast",

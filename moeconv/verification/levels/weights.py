@@ -9,7 +9,7 @@ read once, within a memory budget.
 import hashlib
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -25,15 +25,16 @@ from moeconv.planning.units import (
     Route,
     Unit,
     blocks,
+    companions,
     cut_into_units,
     pieces,
     routes_of,
     source_box,
 )
 from moeconv.sizes import format_size
-from moeconv.tensor.axes import Array
+from moeconv.tensor.axes import Array, Box, Ranges
 from moeconv.tensor.dtypes import DTYPES, bits
-from moeconv.tensor.form import Form, Ranges
+from moeconv.tensor.form import Form
 from moeconv.tensor.stored import Reader
 from moeconv.verification.boundary import blaming
 from moeconv.verification.candidate import Candidate, Stored
@@ -155,9 +156,9 @@ def _compare_all(
             digests = chunk_digests(unit, reader)
             with findings.lock:
                 findings.chunks.setdefault(unit.array.name, {}).update(digests)
-            group = routes[unit.array.name]
+            group, beside = routes[unit.array.name], companions(unit, candidate.arrays)
             for number, ranges in pieces(unit, group):
-                _compare_piece(candidate, findings, unit, group[number], ranges, reader)
+                _compare_piece(candidate, findings, unit, group[number], ranges, reader, beside)
             progress(unit.nbytes)
         finally:
             budget.release(cost)
@@ -178,13 +179,15 @@ def _compare_piece(
     route: Route,
     ranges: Ranges,
     reader: Reader,
+    beside: Callable[[str, Box], Array],
 ) -> None:
     form = route.form
     for part in blocks(form, ranges):
         source = reader.read(source_box(unit, form, part))
+        others = form.others(part, beside)
         for edge in route.edges:
             piece = _read(candidate.tensors[edge.target], form, form.box(part))
-            wrong = form.wrong(source, piece)
+            wrong = form.wrong(source, piece, others)
             with findings.lock:
                 findings.values += piece.size
             if wrong.any():

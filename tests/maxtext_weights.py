@@ -1,0 +1,94 @@
+"""The weights of the lab's checkpoints (maxtext_lab.py)."""
+
+import zlib
+from typing import Any
+
+import numpy as np
+
+from moeconv.families import blocks
+
+
+class Weights:
+    """Values that make every mistake visible.
+
+    Logits come out with a standard deviation near 1, attention and routing are peaked (scores of
+    about 2), and no norm scale is 1, so a wrong theta, scale, order or missing fold shows as a
+    difference of the logits above 0.1.
+    """
+
+    def __init__(self, config: Any, seed: int) -> None:
+        self._seed = seed
+        self._scan_axis = config.param_scan_axis if config.scan_layers else None
+        self._layers = config.num_decoder_layers
+        self._dense = config.first_num_dense_layers
+        width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
+        folded = blocks()[config.decoder_block.value].query_scale_in_kernel
+        normalized = config.normalize_embedding_logits or not config.logits_via_embedding
+        self._scale = {
+            "query.kernel": 1.5 / np.sqrt(width) / (np.sqrt(head) if folded else 1.0),
+            "key.kernel": 1.5 / np.sqrt(width),
+            "value.kernel": 1.0 / np.sqrt(width),
+            "out.kernel": 1.0 / np.sqrt(heads * head),
+            "gate.kernel": 2.0 / np.sqrt(width),
+            "wq_a.kernel": 1.0 / np.sqrt(width),
+            "wq_b.kernel": 1.5 / np.sqrt(config.q_lora_rank or 1),
+            "wkv_a.kernel": 1.5 / np.sqrt(width),
+            "wkv_b.kernel": 1.5 / np.sqrt(config.kv_lora_rank),
+            ".wi_0": 1.5 / np.sqrt(width),
+            ".wi_1": 1.5 / np.sqrt(width),
+            ".wo": 1.0 / np.sqrt(config.moe_mlp_dim),
+            "wi_0.kernel": 1.5 / np.sqrt(width),
+            "wi_1.kernel": 1.5 / np.sqrt(width),
+            "wo.kernel": 1.0 / np.sqrt(config.mlp_dim),
+            "logits_dense.kernel": 1.0 / np.sqrt(width),
+            "token_embedder.embedding": 1.0 if normalized else 1.0 / np.sqrt(width),
+        }
+
+    def __call__(self, name: str, leaf: Any, *, parameter: bool = True) -> np.ndarray:
+        """The values of variable `name`, which has the shape and dtype of `leaf`."""
+        parts = name.split(".")
+        # The layers of DeepSeek's two stacks are numbered on.
+        first = {"dense_layers": 0, "moe_layers": self._dense}
+        if self._scan_axis is not None and parts[0] == "decoder" and parts[1] in first:
+            shape, rest = list(leaf.shape), ".".join(parts[2:])
+            # layers/nnx_scan.py stacks all but `nnx.Param` on axis 0.
+            axis = self._scan_axis if parameter and len(shape) > self._scan_axis else 0
+            length = shape.pop(axis)
+            layers = range(first[parts[1]], first[parts[1]] + length)
+            value = np.stack([self._array(rest, n, tuple(shape)) for n in layers], axis=axis)
+        elif parts[0] == "decoder" and parts[1].rpartition("_")[0] in first:
+            stack, _, number = parts[1].rpartition("_")
+            value = self._array(".".join(parts[2:]), first[stack] + int(number), leaf.shape)
+        elif self._scan_axis is not None and parts[:2] == ["decoder", "layers"]:
+            # decoder.layers.layers_1.rest: index i of its stack is layer i * cycle + 1.
+            rest = parts[2:]
+            offset = 0
+            if rest[0].startswith("layers_"):
+                offset, rest = int(rest[0].removeprefix("layers_")), rest[1:]
+            shape = list(leaf.shape)
+            # MaxText stacks parameters of too few axes on axis 0 (layers/nnx_scan.py).
+            axis = self._scan_axis if len(shape) > self._scan_axis else 0
+            length = shape.pop(axis)
+            layers = range(offset, self._layers, self._layers // length)
+            value = np.stack(
+                [self._array(".".join(rest), layer, tuple(shape)) for layer in layers],
+                axis=axis,
+            )
+        elif parts[0] == "decoder" and parts[1].startswith("layers_"):
+            layer = int(parts[1].removeprefix("layers_"))
+            value = self._array(".".join(parts[2:]), layer, leaf.shape)
+        else:
+            value = self._array(name, None, leaf.shape)
+        return value.astype(leaf.dtype)
+
+    def _array(self, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+        seed = (self._seed, zlib.crc32(name.encode()), -1 if layer is None else layer)
+        draw = np.random.default_rng([part % 2**32 for part in seed]).standard_normal(shape)
+        if name.endswith(".scale"):
+            return 1.0 + 0.25 * draw
+        if name.endswith(("bias", "sinks")):
+            return 0.3 * draw
+        suffixes = [suffix for suffix in self._scale if name.endswith(suffix)]
+        if not suffixes:
+            raise NotImplementedError(f"the lab has no scale for {name}")
+        return self._scale[suffixes[0]] * draw
