@@ -43,6 +43,7 @@ class PlanOptions(TypedDict, total=False):
     allow_missing_chunks: bool
     base: StrPath | None
     base_model: str | None
+    merge_lora: StrPath | None
     jobs: int | None
     max_memory: Size
 
@@ -61,6 +62,7 @@ def plan(
     allow_missing_chunks: bool = False,
     base: StrPath | None = None,
     base_model: str | None = None,
+    merge_lora: StrPath | None = None,
     jobs: int | None = None,
     max_memory: Size = "4GiB",
 ) -> "Plan":
@@ -82,6 +84,8 @@ def plan(
         base: The checkpoint that the LoRA adapter in `src` was trained on; the adapter is converted
             for PEFT then. It may be `src` itself.
         base_model: What PEFT loads as the converted base: an id on the Hub, or a folder.
+        merge_lora: The checkpoint of a LoRA adapter that is merged into the model: alpha / rank
+            times the product of its factors is added to each weight, and rounded once.
         jobs: Chunks worked on at the same time, by default the number of processors; the bytes
             written do not depend on it.
         max_memory: Memory to stay within, in bytes or as `4GiB`.
@@ -115,6 +119,7 @@ def plan(
         allow_missing_chunks=allow_missing_chunks,
         base=base,
         base_model=base_model,
+        merge_lora=merge_lora,
         jobs=jobs,
         max_memory=max_memory,
     )
@@ -146,6 +151,7 @@ def _options(
     max_shard_size: Size = "5GB",
     tokenizer: StrPath | None = None,
     base: StrPath | None = None,
+    merge_lora: StrPath | None = None,
     jobs: int | None = None,
     max_memory: Size = "4GiB",
     **more: Any,
@@ -159,6 +165,7 @@ def _options(
         max_shard_bytes=parse_file_size(str(max_shard_size)),
         tokenizer=None if tokenizer is None else os.fspath(tokenizer),
         base=None if base is None else os.fspath(base),
+        merge_lora=None if merge_lora is None else os.fspath(merge_lora),
         jobs=jobs_of(jobs),
         max_memory=size_of(max_memory),
         **more,

@@ -72,19 +72,22 @@ class FileRecord(_Frozen):
 
 
 class AdapterRecord(_Frozen):
-    """A LoRA adapter: the change `scale · A·B`, and the checkpoint that it was trained on.
+    """A LoRA adapter: `scale · A·B` is added to a weight, where `scale` is alpha / rank.
 
-    `scale` is alpha / rank, `base` where that checkpoint is, `base_metadata` the SHA-256 of its
-    metadata files, `base_model` how PEFT finds the converted base.
+    With `merged` the output is the sum, computed in float64 and rounded once to the output's dtype,
+    and `checkpoint` is the adapter's; else the output is the adapter, and `checkpoint` the one that
+    it was trained on. `metadata` has the SHA-256 of that checkpoint's metadata files, `base_model`
+    how PEFT finds the converted base.
     """
 
     rank: int
     alpha: float
     alpha_source: str
     scale: float
-    base: str
-    base_metadata: dict[str, str]
-    base_model: str | None
+    merged: bool
+    checkpoint: str
+    metadata: dict[str, str]
+    base_model: str | None = None
 
 
 class Manifest(_Frozen):

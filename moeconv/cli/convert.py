@@ -78,6 +78,12 @@ if TYPE_CHECKING:
     metavar="PATH_OR_ID",
     help="With --base: what PEFT loads as the converted base.",
 )
+@click.option(
+    "--merge-lora",
+    metavar="CKPT",
+    help="Merge the LoRA adapter in this checkpoint into the model: alpha / rank times the product "
+    "of its factors is added to each weight that it changes, and rounded once.",
+)
 @JOBS
 @click.option(
     "--max-memory",

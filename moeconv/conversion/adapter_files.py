@@ -29,7 +29,7 @@ def _config(adapter: PlannedAdapter) -> dict[str, Any]:
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.strength.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "target_modules": list(adapter.modules),
+        "target_modules": list(adapter.modules or ()),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -78,8 +78,9 @@ def _card(plan: Plan, adapter: PlannedAdapter) -> str:
 
 
 def _listed(adapter: PlannedAdapter) -> str:
-    shown = [f"`{name}`" for name in adapter.modules[:8]]
-    more = len(adapter.modules) - len(shown)
+    modules = adapter.modules or ()
+    shown = [f"`{name}`" for name in modules[:8]]
+    more = len(modules) - len(shown)
     return ", ".join(shown) + (f" and {more} other modules" if more else "")
 
 

@@ -30,7 +30,7 @@ _LORA = re.compile(r"lora_[AB]\.weight\Z")
 
 def small_files(plan: Plan, tokenizer: TokenizerFiles | None) -> dict[str, bytes]:
     """Every file but the tensors and the manifest, by name."""
-    if plan.adapter is not None:
+    if plan.adapter is not None and not plan.adapter.merged:
         return adapter_files(plan, plan.adapter)
     files: dict[str, bytes] = dict(tokenizer.files) if tokenizer is not None else {}
     config = model_config(plan.page, plan.model, plan.main_dtype, plan.options)
@@ -121,8 +121,9 @@ def _adapter(adapter: PlannedAdapter) -> AdapterRecord:
         alpha=strength.alpha,
         alpha_source=strength.source,
         scale=strength.scale,
-        base=adapter.base.path,
-        base_metadata=dict(adapter.base.metadata),
+        merged=adapter.merged,
+        checkpoint=adapter.other.path,
+        metadata=dict(adapter.other.metadata),
         base_model=adapter.base_model,
     )
 

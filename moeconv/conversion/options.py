@@ -8,6 +8,7 @@ from moeconv.arch.layout import Layout
 from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.maxtext.checkpoint import StoredCheckpoint
 from moeconv.planning.plan import Plan, PlannedSource
+from moeconv.tensor.stored import Source, Together
 
 GB = 10**9
 GIB = 2**30
@@ -35,6 +36,7 @@ class ConvertOptions:
             format leaves out chunks of zeros.
         base: The checkpoint that a LoRA adapter was trained on; the adapter is converted then.
         base_model: How PEFT finds the converted base.
+        merge_lora: The checkpoint with a LoRA adapter that is merged into the model.
     """
 
     config: Path | None = None
@@ -53,6 +55,7 @@ class ConvertOptions:
     allow_missing_chunks: bool = False
     base: str | None = None
     base_model: str | None = None
+    merge_lora: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,33 @@ class Prepared:
         source: The checkpoint.
         tokenizer: Its tokenizer.
         options: What is allowed while it is done.
+        beside: The adapter that is merged into the model of `source`; None where none is.
     """
 
     plan: Plan
     source: StoredCheckpoint
     tokenizer: TokenizerFiles | None
     options: ConvertOptions
+    beside: StoredCheckpoint | None = None
+
+    @property
+    def read(self) -> tuple[StoredCheckpoint, ...]:
+        """All checkpoints that are read."""
+        return (self.source,) if self.beside is None else (self.source, self.beside)
+
+    @property
+    def arrays(self) -> Source:
+        """All arrays that are read."""
+        return Together(*(stored.arrays for stored in self.read))
+
+    def demand_unchanged(self) -> None:
+        """Looks whether what is read is as it was when it was opened.
+
+        Raises:
+            TensorError: It was written meanwhile.
+        """
+        for stored in self.read:
+            stored.unchanged.check()
 
 
 def planned_source(stored: StoredCheckpoint, layout: Layout) -> PlannedSource:

@@ -17,17 +17,21 @@ what it does to those of `out`, and its factor, to B.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
+
+import numpy as np
 
 from moeconv.arch.layout import Layout, StoredParameter
 from moeconv.arch.stacks import NESTED, STACKED, stacked_axes
 from moeconv.errors import TensorError, UnsupportedError
 from moeconv.mapping.edges import Edge, Part
 from moeconv.mapping.rules import Target
-from moeconv.tensor.axes import Groups, Rearrangement, flatten
+from moeconv.tensor.axes import Array, Groups, Rearrangement, flatten
+from moeconv.tensor.companion import Companion
 from moeconv.tensor.form import Form
+from moeconv.tensor.low_rank import LowRankUpdate
 from moeconv.tensor.stored import ArrayInfo
 from moeconv.tensor.values import Affine, Cast, ValueOp
 from moeconv.untrusted.text import listing
@@ -241,6 +245,80 @@ def _form(base: Form, side: Side, rank: int, letter: str, dtype: str | None) -> 
         value = Affine(base.value.fold, stored, dtype or stored)
     extent = {axis: size for axis, size in base.extent.items() if axis in side.inner}
     return Form(names, sizes, taken, value, Rearrangement(left, right), extent=extent)
+
+
+def merged_edges(
+    edges: Sequence[Edge], changes: Mapping[str, LowRank], scale: float
+) -> tuple[Edge, ...]:
+    """The tensors of the model with its changes added: `W + scale · A·B`, rounded once.
+
+    Args:
+        edges: Of the base model, from `expand`.
+        changes: From `low_ranks`.
+        scale: alpha / rank.
+
+    Raises:
+        UnsupportedError: A parameter that is changed is stored quantised, or a rule adds to it.
+    """
+    return tuple(
+        replace(edge, parts=tuple(_merged(edge, part, changes, scale) for part in edge.parts))
+        if any(part.source in changes for part in edge.parts)
+        else edge
+        for edge in edges
+    )
+
+
+def _merged(edge: Edge, part: Part, changes: Mapping[str, LowRank], scale: float) -> Part:
+    if (change := changes.get(part.source)) is None:
+        return part
+    form, value = part.form, part.form.value
+    if value.companions or (value.fold is not None and value.fold.offset):
+        raise UnsupportedError(
+            f"{edge.target}: {part.source} is {value.describe()}, to which no LoRA adapter can be "
+            "merged with one rounding"
+        )
+    sizes = {axis: form.sizes[axis] for axis in form.axes}
+    first, second = (
+        Companion(
+            side.array.name,
+            names := tuple(" ".join(group) for group in side.axes),
+            sizes,
+            {axis: entry for axis, entry in form.take.items() if axis in names},
+        )
+        for side in (change.a, change.b)
+    )
+    update = LowRankUpdate(
+        value.source, value.target, form.free, first, second, change.rank, scale, value.fold
+    )
+    return Part(part.source, replace(form, value=update))
+
+
+def update(
+    change: LowRank, scale: float, read: Callable[[str], Array], take: Mapping[str, int]
+) -> Array:
+    """What is added to a parameter, in float64: another way than that of `merged_edges`.
+
+    Args:
+        change: Its two factors.
+        scale: alpha / rank.
+        read: Gives an array by its name.
+        take: The entry of each stacked axis; empty for all layers.
+
+    Returns:
+        On the parameter's axes, less those of `take`.
+    """
+    parameter = change.parameter
+    sizes = {**dict(zip(parameter.axes, parameter.shape, strict=True)), RANK: change.rank}
+    sides, names = [], []
+    for side in (change.a, change.b):
+        axes = flatten(side.axes)
+        apart = read(side.array.name).astype(np.float64).reshape([sizes[axis] for axis in axes])
+        sides.append(apart[tuple(take.get(axis, slice(None)) for axis in axes)])
+        names.append([axis for axis in axes if axis not in take])
+    left = [axis for axis in parameter.axes if axis not in take]
+    letters = {axis: chr(97 + n) for n, axis in enumerate(dict.fromkeys([*names[0], *names[1]]))}
+    inner, outer, whole = ("".join(letters[axis] for axis in each) for each in (*names, left))
+    return np.asarray(scale * np.einsum(f"{inner},{outer}->{whole}", *sides))
 
 
 def targeted(edges: Sequence[Edge], adapted: Sequence[Edge]) -> list[str]:

@@ -60,7 +60,7 @@ _SETTINGS_OF = {
     "audio_encoder": ("use_multimodal", "use_audio", "audio_"),
 }
 # Settings of LoRA, as one and as several (before `lora`).
-_LORA = ("lora", "enable_lora", "lora_rank", "lora_alpha")
+LORA = ("lora", "enable_lora", "lora_rank", "lora_alpha")
 # Why an array of `Tree.superseded` is left out.
 SUPERSEDED = (
     "a copy from before another collection has it; MaxText loads that one's "
@@ -182,8 +182,7 @@ def open_checkpoint(
         sets: `key=value` flags; win over both.
         accept: Settings of the config that no known MaxText has, and that decide nothing.
         allow_missing_chunks: Chunks that are not stored count as zeros, where zeros need not be.
-        beside_adapter: The model alone is meant: a LoRA adapter in it is left out, and settings of
-            LoRA decide nothing.
+        beside_adapter: A LoRA adapter in it is left out, and settings of LoRA decide nothing.
 
     Raises:
         NotACheckpointError: There is no complete checkpoint.
@@ -217,7 +216,7 @@ def open_checkpoint(
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
     deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     if beside_adapter:
-        deciding = deciding.neutral(_LORA)
+        deciding = deciding.neutral(LORA)
     resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
@@ -243,8 +242,7 @@ def open_stored(
 
     Args:
         spec: As there.
-        part: What of it: the model, which must be all there is; the model without a LoRA adapter
-            that is beside it; or that adapter.
+        part: What of it: the model, alone in it or without a LoRA adapter; or that adapter.
         allow_missing_chunks: As there.
 
     Raises:

@@ -1,13 +1,12 @@
 """A LoRA adapter in a plan: how strong it is, the model that it changes, and what is made of it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from moeconv.arch.description import ModelDescription
 from moeconv.arch.layout import Layout
 from moeconv.hf.safetensors import TensorSpec, lay_out
-from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.edges import Edge
 from moeconv.mapping.lora import LowRank, low_ranks, peft_edges, targeted
 from moeconv.mapping.rules import Target
 from moeconv.maxtext.lora import Strength, factors_of
@@ -23,19 +22,26 @@ WEIGHTS_NAME, CONFIG_NAME = "adapter_model.safetensors", "adapter_config.json"
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """The adapter that is converted.
+    """The LoRA adapter of a plan: converted for PEFT, or merged into its base.
 
     Attributes:
         strength: Its rank and alpha.
         base_model: How PEFT finds the converted base: an id on the Hub, or a folder.
-        modules: The modules of the converted base that it changes, as PEFT names them.
-        base: The checkpoint that it was trained on.
+        modules: The modules of the converted base that it changes, as PEFT names them; None where
+            it is merged.
+        other: The checkpoint that is read beside the plan's source: of an adapter its base, of a
+            base that is merged the adapter.
     """
 
     strength: Strength
     base_model: str | None
-    modules: tuple[str, ...]
-    base: "PlannedSource"
+    modules: tuple[str, ...] | None
+    other: "PlannedSource"
+
+    @property
+    def merged(self) -> bool:
+        """True if the plan makes the merged model."""
+        return self.modules is None
 
 
 @dataclass(frozen=True)
@@ -43,42 +49,39 @@ class Mapped:
     """What becomes of an adapter.
 
     Attributes:
-        edges: The tensors of PEFT.
-        modules: `target_modules`.
-        changes: What is changed, by the names of the base's arrays.
+        edges: The tensors of PEFT, or those of the merged model.
+        modules: `target_modules` of PEFT; None where it is merged.
     """
 
     edges: tuple[Edge, ...]
-    modules: tuple[str, ...]
-    changes: Mapping[str, LowRank]
+    modules: tuple[str, ...] | None
+
+
+def changes_of(layout: Layout, factors: Mapping[str, ArrayInfo]) -> dict[str, LowRank]:
+    """What an adapter changes, by the names of the base's arrays.
+
+    Raises:
+        TensorError: The adapter is of another model, or a part of one.
+    """
+    return low_ranks(layout, factors_of(factors))
 
 
 def map_adapter(
-    page: Target,
-    model: ModelDescription,
-    layout: Layout,
-    base: Mapping[str, ArrayInfo],
-    factors: Mapping[str, ArrayInfo],
-    dtype: str | None,
+    page: Target, edges: Sequence[Edge], changes: Mapping[str, LowRank], dtype: str | None
 ) -> Mapped:
-    """Maps an adapter by the rules of the model that it changes.
+    """Maps an adapter to PEFT by the rules of the model that it changes.
 
     Args:
         page: What the model becomes.
-        model: What it is.
-        layout: Where its checkpoint keeps its parameters.
-        base: The arrays of that checkpoint.
-        factors: The arrays of the adapter.
+        edges: Its tensors, from `expand`.
+        changes: From `changes_of`.
         dtype: Of the output; None keeps each array's own.
 
     Raises:
-        UnsupportedError: The page cannot hold the model, or PEFT not the adapter.
-        TensorError: The adapter is of another model, or a part of one.
+        UnsupportedError: PEFT cannot hold the adapter.
     """
-    edges = expand(page, model, layout, {name: info.dtype for name, info in base.items()})
-    changes = low_ranks(layout, factors_of(factors))
     adapted = peft_edges(edges, page, changes, dtype=dtype)
-    return Mapped(adapted, tuple(targeted(edges, adapted)), changes)
+    return Mapped(adapted, tuple(targeted(edges, adapted)))
 
 
 def peft_output(edges: Mapping[str, Edge], made: object, max_shard_bytes: int) -> SafetensorsOutput:

@@ -133,7 +133,8 @@ class Plan(Printable):
         tokenizer: What is written next to the tensors.
         run: The record of the source's training run.
         accepted_keys: Settings that `--accept-key` let pass.
-        adapter: The LoRA adapter that is converted, where it is one; `model` is then its base.
+        adapter: The LoRA adapter that is converted, of which `model` is the base, or that is merged
+            into `model`.
         jobs: Units worked on at the same time, unless `convert` says otherwise.
         max_memory: Bytes of memory to stay within, unless `convert` says otherwise.
     """
@@ -202,8 +203,8 @@ class Plan(Printable):
             "units": [[u.array.name, u.box] for u in self.units],
         }
         if self.adapter is not None:
-            strength = self.adapter.strength
-            content["adapter"] = [strength.rank, strength.alpha, self.adapter.base_model]
+            strength, other = self.adapter.strength, self.adapter.other
+            content["adapter"] = [strength.alpha, self.adapter.base_model, other.identity]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property

@@ -6,7 +6,7 @@ wrote by other rules, is refused, and never half believed.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,10 +20,11 @@ from moeconv.arch.layout import Layout
 from moeconv.errors import ConfigError, MoeconvError, OutputError
 from moeconv.families import blocks, targets
 from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.lora import merged_edges
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.lora import Strength
 from moeconv.maxtext.run_record import RunRecord
-from moeconv.planning.adapter import PlannedAdapter, map_adapter, peft_output
+from moeconv.planning.adapter import PlannedAdapter, changes_of, map_adapter, peft_output
 from moeconv.planning.model_values import model_of
 from moeconv.planning.output import safetensors_output
 from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
@@ -71,14 +72,15 @@ class _Source(_Frozen):
 
 
 class _Adapter(_Frozen):
-    """A LoRA adapter, and the checkpoint of its base."""
+    """A LoRA adapter, and the checkpoint that is read beside the source."""
 
     rank: _Size
     alpha: float
     where: str
     quantised: str | None
     base_model: str | None
-    base: _Source
+    merged: bool
+    other: _Source
 
     @property
     def strength(self) -> Strength:
@@ -176,7 +178,8 @@ def _adapter(adapter: PlannedAdapter) -> _Adapter:
         where=strength.source,
         quantised=strength.quantised,
         base_model=adapter.base_model,
-        base=_source(adapter.base),
+        merged=adapter.merged,
+        other=_source(adapter.other),
     )
 
 
@@ -309,16 +312,26 @@ def _edges(
     page: Target, model: ModelDescription, source: PlannedSource, request: _Request
 ) -> tuple[PlannedAdapter | None, tuple[Edge, ...]]:
     """The tensors of a plan, and its adapter where it is one's."""
-    adapter = request.adapter
-    base = source if adapter is None else adapter.base.planned()
-    layout = _layout(model.decoder_block, base, request.dropped)
+    adapter, dtype, options = request.adapter, request.dtype, Options(untie=request.untie)
+    base: Mapping[str, ArrayInfo] = source.arrays
+    factors: Mapping[str, ArrayInfo] = {}
     if adapter is not None:
-        found = map_adapter(page, model, layout, base.arrays, source.arrays, request.dtype)
-        planned = PlannedAdapter(adapter.strength, adapter.base_model, found.modules, base)
-        return planned, found.edges
-    dtypes = {name: info.dtype for name, info in source.arrays.items()}
-    options = Options(untie=request.untie)
-    return None, expand(page, model, layout, dtypes, dtype=request.dtype, options=options)
+        other = adapter.other.planned()
+        factors = other.arrays if adapter.merged else source.arrays
+        base = source.arrays if adapter.merged else other.arrays
+        base = {name: info for name, info in base.items() if name not in factors}
+    of_model = source if adapter is None or adapter.merged else other
+    layout = _layout(model.decoder_block, replace(of_model, arrays=base), request.dropped)
+    dtypes = {name: info.dtype for name, info in base.items()}
+    edges = expand(page, model, layout, dtypes, dtype=dtype, options=options)
+    if adapter is None:
+        return None, edges
+    changes, strength = changes_of(layout, factors), adapter.strength
+    if adapter.merged:
+        planned = PlannedAdapter(strength, adapter.base_model, None, other)
+        return planned, merged_edges(edges, changes, strength.scale)
+    found = map_adapter(page, edges, changes, dtype)
+    return PlannedAdapter(strength, adapter.base_model, found.modules, other), found.edges
 
 
 def _layout(block: str, source: PlannedSource, dropped: Collection[str]) -> Layout:

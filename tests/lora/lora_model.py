@@ -14,9 +14,9 @@ from moeconv.arch.stacks import stacked_axes
 
 RANK, ALPHA = 3, 4.5
 CUSTOM = {"lora": {"enable_lora": True, "lora_rank": RANK, "lora_alpha": ALPHA}}
-_LINEAR = ("query", "key", "value", "out", "wi_0", "wi_1", "wo")
+_LINEAR = ("query", "key", "value", "out", "wq_a", "wq_b", "wkv_a", "wkv_b", "wi_0", "wi_1", "wo")
 # Axes that a kernel contracts, by the others that it has: those of any other are its first.
-_IN = {"H h D": "H h"}
+_IN = {"H h D": "H h", "H v D": "H v"}
 
 KeyPath = tuple[str, ...]
 Factors = Mapping[KeyPath, np.ndarray]
@@ -107,6 +107,8 @@ def product(base: synthetic.Synthetic, factors: Factors) -> dict[str, np.ndarray
             np.tensordot(np.take(wide[0], i, 1), np.take(wide[1], i, min(1, wide[1].ndim - 1)), 1)
             for i in range(shape[at])
         ]
+        if "E" in axes[:1]:  # between the contracted axis and the other
+            layers = [np.moveaxis(x, 1, 0) for x in layers]
         one = [n for axis, n in zip(axes, shape, strict=True) if axis != "L"]
         found[name] = ALPHA / RANK * np.stack([x.reshape(one) for x in layers], axis=at)
     return found
