@@ -8,12 +8,12 @@ from moeconv.conversion.options import ConvertOptions, Prepared, planned_source
 from moeconv.errors import UsageError
 from moeconv.families import target_for
 from moeconv.mapping.edges import Edge, expand
-from moeconv.mapping.lora import LowRank, merged_edges
+from moeconv.mapping.lora import LowRank, merged_edges, peft_edges, targeted
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.adapter import Adapter, open_adapter
 from moeconv.maxtext.checkpoint import Checkpoint, StoredCheckpoint, open_checkpoint
 from moeconv.maxtext.lora import Strength, strength_of
-from moeconv.planning.adapter import PlannedAdapter, changes_of, map_adapter, peft_output
+from moeconv.planning.adapter import PlannedAdapter, changes_of, peft_output
 from moeconv.planning.plan import build_plan
 
 _NO_BASE = (
@@ -50,14 +50,15 @@ def plan_adapter(ckpt: str, base_ckpt: str, options: ConvertOptions) -> Prepared
     dtype = None if options.dtype == "keep" else options.dtype
     changes = changes_of(base.layout, adapter.stored.arrays.info)
     dtypes = {name: info.dtype for name, info in base.arrays.info.items()}
-    mapped = map_adapter(page, expand(page, model, base.layout, dtypes), changes, dtype)
+    edges = expand(page, model, base.layout, dtypes)
+    adapted = peft_edges(edges, page, changes, dtype=dtype)
     strength = _strength(adapter, changes)
     plan = build_plan(
         model=model,
         target=page.name,
         options=Options(),
         dtype=dtype,
-        edges=mapped.edges,
+        edges=adapted,
         source=planned_source(adapter.stored, base.layout),
         lay_out=peft_output,
         max_shard_bytes=options.max_shard_bytes,
@@ -67,7 +68,10 @@ def plan_adapter(ckpt: str, base_ckpt: str, options: ConvertOptions) -> Prepared
             *([] if options.base_model else [_NO_BASE]),
         ),
         adapter=PlannedAdapter(
-            strength, options.base_model, mapped.modules, planned_source(base, base.layout)
+            strength,
+            options.base_model,
+            targeted(edges, adapted, page),
+            planned_source(base, base.layout),
         ),
         accepted_keys=tuple(base.resolved.accepted),
         jobs=options.jobs,

@@ -3,21 +3,22 @@
 from typing import Any
 
 from moeconv.hf.config import to_json
+from moeconv.mapping.lora import Targeted
 from moeconv.planning.adapter import CONFIG_NAME, WEIGHTS_NAME, PlannedAdapter
 from moeconv.planning.plan import Plan
 
 CARD_NAME = "README.md"
 
 
-def adapter_files(plan: Plan, adapter: PlannedAdapter) -> dict[str, bytes]:
+def adapter_files(plan: Plan, adapter: PlannedAdapter, targeted: Targeted) -> dict[str, bytes]:
     """Every file but the tensors and the manifest, by name."""
     return {
-        CONFIG_NAME: to_json(_config(adapter)),
-        CARD_NAME: _card(plan, adapter).encode(),
+        CONFIG_NAME: to_json(_config(adapter, targeted)),
+        CARD_NAME: _card(plan, adapter, targeted).encode(),
     }
 
 
-def _config(adapter: PlannedAdapter) -> dict[str, Any]:
+def _config(adapter: PlannedAdapter, targeted: Targeted) -> dict[str, Any]:
     """The keys of `LoraConfig` (peft `tuners/lora/config.py`) that decide what is computed.
 
     PEFT scales by `lora_alpha / r` (`tuners/lora/layer.py` `update_layer`), as MaxText does.
@@ -29,7 +30,8 @@ def _config(adapter: PlannedAdapter) -> dict[str, Any]:
         "base_model_name_or_path": adapter.base_model,
         "r": adapter.strength.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "target_modules": list(adapter.modules or ()),
+        "target_modules": list(targeted.modules) or None,
+        **({"target_parameters": list(targeted.parameters)} if targeted.parameters else {}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -39,7 +41,7 @@ def _config(adapter: PlannedAdapter) -> dict[str, Any]:
     }
 
 
-def _card(plan: Plan, adapter: PlannedAdapter) -> str:
+def _card(plan: Plan, adapter: PlannedAdapter, targeted: Targeted) -> str:
     strength = adapter.strength
     base = f'"{_quoted(adapter.base_model)}"' if adapter.base_model else "BASE"
     lines = [
@@ -54,7 +56,7 @@ def _card(plan: Plan, adapter: PlannedAdapter) -> str:
         "# LoRA adapter",
         "",
         f"Rank {strength.rank}, alpha {strength.alpha:g}, trained with MaxText and converted by "
-        f"moeconv. It changes {_listed(adapter)} of {plan.page.architecture}: to each weight it "
+        f"moeconv. It changes {_listed(targeted)} of {plan.page.architecture}: to each weight it "
         f"adds alpha / rank = {strength.scale:g} times the product of its two matrices.",
         "",
         "```python",
@@ -68,6 +70,8 @@ def _card(plan: Plan, adapter: PlannedAdapter) -> str:
         f"The base is the model that MaxText trained it on. `{WEIGHTS_NAME}` fits a conversion of "
         f"that checkpoint to {plan.page.architecture} alone.",
     ]
+    if targeted.parameters:
+        lines += ["", "It needs PEFT 0.17 or later, which knows `target_parameters`."]
     if strength.quantised:
         lines += [
             "",
@@ -77,11 +81,11 @@ def _card(plan: Plan, adapter: PlannedAdapter) -> str:
     return "\n".join([*lines, ""])
 
 
-def _listed(adapter: PlannedAdapter) -> str:
-    modules = adapter.modules or ()
-    shown = [f"`{name}`" for name in modules[:8]]
-    more = len(modules) - len(shown)
-    return ", ".join(shown) + (f" and {more} other modules" if more else "")
+def _listed(targeted: Targeted) -> str:
+    names = (*targeted.modules, *targeted.parameters)
+    shown = [f"`{name}`" for name in names[:8]]
+    more = len(names) - len(shown)
+    return ", ".join(shown) + (f" and {more} others" if more else "")
 
 
 def _quoted(text: str) -> str:

@@ -30,8 +30,8 @@ _LORA = re.compile(r"lora_[AB]\.weight\Z")
 
 def small_files(plan: Plan, tokenizer: TokenizerFiles | None) -> dict[str, bytes]:
     """Every file but the tensors and the manifest, by name."""
-    if plan.adapter is not None and not plan.adapter.merged:
-        return adapter_files(plan, plan.adapter)
+    if plan.adapter is not None and plan.adapter.targeted is not None:
+        return adapter_files(plan, plan.adapter, plan.adapter.targeted)
     files: dict[str, bytes] = dict(tokenizer.files) if tokenizer is not None else {}
     config = model_config(plan.page, plan.model, plan.main_dtype, plan.options)
     files["config.json"] = to_json(config)

@@ -321,19 +321,42 @@ def update(
     return np.asarray(scale * np.einsum(f"{inner},{outer}->{whole}", *sides))
 
 
-def targeted(edges: Sequence[Edge], adapted: Sequence[Edge]) -> list[str]:
-    """`target_modules` of PEFT: the shortest names that mean the adapted modules and no other.
+@dataclass(frozen=True)
+class Targeted:
+    """What PEFT is asked to change.
 
-    PEFT takes each for a module's whole name, or for its end behind a dot
-    (tuners/tuners_utils.py `check_target_module_exists`).
+    Attributes:
+        modules: `target_modules`: the shortest names that mean the adapted modules and no other.
+            PEFT takes each for a module's whole name, or for its end behind a dot
+            (tuners/tuners_utils.py `check_target_module_exists`).
+        parameters: `target_parameters`: weights of modules that are called as a projection of an
+            expert is. For such a name PEFT takes the experts, of which transformers 5 makes one
+            parameter (peft utils/transformers_weight_conversion.py `_convert_peft_config_moe`).
+    """
+
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+
+
+def targeted(edges: Sequence[Edge], adapted: Sequence[Edge], target: Target) -> Targeted:
+    """What an adapter changes, as PEFT names it.
 
     Args:
         edges: Of the base model.
         adapted: From `peft_edges`.
+        target: What the model becomes.
     """
     start, end = "base_model.model.", ".lora_A.weight"
-    modules = {e.target.removesuffix(".weight") for e in edges}
     own = {e.target[len(start) : -len(end)] for e in adapted if e.target.endswith(end)}
-    last = {name.rpartition(".")[2] for name in own}
+    experts = {_last(rule.target) for rule in target.rules if "{E}" in rule.target}
+    hidden = {name for name in own if name.rpartition(".")[2] in experts}
+    last = {name.rpartition(".")[2] for name in own - hidden}
+    modules = {edge.target.removesuffix(".weight") for edge in edges}
     meant = {name for name in modules if name.rpartition(".")[2] in last}
-    return sorted(last if meant == own else own)
+    short = last if meant == own - hidden else own - hidden
+    return Targeted(tuple(sorted(short)), tuple(sorted(f"{name}.weight" for name in hidden)))
+
+
+def _last(pattern: str) -> str:
+    """The last name of a module, of a rule's tensor."""
+    return pattern.removesuffix(".weight").rpartition(".")[2]

@@ -1,14 +1,13 @@
 """A LoRA adapter in a plan: how strong it is, the model that it changes, and what is made of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moeconv.arch.layout import Layout
 from moeconv.hf.safetensors import TensorSpec, lay_out
 from moeconv.mapping.edges import Edge
-from moeconv.mapping.lora import LowRank, low_ranks, peft_edges, targeted
-from moeconv.mapping.rules import Target
+from moeconv.mapping.lora import LowRank, Targeted, low_ranks
 from moeconv.maxtext.lora import Strength, factors_of
 from moeconv.planning.output import Place, PlannedFile, SafetensorsOutput
 from moeconv.tensor.stored import ArrayInfo
@@ -27,34 +26,20 @@ class PlannedAdapter:
     Attributes:
         strength: Its rank and alpha.
         base_model: How PEFT finds the converted base: an id on the Hub, or a folder.
-        modules: The modules of the converted base that it changes, as PEFT names them; None where
-            it is merged.
+        targeted: What of the converted base it changes, as PEFT names it; None where it is merged.
         other: The checkpoint that is read beside the plan's source: of an adapter its base, of a
             base that is merged the adapter.
     """
 
     strength: Strength
     base_model: str | None
-    modules: tuple[str, ...] | None
+    targeted: Targeted | None
     other: "PlannedSource"
 
     @property
     def merged(self) -> bool:
         """True if the plan makes the merged model."""
-        return self.modules is None
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """What becomes of an adapter.
-
-    Attributes:
-        edges: The tensors of PEFT, or those of the merged model.
-        modules: `target_modules` of PEFT; None where it is merged.
-    """
-
-    edges: tuple[Edge, ...]
-    modules: tuple[str, ...] | None
+        return self.targeted is None
 
 
 def changes_of(layout: Layout, factors: Mapping[str, ArrayInfo]) -> dict[str, LowRank]:
@@ -64,24 +49,6 @@ def changes_of(layout: Layout, factors: Mapping[str, ArrayInfo]) -> dict[str, Lo
         TensorError: The adapter is of another model, or a part of one.
     """
     return low_ranks(layout, factors_of(factors))
-
-
-def map_adapter(
-    page: Target, edges: Sequence[Edge], changes: Mapping[str, LowRank], dtype: str | None
-) -> Mapped:
-    """Maps an adapter to PEFT by the rules of the model that it changes.
-
-    Args:
-        page: What the model becomes.
-        edges: Its tensors, from `expand`.
-        changes: From `changes_of`.
-        dtype: Of the output; None keeps each array's own.
-
-    Raises:
-        UnsupportedError: PEFT cannot hold the adapter.
-    """
-    adapted = peft_edges(edges, page, changes, dtype=dtype)
-    return Mapped(adapted, tuple(targeted(edges, adapted)))
 
 
 def peft_output(edges: Mapping[str, Edge], made: object, max_shard_bytes: int) -> SafetensorsOutput:

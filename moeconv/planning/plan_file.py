@@ -20,11 +20,11 @@ from moeconv.arch.layout import Layout
 from moeconv.errors import ConfigError, MoeconvError, OutputError
 from moeconv.families import blocks, targets
 from moeconv.mapping.edges import Edge, expand
-from moeconv.mapping.lora import merged_edges
+from moeconv.mapping.lora import merged_edges, peft_edges, targeted
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.lora import Strength
 from moeconv.maxtext.run_record import RunRecord
-from moeconv.planning.adapter import PlannedAdapter, changes_of, map_adapter, peft_output
+from moeconv.planning.adapter import PlannedAdapter, changes_of, peft_output
 from moeconv.planning.model_values import model_of
 from moeconv.planning.output import safetensors_output
 from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
@@ -330,8 +330,9 @@ def _edges(
     if adapter.merged:
         planned = PlannedAdapter(strength, adapter.base_model, None, other)
         return planned, merged_edges(edges, changes, strength.scale)
-    found = map_adapter(page, edges, changes, dtype)
-    return PlannedAdapter(strength, adapter.base_model, found.modules, other), found.edges
+    adapted = peft_edges(edges, page, changes, dtype=dtype)
+    found = targeted(edges, adapted, page)
+    return PlannedAdapter(strength, adapter.base_model, found, other), adapted
 
 
 def _layout(block: str, source: PlannedSource, dropped: Collection[str]) -> Layout:

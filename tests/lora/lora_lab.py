@@ -42,9 +42,9 @@ def write(
         seed: Chooses the factors.
     """
     import jax
-    from conversion.helpers import tokens_for
     from flax import nnx
     from flax.core.spmd import logical_axis_rules
+    from helpers import tokens_for
     from maxtext.common import checkpointing, train_state_nnx
     from maxtext.utils import lora_utils, maxtext_utils, model_creation_utils
     from optax import sgd

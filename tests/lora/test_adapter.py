@@ -60,6 +60,11 @@ def test_what_peft_adds_is_what_was_trained(tmp_path, block, scanned, form):
     assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA)
     if block != "deepseek":
         assert config["target_modules"] == TARGETS
+        return
+    # For such a name alone PEFT takes the experts.
+    assert not {"gate_proj", "up_proj", "down_proj"} & set(config["target_modules"])
+    assert "model.layers.0.mlp.down_proj.weight" in config["target_parameters"]
+    assert "model.layers.1.mlp.shared_experts.up_proj.weight" in config["target_parameters"]
 
 
 def test_the_folder(tmp_path):
