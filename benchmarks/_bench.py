@@ -67,7 +67,8 @@ class Bench:
         key = hashlib.sha256(f"{version('maxtext')} {spec}".encode()).hexdigest()[:12]
         run = self.work / f"checkpoint-{key}"
         if not run.exists():
-            self._make(f"{model.title} by MaxText", run, "maxtext", spec)
+            kind = "streamed" if model.streamed else "maxtext"
+            self._make(model.title, run, kind, spec)
         told = ("--config", run / "config.yml", "--json")
         inspected = _json([*MOECONV, "inspect", run, *told])
         plan = _json([*MOECONV, "convert", run, self.out, *told, "--dry-run"])

@@ -1,6 +1,7 @@
 """What is measured with, made at run time, in a process of its own: it needs jax and much memory.
 
 python _checkpoints.py maxtext RUN_DIR SPEC   a checkpoint, and beside it config.yml, its config
+python _checkpoints.py streamed RUN_DIR SPEC  the same of one layer larger than memory
 python _checkpoints.py tokenizer FOLDER       a tokenizer
 
 MaxText builds the model and saves it (tests/maxtext_lab.py). The weights are random, which
@@ -46,5 +47,9 @@ def tokenizer(folder: Path) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "maxtext":
         maxtext(Path(sys.argv[2]), json.loads(sys.argv[3]))
+    elif sys.argv[1] == "streamed":
+        from _streamed import write
+
+        write(Path(sys.argv[2]), json.loads(sys.argv[3])["overrides"])
     else:
         tokenizer(Path(sys.argv[2]))

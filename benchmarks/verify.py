@@ -1,9 +1,11 @@
 """`moeconv verify`: level weights against the read floor; time and memory of logits and layers.
 
-    python benchmarks/verify.py [--quick] [--large] [--repeat 3] [--work DIR] [--json FILE]
+    python benchmarks/verify.py [--quick] [--large [NAME] [--experts N]] [--repeat 3] [--work DIR]
+        [--json FILE]
 
-`--large` adds level layers on one layer of Mixtral 8x7B's size, which takes 16 GB. What is measured
-and how: benchmarks/README.md.
+`--large` measures level layers on one layer of a large model's size instead: Mixtral 8x7B's takes
+16 GB, Qwen3-235B-A22B's and DeepSeek-V3's are computed in groups of experts. What is measured and
+how: benchmarks/README.md.
 """
 
 import argparse
@@ -31,9 +33,11 @@ from _bench import (
     warm,
 )
 from _measure import Run, measure, table
-from _models import LARGE, MODELS, Model
+from _models import DEEPSEEK_V3, LARGE, MODELS, QWEN3_235B, Model
 
 TOKENS = 512
+# By the name that `--large` takes: the most memory that level layers may hold, in GB in all.
+LAYERS = {"mixtral": (LARGE, 24), "qwen3": (QWEN3_235B, 12), "deepseek": (DEEPSEEK_V3, 12)}
 
 
 class Verifying(Bench):
@@ -95,18 +99,33 @@ def models(bench: Verifying, chosen: Sequence[tuple[str, Checkpoint, Path]]) -> 
         )
         if level == "logits":
             goals.append(Goal("level logits, seconds", found["seconds"], 180))
-        elif made.model.title == LARGE.title:
-            goals.append(Goal("one layer of 8x7B, GB in all", found["whole"] / GB, 24))
+        elif most := next((gb for one, gb in LAYERS.values() if made.model.is_of(one)), None):
+            goals.append(Goal(f"{made.model.title}, GB in all", found["whole"] / GB, most))
         else:
             goals.append(Goal("level layers, GB beyond imports", found["rss"] / GB, 2.0))
     say(table(rows))
     return goals
 
 
+def demand_room(work: Path, model: Model) -> None:
+    """Ends the bench where the checkpoint, the output and 4 GB more do not fit on the disk."""
+    given = model.overrides
+    experts = 3 * given["num_experts"] * given["base_moe_mlp_dim"] * given["base_emb_dim"]
+    needed, free = 2 * experts * 2 + 4 * GB, shutil.disk_usage(work).free
+    if free < needed:
+        sys.exit(
+            f"bench: {model.title} takes {needed / GB:.0f} GB of disk, checkpoint and output; "
+            f"{work} has {free / GB:.0f} GB left, so nothing is measured; --work names another disk"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="tiny models: a test of the bench")
-    parser.add_argument("--large", action="store_true", help="also one layer of Mixtral 8x7B")
+    parser.add_argument(
+        "--large", nargs="?", const="all", choices=[*LAYERS, "all"], help="layers of large models"
+    )
+    parser.add_argument("--experts", type=int, metavar="N", help="only so many of a large layer")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds (default 3)")
     parser.add_argument("--work", type=Path, default=Path("bench-out"), metavar="DIR")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures, as JSON")
@@ -124,9 +143,15 @@ def main() -> None:
         (all_moe, ["weights", "layers"], []),
     ]
     if told.large:
-        cases.append((LARGE, ["layers"], ["--dtype", "bfloat16"]))
+        named = LAYERS if told.large == "all" else [told.large]
+        chosen = [LAYERS[name][0] for name in named]
+        if told.experts:
+            chosen = [model.with_experts(told.experts) for model in chosen]
+        cases = [(model, ["layers"], ["--dtype", "bfloat16"]) for model in chosen]
     for model, levels, options in cases:
         say(f"\n## {model.title}\n")
+        if told.large:
+            demand_room(bench.work, model)
         made = bench.checkpoint(model)
         out = bench.converted(made, *options)
         warm(made)
@@ -134,6 +159,9 @@ def main() -> None:
         chosen = [(level, made, out) for level in levels if level != "weights"]
         goals += models(bench, chosen)
         show_goals(goals)
+        if told.large:  # of tens of GB nothing is kept
+            shutil.rmtree(made.run)
+            shutil.rmtree(out)
         report["goals"] |= {g.what: {"value": g.value, "goal": g.limit} for g in goals}
     bench.show_noise()
     if told.json:

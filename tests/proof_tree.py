@@ -12,6 +12,7 @@ from pathlib import Path
 _PACKAGES = {"moeconv": "moeconv", "moeconv_train": "train"}
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 _FILE_NAME = re.compile(r"[\w-]+\.\w+")
+_OWN_MODULES = ("f'{__name__}.{", 'f"{__name__}.{')
 _MODULE_NAME = re.compile(rf"\b(?:{'|'.join(_PACKAGES)})(?:\.\w+)+")
 
 
@@ -74,7 +75,8 @@ class Tree:
         source = self.source(path)
         for name in source.names:
             yield from self._module(name, path.parent)
-        yield from (path.parent / n for n in source.files if (path.parent / n).is_file())
+        found = (each for name in source.files for each in path.parent.glob(name))
+        yield from (each for each in found if each.is_file())
         if path.relative_to(self.root).parts[0] in _PACKAGES.values():
             yield from _data(path.parent)
 
@@ -119,6 +121,8 @@ def _source(path: Path) -> _Source:
         elif isinstance(node, ast.ImportFrom):
             assert node.module and not node.level, f"{path}: a relative import"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.JoinedStr) and ast.unparse(node).startswith(_OWN_MODULES):
+            files.add("*.py")  # modules of the package that are found by their names
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names |= set(_MODULE_NAME.findall(node.value))
             if _FILE_NAME.fullmatch(node.value):

@@ -24,6 +24,8 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
+    "O": 4 * 4, "Q": 2 * 4, "u": 1, "w": 4, "d": 3, "W": 12, "t": 3, "y": 8,
+    "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12, "J": 1, "j": 6,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -39,6 +41,10 @@ ONE_WIDTH = frozenset(block for block, row in _ROWS.items() if row.one_width)
 FOLLOWING: Mapping[str, tuple[str, str]] = {
     block: row.following for block, row in _ROWS.items() if row.following
 }
+PATTERNS: Mapping[str, tuple[str, ...]] = {
+    block: row.pattern for block, row in _ROWS.items() if row.pattern
+}
+LAST: Mapping[str, tuple[str, str]] = {block: row.last for block, row in _ROWS.items() if row.last}
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,18 @@ def cycle_of(block: str, layers: int) -> list[LayerKind]:
     if block in FOLLOWING:
         first, other = map(LayerKind, FOLLOWING[block])
         return [first, *[other] * (layers - 1)]
+    if block in PATTERNS:
+        return [LayerKind(kind) for kind in PATTERNS[block]]
+    if block in LAST:
+        other, last = map(LayerKind, LAST[block])
+        return [other, other, last] if keeps_rest(block) else [other, last]
     return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
+
+
+def keeps_rest(block: str) -> bool:
+    """True if layers that do not fill a block have a stack of their own."""
+    ways = (way for way in blocks()[block].stackings if way.scanned)
+    return next(ways).segments[-1].optional
 
 
 def layout_of(
@@ -84,15 +101,23 @@ def layout_of(
     sizes: Mapping[str, int] = SIZES,
     kinds: Sequence[LayerKind] | None = None,
 ) -> Layout:
-    """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`."""
+    """The arrays that MaxText gives a model; `layers` of them, in blocks of `kinds`.
+
+    Of a pattern there are as many more as fill it.
+    """
     page = blocks()[block]
     kinds = cycle_of(block, layers) if kinds is None else list(kinds)
+    if block in PATTERNS:
+        layers += -layers % len(kinds)
     depth = layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
     way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
-    shape = [(len(kinds), depth) if scanned else (depth * len(kinds), 1)]
-    kinds = kinds * depth
-    if len(way.segments) > 1:
+    rest = layers % len(kinds) if keeps_rest(block) else 0
+    shape = [(len(kinds), depth) if scanned else (depth * len(kinds) + rest, 1)]
+    kinds = kinds * depth + kinds[:rest]
+    if way.segments[-1].optional:
+        shape.append((1, rest))
+    elif len(way.segments) > 1:
         counts = [sum(k in each.modules[0].kinds for k in kinds) for each in way.segments]
         shape = [(1, count) if scanned else (count, 1) for count in counts]
     return build_layout(page, way, kinds, sizes, blocks=shape, scan_axis=axis, tied=tied)

@@ -31,8 +31,9 @@ def rule_row(rule: Rule) -> list[str]:
     ops = [f"`{place}`" for place in dict.fromkeys(rule.places)]
     if rule.rotary:
         ops.append("rotary order of `h`")
+    ops += [f"× `{scales}`" for scales in rule.scales]
     if rule.scale:
-        ops.append(f"× {rule.scale.text}")
+        ops.append(rule.scale.words)
     if rule.sources and "{E}" in rule.target and not _has_experts(rule):
         ops.append("copied to every expert")
     where = "once" if rule.layers is None else rule.layers.describe()

@@ -1,4 +1,4 @@
-"""Where a run's rows come from: prepared by us, or whatever MaxText itself is told to read."""
+"""Where a run's rows come from: prepared by us, or what MaxText itself is set to read."""
 
 import contextlib
 import hashlib

@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def told(self) -> dict[str, Any]:
-        """The settings that MaxText keeps as they are told, and where its schedule ends.
+        """The settings that MaxText keeps as they are given, and where its schedule ends.
 
         Those that ask for its default (-1, nothing), and lists and mappings, it rewrites.
         """

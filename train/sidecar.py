@@ -78,7 +78,7 @@ def write_sidecar(
     Args:
         config: MaxText's resolved config.
         sample: Documents of the corpus; `moeconv verify` runs both models on them.
-        run: What the model card tells of the run.
+        run: What the model card says about the run.
         data: How the prepared data were made, and what they hold.
     """
     directory = Path(config["base_output_directory"], config["run_name"])

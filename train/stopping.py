@@ -69,7 +69,7 @@ class Stopper:
         """
         if not self.stepping or self.reason == "interrupted":
             raise KeyboardInterrupt
-        # It may have come in the middle of a write, so due() tells it.
+        # It may have come in the middle of a write, so due() reports it.
         self.reason, self._signal = "interrupted", number
 
     @contextlib.contextmanager

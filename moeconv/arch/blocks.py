@@ -22,6 +22,7 @@ class Taps:
         router: The same of what gives the routing scores, below the feed-forward half. Alone or
             first of what it returns are the values by which experts are ranked: logits, or what a
             score function and a bias make of them (layers/moe.py `GateLogit`).
+        router_in_layer: `router` is an attribute of the layer itself.
         eligible: The experts among which the `num_experts_per_tok` highest scores are taken:
             `(scores [..., E], model) -> mask [..., E]`. Without it all are, as in layers/moe.py
             `get_topk`; a model that first chooses groups of experts masks those of the others
@@ -31,7 +32,12 @@ class Taps:
     attention: str = "self_attention"
     mlp: Mapping[str, str] = field(default_factory=lambda: {"dense": "mlp"})
     router: str = "gate"
+    router_in_layer: bool = False
     eligible: Callable[[NDArray[Any], ModelDescription], NDArray[Any]] | None = None
+
+    def router_of(self, kind: LayerKind) -> str:
+        """The dotted attribute of a layer of experts that is its router."""
+        return self.router if self.router_in_layer else f"{self.mlp[kind.mlp]}.{self.router}"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from moeconv.arch.parameters import AXES, LayerKind, fields_of
+from moeconv.arch.parameters import AXES, LayerKind, length_of
 
 # What a value may be, for reading a description from a file.
 Count = Annotated[int, Field(gt=0)]
@@ -46,8 +46,11 @@ class ModelDescription:
     Sizes are counts, None for what the model does not have. Of multi-head latent attention
     `head_dim` is the size of a query and key head, of which the last `qk_rope_head_dim` entries are
     rotated. `shared_intermediate_size` is the width of all shared experts together;
-    `query_norm_size` and `key_norm_size` are entries of norms over all heads. `rope_theta` and
-    `rms_norm_eps` are plain numbers; token ids are None where none is known, and several where more
+    `query_norm_size` and `key_norm_size` are entries of norms over all heads; `linear_key_size` is
+    that of all key heads of linear attention together; `global_head_dim` and
+    `num_global_key_value_heads` are of layers with global attention, where these have sizes of
+    their own. `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None where none is
+    known, and several where more
     than one ends a text. `settings` has what only some models have, YaRN's numbers and the settings
     of their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every
     field and every setting where its value came from.
@@ -79,6 +82,12 @@ class ModelDescription:
     shared_intermediate_size: Count | None = None
     query_norm_size: Count | None = None
     key_norm_size: Count | None = None
+    linear_num_value_heads: Count | None = None
+    linear_value_head_dim: Count | None = None
+    linear_key_size: Count | None = None
+    linear_conv_kernel_dim: Count | None = None
+    num_global_key_value_heads: Count | None = None
+    global_head_dim: Count | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | tuple[TokenId, ...] | None = None
     pad_token_id: TokenId | None = None
@@ -113,7 +122,7 @@ class ModelDescription:
 
     def sizes(self) -> dict[str, int]:
         """Length of every axis of its parameters, 0 for one that it has not."""
-        return {axis: sum(getattr(self, n) or 0 for n in fields_of(axis)) for axis in AXES}
+        return {axis: length_of(axis, vars(self)) for axis in AXES}
 
     def values(self) -> dict[str, Any]:
         """Every field but `sources`, and every setting beside them, as JSON-able values."""

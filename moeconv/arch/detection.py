@@ -215,15 +215,16 @@ class _Detection:
             prefix = f"{'layers.' if segment.stacked else ''}{last}"
             _refuse_gaps(groups, lacks, prefix)
             for n in sorted(groups):
-                kind = self._kind({place.name for place in groups[n].values()}, module.name(n))
+                kind = self._kind({place.name for place in groups[n].values()}, module, n)
                 found.append(_Slot(position, n, module, groups[n], kind))
         return sorted(found, key=lambda slot: segment.order(slot.position, slot.number))
 
-    def _kind(self, names: set[str], where: str) -> LayerKind:
+    def _kind(self, names: set[str], module: Module, number: int) -> LayerKind:
         """The kind of layer with these parameters; the nearest, where there is none, says why."""
         apart = {
             kind: (sorted(own - names), sorted(names - own))
             for kind, group in self._block.layers.items()
+            if module.may_have(kind, number)
             for own in [{p.name for p in group}]
         }
         # A layer with any expert is meant to be one with experts.
@@ -231,6 +232,7 @@ class _Detection:
         missing, unexpected = apart[kind]
         if missing or unexpected:
             wrong = [*(f"missing {n}" for n in missing), *(f"unexpected {n}" for n in unexpected)]
+            where = module.name(number)
             raise TensorError(f"{where} is not a whole {kind} layer:{listing(wrong)}")
         return kind
 

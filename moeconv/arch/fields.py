@@ -19,6 +19,7 @@ class ConfigField:
         needed: True if this model has the field at all, given what is known so far.
         otherwise: Value of a field where it is not needed; a setting is left out there.
         write: A config value of which `parse` makes this value of a setting.
+        null: True if `parse` takes None too.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ConfigField:
     needed: Callable[[Known], bool] = lambda known: True
     otherwise: Any = None
     write: Callable[[Any], Any] = lambda value: value
+    null: bool = False
 
 
 def positive_float(value: Any) -> float:

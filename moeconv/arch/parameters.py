@@ -6,15 +6,23 @@ every layer, however the checkpoint stacks it (see `stacks`). Axis names, used e
     L layer    E expert    D hidden size (model width)    V vocabulary
     F MLP width    M MLP width of an expert    H query heads    K key/value heads    h head_dim
     S width of the shared experts together    n, m norms of all query and of all key heads
+    O all query heads together    Q a query head and its gate    u 1, an axis of no meaning
+    J, j what K and h are in layers of global attention, where they have sizes of their own
 
 and of multi-head latent attention (MLA):
 
     q rank of queries    c rank of keys and values    v size of a value head
     r c and the rotated part of a key    k both parts of a query head    b c expanded: key and value
 
+and of linear attention:
+
+    w value heads    d size of a value head    W all value heads together    y two gates of each
+    t taps of its convolution    C what is convolved: queries, keys, values    Z C and a gate of W
+
 Scales of a quantised parameter have its axes, or blocks of them: `D/128`, and `D/*` for one of all.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +31,7 @@ from typing import Any
 from pydantic import GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema
 
-# The field of a model's description that an axis is as long as, or the fields whose sum it is.
+# What an axis is as long as: a sum of products of numbers and of fields of a model's description.
 AXES: Mapping[str, str] = {
     "D": "hidden_size",
     "H": "num_attention_heads",
@@ -36,18 +44,42 @@ AXES: Mapping[str, str] = {
     "S": "shared_intermediate_size",
     "n": "query_norm_size",
     "m": "key_norm_size",
+    "O": "num_attention_heads * head_dim",
+    "Q": "2 * head_dim",
+    "u": "1",
+    "J": "num_global_key_value_heads",
+    "j": "global_head_dim",
     "q": "q_lora_rank",
     "c": "kv_lora_rank",
     "v": "v_head_dim",
     "r": "kv_lora_rank + qk_rope_head_dim",
     "k": "qk_nope_head_dim + qk_rope_head_dim",
     "b": "qk_nope_head_dim + v_head_dim",
+    "w": "linear_num_value_heads",
+    "d": "linear_value_head_dim",
+    "W": "linear_num_value_heads * linear_value_head_dim",
+    "t": "linear_conv_kernel_dim",
+    "C": "2 * linear_key_size + linear_num_value_heads * linear_value_head_dim",
+    "Z": "2 * linear_key_size + 2 * linear_num_value_heads * linear_value_head_dim",
+    "y": "2 * linear_num_value_heads",
 }
 
 
+def _terms(axis: str) -> list[list[str]]:
+    """The products whose sum an axis is as long as."""
+    return [term.split(" * ") for term in AXES[axis].split(" + ")]
+
+
 def fields_of(axis: str) -> list[str]:
-    """The fields of a description whose sum an axis is as long as."""
-    return AXES[axis].split(" + ")
+    """The fields of a description on which the length of an axis depends."""
+    return list(dict.fromkeys(f for term in _terms(axis) for f in term if not f.isdigit()))
+
+
+def length_of(axis: str, fields: Mapping[str, int | None]) -> int:
+    """Length of an axis; a field that is None counts as 0."""
+    return sum(
+        math.prod(int(f) if f.isdigit() else fields[f] or 0 for f in term) for term in _terms(axis)
+    )
 
 
 _BLOCKED = re.compile(r"(.+)/(\*|[1-9][0-9]*)")

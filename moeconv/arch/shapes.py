@@ -8,8 +8,8 @@ from moeconv.arch.config_sources import ResolvedConfig
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import SHAPE_KEYS
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.arch.parameters import AXES, fields_of, is_blocked
-from moeconv.arch.stacks import CYCLED, NESTED, STACKED
+from moeconv.arch.parameters import AXES, fields_of, is_blocked, length_of
+from moeconv.arch.stacks import NESTED, STACKED
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, TensorError
 
@@ -55,10 +55,10 @@ def from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:
 def _solved(
     sizes: Mapping[str, tuple[int, StoredParameter]],
 ) -> tuple[dict[str, Any], dict[str, Provenance]]:
-    """The fields that axes are as long as; of a sum the one that no other axis has given.
+    """The fields that axes are as long as; of several the one that no other axis has given.
 
     Raises:
-        TensorError: No sizes make up these sums.
+        TensorError: No sizes make up these lengths.
     """
     known: dict[str, Any] = {name: None for axis in AXES for name in fields_of(axis)}
     sources: dict[str, Provenance] = {}
@@ -69,10 +69,12 @@ def _solved(
         size, array = sizes[axis]
         names = fields_of(axis)
         unknown = [name for name in names if known[name] is None]
-        rest = size - sum(known[name] or 0 for name in names)
+        rest = size - length_of(axis, known)
+        # How much longer the axis is for each one more of what is unknown.
+        step = length_of(axis, known | dict.fromkeys(unknown, 1)) - length_of(axis, known)
         where = Provenance(Origin.SHAPE, f"{array.name} {list(array.shape)}")
-        if len(unknown) == 1 and (rest > 0 or len(names) == 1):
-            known[unknown[0]], sources[unknown[0]] = rest, where
+        if len(unknown) == 1 and step and rest % step == 0 and (rest > 0 or len(names) == 1):
+            known[unknown[0]], sources[unknown[0]] = rest // step, where
         elif unknown or rest:
             given = ", ".join(f"{n} is {known[n]} ({sources[n]})" for n in names if known[n])
             raise TensorError(
@@ -132,6 +134,8 @@ def check_against_shapes(
             value = _scaled(key, entry.value, resolved) if key.startswith("base_") else entry.value
             if name == "num_hidden_layers":
                 value = _built_layers(layout, value, resolved)
+            if value == 0 and key in _AS_ELSEWHERE:
+                value = known[_AS_ELSEWHERE[key]]
             if value != fact:
                 where = sources.get(name)
                 raise ConfigError(
@@ -142,6 +146,10 @@ def check_against_shapes(
                 )
 
 
+# Where MaxText's 0 is the size that other layers have (models/gemma4.py `Gemma4DecoderLayer`).
+_AS_ELSEWHERE = {"global_head_dim": "head_dim", "global_num_kv_heads": "num_key_value_heads"}
+
+
 def _is_unset(value: Any) -> bool:
     """MaxText's -1 for a width that another key gives, also once it is scaled."""
     return is_whole(value) and value < 0
@@ -150,13 +158,14 @@ def _is_unset(value: Any) -> bool:
 def _built_layers(layout: Layout, layers: Any, resolved: ResolvedConfig) -> Any:
     """Layers MaxText builds of those configured: a scanned model drops a cut-off last block.
 
-    Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`.
+    Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`. Where there is another segment,
+    it has the layers that do not fill a block (`_init_scanned_qwen3_next`).
     """
     cycle = _count(resolved, "inhomogeneous_layer_cycle_interval")
-    if not layout.stacking.scanned or not is_whole(layers):
+    if not layout.stacking.scanned or len(layout.stacking.segments) > 1 or not is_whole(layers):
         return layers
     blocks = int(layers // cycle)
-    return blocks * cycle if layout.stacking is CYCLED else blocks
+    return blocks * cycle if layout.stacking.segments[0].modules[0].numbered else blocks
 
 
 def dropped_layers(layout: Layout, resolved: ResolvedConfig) -> list[str]:

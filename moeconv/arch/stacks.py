@@ -19,7 +19,7 @@ parameter that has so many axes, and at 0 of the others (layers/nnx_decoders.py
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,6 +47,8 @@ class Module:
         suffix: Behind the first word of every name in them, where one module holds two layers
             (`self_attention_local`).
         kinds: Of all its layers, where that is what distinguishes segments.
+        attentions: The kinds of attention that its layers may have, by their number in turn, where
+            layers of different sizes have parameters of the same names; empty for any.
     """
 
     pattern: str
@@ -54,6 +56,12 @@ class Module:
     nested: bool = False
     suffix: str = ""
     kinds: Layers = EVERY
+    attentions: tuple[frozenset[str], ...] = ()
+
+    def may_have(self, kind: LayerKind, number: int) -> bool:
+        """True if its layer of that number can be of this kind."""
+        turn = self.attentions
+        return not turn or kind.attention in turn[number % len(turn)]
 
     @property
     def numbered(self) -> bool:
@@ -168,6 +176,24 @@ class Place:
 UNSCANNED = Stacking("unscanned", (Segment((Module("layers_{}"),)),))
 SCANNED = Stacking("scanned", (Segment((Module("layers", stacked=True),)),))
 CYCLED = Stacking("cycled", (Segment((Module("layers.layers_{}", stacked=True),)),))
+
+
+def nested(blocks: str, local: Collection[str] = (), last: Collection[str] = ()) -> Stacking:
+    """Blocks of some layers in one module and a last one in another; then what fills no block.
+
+    Source: layers/nnx_decoders.py `_init_scanned_qwen3_next`, `_init_scanned_gemma4`.
+
+    Args:
+        blocks: The module of the blocks.
+        local: The attention that all layers but the last of a block may have, if that must be said
+            (`Module.attentions`).
+        last: The same of the last.
+    """
+    first, other = (((frozenset(each),) if each else ()) for each in (local, last))
+    stack = Module(f"{blocks}.local_layers", stacked=True, nested=True, attentions=first)
+    one = Module(f"{blocks}.global_layer", stacked=True, attentions=other)
+    rest = Module("layers_remainder.local_layers", stacked=True, attentions=first)
+    return Stacking("nested", (Segment((stack, one)), Segment((rest,), optional=True)))
 
 
 def stacked_axes(axes: tuple[str, ...], scan_axis: int, axis: str) -> tuple[str, ...]:

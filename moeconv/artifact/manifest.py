@@ -55,7 +55,10 @@ class FieldRecord(_Frozen):
 
 
 class FoldRecord(_Frozen):
-    """A factor that was moved into weights."""
+    """A factor that was moved into weights.
+
+    `factor` has it in words, `value` as a number; what is added to the product is in the words.
+    """
 
     target: str
     factor: str

@@ -11,9 +11,11 @@ from moeconv.cli.streams import say
 from moeconv.errors import ConfigError
 from moeconv.printing import Printable, console, show
 from moeconv.untrusted import strict_json
+from moeconv.untrusted.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress
 
 _EVERY = 5.0  # seconds between two lines of progress
 
@@ -24,6 +26,8 @@ class Output:
     def __init__(self, *, json_mode: bool = False, quiet: bool = False) -> None:
         self.json_mode = json_mode
         self.quiet = quiet
+        # The spinner, while there is one.
+        self._turning: Progress | None = None
 
     def print(self, renderable: Any = "") -> None:
         """The command's answer, for people; nothing in json or quiet mode."""
@@ -82,12 +86,41 @@ class Output:
         if self.quiet:
             yield meter
         elif sys.stderr.isatty():
-            with _bar(console(sys.stderr), meter, what):
+            with self._still(), _bar(console(sys.stderr), meter, what):
                 yield meter
         else:
             meter.report = self.note
             yield meter
             meter.report_now()
+
+    @contextmanager
+    def working(self) -> Iterator[Callable[[str], None]]:
+        """Gives what to call with what is being done, one sentence at a time.
+
+        On a terminal the last one turns, with its seconds, until the next; elsewhere each is a
+        note.
+        """
+        if self.quiet or not sys.stderr.isatty():
+            yield self.note
+            return
+        with _spinner(console(sys.stderr)) as (shown, begin):
+            self._turning = shown
+            try:
+                yield begin
+            finally:
+                self._turning = None
+
+    @contextmanager
+    def _still(self) -> Iterator[None]:
+        """Without the spinner: a terminal shows one thing that moves."""
+        if (shown := self._turning) is None:
+            yield
+            return
+        shown.stop()
+        try:
+            yield
+        finally:
+            shown.start()
 
 
 class Meter:
@@ -157,3 +190,31 @@ def _bar(console: "Console", meter: Meter, what: str) -> Iterator[None]:
         meter.update = lambda done: progress.update(task, completed=done)
         yield
         meter.update = None
+
+
+@contextmanager
+def _spinner(console: "Console") -> Iterator[tuple["Progress", Callable[[str], None]]]:
+    """A spinner that is not seen yet, and what begins another thing that it says."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    # What others print is theirs: MaxText's stdout is taken aside while this turns.
+    own = Progress(
+        *columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+    )
+    task, begun = own.add_task("", total=None, visible=False), time.monotonic()
+    doing: str | None = None
+
+    def begin(text: str | None) -> None:
+        nonlocal doing, begun
+        if text is not None and text.startswith("warning: "):
+            show(console, text)
+            return
+        if doing is not None:
+            show(console, f"{doing} ({time.monotonic() - begun:.0f} s)")
+        doing, begun = text, time.monotonic()
+        own.reset(task, description=printable(text or ""), visible=text is not None)
+
+    with own:
+        yield own, begin
+        begin(None)

@@ -98,13 +98,14 @@ def command(out: Path, level: str, json_mode: bool, quiet: bool, **options: Any)
     try:
         from moeconv.api.verify import verify
 
-        found = verify(
-            out,
-            levels=None if level == "all" else [level],
-            progress=partial(output.progress, what="comparing"),
-            note=output.note,
-            **options,
-        )
+        with output.working() as note:
+            found = verify(
+                out,
+                levels=None if level == "all" else [level],
+                progress=partial(output.progress, what="comparing"),
+                note=note,
+                **options,
+            )
     # One code for every reason: scripts ask whether there is a verdict.
     except MoeconvError as error:
         _no_verdict(f"error: no verdict: {error}")

@@ -205,11 +205,17 @@ def refusal(model: ModelDescription) -> str | None:
 
 def caveats(model: ModelDescription, options: Options) -> list[str]:
     """What is said of a model on either target."""
+    # Transformers 5 would take it over into `rope_parameters`, beside `rope_type`.
+    lines = [
+        "mistral.rs refuses a DeepSeek whose rope_scaling has no key `type`, the old name of "
+        "rope_type"
+    ]
     if model.settings["n_routing_groups"] == -1 or routes_as_v3(model):
-        return []
+        return lines
     return [
+        *lines,
         f"n_routing_groups={model.settings['n_routing_groups']} has no effect: MaxText chooses "
-        f"groups of experts only where model_name begins with {', '.join(NAMES)}"
+        f"groups of experts only where model_name begins with {', '.join(NAMES)}",
     ]
 
 

@@ -262,6 +262,20 @@ def tied(model: ModelDescription, options: Options) -> bool:
     return model.tie_word_embeddings and not options.untie
 
 
+def untied_by_sglang(model: ModelDescription, options: Options) -> list[str]:
+    """What is said of a tied model whose class in SGLang always has a head of its own.
+
+    SGLang 0.5.23 (srt/models/mixtral.py, qwen3_moe.py, gpt_oss.py) makes `lm_head` and never looks
+    at `tie_word_embeddings`.
+    """
+    if not tied(model, options):
+        return []
+    return [
+        "SGLang does not tie the head of this architecture to the embedding, and computes "
+        "something else without a word; --untie writes the head"
+    ]
+
+
 SCALED_ROPE = When("RoPE is scaled", lambda m, o: has_scaled_rope(m))
 
 CONFIG: tuple[ConfigKey, ...] = (

@@ -107,8 +107,9 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     lines = caveats(model, options)
     if groups(model)[1] < groups(model)[0] and biased(vars(model)):
         lines.append(
-            "transformers before 5.7 gives experts of the groups that are not chosen the score 0 "
-            "instead of none, so that one is chosen where the bias makes better scores negative"
+            "transformers before 5.7 and mlx-lm give experts of the groups that are not chosen the "
+            "score 0 instead of none, so that one is chosen where the bias makes better scores "
+            "negative"
         )
     if biased(vars(model)) and routes_so_since(model):
         lines.append(

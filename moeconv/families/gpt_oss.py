@@ -25,6 +25,7 @@ from moeconv.families._shared import (
     attention_parameters,
     moe_parameters,
     setting,
+    untied_by_sglang,
 )
 from moeconv.mapping.rules import (
     EVERY_LAYER,
@@ -132,7 +133,10 @@ RULES = (
 
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
-    lines = []
+    lines = [
+        "mlx-lm and mistral.rs take the experts of a GPT-OSS in MXFP4 only, and refuse this one",
+        *untied_by_sglang(model, options),
+    ]
     limit, types = model.settings["mlp_activations_limit"], model.settings["layer_types"]
     if limit != 7:
         lines.append(

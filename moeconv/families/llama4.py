@@ -136,12 +136,14 @@ def _step(model: ModelDescription) -> int:
 
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
+    lines = ["mlx-lm and mistral.rs refuse a Llama 4 without its vision part"]
     step = _step(model)
     if model.moe_layers == tuple(range(step - 1, model.num_hidden_layers, step)):
-        return []
+        return lines
     return [
+        *lines,
         f"its experts are not in every layer whose number is a multiple of {step}; what does not "
-        "read moe_layers, such as vLLM, places them there"
+        "read moe_layers, such as vLLM, places them there",
     ]
 
 

@@ -22,6 +22,7 @@ from moeconv.families._shared import (
     experts,
     has_scaled_rope,
     moe_parameters,
+    untied_by_sglang,
 )
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
@@ -67,7 +68,7 @@ def _requires(model: ModelDescription) -> str | None:
 
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
-    lines = []
+    lines = untied_by_sglang(model, options)
     if model.dense_layers:
         lines.append(
             f"the dense MLP of {len(model.dense_layers)} layers is copied to all "
@@ -87,13 +88,13 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
         )
     if has_scaled_rope(model):
         lines.append(
-            "transformers before 4.48, mlx-lm and mistral.rs ignore the Llama-3.1 RoPE scaling of "
-            "a Mixtral, and compute something else without a word"
+            "transformers before 4.48, SGLang, mlx-lm and mistral.rs ignore the Llama-3.1 RoPE "
+            "scaling of a Mixtral, and compute something else without a word"
         )
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         lines.append(
             f"head_dim {model.head_dim} is not hidden_size / heads; transformers before 4.47, "
-            "mlx-lm and mistral.rs refuse to load such a Mixtral"
+            "SGLang, mlx-lm and mistral.rs refuse to load such a Mixtral"
         )
     return lines
 

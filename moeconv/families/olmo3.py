@@ -126,7 +126,7 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
         return []
     return [
         "MaxText rotates layers with a window by YaRN too; transformers from 5.0 does so, "
-        "transformers 4 and vLLM do not, and compute something else without a word"
+        "transformers 4, vLLM and mlx-lm do not, and compute something else without a word"
     ]
 
 

@@ -18,6 +18,7 @@ from moeconv.families._shared import (
     TRUNK,
     experts,
     moe_parameters,
+    untied_by_sglang,
 )
 from moeconv.families.qwen3 import QK_NORM, QK_NORM_RULES
 from moeconv.mapping.rules import Target, constant, from_field
@@ -47,6 +48,7 @@ TARGET = Target(
     summary="For models of MaxText's qwen3_moe block; transformers ≥ 4.51.",
     kinds=Layers(mlp="moe", attention="qk_norm"),
     since="4.51.0",
+    caveats=untied_by_sglang,
     rules=(
         *TRUNK,
         *ATTENTION,

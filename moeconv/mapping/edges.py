@@ -218,13 +218,13 @@ class _Expander:
             raise TensorError(f"the checkpoint lacks {source}{where}") from None
 
     def _filled(self, rule: Rule, target: str, layer: int | None) -> Edge:
-        """A tensor without a source; its dtype is that of the layer's feed-forward norm."""
+        """A tensor without a source; its dtype is that of the layer's norms."""
         model = self._model
         sizes = {"1": 1, "D": model.hidden_size, "E": model.num_experts or 0}
         place = Rearrangement.parse(rule.places[0])
         shape = tuple(sizes[axis] for axis in flatten(place.right))
-        beside = self._find("post_self_attention_layer_norm.scale", layer)
-        dtype = self._dtype or self._dtypes[beside.name]
+        norms = (a for (_, n), a in self._held.items() if n == layer and a.parameter.axes == ("D",))
+        dtype = self._dtype or self._dtypes[next(norms).name]
         return Edge(target, shape, dtype, (), 0, layer, fill=rule.fill)
 
     def _moved(self, rule: Rule, target: str, layer: int | None, expert: int | None) -> Edge:
@@ -283,7 +283,7 @@ class _Expander:
         factor = rule.scale.value(self._model) if rule.scale is not None else None
         fold = None
         if rule.scale is not None and factor is not None:
-            fold = Fold(factor, rule.scale.text, reason=rule.scale.reason)
+            fold = Fold(factor, rule.scale.text, rule.scale.offset, rule.scale.reason)
         if rule.scales:
             scales = self._find(rule.scales[number], layer)
             return self._dequantised(source, scales, fold, layer, expert)

@@ -27,17 +27,25 @@ class Options:
 
 @dataclass(frozen=True)
 class Factor:
-    """A named constant by which a rule multiplies.
+    """A named constant by which a rule multiplies, and another that it then adds.
 
     Attributes:
-        text: How plans and docs print it, e.g. `sqrt(head_dim)`.
+        text: How plans and docs print it, e.g. `sqrt(head_dim)`; with an offset the whole
+            expression, e.g. `x - 1`.
         reason: Why it is there, for docs and the manifest.
-        value: The number for one model, None where the model needs no factor.
+        value: The number for one model; None where the model needs neither factor nor offset.
+        offset: What is added to the product, before it is rounded.
     """
 
     text: str
     reason: str
     value: Callable[[ModelDescription], float | None]
+    offset: float = 0.0
+
+    @property
+    def words(self) -> str:
+        """The operation, for docs."""
+        return self.text if self.offset else f"× {self.text}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,7 @@ class Rule:
         place: The rearrangement of one slice, e.g. `D H h -> (H h) D`. Several sources are joined
             along the axis `g` of the right side (`D F -> D (F g)`, gate and up in turn), or else
             one behind the other along the outermost axis, each by its own place if they differ.
-        scale: Factor, if the values must change.
+        scale: Factor and offset, if the values must change.
         scales: Where the sources are quantised, the logical name of each one's scales, whose axes
             are the source's or blocks of them (`D/128`; `tensor.companion`). They are consumed
             with it.
@@ -155,9 +163,9 @@ class Probe:
         embedding: The token embedding, below the model.
         norm: The final norm, below the model.
         head: The output head, below the model.
-        attention: The attention, below a layer.
-        mlp: Names below a layer of which the first that it has is its feed-forward half.
-        router: The router, below a feed-forward half with experts.
+        attention: Names below a layer of which the first that it has is its attention.
+        mlp: The same of its feed-forward half.
+        router: The router, below a feed-forward half with experts or beside it in the layer.
         scores: The values by which the experts are ranked, [..., E], in the form in which
             MaxText's router gives them (`Taps.router`): `(feed-forward half, what its router
             returned)`. By default what it returned first or alone.
@@ -169,7 +177,7 @@ class Probe:
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
     head: str = "lm_head"
-    attention: str = "self_attn"
+    attention: tuple[str, ...] = ("self_attn",)
     mlp: tuple[str, ...] = ("mlp",)
     router: str = "gate"
     scores: Callable[[Any, Any], Any] = lambda mlp, output: (

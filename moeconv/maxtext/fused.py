@@ -14,7 +14,7 @@ device has its own queries, keys and values, one behind the other.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from moeconv.arch.stacks import STACKED, stacked_axes
+from moeconv.arch.stacks import NESTED, STACKED, stacked_axes
 from moeconv.errors import UnsupportedError
 from moeconv.orbax.arrays import Arrays, Window
 
@@ -120,14 +120,11 @@ def _sizes(
 ) -> tuple[tuple[str, ...], tuple[str, ...], Mapping[str, int]] | None:
     """By the first scan axis by which both shapes agree: the axes, those of a gate alone, sizes."""
     gate = tuple(axis for axis in axes if axis != "two")
-    ways = [(axes, beside, gate)]
-    if len(shape) == len(axes) + 1:
-        ways = [
-            (stacked_axes(axes, at, STACKED), stacked_axes(beside, at, STACKED),
-             stacked_axes(gate, at, STACKED))
-            for at in _SCAN_AXES
-        ]  # fmt: skip
-    for one, two, alone in ways:
+    stacks = (NESTED, STACKED)[-(len(shape) - len(axes)) :] if len(shape) > len(axes) else ()
+    for at in _SCAN_AXES if stacks else (0,):
+        one, two, alone = axes, beside, gate
+        for stack in stacks:  # the inner is made before the outer
+            one, two, alone = (stacked_axes(each, at, stack) for each in (one, two, alone))
         pairs = [*zip(one, shape, strict=False), *zip(two, other, strict=False)]
         found: dict[str, int] = {}
         fits = (len(one), len(two)) == (len(shape), len(other)) and all(

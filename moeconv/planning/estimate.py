@@ -74,10 +74,12 @@ class Estimate:
         """
         floor = self.memory_floor
         if limit < floor:
+            work = self.largest.work_bytes
+            moved = f", and then {format_size(work)} at once are moved" if work else ""
             raise MemoryLimitError(
                 f"--max-memory {format_size(limit)} is below the {format_size(floor)} that this "
                 f"checkpoint needs: {self.largest.array.name} is stored in chunks of "
-                f"{format_size(self.largest.decoded_bytes)}, and a chunk is decoded whole; give "
-                f"--max-memory {math.ceil(floor / MIB)}MiB or more"
+                f"{format_size(self.largest.decoded_bytes)}, and a chunk is decoded whole{moved}; "
+                f"give --max-memory {math.ceil(floor / MIB)}MiB or more"
             )
         return min(limit, max(int(1.1 * floor), jobs * 384 * MIB))

@@ -5,18 +5,30 @@ stacked axes are, and the layers it holds. All axes but those of layers have len
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import synthetic
 
 from moeconv.arch.blocks import Block
-from moeconv.arch.config_sources import ResolvedConfig
+from moeconv.arch.config_sources import ResolvedConfig, from_mapping
+from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import build_layout
 from moeconv.arch.parameters import DENSE, EMBEDDING, FINAL_NORM, OUTPUT_HEAD, LayerKind, Parameter
 from moeconv.arch.resolve import resolve
-from moeconv.arch.stacks import CYCLED, SCANNED, UNSCANNED, Module, Segment, Stacking
+from moeconv.arch.stacks import (
+    CYCLED,
+    SCANNED,
+    UNSCANNED,
+    Module,
+    Segment,
+    Stacking,
+    nested,
+)
+from moeconv.errors import TensorError
 from moeconv.families._shared import ATTENTION_PARAMETERS, MLP_PARAMETERS
 
 TREES = json.loads((Path(__file__).parents[1] / "fixtures" / "maxtext_trees.json").read_text())
@@ -31,7 +43,6 @@ def scanned(pattern: str, **more) -> Module:
 
 
 REMAINDER = segment(Module("layers_remainder.layers_{}"))
-REMAINDER_STACK = segment(scanned("layers_remainder.local_layers"))
 WAYS = {
     "gemma2 unscanned": Stacking(
         "unscanned",
@@ -41,23 +52,8 @@ WAYS = {
         "pairs", (segment(scanned("layers", suffix="_local"), scanned("layers", suffix="_global")),)
     ),
     "gemma3": Stacking("remainder", (segment(scanned("layers.layers_{}")), REMAINDER)),
-    "gemma4": Stacking(
-        "nested",
-        (
-            segment(
-                scanned("scanned_blocks.local_layers", nested=True),
-                scanned("scanned_blocks.global_layer"),
-            ),
-            REMAINDER_STACK,
-        ),
-    ),
-    "qwen3_next": Stacking(
-        "nested",
-        (
-            segment(scanned("layers.local_layers", nested=True), scanned("layers.global_layer")),
-            REMAINDER_STACK,
-        ),
-    ),
+    "gemma4": nested("scanned_blocks"),
+    "qwen3_next": nested("layers"),
     "gpt_oss": CYCLED,
     "deepseek": Stacking(
         "prefixed", (segment(scanned("dense_layers")), segment(scanned("moe_layers")))
@@ -172,6 +168,31 @@ def test_the_common_ways_have_their_names() -> None:
     assert [way.scanned for way in (UNSCANNED, SCANNED, CYCLED)] == [False, True, True]
 
 
+def test_lengths_of_axes_are_sums_of_products() -> None:
+    """An axis gives the one field that no other has given; what does not add up is refused."""
+    outer = {"D": 7, "H": 4, "K": 2, "h": 3, "V": 11}
+    linear = {"w": 6, "d": 5, "W": 30, "t": 2, "y": 12, "C": 2 * 8 + 30, "Z": 2 * 8 + 60}
+    group = (
+        Parameter.of("attention.query.kernel", "D H Q"),
+        Parameter.of("attention.key.kernel", "D K h"),
+        *(Parameter.of(f"attention.{axis}", f"u {axis}") for axis in linear),
+    )
+    block = Block("toy", "", {DENSE: group}, ())
+    sizes = {**outer, **linear, "Q": 6, "u": 1}
+
+    def known(**changes: int) -> Mapping[str, Any]:
+        made = build_layout(block, UNSCANNED, [DENSE], {**sizes, **changes}, blocks=[(1, 1)])
+        return resolve(made, ResolvedConfig()).known
+
+    found = known()
+    assert (found["head_dim"], found["linear_key_size"], found["linear_conv_kernel_dim"]) == (
+        3, 8, 2,
+    )  # fmt: skip
+    for change in ({"Q": 7}, {"u": 2}, {"y": 13}, {"W": 31}, {"C": 45}, {"Z": 77}):
+        with pytest.raises(TensorError, match="cannot be of one model"):
+            known(**change)
+
+
 def test_a_model_with_a_nested_stack_is_described() -> None:
     """Its stacked axes are no sizes."""
     inner = (*ATTENTION_PARAMETERS, *MLP_PARAMETERS)
@@ -180,6 +201,10 @@ def test_a_model_with_a_nested_stack_is_described() -> None:
     made = build_layout(block, block.stackings[0], [DENSE] * 9, sizes, blocks=[(4, 2), (1, 1)])
     found = detect_layout({array.path: array.shape for array in made.arrays}, [block])
     assert found == made
-    known = resolve(found, ResolvedConfig()).known
+    told = {"base_num_decoder_layers": 9, "inhomogeneous_layer_cycle_interval": 4}
+    config = ResolvedConfig(from_mapping(told, Provenance(Origin.CONFIG, "a.yml")), {})
+    resolution = resolve(found, config)
+    assert not resolution.warnings  # none of its layers was dropped
+    known = resolution.known
     assert (known["hidden_size"], known["intermediate_size"]) == (sizes["D"], sizes["F"])
     assert len(known["layer_kinds"]) == 9

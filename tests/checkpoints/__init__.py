@@ -1,9 +1,10 @@
 """The table of checkpoints that the tests write: a family is one row, in a module of its own here.
 
 A row feeds what writes checkpoints without MaxText (tests/synthetic.py, and with it the hypothesis
-strategies of tests/mapping/models.py), the matrix (tests/conversion/test_matrix.py), all levels of
-verify (tests/verification/test_families.py) and its mistakes (test_family_mistakes.py). Modules and
-rows are found by themselves, as the pages of moeconv/families are; row.py says what a row holds.
+strategies of tests/mapping/models.py), the matrix (tests/conversion/test_matrix.py), and in
+tests/verification/levels all levels of verify (test_families.py) and the mistakes that they find
+(test_family_mistakes.py). Modules and rows are found by themselves, as the pages of
+moeconv/families are; row.py says what a row holds.
 """
 
 import importlib

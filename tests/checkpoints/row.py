@@ -53,6 +53,8 @@ class Row:
             MaxText, for what shapes do not show; None where another row of the block has it.
         following: Where the first layers are of another kind than the rest: the kind of the first
             layer, and that of the others.
+        pattern: The kinds of the layers, in turn, where they follow from the position.
+        last: Where the last layer of each block is of another kind: that of the others, and its.
         one_width: The target has one width for shared and for routed experts.
         mistaken_model: What differs from `model` in the tests of mistakes, so that they are fast.
         mistakes: Mistakes in the target's page, by name, with the first place that level layers
@@ -72,6 +74,8 @@ class Row:
     forms: tuple[str, ...] = tuple(FORMS)
     told: Settings | None = None
     following: tuple[str, str] | None = None
+    pattern: tuple[str, ...] = ()
+    last: tuple[str, str] | None = None
     one_width: bool = False
     mistaken_model: Settings = field(default_factory=dict)
     mistakes: Mapping[str, tuple[Mistaken, str]] = field(default_factory=dict)

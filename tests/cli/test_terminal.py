@@ -53,6 +53,39 @@ def test_several_lines_stay_several(shown):
     assert shown(lambda output: output.note("one:\n\ttwo\nthree")) == "one:\n\ttwo\nthree\n"
 
 
+def work(output):
+    with output.working() as note:
+        note(f"one {HARM}")
+        note("warning: two")
+        with output.progress(100, 0) as meter:
+            meter(100, 0)
+        note("three")
+
+
+def test_a_spinner_shows_what_is_done_and_leaves_how_long_it_took(shown):
+    text = shown(work)
+    left = [line.rpartition("\x1b[2K")[2] for line in text.splitlines()]
+    assert [line for line in left if line.endswith(" s)")] == [
+        f"one {ESCAPED} (0 s)",
+        "three (0 s)",
+    ]
+    assert "warning: two" in left
+    assert f" one {ESCAPED[:20]}" in text  # beside what turns
+    assert "\x1b]0;" not in text and "\u202e" not in text
+
+
+def test_without_a_terminal_nothing_turns(capsys):
+    work(Output())
+    one, two, read, three = capsys.readouterr().err.splitlines()
+    assert [one, two, three] == [f"one {ESCAPED}", "warning: two", "three"]
+    assert read.startswith("read 100 B of 100 B")
+
+
+def test_quiet_work_only_warns(capsys):
+    work(Output(quiet=True))
+    assert capsys.readouterr().err == "warning: two\n"
+
+
 def test_tables_keep_their_own_colours(shown):
     table = Table(title=HARM)
     table.add_column(f"a{HARM}")

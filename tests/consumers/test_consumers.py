@@ -18,14 +18,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import synthetic
+from checkpoints.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
 from checkpoints.envy import ENVY
+from checkpoints.gpt_oss import GPT_OSS
 from checkpoints.llama import LLAMA2
+from checkpoints.llama4 import LLAMA4
 from checkpoints.mixtral import MIXTRAL
+from checkpoints.olmo3 import OLMO3
+from checkpoints.qwen3_moe import QWEN3_MOE
 from checkpoints.row import TIED
 from consumer import PROMPT, STEPS, reference_of
 from helpers import run, tokens_for
 
 from moeconv.artifact.manifest import Manifest
+from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
+from moeconv.families import blocks, targets
 from moeconv.verification.models.maxtext import MaxTextModel
 
 # Environments are made here, which is downloading where no cache has the packages.
@@ -64,6 +72,14 @@ MODELS: dict[str, tuple[tuple[dict, ...], dict[str, Any]]] = {
     "llama2-llama3.1-rope": ((LLAMA2, TIED, LLAMA31), {}),
     "mixtral-llama3.1-rope": ((MIXTRAL, LLAMA31), {}),
     "mixtral-head-dim-24": ((MIXTRAL, {"head_dim": 24}), {}),
+    "qwen3_moe": ((QWEN3_MOE,), {}),
+    # The limit that others have by heart.
+    "gpt_oss": ((GPT_OSS, {"mlp_activations_limit": 7.0}), {}),
+    "deepseek_v2": ((DEEPSEEK_V2,), {}),
+    "deepseek_v3": ((DEEPSEEK_V3,), {}),
+    "deepseek_v3-without-groups": ((KIMI_K2,), {}),
+    "llama4": ((LLAMA4,), {}),
+    "olmo3": ((OLMO3,), {}),
 }
 
 # What a consumer cannot do, held here so that what we say of it stays true.
@@ -73,17 +89,44 @@ REFUSED = {
     ("transformers-4.46", "mixtral-head-dim-24"): "size mismatch for model.layers.0.self_attn",
     ("mlx-lm", "mixtral-head-dim-24"): "Expected shape (64, 64) but received shape (96, 64)",
     ("mistral.rs", "mixtral-head-dim-24"): "shape mismatch for model.layers.0.self_attn",
+    ("mlx-lm", "gpt_oss"): "parameters not in model: \nmodel.layers.0.mlp.experts.down_proj",
+    ("mistral.rs", "gpt_oss"): "cannot find tensor model.layers.0.mlp.experts.gate_proj.weight",
+    ("mistral.rs", "deepseek_v2"): "any variant of untagged enum DeepSeekV2RopeScaling",
+    ("mistral.rs", "deepseek_v3"): "any variant of untagged enum DeepSeekV2RopeScaling",
+    (
+        "mistral.rs",
+        "deepseek_v3-without-groups",
+    ): "any variant of untagged enum DeepSeekV2RopeScaling",
+    ("mlx-lm", "llama4"): "parameters not in model",
+    ("mistral.rs", "llama4"): "model class `Llama4ForCausalLM`",
+}
+# Architectures that a consumer is too old for, or does not have; it says so itself.
+NEW = "does not recognize this architecture"
+UNKNOWN = {
+    ("transformers-4.46", "qwen3_moe"): NEW,
+    ("transformers-4.46", "gpt_oss"): NEW,
+    ("transformers-4.46", "deepseek_v2"): NEW,
+    ("transformers-4.46", "deepseek_v3"): NEW,
+    ("transformers-4.46", "deepseek_v3-without-groups"): NEW,
+    ("transformers-4.46", "llama4"): NEW,
+    ("transformers-4.46", "olmo3"): NEW,
+    ("mistral.rs", "olmo3"): "model class `Olmo3ForCausalLM`",
 }
 MISREAD = [
     ("transformers-4.46", "mixtral-llama3.1-rope"),
     ("mlx-lm", "mixtral-llama3.1-rope"),
     ("mistral.rs", "mixtral-llama3.1-rope"),
+    ("transformers-4.57", "deepseek_v2"),
+    ("transformers-4.57", "deepseek_v3"),
+    ("mlx-lm", "deepseek_v3"),
+    ("transformers-4.57", "olmo3"),
+    ("mlx-lm", "olmo3"),
 ]
 READ_ALIKE = [
     (consumer, model)
     for consumer in CONSUMERS
     for model in MODELS
-    if (consumer, model) not in {*REFUSED, *MISREAD}
+    if (consumer, model) not in {*REFUSED, *UNKNOWN, *MISREAD}
 ]
 
 
@@ -137,13 +180,20 @@ def found(converted) -> Callable[[str], dict[str, dict[str, Any]]]:
     def ask(consumer: str) -> dict[str, dict[str, Any]]:
         if consumer not in findings:
             script, _ = CONSUMERS[consumer]
-            # Their Pythons are to find nothing of ours.
-            env = {**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "RUST_LOG": "off"}
-            words = [python_of(consumer), HERE / script, *(m.directory for m in converted.values())]
-            findings[consumer] = json.loads(output(words, env).splitlines()[-1])
+            folders = [model.directory for model in converted.values()]
+            findings[consumer] = read_by(consumer, script, folders)
         return findings[consumer]
 
     return ask
+
+
+def read_by(consumer: str, script: str, folders: list[Path]) -> dict[str, dict[str, Any]]:
+    """What a script finds in model directories, by their names; it runs in a consumer's Python."""
+    # Which is to find nothing of ours.
+    env = {**os.environ, "PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "", "RUST_LOG": "off"}
+    printed = output([python_of(consumer), HERE / script, *folders], env)
+    found: dict[str, dict[str, Any]] = json.loads(printed.splitlines()[-1])
+    return found
 
 
 def python_of(consumer: str) -> Path:
@@ -208,11 +258,42 @@ def test_refused(converted, found, consumer, name):
     assert warned(converted[name], consumer)
 
 
+@pytest.mark.parametrize(("consumer", "name"), UNKNOWN)
+def test_unknown(converted, found, consumer, name):
+    assert UNKNOWN[consumer, name] in found(consumer)[name].get("error", "it was read")
+
+
 @pytest.mark.parametrize(("consumer", "name"), MISREAD)
 def test_misread(converted, found, consumer, name):
-    """Read without a word, and as another model: scaled RoPE is ignored."""
+    """Read without a word, and as another model: a scale, a window or groups are not its own."""
     assert difference(converted[name], found(consumer)[name]) > 2 * CONSUMERS[consumer][1]
     assert warned(converted[name], consumer)
+
+
+def test_every_config_is_read_alike_by_transformers_4_and_5(converted, tmp_path):
+    """Each value under its key, RoPE too, and the same defaults where config.json has no key."""
+    folders = {model.manifest.target: model.directory for model in converted.values()}
+    for block in synthetic.BLOCKS:
+        for target in set(blocks()[block].targets) - set(folders):
+            made = synthetic.write(tmp_path / f"{target}-run", block)
+            options = ConvertOptions(config=made.config_file(), target=target)
+            folders[target] = tmp_path / target
+            convert(plan_conversion(str(made.step_dir), options), folders[target])
+    assert set(folders) == set(targets())
+    asked = list(folders.values())
+    four, five = (
+        read_by(f"transformers-{release}", "read_configs.py", asked) for release in ("4.57", "5")
+    )
+    for target, folder in folders.items():
+        config = json.loads((folder / "config.json").read_text())
+        old, new = four[folder.name], five[folder.name]
+        assert old["read"] == config, target
+        # 5 keeps theta with the rest, and shows all of it as `rope_scaling` too.
+        moved = {"rope_theta", "rope_scaling"}
+        rest = {key: value for key, value in config.items() if key not in moved}
+        assert {key: new["read"].get(key) for key in rest} == rest, target
+        shared = old["defaults"].keys() & new["defaults"].keys()
+        assert {k: old["defaults"][k] for k in shared} == {k: new["defaults"][k] for k in shared}
 
 
 def warned(model: Converted, consumer: str) -> bool:

@@ -24,6 +24,7 @@ from moeconv.tensor.dtypes import DTYPES, STORED, bits, round_once
 from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.levels.weights import check_weights
+from moeconv.verification.models.source_layers import LayerReader
 
 # Mixtral, with experts in blocks of 5 x 7 and a scale for each output channel of one projection.
 PAGE = """
@@ -277,6 +278,13 @@ def test_scales_are_consumed_exactly_once(tmp_path: Path, monkeypatch, used: str
     monkeypatch.setitem(families.targets(), "quantised", replace(target, rules=tuple(rules)))
     with pytest.raises(TensorError, match=r"exactly once:[^$]*wo_scale"):
         plan(checkpoint)
+
+
+def test_layers_are_not_run_on_stored_values(tmp_path: Path) -> None:
+    convert(plan(write(tmp_path / "run")), tmp_path / "out")
+    candidate = Candidate.open(tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="stored as float8_e4m3fn, on which level layers"):
+        LayerReader(candidate.arrays, candidate.layout)
 
 
 def test_a_quantised_array_of_a_page_without_scales_is_refused(tmp_path: Path) -> None:

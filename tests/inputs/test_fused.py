@@ -37,6 +37,8 @@ def fuse(arrays, axes, moe=True, mlp=True, qkv=True):
             arrays[f"{above}.wi.{last}"] = np.stack([one, other], at)
         elif qkv and name.endswith(("query.kernel", "query.bias")):
             above = above.removesuffix(".query")
+            if f"{above}.value.{last}" not in arrays:
+                continue  # MaxText fuses nothing where keys are the values too
             three = [arrays.pop(f"{above}.{each}.{last}") for each in ("query", "key", "value")]
             at = axes[name].index("H")
             arrays[f"{above}.qkv_proj.{last}"] = np.concatenate(three, at)

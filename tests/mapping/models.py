@@ -11,6 +11,7 @@ from moeconv.arch.config_sources import ResolvedConfig, from_flags, from_mapping
 from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import Layout
+from moeconv.arch.parameters import LayerKind
 from moeconv.arch.resolve import resolve
 from moeconv.arch.stacks import CYCLED
 from moeconv.families import blocks
@@ -49,6 +50,17 @@ def samples(
         dense = next(k for k in page.layers if k.mlp == "dense" and k.attention == moe.attention)
         kinds = [dense] * draw(st.integers(0, 2)) + [moe] * draw(st.sampled_from([1, 3]))
         cycle, depth = len(kinds), 1
+    if block in synthetic.PATTERNS:
+        half = draw(st.sampled_from(["dense", "moe"]))
+        kinds = [LayerKind(kind.replace("moe", half)) for kind in synthetic.PATTERNS[block]]
+        cycle, depth = len(kinds), draw(st.integers(1, 2))
+    rest = 0
+    if block in synthetic.LAST:  # layers of one kind, the last of another, and some of the first
+        local = draw(st.sampled_from([kind for kind in page.layers if kind.attention == "linear"]))
+        last = next(k for k in page.layers if k.variant == local.variant and k != local)
+        kinds = [local] * draw(st.integers(1, 3)) + [last]
+        cycle = len(kinds)
+        rest = draw(st.integers(0, cycle - 1)) if synthetic.keeps_rest(block) else 0
     if block in synthetic.ONE_WIDTH:  # their targets are for models with experts
         kinds[-1] = next(kind for kind in page.layers if kind.mlp == "moe")
     kv = draw(st.sampled_from([1, 2, 3]))
@@ -64,15 +76,16 @@ def samples(
         "M": width,
         "F": width if same else width + 3,
         "S": width if block in synthetic.ONE_WIDTH else 2 * width,
-        **{axis: synthetic.SIZES[axis] for axis in "qcvrkb"},
+        **{axis: synthetic.SIZES[axis] for axis in "qcvrkbuwdWtyCZJj"},
     }
     sizes |= {"n": sizes["H"] * sizes["h"], "m": kv * sizes["h"]}
+    sizes |= {"O": sizes["n"], "Q": 2 * sizes["h"]}
     tied = draw(st.booleans())
     dtype = draw(st.sampled_from(dtypes))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     made = synthetic.layout_of(
         block,
-        layers=cycle * depth,
+        layers=cycle * depth + rest,
         tied=tied,
         scanned=scanned,
         axis=axis,

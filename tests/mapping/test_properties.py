@@ -164,9 +164,10 @@ def test_scanned_and_unscanned_are_one_model(sample):
         if not array.layers:
             apart[array.path] = values
             continue
-        for entry, layer in enumerate(array.layers):
+        for layer in array.layers:
             path = ("decoder", modules[layer], *array.parameter.name.split("."))
-            apart[path] = values.take(entry, axis=array.axes.index("L"))
+            entry = array.entry(layer)
+            apart[path] = values[tuple(entry.get(axis, slice(None)) for axis in array.axes)]
     layout = detect_layout({p: a.shape for p, a in apart.items()}, [sample.layout.block])
     assert layout.kinds == sample.layout.kinds
     dtypes = {".".join(p): str(a.dtype) for p, a in apart.items()}

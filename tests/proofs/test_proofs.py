@@ -130,6 +130,24 @@ def test_a_record_outlives_comments_docstrings_and_what_it_does_not_need(checkou
     assert CLAIM.digest(Tree(checkout)) == before
 
 
+@pytest.mark.parametrize("page", ["one", "two"])
+def test_modules_that_a_package_finds_by_itself_are_needed(checkout, page):
+    pages = checkout / "moeconv" / "pages"
+    pages.mkdir()
+    (pages / "__init__.py").write_text(
+        "import importlib, pkgutil\n"
+        "ALL = [importlib.import_module(f'{__name__}.{m.name}') for m in "
+        "pkgutil.iter_modules(__path__)]\n"
+    )
+    for name in ("one", "two"):
+        (pages / f"{name}.py").write_text("")
+    with (checkout / "moeconv" / "core.py").open("a") as file:
+        file.write("from moeconv.pages import ALL\n")
+    before = CLAIM.digest(Tree(checkout))
+    (pages / f"{page}.py").write_text("changed = 1\n")
+    assert CLAIM.digest(Tree(checkout)) != before
+
+
 def test_what_type_checkers_alone_import_is_not_needed(checkout):
     with (checkout / "moeconv" / "core.py").open("a") as file:
         file.write(

@@ -51,7 +51,7 @@ class PrepareOptions(StoryOptions):
 
 
 class SourceFile(Record):
-    """A file that was read, with what tells it from any other content."""
+    """A file that was read, with what distinguishes it from any other content."""
 
     path: str
     size: int | None

@@ -19,7 +19,7 @@ from moeconv_train.data.records import parse
 
 from moeconv.errors import UnsupportedError, UsageError
 
-# What MaxText must be told for the rows to be those that were counted. Grain's workers would each
+# What MaxText must be set to for the rows to be those that were counted. Grain's workers would each
 # make batches of their own.
 _MUST = {
     "packing": False,
@@ -70,7 +70,7 @@ def packed_stage(
     dataset: Any,
     config: Any,
     data_columns: Sequence[str],
-    tokenize: bool,  # told by `_MUST`
+    tokenize: bool,  # set by `_MUST`
     grain_worker_count: int,
     grain_per_worker_buffer_size: int,
 ) -> Any:

@@ -50,7 +50,7 @@ def prepare_dataset(
         name: A file or folder, or else the id of a dataset on the Hub.
         out: Becomes the dataset's directory.
         options: How.
-        progress: Is told how far it is, in a sentence, after each chunk.
+        progress: Is called with the progress, as a sentence, after each chunk.
         note: Takes sentences for people.
         quiet: Without the progress bars of downloads.
 

@@ -168,7 +168,7 @@ def names_a_file(name: str) -> bool:
 
 
 def split_of(name: str) -> str:
-    """The split that a file's name tells, as the Hub does it: a word of its path, or train."""
+    """The split that a file's name shows, by the Hub's rule: a word of its path, or train."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), TRAIN)
 
@@ -189,7 +189,7 @@ def _described(place: Path, name: str, split: Split) -> SourceFile:
 
 
 def format_of(name: str) -> str | None:
-    """The format that a file's name tells, compressed or not."""
+    """The format that a file's name shows, compressed or not."""
     path = Path(name.lower())
     if path.suffix not in _COMPRESSIONS:
         return _FORMATS.get(path.suffix)
@@ -198,7 +198,7 @@ def format_of(name: str) -> str | None:
 
 
 def _read_texts(stream: BinaryIO, name: str, column: str, separator: str) -> Iterator[str | None]:
-    """The texts of a file, whose name tells the format, in order; None where there is none.
+    """The texts of a file, whose name shows the format, in order; None where there is none.
 
     Raises:
         UsageError: It cannot be read, or has no texts under that column.

@@ -1,1 +1,1 @@
-"""What a run tells: metrics, progress, Weights & Biases, the log file, plots."""
+"""What a run reports: metrics, progress, Weights & Biases, the log file, plots."""

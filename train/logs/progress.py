@@ -68,7 +68,7 @@ class Progress:
         self.note(f"step {line.step:,}: validation loss {line.loss:.4f}{took}")
 
     def note(self, text: str) -> None:
-        """A line; whoever listened may be gone (`moeconv train 2>&1 | head`), no reason to fail."""
+        """A line; the reader may be gone (`moeconv train 2>&1 | head`), no reason to fail."""
         if self.stream is None:
             return
         try:

@@ -24,12 +24,14 @@ _RENAMED = {"torch_dtype", "dtype", "transformers_version", "architectures", "ro
 def as_transformers_4(config: Config) -> dict[str, Any]:
     """What releases before 5 take from a config.json, and mlx-lm and llama.cpp like them.
 
-    `rope_theta` and `rope_scaling` at the top level (models/*/configuration_*.py and
-    modeling_rope_utils.py `_compute_*` of 4.x), the dtype as `torch_dtype`
-    (configuration_utils.py).
+    `rope_theta`, `rope_scaling` and `partial_rotary_factor` at the top level
+    (models/*/configuration_*.py and modeling_rope_utils.py `_compute_*` of 4.x), the dtype as
+    `torch_dtype` (configuration_utils.py).
     """
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
+    if "partial_rotary_factor" in config:
+        scaling["partial_rotary_factor"] = config["partial_rotary_factor"]
     return {
         "rope": {"rope_type": kind, "rope_theta": config.get("rope_theta"), **scaling},
         "dtype": config.get("torch_dtype"),
@@ -52,7 +54,7 @@ def check_config_readers(candidate: Candidate) -> Check:
     """The rules of 4.x and 5.x, and the installed release itself, read the same model.
 
     The release is only asked of a config.json that check `config` finds right: of another one it
-    would build whatever that asks for.
+    would build whatever that asks for. 4.x is not asked of an architecture that it does not have.
     """
     config = candidate.config
     for key in ("rope_scaling", "rope_parameters"):
@@ -61,12 +63,13 @@ def check_config_readers(candidate: Candidate) -> Check:
             summary = f"{key} of config.json is {value!r}, not an object"
             return _OF.failed("readers", summary)
     four, five = as_transformers_4(config), as_transformers_5(config)
+    both = int(candidate.family.since.partition(".")[0]) < 5
     wrong = [
         f"{key}: {four[key]} by the rules of transformers 4, {five[key]} by those of 5"
         for key in four
-        if four[key] != five[key]
+        if both and four[key] != five[key]
     ]
-    asked = "the rules of transformers 4 and 5"
+    asked = f"the rules of transformers {'4 and 5' if both else '5'}"
     if not wrong and not candidate.wrong_keys and importlib.util.find_spec("transformers"):
         what = f"transformers cannot read config.json of {candidate.out}"
         with blaming(what, check="readers"), quiet():
@@ -87,6 +90,8 @@ def _installed(candidate: Candidate) -> tuple[str, dict[str, Any]]:
     import transformers
 
     read = load_config(candidate.out)
+    if getattr(read, "is_heterogeneous", False):  # of the layers that have no sizes of their own
+        read.allow_global_per_layer_attribute_access = True
     names = [k for k in candidate.config if k not in _RENAMED and hasattr(read, k)]
     own = {k: getattr(read, k) for k in names}
     return transformers.__version__, own

@@ -13,7 +13,7 @@ import numpy as np
 from moeconv.errors import OutputError
 from moeconv.tensor.axes import Array
 from moeconv.verification.levels.lockstep import Hidden, Models
-from moeconv.verification.measure.metrics import Positions, compare_logits, join
+from moeconv.verification.measure.metrics import Positions, compare_logits, compare_pairs, join
 from moeconv.verification.models.run_layers import BLOCK, blocks
 
 
@@ -90,15 +90,17 @@ def _compare(
                 parts.append(compare_logits(right, other, next_ones))
             rounding = join(parts).demand_finite(f"logits of {models.name}, rounded,")
             models.rounded.release()
-        found, against_stock, head = [], [], []
+        kinds: tuple[list[Positions], ...] = ([], [], [])
+        found, against_stock, head = kinds
         plain_blocks = iter(plain) if stock else None
         for block, right, next_ones in zip(blocks(hidden.converted), exact, wanted, strict=True):
             got = models.converted.logits(models.converted.norm(block), "stock")[0]
-            found.append(compare_logits(right, got, next_ones))
+            each, pairs = [right, got], [(0, 1)]
             if plain_blocks is not None:
-                rounded_head = next(plain_blocks)
-                against_stock.append(compare_logits(rounded_head, got, next_ones))
-                head.append(compare_logits(rounded_head, right, next_ones))
+                each, pairs = [*each, next(plain_blocks)], [*pairs, (2, 1), (2, 0)]
+            compared = compare_pairs(each, pairs, next_ones)
+            for kept, part in zip(kinds, compared, strict=False):
+                kept.append(part)
         models.converted.release()
     return (
         join(found),

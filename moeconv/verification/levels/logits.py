@@ -22,7 +22,13 @@ from moeconv.verification.levels.greedy import greedy_check
 from moeconv.verification.levels.parity import Parity, compare_routers, parity_checks
 from moeconv.verification.levels.reference import Reference
 from moeconv.verification.measure.limits import LOGITS
-from moeconv.verification.measure.metrics import Positions, compare_logits, demand_finite, join
+from moeconv.verification.measure.metrics import (
+    Positions,
+    compare_logits,
+    compare_pairs,
+    demand_finite,
+    join,
+)
 from moeconv.verification.measure.tokens import Rows
 from moeconv.verification.models.layerwise import LayerwiseModel
 from moeconv.verification.models.maxtext import MaxTextModel
@@ -98,14 +104,16 @@ def run_level(run: Verification) -> list[Check]:
 
 
 def _compare(candidate: Candidate, rows: Rows, computed: _Computed, converted: HfModel) -> Parity:
-    unrounded, stock, head, routers = [], [], [], []
+    kinds: tuple[list[Positions], ...] = ([], [], [])
+    (unrounded, stock, head), routers = kinds, []
     for row, targets in enumerate(rows.targets):
         logits, seen = converted.run(rows.tokens[row : row + 1])
         routers.append(seen)
-        unrounded.append(compare_logits(computed.logits[row], logits, targets))
+        each, pairs = [computed.logits[row], logits], [(0, 1)]
         if computed.stock is not None:
-            stock.append(compare_logits(computed.stock[row], logits, targets))
-            head.append(compare_logits(computed.stock[row], computed.logits[row], targets))
+            each, pairs = [*each, computed.stock[row]], [*pairs, (2, 1), (2, 0)]
+        for parts, part in zip(kinds, compare_pairs(each, pairs, targets), strict=False):
+            parts.append(part)
     routing, baseline = compare_routers(
         candidate.choice, rows, computed.routers, _joined(routers), computed.rounded_routers
     )

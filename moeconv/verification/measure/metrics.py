@@ -4,7 +4,7 @@ Logits of the reference that are NaN or infinite say nothing of the other model:
 the candidate are a difference like any other, an infinite one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -117,18 +117,50 @@ def compare_logits(
         UsageError: The shapes differ, or are empty.
         TensorError: A logit of the reference is NaN or infinite.
     """
-    if reference.shape != candidate.shape or reference.ndim < 1 or not reference.size:
-        raise UsageError(
-            "Only logits of one shape can be compared, "
-            f"not {list(reference.shape)} with {list(candidate.shape)}."
-        )
-    vocabulary = reference.shape[-1]
-    left, right = reference.reshape(-1, vocabulary), candidate.reshape(-1, vocabulary)
-    wanted = np.full(len(left), -1) if targets is None else np.asarray(targets).reshape(-1)
-    rows = max(1, _BLOCK // vocabulary)
-    blocks = [slice(i, i + rows) for i in range(0, len(left), rows)]
+    return compare_pairs([reference, candidate], [(0, 1)], targets, jobs=jobs)[0]
+
+
+def compare_pairs(
+    logits: Sequence[Array],
+    pairs: Sequence[tuple[int, int]],
+    targets: Array | None = None,
+    *,
+    jobs: int = 2,
+) -> list[Positions]:
+    """Compares several logits [..., V] of the same positions, each of which is worked on once.
+
+    Args:
+        logits: Of each model.
+        pairs: Which are compared: the one that is right, and the other.
+        targets: As for `compare_logits`.
+        jobs: Likewise.
+
+    Raises:
+        UsageError: The shapes differ, or are empty.
+        TensorError: A logit of one that is right is NaN or infinite.
+    """
+    shape = logits[0].shape
+    for other in logits:
+        if shape != other.shape or len(shape) < 1 or not other.size:
+            raise UsageError(
+                "Only logits of one shape can be compared, "
+                f"not {list(shape)} with {list(other.shape)}."
+            )
+    flat = [one.reshape(-1, shape[-1]) for one in logits]
+    count, right = len(flat[0]), {one for one, _ in pairs}
+    wanted = np.full(count, -1) if targets is None else np.asarray(targets).reshape(-1)
+    rows = max(1, _BLOCK // shape[-1])
+
+    def block(start: int) -> list[Positions]:
+        part = slice(start, start + rows)
+        for one in right:
+            demand_finite(flat[one][part], "the reference's logits")
+        sides = [_Side.of(values[part]) for values in flat]
+        return [_compare(sides[one], sides[other], wanted[part]) for one, other in pairs]
+
     with ThreadPoolExecutor(jobs) as pool:
-        return join(pool.map(lambda s: _block(left[s], right[s], wanted[s]), blocks))
+        found = list(pool.map(block, range(0, count, rows)))
+    return [join(parts) for parts in zip(*found, strict=True)]
 
 
 def demand_finite(values: Array, who: str) -> None:
@@ -149,45 +181,73 @@ def _not_finite(who: str, lost: int, count: int) -> TensorError:
     )
 
 
-def _block(reference: Array, candidate: Array, targets: Array) -> Positions:
-    demand_finite(reference, "the reference's logits")
-    lost = ~np.isfinite(candidate).all(axis=-1)
-    left, right = reference.astype(np.float64), candidate.astype(np.float64)
+@dataclass(frozen=True)
+class _Side:
+    """One model's logits of a block of N positions, and what follows from them alone.
+
+    Attributes:
+        given: [N, V] as they are.
+        logits: [N, V] in float64; those of lost positions are 0.
+        lost: [N] True where one of them is NaN or infinite.
+        log: [N, V] logarithms of the probabilities.
+        weights: [N, V] the probabilities times `total`.
+        total: [N].
+        best: [N] the likeliest token.
+        likeliest: [N, T] the likeliest ones, in any order.
+    """
+
+    given: Array
+    logits: Array
+    lost: Array
+    log: Array
+    weights: Array
+    total: Array
+    best: Array
+    likeliest: Array
+
+    @classmethod
+    def of(cls, values: Array) -> "_Side":
+        """Of logits [N, V]."""
+        given, lost = values, ~np.isfinite(values).all(axis=-1)
+        if lost.any():
+            values = np.where(lost[:, None], 0, given)
+        logits = values.astype(np.float64)
+        shifted = logits - logits.max(axis=-1, keepdims=True)
+        weights = np.exp(shifted)
+        total = weights.sum(axis=-1)
+        shifted -= np.log(total)[:, None]
+        top = min(_TOP, logits.shape[-1])
+        likeliest = np.argpartition(values, -top, axis=-1)[:, -top:]
+        best = values.argmax(axis=-1)
+        return cls(given, logits, lost, shifted, weights, total, best, likeliest)
+
+
+def _compare(reference: _Side, candidate: _Side, targets: Array) -> Positions:
+    left, right, lost = reference.logits, candidate.logits, candidate.lost
     sampled = np.random.default_rng(0).integers(0, left.shape[-1], (len(left), _SAMPLED))
-    sample = [np.take_along_axis(logits, sampled, axis=-1) for logits in (left, right)]
-    right[lost] = 0.0  # the figures of these rows are set below
-    absolute = np.abs(right - left)
-    log_left, log_right = _log_softmax(left), _log_softmax(right)
-    kl = (np.exp(log_left) * (log_left - log_right)).sum(axis=-1)
-    top = min(_TOP, left.shape[-1])
-    likeliest = [_likeliest(logits, top) for logits in (left, right)]
-    shared = (likeliest[0][:, :, None] == likeliest[1][:, None, :]).any(axis=-1).mean(axis=-1)
-    best = np.take_along_axis(left, likeliest[0], axis=-1)
+    sample = [np.take_along_axis(one.given, sampled, axis=-1) for one in (reference, candidate)]
+    apart = reference.log - candidate.log
+    apart *= reference.weights
+    kl = apart.sum(axis=-1) / reference.total
+    absolute = np.abs(np.subtract(right, left, out=apart), out=apart)
+    both = reference.likeliest[:, :, None] == candidate.likeliest[:, None, :]
+    top = reference.likeliest.shape[-1]
+    best = np.take_along_axis(left, reference.likeliest, axis=-1)
     best.sort(axis=-1)
     rows = np.arange(len(left))
     known = np.where(targets >= 0, targets, 0)
-    nll = -log_right[rows, known]
+    nll = -candidate.log[rows, known]
     return Positions(
         # Rounding can leave a divergence of 0 slightly negative.
         kl=np.where(lost, np.inf, np.maximum(kl, 0.0)),
         max_abs=np.where(lost, np.inf, absolute.max(axis=-1)),
         mean_abs=np.where(lost, np.inf, absolute.mean(axis=-1)),
-        top1=~lost & (left.argmax(axis=-1) == right.argmax(axis=-1)),
-        top5=np.where(lost, 0.0, shared),
+        top1=~lost & (reference.best == candidate.best),
+        top5=np.where(lost, 0.0, both.any(axis=-1).mean(axis=-1)),
         margin=best[:, -1] - best[:, -2] if top > 1 else np.full(len(left), np.inf),
         largest=np.abs(left).max(axis=-1),
         variance=left.var(axis=-1),
-        nll_reference=np.where(targets >= 0, -log_left[rows, known], np.nan),
+        nll_reference=np.where(targets >= 0, -reference.log[rows, known], np.nan),
         nll_candidate=np.where(targets >= 0, np.where(lost, np.inf, nll), np.nan),
         sample=np.stack(sample, axis=-1).astype(np.float32),
     )
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
-
-
-def _likeliest(logits: Array, top: int) -> Array:
-    return np.argpartition(-logits, top - 1, axis=-1)[:, :top]

@@ -8,27 +8,34 @@ import contextlib
 import gc
 import importlib.metadata
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from moeconv.arch.blocks import Taps
 from moeconv.arch.layout import Layout
-from moeconv.arch.parameters import LayerKind
 from moeconv.arch.stacks import CYCLED
 from moeconv.errors import MissingPackageError, TensorError, UnsupportedError, to_install
 from moeconv.tensor.axes import Array
+from moeconv.verification.models.expert_groups import Groups
 from moeconv.verification.models.layerwise import LayerTrace
 from moeconv.verification.models.maxtext import abstract_model, dotted, running, zeros
 from moeconv.verification.models.maxtext_config import build_config, quiet
+from moeconv.verification.models.maxtext_experts import GroupedLayer, expert_parameters
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
+from moeconv.verification.models.maxtext_taps import MODE, positions, traced_layer
 
-# Gives a parameter by its logical name (arch/parameters.py) and layer, as float32.
-ReadParameter = Callable[[str, int | None], Array]
 
-_MODE = "train"  # maxtext.common.common_types.MODEL_MODE_TRAIN
+class ReadParameter(Protocol):
+    """Gives a parameter by its logical name (arch/parameters.py) and layer, as float32."""
+
+    def __call__(self, parameter: str, layer: int | None, experts: slice | None = None, /) -> Array:
+        """The parameter on its own axes; with `experts` only these entries of its axis `E`."""
+        ...
+
+
 # Rows of a tied head's table taken together: at a width of 768 50 MB.
 _HEAD_ROWS = 1 << 14
 
@@ -64,7 +71,7 @@ class MaxTextLayers:
             self.config = build_config({**config, "scan_layers": False}, dtype)
             self._mesh, graph, abstract = abstract_model(self.config)
             self._model = nnx.merge(graph, abstract)
-        self._read, self._taps, self._kinds = read, layout.block.taps, layout.kinds
+        self._read, self._block, self._kinds = read, layout.block, layout.kinds
         unscanned = next(way for way in layout.block.stackings if not way.scanned)
         self._names = unscanned.modules(layout.kinds)
         # What a layer in a repeated block is hangs on its place in the block.
@@ -86,7 +93,7 @@ class MaxTextLayers:
 
         def embed(model: Any, ids: Any) -> Any:
             decoder = model.decoder
-            return decoder._apply_embedding(model.token_embedder, ids, _positions(ids), True, _MODE)
+            return decoder._apply_embedding(model.token_embedder, ids, positions(ids), True, MODE)
 
         return self._outer("embed", embed, jnp.asarray(tokens, jnp.int32))
 
@@ -104,7 +111,7 @@ class MaxTextLayers:
             return self._outer(
                 "logits",
                 lambda model, h: model.decoder.apply_output_head(
-                    model.token_embedder, h, True, _MODE, normalize_y=False
+                    model.token_embedder, h, True, MODE, normalize_y=False
                 ),
                 normed,
             )
@@ -119,7 +126,7 @@ class MaxTextLayers:
             # The form in which Linen modules share a table (nnx_decoders.py `apply_output_head`).
             shared = SimpleNamespace(variables={"params": {"embedding": table}})
             with unrounded_head() if head == "unrounded" else contextlib.nullcontext():
-                return model.decoder.apply_output_head(shared, h, True, _MODE, normalize_y=False)
+                return model.decoder.apply_output_head(shared, h, True, MODE, normalize_y=False)
 
         result = np.empty((*normed.shape[:-1], vocabulary), np.float32)
         for begin in range(0, vocabulary, rows):
@@ -139,13 +146,28 @@ class MaxTextLayers:
         from flax import nnx
 
         graph, abstract = nnx.split(getattr(self._model.decoder, self._names[number % self._cycle]))
-        state = self._fill(abstract, lambda name: self._read(name, number))
+        names = expert_parameters(self._block, self._kinds[number])
+        experts, rest = nnx.split_state(abstract, lambda path, _: dotted(path) in names, ...)
+        groups = _groups(experts)
+        state = self._fill(rest if groups else abstract, lambda name: self._read(name, number))
         # Layers of one kind have equal graphs (which are not hashable): each kind compiles once.
         traced = next((f for seen, f in self._traced if seen == graph), None)
         if traced is None:
-            traced = jax.jit(_traced(graph, self._taps, self._kinds[number]))
+            args = self._block.taps, self._kinds[number]
+            if groups:
+                traced = GroupedLayer(graph, experts, *args, groups)
+            else:
+                traced = jax.jit(traced_layer(graph, *args))
             self._traced.append((graph, traced))
-        found = self._run(traced, state, jnp.asarray(hidden, self.config.dtype))
+        inputs = jnp.asarray(hidden, self.config.dtype)
+        if groups:
+
+            def read(part: slice) -> Any:
+                return self._fill(experts, lambda name: self._read(name, number, part), part)
+
+            found = traced(self._run, state, read, inputs)
+        else:
+            found = self._run(traced, state, inputs)
         jax.tree.map(lambda leaf: leaf.delete(), state)
         arrays = {name: np.asarray(value, np.float32) for name, value in found.items()}
         return LayerTrace(
@@ -172,17 +194,21 @@ class MaxTextLayers:
             )
         return np.asarray(self._run(self._jitted[name], state, argument), np.float32)
 
-    def _run(self, function: Any, state: Any, argument: Any) -> Any:
+    def _run(self, function: Any, *arguments: Any) -> Any:
         import jax
         from flax.core.spmd import logical_axis_rules
 
         rules = logical_axis_rules(self.config.logical_axis_rules)
         precision = jax.default_matmul_precision("highest")
         with running(), quiet(), precision, jax.set_mesh(self._mesh), rules:
-            return jax.block_until_ready(function(state, argument))
+            return jax.block_until_ready(function(*arguments))
 
-    def _fill(self, abstract: Any, read: Callable[[str], Array]) -> Any:
+    def _fill(
+        self, abstract: Any, read: Callable[[str], Array], experts: slice | None = None
+    ) -> Any:
         """A state with its parameters read; random streams, never drawn from, are 0.
+
+        With `experts` the first axis, which is theirs, has these only.
 
         What the block declares is a parameter, also where MaxText keeps it in a variable of another
         class (layers/moe.py `MoEBiasVar`).
@@ -197,64 +223,23 @@ class MaxTextLayers:
         filled = []
         for path, variable in nnx.to_flat_state(parameters):
             leaf, value = variable.get_value(), read(dotted(path))
-            if leaf.shape != value.shape:
+            wanted = leaf.shape
+            if experts is not None:
+                wanted = (len(range(wanted[0])[experts]), *wanted[1:])
+            if wanted != value.shape:
                 raise TensorError(
                     f"{dotted(path)} has shape {list(value.shape)} in the checkpoint, but MaxText "
-                    f"builds {list(leaf.shape)} from the run's config."
+                    f"builds {list(wanted)} from the run's config."
                 )
             filled.append((path, variable.replace(value=jax.device_put(value))))
         return nnx.merge_state(nnx.from_flat_state(filled), jax.tree.map(zeros, streams))
 
 
-def _positions(tokens: Any) -> Any:
-    import jax.numpy as jnp
+def _groups(experts: Any) -> Groups | None:
+    """Of the state of a layer's expert parameters, as shapes."""
+    import jax
 
-    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape[:2])
-
-
-class _Tap:
-    """Stands where a part of a layer stood and keeps what it returned."""
-
-    def __init__(self, part: Any, name: str, kept: dict[str, Any]) -> None:
-        self._part, self._name, self._kept = part, name, kept
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._part(*args, **kwargs)
-        self._kept[self._name] = result[0] if isinstance(result, tuple) else result
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._part, name)
-
-
-def _traced(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any], dict[str, Any]]:
-    """The function to jit: a layer with taps on attention, router and experts."""
-    import jax.numpy as jnp
-    from flax import nnx
-
-    mlp = taps.mlp[kind.mlp]
-    places = {"attention": taps.attention, "experts": mlp}
-    if kind.mlp == "moe":
-        places["router"] = f"{mlp}.{taps.router}"
-
-    def run(state: Any, hidden: Any) -> dict[str, Any]:
-        layer = nnx.merge(graph, state)
-        kept: dict[str, Any] = {}
-        owners = {name: _owner(layer, place) for name, place in places.items()}
-        for name, (owner, attribute) in owners.items():
-            # Past flax, which would take the tap for state of the model.
-            object.__setattr__(owner, attribute, _Tap(getattr(owner, attribute), name, kept))
-        segments = jnp.ones(hidden.shape[:2], jnp.int32)
-        result = layer(hidden, segments, _positions(hidden), True, _MODE)
-        kept["output"] = result[0] if isinstance(result, tuple) else result
-        return kept
-
-    return run
-
-
-def _owner(layer: Any, place: str) -> tuple[Any, str]:
-    """The module that has a submodule as an attribute, and the attribute."""
-    *above, attribute = place.split(".")
-    for name in above:
-        layer = getattr(layer, name)
-    return layer, attribute
+    shapes = [leaf.shape for leaf in jax.tree.leaves(experts)]
+    if not shapes:
+        return None
+    return Groups.of(shapes[0][0], sum(math.prod(shape) for shape in shapes))

@@ -165,7 +165,8 @@ def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
         keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
     shown = layout.block.shown.items()
     keys |= {key: model.layer_kinds[0].attention == attention for key, attention in shown}
-    keys |= {key: value(vars(model)) for key, value in layout.block.shapes.items()}
+    shaped = {key: value(vars(model)) for key, value in layout.block.shapes.items()}
+    keys |= {key: value for key, value in shaped.items() if value is not None}
     return {**keys, **layout.block.config(model, layout.cycle)}
 
 

@@ -45,9 +45,11 @@ def blocks(hidden: Array) -> list[Array]:
 def parameters_of(model: MaxTextModel, layout: Layout) -> ReadParameter:
     """Parameters of one layer out of a model that is whole in memory."""
 
-    def read(parameter: str, layer: int | None) -> Array:
+    def read(parameter: str, layer: int | None, experts: slice | None = None) -> Array:
         stored = layout.places[parameter, layer]
-        entry = stored.entry(layer)
+        entry: dict[str, int | slice] = {**stored.entry(layer)}
+        if experts is not None:
+            entry["E"] = experts
         box = tuple(entry.get(axis, slice(None)) for axis in stored.axes)
         return np.asarray(model.parameter(stored.name)[box])
 
@@ -57,9 +59,9 @@ def parameters_of(model: MaxTextModel, layout: Layout) -> ReadParameter:
 def moved(read: ReadParameter, layout: Layout, weights: Mapping[str, Rounding]) -> ReadParameter:
     """The same parameters, moved as much as the output rounds them."""
 
-    def read_moved(parameter: str, layer: int | None) -> Array:
+    def read_moved(parameter: str, layer: int | None, experts: slice | None = None) -> Array:
         name = layout.places[parameter, layer].name
-        value = read(parameter, layer)
+        value = read(parameter, layer, experts)
         return weights[name].move(value) if name in weights else value
 
     return read_moved

@@ -16,12 +16,13 @@ from types import TracebackType
 import numpy as np
 
 from moeconv.arch.layout import Layout, StoredParameter
-from moeconv.errors import OutputError, TensorError
+from moeconv.errors import OutputError, TensorError, UnsupportedError
 from moeconv.orbax.arrays import Arrays
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.tensor.stored import ArrayInfo
+from moeconv.verification.models import expert_groups
 
 Progress = Callable[[int], None]
 
@@ -44,7 +45,16 @@ class LayerReader:
             layout: Where it keeps its layers.
             scratch: Folder below which a scratch folder is made; the system's own by default.
             progress: Called with bytes of the checkpoint that were laid out.
+
+        Raises:
+            UnsupportedError: A parameter is stored quantised: a layer is run on numbers.
         """
+        for info in arrays.info.values():
+            if info.dtype not in DTYPES:
+                raise UnsupportedError(
+                    f"parameter {info.name} is stored as {info.dtype}, on which level layers runs "
+                    "nothing; give --level weights"
+                )
         self._arrays = arrays
         self._held = layout.places
         self._scratch = scratch
@@ -90,8 +100,13 @@ class LayerReader:
         for name in names:
             self._lay_out(name)
 
-    def __call__(self, parameter: str, layer: int | None) -> Array:
+    def __call__(self, parameter: str, layer: int | None, experts: slice | None = None) -> Array:
         """One parameter of one layer (None: of the model), in float32, on the parameter's axes.
+
+        Args:
+            parameter: Its logical name.
+            layer: Its layer.
+            experts: Only these entries of its axis `E`, which must be its first.
 
         Raises:
             TensorError: The checkpoint has no such parameter.
@@ -102,12 +117,15 @@ class LayerReader:
             where = "" if layer is None else f" of layer {layer}"
             raise TensorError(f"the checkpoint lacks {parameter}{where}") from None
         info, entry = self._arrays.info[stored.name], stored.entry(layer)
-        if self._spans_layers(stored, info):
+        if self._spans_more(stored, info):
             self.lay_out()
-            value = self._from_scratch(stored, info, entry)
+            value = self._from_scratch(stored, info, entry, experts)
         else:
+            boxes: dict[str, int | slice] = {**entry}
+            if experts is not None:
+                boxes["E"] = experts
             box = tuple(
-                entry[axis] if axis in entry else slice(0, n)
+                boxes.get(axis, slice(0, n))
                 for axis, n in zip(stored.axes, info.shape, strict=True)
             )
             value = self._arrays.reader(info.name).read(box)
@@ -115,11 +133,15 @@ class LayerReader:
 
     def _stacked(self) -> list[str]:
         found = {stored.name: stored for stored in self._held.values()}
-        return [n for n, s in found.items() if self._spans_layers(s, self._arrays.info[n])]
+        return [n for n, s in found.items() if self._spans_more(s, self._arrays.info[n])]
 
     @staticmethod
-    def _spans_layers(stored: StoredParameter, info: ArrayInfo) -> bool:
-        return any(info.chunk[stored.axes.index(axis)] > 1 for axis in stored.stacked)
+    def _spans_more(stored: StoredParameter, info: ArrayInfo) -> bool:
+        """True if a chunk holds more than is read at once: several layers, or many experts."""
+        if any(info.chunk[stored.axes.index(axis)] > 1 for axis in stored.stacked):
+            return True
+        large = math.prod(info.chunk) * 4 > expert_groups.EXPERT_BYTES
+        return large and "E" in stored.axes and info.chunk[stored.axes.index("E")] > 1
 
     def _axes(self, name: str) -> list[int]:
         """Positions of an array's stacked axes."""
@@ -152,7 +174,11 @@ class LayerReader:
         self._laid.add(name)
 
     def _from_scratch(
-        self, stored: StoredParameter, info: ArrayInfo, entry: Mapping[str, int]
+        self,
+        stored: StoredParameter,
+        info: ArrayInfo,
+        entry: Mapping[str, int],
+        experts: slice | None,
     ) -> Array:
         sizes = dict(zip(stored.axes, info.shape, strict=True))
         plain = tuple(size for axis, size in sizes.items() if axis not in entry)
@@ -160,9 +186,13 @@ class LayerReader:
         for axis in stored.stacked:
             number = number * sizes[axis] + entry[axis]
         count, dtype = math.prod(plain), DTYPES[info.dtype]
-        data = np.fromfile(
-            self._path(info.name), dtype, count, offset=number * count * dtype.itemsize
-        )
+        first = number * count
+        if experts is not None:
+            each = count // plain[0]
+            first += experts.start * each
+            plain = (experts.stop - experts.start, *plain[1:])
+            count = math.prod(plain)
+        data = np.fromfile(self._path(info.name), dtype, count, offset=first * dtype.itemsize)
         return data.reshape(plain)
 
 

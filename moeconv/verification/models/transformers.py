@@ -29,8 +29,16 @@ from moeconv.tensor.values import Cast
 from moeconv.verification.boundary import blaming
 from moeconv.verification.files import demand_loadable_files
 from moeconv.verification.measure.rounding import Rounding
+from moeconv.verification.models.expert_groups import Groups
 from moeconv.verification.models.layerwise import LayerTrace
 from moeconv.verification.models.maxtext_head import Head
+from moeconv.verification.models.transformers_experts import (
+    grouped_block,
+    grouped_experts,
+    groups_of,
+    slice_of,
+    with_experts,
+)
 from moeconv.verification.models.transformers_load import (
     build_empty,
     load_config,
@@ -39,7 +47,9 @@ from moeconv.verification.models.transformers_load import (
     quiet,
 )
 from moeconv.verification.models.transformers_parts import (
+    attention,
     feed_forward,
+    mlp_of,
     owner_of,
     part_at,
     probe_of,
@@ -48,6 +58,7 @@ from moeconv.verification.models.transformers_parts import (
     tap_router,
     to_numpy,
 )
+from moeconv.verification.models.transformers_tensors import ReadTensor, StoredTensors
 
 
 class HfModel:
@@ -164,9 +175,8 @@ class HfLayers:
             self._config = load_config(self._folder)
             self._meta = build_empty(self._config)
             self._probe = probe_of(self._config)
-            self._files = _tensor_files(self._folder)
+            self._stored = StoredTensors(self._folder, rounding)
         self._dtype = getattr(torch, dtype)
-        self._rounding = rounding
         self.num_layers: int = self._config.num_hidden_layers
         self._outer: Any = None
 
@@ -223,7 +233,7 @@ class HfLayers:
             stack.enter_context(self._running())
             model = self._single(number)
             layer = part_at(model, self._probe.layers)[0]
-            stack.enter_context(tap(part_at(layer, self._probe.attention), kept, "attention"))
+            stack.enter_context(tap(attention(layer, self._probe), kept, "attention"))
             stack.enter_context(tap(feed_forward(layer, self._probe), kept, "experts"))
             stack.enter_context(tap(layer, kept, "output"))
             stack.enter_context(tap_router(layer, self._probe, kept, "router"))
@@ -246,14 +256,12 @@ class HfLayers:
         """The model of no layers."""
         if self._outer is None:
             config = self._cut(slice(0, 0))
-            names = {n: n for n in self._files if not n.startswith(f"{self._probe.layers}.")}
-            self._outer = self._build(config, self._tensors(names))
+            names = {n: n for n in self._stored if not n.startswith(f"{self._probe.layers}.")}
+            self._outer = self._build(config, _whole(self._stored.readers(names)))
         return self._outer
 
     def _single(self, number: int) -> Any:
         """The model whose only layer is layer `number`."""
-        import torch
-
         config, probe = self._cut(slice(number, number + 1)), self._probe
         config.vocab_size = 1
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
@@ -261,25 +269,53 @@ class HfLayers:
         wanted = type(feed_forward(whole, probe))
         probe.alone(config, number, router_of(whole, probe) is not None)
         prefix = f"{probe.layers}.{number}."
-        tensors = self._tensors(
-            {
-                name: f"{probe.layers}.0." + name.removeprefix(prefix)
-                for name in self._files
-                if name.startswith(prefix)
-            }
+        names = {
+            name: f"{probe.layers}.0." + name.removeprefix(prefix)
+            for name in self._stored
+            if name.startswith(prefix)
+        }
+        groups = groups_of(feed_forward(whole, probe))
+        model = (
+            self._filled(config, _whole(self._stored.readers(names)))
+            if groups is None
+            else self._in_groups(config, feed_forward(whole, probe), names, groups)
         )
-        width = self._config.hidden_size
-        tensors[f"{probe.embedding}.weight"] = torch.zeros(1, width)
-        tensors[f"{probe.norm}.weight"] = torch.ones(width)
-        if not config.tie_word_embeddings:
-            tensors[f"{probe.head}.weight"] = torch.zeros(1, width)
-        model = self._build(config, tensors)
         built = type(feed_forward(part_at(model, probe.layers)[0], probe))
         if built is not wanted:
             raise TensorError(
                 f"{self._folder / 'config.json'}: layer {number} alone is a {built.__name__}, "
                 f"within the model a {wanted.__name__}"
             )
+        return model
+
+    def _filled(self, config: Any, tensors: dict[str, Any]) -> Any:
+        """The model of one layer, which has no vocabulary."""
+        import torch
+
+        width, probe = self._config.hidden_size, self._probe
+        tensors[f"{probe.embedding}.weight"] = torch.zeros(1, width)
+        tensors[f"{probe.norm}.weight"] = torch.ones(width)
+        if not config.tie_word_embeddings:
+            tensors[f"{probe.head}.weight"] = torch.zeros(1, width)
+        return self._build(config, tensors)
+
+    def _in_groups(self, config: Any, whole: Any, names: Mapping[str, str], groups: Groups) -> Any:
+        """The same of a layer whose experts do not fit into memory."""
+        probe, few = self._probe, with_experts(config, groups.size)
+        part = feed_forward(part_at(build_empty(few), probe.layers)[0], probe)
+
+        def built(experts: slice) -> Any:
+            # Mapped anew for each group: what was read of the others stays in memory no longer.
+            return self._filled(few, slice_of(self._stored.readers(names), whole, part, experts))
+
+        def load(experts: slice) -> Any:
+            return feed_forward(part_at(built(experts), probe.layers)[0], probe).experts
+
+        model = built(next(iter(groups)))
+        owner, name = mlp_of(part_at(model, probe.layers)[0], probe)
+        experts, stored = grouped_experts(groups, load), self._stored.readers(names)
+        block = grouped_block(whole, getattr(owner, name), stored, experts)
+        setattr(owner, name, block)
         return model
 
     def _cut(self, layers: slice) -> Any:
@@ -293,20 +329,6 @@ class HfLayers:
         if (kinds := getattr(config, "layer_types", None)) is not None:
             config.layer_types = kinds[layers]
         return config
-
-    def _tensors(self, names: Mapping[str, str]) -> dict[str, Any]:
-        from safetensors import safe_open
-
-        found: dict[str, Any] = {}
-        for file in sorted({self._files[name] for name in names}):
-            with safe_open(file, "pt") as opened:
-                for name, new in names.items():
-                    if self._files[name] == file:
-                        tensor = opened.get_tensor(name)
-                        if self._rounding is not None:
-                            tensor = _moved(self._rounding, tensor)
-                        found[new] = tensor
-        return found
 
     def _build(self, config: Any, tensors: dict[str, Any]) -> Any:
         with quiet():
@@ -346,12 +368,6 @@ def _specs(folder: Path) -> list[TensorSpec]:
     return [spec for file in files for spec, _ in read_header(file).values()]
 
 
-def _moved(rounding: Rounding, tensor: Any) -> Any:
-    import torch
-
-    return torch.from_numpy(rounding.move(to_numpy(tensor))).to(tensor.dtype)
-
-
 def check_tokens(tokens: Array) -> Array:
     """Integer ids [B, T]."""
     tokens = np.asarray(tokens)
@@ -371,17 +387,8 @@ def hf_logits(
     return HfModel.load(model_dir, dtype=dtype, device=device).run(tokens)[0]
 
 
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    from safetensors import SafetensorError, safe_open
-
-    found = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as opened:
-                found.update(dict.fromkeys(opened.keys(), file))
-        except (SafetensorError, OSError) as error:
-            raise TensorError(f"{file} cannot be read: {error}") from None
-    return found
+def _whole(stored: Mapping[str, ReadTensor]) -> dict[str, Any]:
+    return {name: read(None) for name, read in stored.items()}
 
 
 def _check_whole(folder: Path, report: Mapping[str, Any]) -> None:

@@ -22,13 +22,34 @@ def feed_forward(layer: Any, probe: Probe) -> Any:
     Raises:
         AttributeError: It is nowhere that the probe says.
     """
-    found = (part_at(layer, name, None) for name in probe.mlp)
-    return next((part for part in found if part is not None), None) or part_at(layer, probe.mlp[0])
+    return _first_of(layer, probe.mlp)
+
+
+def attention(layer: Any, probe: Probe) -> Any:
+    """The attention of a layer.
+
+    Raises:
+        AttributeError: It is nowhere that the probe says.
+    """
+    return _first_of(layer, probe.attention)
+
+
+def _first_of(layer: Any, names: tuple[str, ...]) -> Any:
+    """The first part that a layer has."""
+    found = (part_at(layer, name, None) for name in names)
+    return next((part for part in found if part is not None), None) or part_at(layer, names[0])
+
+
+def mlp_of(layer: Any, probe: Probe) -> tuple[Any, str]:
+    """The module that has a layer's feed-forward half as an attribute, and the attribute."""
+    place = next(name for name in probe.mlp if part_at(layer, name, None) is not None)
+    return owner_of(layer, place)
 
 
 def router_of(layer: Any, probe: Probe) -> Any:
     """The router of a MoE layer; None in a dense one."""
-    return part_at(feed_forward(layer, probe), probe.router, None)
+    below = part_at(feed_forward(layer, probe), probe.router, None)
+    return part_at(layer, probe.router, None) if below is None else below
 
 
 def tap_router(

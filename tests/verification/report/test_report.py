@@ -22,7 +22,7 @@ from moeconv.verification.report.markdown import limits_table, to_markdown, verd
 from moeconv.verification.report.plots import PLOTS
 from moeconv.verification.report.report import Report
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STRUCTURE, WEIGHTS, LAYERS = map(CheckFactory, (Level.STRUCTURE, Level.WEIGHTS, Level.LAYERS))
 
 
