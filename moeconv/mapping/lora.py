@@ -294,7 +294,7 @@ def _merged(edge: Edge, part: Part, changes: Mapping[str, LowRank], scale: float
 
 
 def update(
-    change: LowRank, scale: float, read: Callable[[str], Array], take: Mapping[str, int]
+    change: LowRank, scale: float, read: Callable[[str], Array], take: Mapping[str, int | slice]
 ) -> Array:
     """What is added to a parameter, in float64: another way than that of `merged_edges`.
 
@@ -302,11 +302,12 @@ def update(
         change: Its two factors.
         scale: alpha / rank.
         read: Gives an array by its name.
-        take: The entry of each stacked axis; empty for all layers.
+        take: The entry, or the entries, taken of its axes; empty for all of it.
 
     Returns:
-        On the parameter's axes, less those of `take`.
+        On the parameter's axes, less those of which one entry is taken.
     """
+    alone = {axis for axis, entry in take.items() if isinstance(entry, int)}
     parameter = change.parameter
     sizes = {**dict(zip(parameter.axes, parameter.shape, strict=True)), RANK: change.rank}
     sides, names = [], []
@@ -314,8 +315,8 @@ def update(
         axes = flatten(side.axes)
         apart = read(side.array.name).astype(np.float64).reshape([sizes[axis] for axis in axes])
         sides.append(apart[tuple(take.get(axis, slice(None)) for axis in axes)])
-        names.append([axis for axis in axes if axis not in take])
-    left = [axis for axis in parameter.axes if axis not in take]
+        names.append([axis for axis in axes if axis not in alone])
+    left = [axis for axis in parameter.axes if axis not in alone]
     letters = {axis: chr(97 + n) for n, axis in enumerate(dict.fromkeys([*names[0], *names[1]]))}
     inner, outer, whole = ("".join(letters[axis] for axis in each) for each in (*names, left))
     return np.asarray(scale * np.einsum(f"{inner},{outer}->{whole}", *sides))

@@ -67,12 +67,12 @@ class MergedAdapter:
         """The tensors of the merged model, from those of its base."""
         return merged_edges(edges, self.changes(layout), self.scale)
 
-    def added(self, change: LowRank, take: Mapping[str, int]) -> Array:
+    def added(self, change: LowRank, take: Mapping[str, int | slice]) -> Array:
         """What is added to a parameter, in float64.
 
         Args:
             change: From `changes`.
-            take: The entry of each of its stacked axes; empty for all of it.
+            take: The entry, or the entries, taken of its axes; empty for all of it.
         """
         return update(change, self.scale, self._whole, take)
 

@@ -73,11 +73,14 @@ def merged(read: ReadParameter, layout: Layout, adapter: MergedAdapter | None) -
         return read
     changes = adapter.changes(layout)
 
-    def read_merged(parameter: str, layer: int | None) -> Array:
+    def read_merged(parameter: str, layer: int | None, experts: slice | None = None) -> Array:
         stored = layout.places[parameter, layer]
-        value = read(parameter, layer)
+        value = read(parameter, layer, experts)
         if (change := changes.get(stored.name)) is None:
             return value
-        return (value + adapter.added(change, stored.entry(layer))).astype(np.float32)
+        take: dict[str, int | slice] = {**stored.entry(layer)}
+        if experts is not None:
+            take["E"] = experts
+        return (value + adapter.added(change, take)).astype(np.float32)
 
     return read_merged
