@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from moeconv.api.arguments import Fields, StrPath, optional_path, pairs_of
 
 if TYPE_CHECKING:
+    from moeconv.maxtext.adapter import Adapter
     from moeconv.maxtext.checkpoint import Checkpoint
 
 
@@ -16,7 +17,7 @@ def open_checkpoint(
     config: StrPath | None = None,
     set: Fields = (),
     accept_keys: Sequence[str] = (),
-) -> "Checkpoint":
+) -> "Checkpoint | Adapter":
     """Opens a MaxText checkpoint and reads its metadata; no parameter is read.
 
     Args:
@@ -31,7 +32,8 @@ def open_checkpoint(
             the model.
 
     Returns:
-        The checkpoint. `print` shows it as `moeconv inspect` does, `as_dict()` is the same as data.
+        The checkpoint, or the LoRA adapter where it holds that alone. `print` shows it as `moeconv
+        inspect` does, `as_dict()` is the same as data.
 
     Raises:
         NotACheckpointError: There is no complete checkpoint.
@@ -40,9 +42,9 @@ def open_checkpoint(
         UnsupportedError: The decoder block or a dtype is not supported.
         StorageError: The store does not answer.
     """
-    from moeconv.maxtext import checkpoint
+    from moeconv.maxtext.adapter import open_any
 
-    return checkpoint.open_checkpoint(
+    return open_any(
         os.fspath(path_or_url),
         config=optional_path(config),
         sets=pairs_of(set),

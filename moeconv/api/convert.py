@@ -41,6 +41,9 @@ class PlanOptions(TypedDict, total=False):
     untie: bool
     tokenizer: StrPath | None
     allow_missing_chunks: bool
+    base: StrPath | None
+    base_model: str | None
+    merge_lora: StrPath | None
     jobs: int | None
     max_memory: Size
 
@@ -57,6 +60,9 @@ def plan(
     untie: bool = False,
     tokenizer: StrPath | None = None,
     allow_missing_chunks: bool = False,
+    base: StrPath | None = None,
+    base_model: str | None = None,
+    merge_lora: StrPath | None = None,
     jobs: int | None = None,
     max_memory: Size = "4GiB",
 ) -> "Plan":
@@ -75,6 +81,11 @@ def plan(
         tokenizer: A directory, a file of tiktoken ranks, or an id on the Hub; by default the one
             that the run's `moeconv_run.json` names.
         allow_missing_chunks: Read chunks that an old checkpoint does not store as zeros.
+        base: The checkpoint that the LoRA adapter in `src` was trained on; the adapter is converted
+            for PEFT then. It may be `src` itself.
+        base_model: What PEFT loads as the converted base: an id on the Hub, or a folder.
+        merge_lora: The checkpoint of a LoRA adapter that is merged into the model: alpha / rank
+            times the product of its factors is added to each weight, and rounded once.
         jobs: Chunks worked on at the same time, by default the number of processors; the bytes
             written do not depend on it.
         max_memory: Memory to stay within, in bytes or as `4GiB`.
@@ -106,6 +117,9 @@ def plan(
         untie=untie,
         tokenizer=tokenizer,
         allow_missing_chunks=allow_missing_chunks,
+        base=base,
+        base_model=base_model,
+        merge_lora=merge_lora,
         jobs=jobs,
         max_memory=max_memory,
     )
@@ -136,6 +150,8 @@ def _options(
     accept_keys: Sequence[str] = (),
     max_shard_size: Size = "5GB",
     tokenizer: StrPath | None = None,
+    base: StrPath | None = None,
+    merge_lora: StrPath | None = None,
     jobs: int | None = None,
     max_memory: Size = "4GiB",
     **more: Any,
@@ -148,6 +164,8 @@ def _options(
         accept=tuple(accept_keys),
         max_shard_bytes=parse_file_size(str(max_shard_size)),
         tokenizer=None if tokenizer is None else os.fspath(tokenizer),
+        base=None if base is None else os.fspath(base),
+        merge_lora=None if merge_lora is None else os.fspath(merge_lora),
         jobs=jobs_of(jobs),
         max_memory=size_of(max_memory),
         **more,

@@ -107,6 +107,15 @@ class ResolvedConfig(Mapping[str, ConfigEntry]):
         kept = {key: entry for key, entry in self._values.items() if not of(key)}
         return ResolvedConfig(kept, ignored=self.ignored, accepted=self.accepted)
 
+    def neutral(self, names: Collection[str]) -> "ResolvedConfig":
+        """This config with some settings at the value at which they change no model."""
+        found = {
+            name: replace(self[name], value=keys()[name].neutral[0])
+            for name in names
+            if name in self
+        }
+        return ResolvedConfig(self, found, ignored=self.ignored, accepted=self.accepted)
+
     def value(self, key: str, default: Any = None) -> Any:
         """The value of a key, or `default`."""
         return self._values[key].value if key in self._values else default

@@ -74,6 +74,25 @@ class FileRecord(_Frozen):
     sha256: str
 
 
+class AdapterRecord(_Frozen):
+    """A LoRA adapter: `scale · A·B` is added to a weight, where `scale` is alpha / rank.
+
+    With `merged` the output is the sum, computed in float64 and rounded once to the output's dtype,
+    and `checkpoint` is the adapter's; else the output is the adapter, and `checkpoint` the one that
+    it was trained on. `metadata` has the SHA-256 of that checkpoint's metadata files, `base_model`
+    how PEFT finds the converted base.
+    """
+
+    rank: int
+    alpha: float
+    alpha_source: str
+    scale: float
+    merged: bool
+    checkpoint: str
+    metadata: dict[str, str]
+    base_model: str | None = None
+
+
 class Manifest(_Frozen):
     """The file's schema.
 
@@ -82,13 +101,14 @@ class Manifest(_Frozen):
     it is the one that most of their bytes have. `run` is null where a run left no record of its
     training. `missing_chunks` has the places, in each array's grid, of the chunks that the
     checkpoint does not store and that were read as zeros, `accepted_keys` the settings that
-    `--accept-key` let pass; both are written only where there are any.
+    `--accept-key` let pass; both are written only where there are any. Of an adapter for PEFT
+    `model` describes the base.
     """
 
     format: Literal["moeconv"] = "moeconv"
     version: Literal[1, 2] = 2
     moeconv_version: str
-    kind: Literal["huggingface"] = "huggingface"
+    kind: Literal["huggingface", "peft"] = "huggingface"
     source: SourceRecord
     target: str
     architecture: str
@@ -106,10 +126,11 @@ class Manifest(_Frozen):
     run: RunRecord | None = None
     missing_chunks: dict[str, list[list[int]]] = {}
     accepted_keys: list[str] = []
+    adapter: AdapterRecord | None = None
 
     def to_json(self) -> bytes:
         """Content of the file; what no text may hold (of a path, say) stands as escapes."""
-        rare = ("missing_chunks", "accepted_keys")
+        rare = ("missing_chunks", "accepted_keys", "adapter")
         left_out = {name for name in rare if not getattr(self, name)}
         return to_json(_plain(self.model_dump(mode="json", exclude=left_out)))
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from moeconv.hf.tokenizer import TOKENIZER_FILES
 
 _CONFIGS = ("config.json", "generation_config.json", "model.safetensors.index.json")
+# Of an adapter for PEFT.
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 CARD_NAME = "README.md"
 LOSS_PLOT = "training_loss.png"
 # What people add.
@@ -37,7 +39,7 @@ def is_output_name(name: str) -> bool:
 
     A manifest that names anything else was not written by it.
     """
-    if name in _CONFIGS or name in TOKENIZER_FILES:
+    if name in (*_CONFIGS, *_ADAPTER) or name in TOKENIZER_FILES:
         return True
     weights = name.startswith("model") and name.endswith(".safetensors") and len(name) <= 255
     return weights and name.isascii() and name.replace("-", "").replace(".", "").isalnum()

@@ -67,6 +67,23 @@ if TYPE_CHECKING:
     help="A tokenizer directory, a sentencepiece model, tiktoken ranks, or a Hub id "
     "(with HF_TOKEN from the environment). Default: the one the run's moeconv_run.json names.",
 )
+@click.option(
+    "--base",
+    metavar="CKPT",
+    help="Convert the LoRA adapter in CKPT for PEFT; this is the MaxText checkpoint that it was "
+    "trained on, which may be the same.",
+)
+@click.option(
+    "--base-model",
+    metavar="PATH_OR_ID",
+    help="With --base: what PEFT loads as the converted base.",
+)
+@click.option(
+    "--merge-lora",
+    metavar="CKPT",
+    help="Merge the LoRA adapter in this checkpoint into the model: alpha / rank times the product "
+    "of its factors is added to each weight that it changes, and rounded once.",
+)
 @JOBS
 @click.option(
     "--max-memory",

@@ -6,7 +6,8 @@ from pathlib import Path
 from moeconv.artifact.destination import resolve_out
 from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
 from moeconv.conversion.contents import make_manifest, small_files
-from moeconv.conversion.prepare import ConvertOptions, Prepared, plan_conversion, reopen
+from moeconv.conversion.options import ConvertOptions, Prepared
+from moeconv.conversion.prepare import plan_conversion, reopen
 from moeconv.errors import (
     NotACheckpointError,
     OutputError,
@@ -44,7 +45,8 @@ def convert(
             `resume` goes on.
     """
     options = prepared.options
-    out = _place(out, prepared.source)
+    for read in prepared.read:
+        out = _place(out, read)
     staging = Staging(out, overwrite=options.overwrite, resume=options.resume)
     try:
         for text in staging.notes:
@@ -82,7 +84,7 @@ def _carry_out(
     prepared: Prepared, staging: Staging, progress: Progress, note: Callable[[str], None]
 ) -> Manifest:
     """Fills the staging folder; the manifest is written last."""
-    options, plan, source = prepared.options, prepared.plan, prepared.source
+    options, plan = prepared.options, prepared.plan
     staging.check_space(plan.estimate.disk_bytes)
     try:
         journal = Journal(
@@ -103,7 +105,7 @@ def _carry_out(
         note(f"resuming: {len(journal.done)} of {len(plan.units)} units are already written")
     engine = Engine(
         plan,
-        source.arrays,
+        prepared.arrays,
         staging.folder,
         jobs=plan.jobs,
         # What was set aside for the interpreter and is not used yet will be.
@@ -116,11 +118,11 @@ def _carry_out(
     try:
         result = engine.run()
     except (NotACheckpointError, TensorError):
-        source.unchanged.check()  # what is damaged now may be half of another save
+        prepared.demand_unchanged()  # what is damaged now may be half of another save
         raise
     finally:
         journal.close()
-    source.unchanged.check()
+    prepared.demand_unchanged()
     for text in result.warnings:
         note(f"warning: {text}")
     return _write_the_rest(prepared, staging, result)
@@ -131,11 +133,12 @@ def _identity(prepared: Prepared) -> str:
 
     It must not take over units that were let pass.
     """
-    options, source = prepared.options, prepared.source
+    options = prepared.options
     identity = prepared.plan.digest
     identity += f", NaN and Inf {'copied' if options.allow_nonfinite else 'refused'}"
-    if source.files is not None:
-        identity += f", files {source.files}"
+    for source in prepared.read:
+        if source.files is not None:
+            identity += f", files {source.files}"
     if prepared.plan.source.may_lack:
         identity += ", missing chunks read as zeros"
     return identity

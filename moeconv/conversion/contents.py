@@ -2,28 +2,36 @@
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from moeconv import __version__
 from moeconv.artifact.manifest import (
+    AdapterRecord,
     FieldRecord,
     FileRecord,
     FoldRecord,
     Manifest,
     SourceRecord,
 )
+from moeconv.conversion.adapter_files import adapter_files
 from moeconv.errors import ConfigError
 from moeconv.execution.engine import Result
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.hf.tokenizer import TokenizerFiles
+from moeconv.mapping.edges import Edge
+from moeconv.planning.adapter import PlannedAdapter
 from moeconv.planning.plan import Plan
 
 INDEX_NAME = "model.safetensors.index.json"
+_LORA = re.compile(r"lora_[AB]\.weight\Z")
 
 
 def small_files(plan: Plan, tokenizer: TokenizerFiles | None) -> dict[str, bytes]:
     """Every file but the tensors and the manifest, by name."""
+    if plan.adapter is not None and plan.adapter.targeted is not None:
+        return adapter_files(plan, plan.adapter, plan.adapter.targeted)
     files: dict[str, bytes] = dict(tokenizer.files) if tokenizer is not None else {}
     config = model_config(plan.page, plan.model, plan.main_dtype, plan.options)
     files["config.json"] = to_json(config)
@@ -102,6 +110,21 @@ def make_manifest(plan: Plan, result: Result, files: Mapping[str, bytes]) -> Man
         run=plan.run,
         missing_chunks={n: [list(p) for p in places] for n, places in result.missing.items()},
         accepted_keys=list(plan.accepted_keys),
+        adapter=_adapter(plan.adapter) if plan.adapter is not None else None,
+    )
+
+
+def _adapter(adapter: PlannedAdapter) -> AdapterRecord:
+    strength = adapter.strength
+    return AdapterRecord(
+        rank=strength.rank,
+        alpha=strength.alpha,
+        alpha_source=strength.source,
+        scale=strength.scale,
+        merged=adapter.merged,
+        checkpoint=adapter.other.path,
+        metadata=dict(adapter.other.metadata),
+        base_model=adapter.base_model,
     )
 
 
@@ -118,6 +141,7 @@ def demand_json(plan: Plan) -> None:
         "dropped": dict(plan.dropped),
         "warnings": list(plan.warnings),
         "run": plan.run and plan.run.model_dump(mode="json"),
+        "adapter": plan.adapter and _adapter(plan.adapter).model_dump(mode="json"),
     }
     for name, value in given.items():
         try:
@@ -143,11 +167,17 @@ def _folds(plan: Plan) -> list[FoldRecord]:
     return list(records.values())
 
 
+def _factor(edge: Edge) -> str:
+    """The end of the name of a tensor of an adapter; empty for one of a model."""
+    return match[0] if (match := _LORA.search(edge.target)) else ""
+
+
 def _rules(plan: Plan) -> list[str]:
     """The rules the plan used, one line each."""
-    used = {edge.rule: edge for edge in plan.edges.values()}
+    used = {(edge.rule, _factor(edge)): edge for edge in plan.edges.values()}
     lines = []
-    for number, edge in used.items():
+    for (number, factor), edge in used.items():
         rule, what = plan.page.rules[number], edge.describe()
-        lines.append(f"{' + '.join(rule.sources) or what} -> {rule.target}: {what}")
+        target = rule.target.removesuffix("weight") + factor if factor else rule.target
+        lines.append(f"{' + '.join(rule.sources) or what} -> {target}: {what}")
     return lines

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from moeconv.arch.description import ModelDescription, Origin, Provenance
+from moeconv.conversion.adapter import merge, plan_adapter
 from moeconv.conversion.contents import demand_json
+from moeconv.conversion.options import ConvertOptions, Prepared, planned_source
 from moeconv.errors import (
     TensorError,
     TokenizerError,
@@ -26,69 +28,12 @@ from moeconv.maxtext.checkpoint import (
     run_tokenizer,
 )
 from moeconv.maxtext.run_record import RunRecord, read_run
+from moeconv.maxtext.whole import Part
 from moeconv.orbax.inventory import fingerprints
 from moeconv.planning.output import safetensors_output
 from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
 from moeconv.sizes import HUB_FILE_LIMIT, format_size
 from moeconv.tensor.dtypes import DTYPES
-
-GB = 10**9
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """The options of `moeconv convert`; see the command's help.
-
-    Attributes:
-        config: MaxText YAML.
-        sets: `key=value` pairs.
-        accept: Settings of the config that no known MaxText has, and that decide nothing.
-        target: A family's name, or `auto`.
-        dtype: Output dtype, or `keep`.
-        max_shard_bytes: Largest safetensors file.
-        untie: Write an explicit output head.
-        tokenizer: Directory, tiktoken ranks file or Hub id.
-        jobs: Workers.
-        max_memory: Bytes the process may use.
-        overwrite: Replace a non-empty OUT.
-        resume: Go on with an interrupted conversion.
-        allow_nonfinite: Copy NaN and Inf instead of refusing them.
-        allow_missing_chunks: Read chunks that are not stored as zeros, where the checkpoint's
-            format leaves out chunks of zeros.
-    """
-
-    config: Path | None = None
-    sets: Sequence[str] = ()
-    accept: Sequence[str] = ()
-    target: str = "auto"
-    dtype: str = "keep"
-    max_shard_bytes: int = 5 * GB
-    untie: bool = False
-    tokenizer: str | None = None
-    jobs: int = 1
-    max_memory: int = 4 * GIB
-    overwrite: bool = False
-    resume: bool = False
-    allow_nonfinite: bool = False
-    allow_missing_chunks: bool = False
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A plan, and what it reads, opened.
-
-    Attributes:
-        plan: What to do.
-        source: The checkpoint.
-        tokenizer: Its tokenizer.
-        options: What is allowed while it is done.
-    """
-
-    plan: Plan
-    source: StoredCheckpoint
-    tokenizer: TokenizerFiles | None
-    options: ConvertOptions
 
 
 def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
@@ -103,12 +48,19 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         raise UsageError(f"--target {options.target} is none of auto, {', '.join(targets())}")
     if options.dtype != "keep" and options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
+    if options.base is not None and options.merge_lora is not None:
+        raise UsageError("--base converts an adapter alone, and --merge-lora merges it; give one")
+    if options.base is not None:
+        return plan_adapter(ckpt, options.base, options)
+    if options.base_model is not None:
+        raise UsageError("--base-model is of an adapter's conversion; give --base with it")
     checkpoint = open_checkpoint(
         ckpt,
         config=options.config,
         sets=options.sets,
         accept=options.accept,
         allow_missing_chunks=options.allow_missing_chunks,
+        beside_adapter=options.merge_lora is not None,
     )
     model = checkpoint.resolution.model()
     warnings = list(checkpoint.resolution.warnings)
@@ -132,6 +84,11 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     dtype = None if options.dtype == "keep" else options.dtype
     dtypes = {name: info.dtype for name, info in checkpoint.arrays.info.items()}
     edges = expand(page, model, checkpoint.layout, dtypes, dtype=dtype, options=choices)
+    source, merging = planned_source(checkpoint, checkpoint.layout), None
+    if options.merge_lora is not None:
+        merging = merge(options.merge_lora, checkpoint, edges, options)
+        edges, warnings = merging.edges, [*warnings, *merging.warnings]
+        source = replace(source, arrays={**source.arrays, **merging.adapter.arrays.info})
     warnings += page.caveats(model, choices)
     warnings += [f"{name} is left out: {why}" for name, why in checkpoint.dropped.items()]
     warnings += [
@@ -146,7 +103,8 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         options=choices,
         dtype=dtype,
         edges=edges,
-        source=_planned_source(checkpoint),
+        source=source,
+        adapter=merging and merging.planned,
         lay_out=safetensors_output,
         max_shard_bytes=options.max_shard_bytes,
         warnings=tuple(warnings),
@@ -159,7 +117,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     )
     _ = plan.memory_budget  # or it raises: the limit is too low
     demand_json(plan)
-    return Prepared(plan, checkpoint, tokenizer, options)
+    return Prepared(plan, checkpoint, tokenizer, options, merging.adapter if merging else None)
 
 
 def reopen(
@@ -185,13 +143,7 @@ def reopen(
         TensorError: It is not the one that was planned.
         TokenizerError: The tokenizer is not there, or not the one that was planned.
     """
-    planned = plan.source
-    stored = open_stored(checkpoint or planned.path, allow_missing_chunks=planned.may_lack)
-    found = (stored.metadata, stored.files, dict(stored.arrays.info))
-    if found != (dict(planned.metadata), planned.files, dict(planned.arrays)):
-        raise TensorError(
-            f"{stored.step.items} is not as it was when the plan was made; make the plan again"
-        )
+    stored, beside = _opened(plan, checkpoint)
     tokenizer = None
     if (wanted := plan.tokenizer) is not None:
         length = plan.model.max_position_embeddings
@@ -210,7 +162,33 @@ def reopen(
         stored,
         tokenizer,
         ConvertOptions(overwrite=overwrite, resume=resume, allow_nonfinite=allow_nonfinite),
+        beside,
     )
+
+
+def _opened(plan: Plan, checkpoint: str | None) -> tuple[StoredCheckpoint, StoredCheckpoint | None]:
+    """What a plan reads: its source, and the adapter that is merged into it.
+
+    Raises:
+        TensorError: One is not as it was.
+    """
+    adapter = plan.adapter
+    if adapter is None or not adapter.merged:
+        part: Part = "model" if adapter is None else "adapter"
+        return _as_planned(plan.source, part, checkpoint), None
+    own = {name: i for name, i in plan.source.arrays.items() if name not in adapter.other.arrays}
+    base = replace(plan.source, arrays=own)
+    return _as_planned(base, "model alone", checkpoint), _as_planned(adapter.other, "adapter")
+
+
+def _as_planned(planned: PlannedSource, part: Part, place: str | None = None) -> StoredCheckpoint:
+    stored = open_stored(place or planned.path, part=part, allow_missing_chunks=planned.may_lack)
+    found = (stored.metadata, stored.files, dict(stored.arrays.info))
+    if found != (dict(planned.metadata), planned.files, dict(planned.arrays)):
+        raise TensorError(
+            f"{stored.step.items} is not as it was when the plan was made; make the plan again"
+        )
+    return stored
 
 
 def _absolute(option: str | None) -> str | None:
@@ -222,22 +200,6 @@ def _absolute(option: str | None) -> str | None:
         if path.exists():
             return option.removesuffix(asked_set(option)[1]) + str(path.absolute())
     return option
-
-
-def _planned_source(checkpoint: Checkpoint) -> PlannedSource:
-    return PlannedSource(
-        kind="maxtext",
-        path=str(checkpoint.step.items),
-        step=checkpoint.step.number,
-        format=checkpoint.tree.describe(),
-        layout=checkpoint.layout.describe(),
-        scan_axis=checkpoint.layout.scan_axis,
-        metadata=checkpoint.metadata,
-        files=checkpoint.files,
-        may_lack=checkpoint.arrays.may_lack,
-        arrays=checkpoint.arrays.info,
-        collections={".".join(path): kind for path, kind in checkpoint.tree.collections.items()},
-    )
 
 
 def _tokenizer(

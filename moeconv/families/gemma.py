@@ -12,6 +12,7 @@ from moeconv.mapping.rules import Target, constant
 
 BLOCK = Block(
     name="gemma",
+    since="0.1.0",
     note="every layer is dense",
     layers={DENSE: gemma.PARAMETERS},
     targets=("gemma",),

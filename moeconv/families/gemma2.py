@@ -36,6 +36,7 @@ def _pairs(name: str, pattern: str, *, stacked: bool = False) -> Stacking:
 
 BLOCK = Block(
     name="gemma2",
+    since="0.1.0",
     note="every layer is dense, with norms before and behind attention and MLP; every other has a "
     "window",
     layers={LayerKind("four_norms dense"): (*gemma.PARAMETERS, *gemma.POST_NORMS)},

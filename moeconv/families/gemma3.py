@@ -51,6 +51,7 @@ def _local_theta(value: Any) -> float:
 
 BLOCK = Block(
     name="gemma3",
+    since="0.1.0",
     note="every layer is dense, with norms before and behind attention and MLP and of queries and "
     "keys; five of six have a window",
     layers={

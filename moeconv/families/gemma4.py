@@ -51,6 +51,7 @@ CAP = ConfigField(
 )
 BLOCK = Block(
     name="gemma4",
+    since="0.2.4",
     note="five layers with a window, then a global one of other sizes; all dense, or all with "
     "experts beside the MLP",
     layers=LAYERS,

@@ -36,6 +36,19 @@ DEEPSEEK4 = Refused(
     "DeepseekV4ForCausalLM",
     since="0.2.4",
 )
+GEMMA4_SMALL = Refused(
+    "gemma4_small",
+    "its layers have embeddings of their own and share keys and values (MaxText "
+    "models/gemma4_small.py), and moeconv has no page that holds them; "
+    "Gemma4ForCausalLM is the stock architecture that does",
+    since="0.2.3",
+)
+QWEN3_CUSTOM_MOE = Refused(
+    "qwen3_custom_moe",
+    "its attention gives the experts a vector narrower than the hidden state, without a residual of "
+    "its own (MaxText models/qwen3_custom.py), and no stock architecture does that",
+    since="0.2.2",
+)
 LEARN_TO_INIT = Refused(
     "llama2_learn_to_init",
     "it computes its weights from those of a teacher, and only MaxText 0.2.2 has it "

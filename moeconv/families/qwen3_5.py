@@ -11,4 +11,4 @@ from moeconv.arch.stacks import UNSCANNED
 from moeconv.families._qwen_hybrid import LAYERED
 from moeconv.families.qwen3_next import BLOCK as _NEXT
 
-BLOCK = replace(_NEXT, name="qwen3_5", stackings=(UNSCANNED, LAYERED))
+BLOCK = replace(_NEXT, name="qwen3_5", since="0.2.2", stackings=(UNSCANNED, LAYERED))

@@ -36,6 +36,7 @@ from moeconv.mapping.rules import ConfigKey, Options, Probe, Target, constant, f
 
 BLOCK = Block(
     name="qwen3_next",
+    since="0.2.0",
     note="every layer is a Mixture of Experts; linear attention, and gated attention in the last "
     "of each block",
     layers=LAYERS,

@@ -33,7 +33,7 @@ from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
-from moeconv.maxtext.whole import demand_whole, refuse_adapters, refuse_older, refuse_unclaimed
+from moeconv.maxtext.whole import Part, demand_whole, part_of, refuse_older, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Fingerprint, fingerprints, inventory, versions
 from moeconv.orbax.locate import METADATA, Step, locate, read_beside
@@ -60,6 +60,8 @@ _SETTINGS_OF = {
     "vision_encoder": ("use_multimodal", "vision_"),
     "audio_encoder": ("use_multimodal", "use_audio", "audio_"),
 }
+# Settings of LoRA, as one and as several (before `lora`).
+LORA = ("lora", "enable_lora", "lora_rank", "lora_alpha")
 # Why an array of `Tree.superseded` is left out.
 SUPERSEDED = (
     "a copy from before another collection has it; MaxText loads that one's "
@@ -171,6 +173,7 @@ def open_checkpoint(
     sets: Sequence[str] = (),
     accept: Sequence[str] = (),
     allow_missing_chunks: bool = False,
+    beside_adapter: bool = False,
 ) -> Checkpoint:
     """Opens CKPT and resolves what is known of its model.
 
@@ -180,6 +183,7 @@ def open_checkpoint(
         sets: `key=value` flags; win over both.
         accept: Settings of the config that no known MaxText has, and that decide nothing.
         allow_missing_chunks: Chunks that are not stored count as zeros, where zeros need not be.
+        beside_adapter: A LoRA adapter in it is left out, and settings of LoRA decide nothing.
 
     Raises:
         NotACheckpointError: There is no complete checkpoint.
@@ -187,7 +191,11 @@ def open_checkpoint(
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
-    stored = open_stored(spec, allow_missing_chunks=allow_missing_chunks)
+    stored = open_stored(
+        spec,
+        part="model alone" if beside_adapter else "model",
+        allow_missing_chunks=allow_missing_chunks,
+    )
     step, arrays, tree = stored.step, stored.arrays, stored.tree
     sidecar, unread = None, list(stored.notes)
     try:
@@ -210,6 +218,8 @@ def open_checkpoint(
         refuse_older(sidecar, layout.block)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
     deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
+    if beside_adapter:
+        deciding = deciding.neutral(LORA)
     resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
@@ -228,11 +238,18 @@ def open_checkpoint(
     )
 
 
-def open_stored(spec: str, *, allow_missing_chunks: bool = False) -> StoredCheckpoint:
+def open_stored(
+    spec: str, *, part: Part = "model", allow_missing_chunks: bool = False
+) -> StoredCheckpoint:
     """Opens a checkpoint without asking what model it is; see `open_checkpoint`.
 
+    Args:
+        spec: As there.
+        part: What of it: the model, alone in it or without a LoRA adapter; or that adapter.
+        allow_missing_chunks: As there.
+
     Raises:
-        NotACheckpointError: There is no complete checkpoint.
+        NotACheckpointError: There is no complete checkpoint, or no adapter where one is asked for.
         TensorError: Arrays are damaged.
         UnsupportedError: A dtype or compression is not supported.
     """
@@ -241,16 +258,16 @@ def open_stored(spec: str, *, allow_missing_chunks: bool = False) -> StoredCheck
     unchanged.watch(partial(_look, step))
     local = step.items.local
     files = _files_digest(inventory(local)) if local is not None else None
-    tree = read_tree(step.items)
-    refuse_adapters(step, tree)
-    refuse_unclaimed(step.items, tree, unused=UNUSED)
+    tree = part_of(step, read_tree(step.items), part)
+    if part != "adapter":
+        refuse_unclaimed(step.items, tree, unused=UNUSED)
     if local is None and not tree.use_ocdbt:
         name = "zarr.json" if tree.use_zarr3 else ".zarray"
         names = [f"{leaf.stored_name}/{name}" for leaf in tree.model]
         unchanged.watch(partial(versions, step.items, names))
     arrays = Arrays(step.items, tree, allow_missing=allow_missing_chunks)
     notes = demand_whole(step, arrays)
-    fused = take_apart(arrays)
+    fused = take_apart(arrays) if part != "adapter" else frozenset[str]()
     return StoredCheckpoint(step, tree, arrays, files, unchanged, tuple(notes), fused)
 
 

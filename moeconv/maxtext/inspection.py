@@ -26,6 +26,7 @@ def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:
         "what": facts_of(checkpoint).as_dict(),
         "kind": "train state" if checkpoint.tree.is_train_state else "parameters only",
         "left_alone": list(checkpoint.tree.others),
+        "adapter_matrices": checkpoint.tree.left_adapters,
         "format": checkpoint.tree.describe(),
         "layout": checkpoint.layout.describe(),
         "sidecar": sidecar.path if sidecar else None,
@@ -110,5 +111,10 @@ def parts(checkpoint: "Checkpoint") -> "Iterator[RenderableType]":
         yield "cannot be converted exactly: " + "; ".join(report["refusals"])
     if report["missing"]:
         yield missing_message(report["missing"])
-    if not report["refusals"] and not report["missing"]:
+    if count := report["adapter_matrices"]:
+        yield (
+            f"it holds a LoRA adapter as well ({count} matrices); for the merged model convert "
+            "with --merge-lora CKPT, for the adapter alone, for PEFT, with --base CKPT"
+        )
+    elif not report["refusals"] and not report["missing"]:
         yield "nothing is missing; convert with: moeconv convert CKPT OUT"

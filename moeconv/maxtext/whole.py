@@ -1,18 +1,23 @@
 """What is no model, or not all of one, is refused for what it is."""
 
 from collections.abc import Collection
+from dataclasses import replace
+from typing import Literal
 
 from moeconv.arch.blocks import Block, release
 from moeconv.arch.detection import may_hold
 from moeconv.arch.yaml_file import short
-from moeconv.errors import TensorError, UnsupportedError
+from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
 from moeconv.families import blocks
 from moeconv.maxtext.sidecar import FoundSidecar
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step
 from moeconv.orbax.metadata import Tree, outside
 from moeconv.orbax.store import Folder
-from moeconv.orbax.trees import PARAMS, UNTOLD
+from moeconv.orbax.trees import PARAMS, UNTOLD, is_adapter
+
+# What of a checkpoint is meant.
+Part = Literal["model", "model alone", "adapter"]
 
 
 def demand_whole(step: Step, arrays: Arrays) -> list[str]:
@@ -52,28 +57,37 @@ def demand_whole(step: Step, arrays: Arrays) -> list[str]:
     ]
 
 
-def refuse_adapters(step: Step, tree: Tree) -> None:
-    """Refuses a LoRA adapter, alone or in a model.
+def part_of(step: Step, tree: Tree, part: Part) -> Tree:
+    """A tree with the arrays of the model alone, or of the LoRA adapter alone.
 
     Raises:
-        UnsupportedError: There is one; says which, and what to do.
+        UnsupportedError: The model is asked for, and there is an adapter beside it, or only that;
+            says which, and what to do.
+        NotACheckpointError: The adapter is asked for, and there is none.
     """
-    count = len(tree.adapters)
-    if not count:
-        return
+    adapters, model = tree.adapters, tuple(m for m in tree.model if not is_adapter(m.path))
+    if part == "adapter":
+        if not adapters:
+            raise NotACheckpointError(
+                f"{step.items} holds no LoRA adapter (no …lora_a and …lora_b); give the checkpoint "
+                "that its training saved"
+            )
+        return replace(tree, model=adapters, superseded=())
+    if not adapters or (part == "model alone" and model):
+        return replace(tree, model=model)
     facts = [f"{key.removeprefix('lora_')} {step.lora[key]}"
             for key in ("lora_rank", "lora_alpha") if key in step.lora]  # fmt: skip
-    what = f"a LoRA adapter ({', '.join([*facts, f'{count} matrices'])})"
-    first = tree.adapters[0].stored_name
-    if count == len(tree.model):
+    what = f"a LoRA adapter ({', '.join([*facts, f'{len(adapters)} matrices'])})"
+    first = adapters[0].stored_name
+    if not model:
         raise UnsupportedError(
             f"{step.items} holds {what} and no model, as MaxText saves a LoRA training: {first}, "
-            "…; moeconv does not convert adapters. MaxText's to_huggingface writes one with "
-            "lora.lora_restore_path, and the merged model with load_parameters_path beside it"
+            "…; for PEFT, give the checkpoint that it was trained on with --base; for the merged "
+            "model, convert that one with --merge-lora and this"
         )
     raise UnsupportedError(
-        f"{step.items} holds a model and {what}: {first}, …; moeconv does not merge adapters, and "
-        "without it the model would be another. MaxText's to_huggingface merges them"
+        f"{step.items} holds a model and {what}: {first}, …; give this checkpoint with "
+        "--merge-lora for the merged model, or with --base for the adapter alone, for PEFT"
     )
 
 

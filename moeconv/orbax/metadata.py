@@ -49,6 +49,12 @@ class Tree:
         return tuple(leaf for leaf in self.model if is_adapter(leaf.path))
 
     @property
+    def left_adapters(self) -> int:
+        """How many such matrices are beside `model`, where it was chosen without them."""
+        found = [leaf for leaf in self.leaves if is_adapter(leaf) and not is_of_training(leaf)]
+        return len(found) - len(self.adapters)
+
+    @property
     def collections(self) -> dict[KeyPath, str]:
         """The collection of every array that is not among the parameters, by `Leaf.path`."""
         return {leaf.path: leaf.collection for leaf in self.model if leaf.collection != PARAMS}

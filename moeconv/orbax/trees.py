@@ -63,7 +63,8 @@ _ADAPTER = re.compile(r"(?:.*_)?lora_[ab](?:\..*)?\Z")
 
 def is_adapter(path: KeyPath) -> bool:
     """True for a matrix of a LoRA adapter."""
-    return any(_ADAPTER.match(key) for key in path[-2:])
+    keys = path[:-1] if path[-1] == "value" else path
+    return any(_ADAPTER.match(key) for key in keys[-2:])
 
 
 def root_of(leaves: Sequence[KeyPath]) -> KeyPath | None:

@@ -22,6 +22,7 @@ from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.mapping.edges import Edge
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.run_record import RunRecord
+from moeconv.planning.adapter import PlannedAdapter
 from moeconv.planning.estimate import Estimate
 from moeconv.planning.output import Output, model_order
 from moeconv.planning.shown import plan_parts
@@ -132,6 +133,8 @@ class Plan(Printable):
         tokenizer: What is written next to the tensors.
         run: The record of the source's training run.
         accepted_keys: Settings that `--accept-key` let pass.
+        adapter: The LoRA adapter that is converted, of which `model` is the base, or that is merged
+            into `model`.
         jobs: Units worked on at the same time, unless `convert` says otherwise.
         max_memory: Bytes of memory to stay within, unless `convert` says otherwise.
     """
@@ -152,6 +155,7 @@ class Plan(Printable):
     tokenizer: PlannedTokenizer | None = None
     run: RunRecord | None = None
     accepted_keys: tuple[str, ...] = ()
+    adapter: PlannedAdapter | None = None
     jobs: int = 1
     max_memory: int = 4 << 30
 
@@ -198,6 +202,9 @@ class Plan(Printable):
             "tensors": [[e.target, list(e.sources), e.steps()] for e in self.edges.values()],
             "units": [[u.array.name, u.box] for u in self.units],
         }
+        if self.adapter is not None:
+            strength, other = self.adapter.strength, self.adapter.other
+            content["adapter"] = [strength.alpha, self.adapter.base_model, other.identity]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property

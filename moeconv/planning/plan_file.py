@@ -6,7 +6,7 @@ wrote by other rules, is refused, and never half believed.
 """
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,14 +14,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moeconv import __version__
-from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import Layout
 from moeconv.errors import ConfigError, MoeconvError, OutputError
 from moeconv.families import blocks, targets
-from moeconv.mapping.edges import expand
-from moeconv.mapping.rules import Options
+from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.lora import merged_edges, peft_edges, targeted
+from moeconv.mapping.rules import Options, Target
+from moeconv.maxtext.lora import Strength
 from moeconv.maxtext.run_record import RunRecord
+from moeconv.planning.adapter import PlannedAdapter, changes_of, peft_output
 from moeconv.planning.model_values import model_of
 from moeconv.planning.output import safetensors_output
 from moeconv.planning.plan import Plan, PlannedSource, PlannedTokenizer, build_plan
@@ -30,7 +33,7 @@ from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import read_regular
 
 # What makes an output of a kind.
-_LAY_OUT = {"huggingface": safetensors_output}
+_LAY_OUT = {"huggingface": safetensors_output, "peft": peft_output}
 _LIMIT = 2**30  # a plan of a trillion parameters has some 50 MB
 
 
@@ -63,6 +66,26 @@ class _Source(_Frozen):
     arrays: list[_Array]
     collections: dict[str, str]
 
+    def planned(self) -> PlannedSource:
+        arrays = [ArrayInfo(**vars(array)) for array in self.arrays]
+        return PlannedSource(**{**vars(self), "arrays": {array.name: array for array in arrays}})
+
+
+class _Adapter(_Frozen):
+    """A LoRA adapter, and the checkpoint that is read beside the source."""
+
+    rank: _Size
+    alpha: float
+    where: str
+    quantised: str | None
+    base_model: str | None
+    merged: bool
+    other: _Source
+
+    @property
+    def strength(self) -> Strength:
+        return Strength(self.rank, self.alpha, self.where, self.quantised)
+
 
 class _Field(_Frozen):
     value: Any
@@ -92,6 +115,7 @@ class _Request(_Frozen):
     tokenizer: _Tokenizer | None
     run: RunRecord | None
     accepted_keys: list[str]
+    adapter: _Adapter | None = None
     jobs: _Size
     max_memory: _Size
 
@@ -102,7 +126,7 @@ class _PlanFile(BaseModel):
     format: Literal["moeconv plan"]
     version: Literal[1]
     moeconv_version: str = Field(pattern=r"^[0-9A-Za-z.+-]{1,40}$")
-    output: Literal["huggingface"]
+    output: Literal["huggingface", "peft"]
     digest: str
     request: _Request
     request_sha256: str
@@ -110,10 +134,9 @@ class _PlanFile(BaseModel):
 
 def to_json(plan: Plan) -> dict[str, Any]:
     """The content of plan.json: what was asked for, and all that came of it."""
-    source, model = plan.source, plan.model
-    arrays = [_Array(**vars(info)) for info in source.arrays.values()]
+    model = plan.model
     request = _Request(
-        source=_Source(**{**vars(source), "arrays": arrays, "metadata": dict(source.metadata)}),
+        source=_source(plan.source),
         model={
             name: _Field(value=value, source=_origin(model.sources.get(name)))
             for name, value in model.values().items()
@@ -127,6 +150,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         tokenizer=_Tokenizer(**vars(plan.tokenizer)) if plan.tokenizer is not None else None,
         run=plan.run,
         accepted_keys=list(plan.accepted_keys),
+        adapter=_adapter(plan.adapter) if plan.adapter is not None else None,
         jobs=plan.jobs,
         max_memory=plan.max_memory,
     )
@@ -136,9 +160,31 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "moeconv_version": __version__,
         "output": plan.output.kind,
         **_outcome(plan),
-        "request": (asked := request.model_dump(mode="json")),
+        "request": (asked := _asked(request)),
         "request_sha256": _sha256(asked),
     }
+
+
+def _source(source: PlannedSource) -> _Source:
+    arrays = [_Array(**vars(info)) for info in source.arrays.values()]
+    return _Source(**{**vars(source), "arrays": arrays, "metadata": dict(source.metadata)})
+
+
+def _adapter(adapter: PlannedAdapter) -> _Adapter:
+    strength = adapter.strength
+    return _Adapter(
+        rank=strength.rank,
+        alpha=strength.alpha,
+        where=strength.source,
+        quantised=strength.quantised,
+        base_model=adapter.base_model,
+        merged=adapter.merged,
+        other=_source(adapter.other),
+    )
+
+
+def _asked(request: _Request) -> dict[str, Any]:
+    return request.model_dump(mode="json", exclude=set() if request.adapter else {"adapter"})
 
 
 def _outcome(plan: Plan) -> dict[str, Any]:
@@ -230,28 +276,20 @@ def _plan_of(file: _PlanFile, path: Path) -> Plan:
     stale = _changed(path, file.moeconv_version)
     model = model_of({name: one.value for name, one in request.model.items()})
     sources = {name: Provenance(*one.source) for name, one in request.model.items() if one.source}
-    arrays = [ArrayInfo(**vars(array)) for array in request.source.arrays]
-    source = PlannedSource(
-        **{**vars(request.source), "arrays": {array.name: array for array in arrays}}
-    )
+    source = request.source.planned()
     page, options = targets().get(request.target), Options(untie=request.untie)
     if page is None:
         raise stale
     try:
+        adapter, edges = _edges(page, model, source, request)
         plan = build_plan(
             model=replace(model, sources=sources),
             target=page.name,
             options=options,
             dtype=request.dtype,
-            edges=expand(
-                page,
-                model,
-                _layout(model.decoder_block, source, request.dropped),
-                {array.name: array.dtype for array in arrays},
-                dtype=request.dtype,
-                options=options,
-            ),
+            edges=edges,
             source=source,
+            adapter=adapter,
             lay_out=_LAY_OUT[file.output],
             max_shard_bytes=request.max_shard_bytes,
             warnings=tuple(request.warnings),
@@ -264,10 +302,37 @@ def _plan_of(file: _PlanFile, path: Path) -> Plan:
         )
     except MoeconvError:
         raise stale from None
-    asked = request.model_dump(mode="json")
+    asked = _asked(request)
     if plan.digest != file.digest or file.request_sha256 != _sha256(asked):
         raise stale
     return plan
+
+
+def _edges(
+    page: Target, model: ModelDescription, source: PlannedSource, request: _Request
+) -> tuple[PlannedAdapter | None, tuple[Edge, ...]]:
+    """The tensors of a plan, and its adapter where it is one's."""
+    adapter, dtype, options = request.adapter, request.dtype, Options(untie=request.untie)
+    base: Mapping[str, ArrayInfo] = source.arrays
+    factors: Mapping[str, ArrayInfo] = {}
+    if adapter is not None:
+        other = adapter.other.planned()
+        factors = other.arrays if adapter.merged else source.arrays
+        base = source.arrays if adapter.merged else other.arrays
+        base = {name: info for name, info in base.items() if name not in factors}
+    of_model = source if adapter is None or adapter.merged else other
+    layout = _layout(model.decoder_block, replace(of_model, arrays=base), request.dropped)
+    dtypes = {name: info.dtype for name, info in base.items()}
+    edges = expand(page, model, layout, dtypes, dtype=dtype, options=options)
+    if adapter is None:
+        return None, edges
+    changes, strength = changes_of(layout, factors), adapter.strength
+    if adapter.merged:
+        planned = PlannedAdapter(strength, adapter.base_model, None, other)
+        return planned, merged_edges(edges, changes, strength.scale)
+    adapted = peft_edges(edges, page, changes, dtype=dtype)
+    found = targeted(edges, adapted, page)
+    return PlannedAdapter(strength, adapter.base_model, found, other), adapted
 
 
 def _layout(block: str, source: PlannedSource, dropped: Collection[str]) -> Layout:

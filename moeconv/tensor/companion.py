@@ -5,6 +5,7 @@ of a companion are those of the main array, or blocks of them (`D/128`), and axe
 rank), which are read whole.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,8 @@ class Companion:
     Attributes:
         source: Its name.
         axes: Its axes, in its order: `D` is that of the main array, `D/128` has an entry for each
-            128 of it, the last perhaps for fewer, and `D/*` one for all of it.
+            128 of it, the last perhaps for fewer, and `D/*` one for all of it; `H h` is two axes of
+            the main array as one.
         main: Size of each axis of the main array.
         take: Entry taken of each stacked axis (a layer, an expert).
     """
@@ -34,7 +36,8 @@ class Companion:
     @cached_property
     def free(self) -> tuple[str, ...]:
         """The axes that remain, in its order: those of the main array without their blocks."""
-        return tuple(blocked(axis)[0] for axis in self.axes if axis not in self.take)
+        names = [axis.split() for axis in self.axes if axis not in self.take]
+        return tuple(blocked(name)[0] for axis in names for name in axis)
 
     def step(self, axis: str) -> int:
         """Values of the main array along an axis for one entry of this one."""
@@ -50,9 +53,11 @@ class Companion:
         if len(shape) != len(self.axes):
             return f"{len(shape)} axes instead of {' '.join(self.axes)}"
         for axis, size in zip(self.axes, shape, strict=True):
-            name = blocked(axis)[0]
-            if axis not in self.take and name in self.main:
-                expected = -(-self.main[name] // self.step(axis))
+            name, parts = blocked(axis)[0], axis.split()
+            if axis not in self.take and (name in self.main or len(parts) > 1):
+                expected = math.prod(self.main[part] for part in parts)
+                if len(parts) == 1:
+                    expected = -(-self.main[name] // self.step(axis))
                 if size != expected:
                     return f"{size} entries on axis {axis} instead of {expected}"
         return ""
@@ -71,6 +76,9 @@ class Companion:
             name = blocked(axis)[0]
             if axis in self.take:
                 found.append(self.take[axis])
+            elif len(parts := axis.split()) > 1:
+                inner = math.prod(self.main[part] for part in parts[1:])
+                found.append(slice(held[parts[0]][0] * inner, held[parts[0]][1] * inner))
             elif name in held:
                 step = self.step(axis)
                 found.append(slice(held[name][0] // step, -(-held[name][1] // step)))
@@ -84,6 +92,8 @@ class Companion:
         An axis with one entry for all of the box keeps that one, which numpy repeats by itself.
         """
         kept = [axis for axis in self.axes if axis not in self.take]
+        if any(" " in axis for axis in kept):
+            values, kept = self._apart(values, kept, held), list(self.free)
         for position, axis in enumerate(kept):
             name, step = blocked(axis)[0], 1
             if name in held:
@@ -93,3 +103,14 @@ class Companion:
                 entries = np.arange(start, stop) // step - start // step
                 values = values.take(entries, axis=position)
         return values
+
+    def _apart(self, values: Array, kept: list[str], held: Ranges) -> Array:
+        """The entries of `box(held)` with each axis of the main array apart, cut to its range."""
+        shape: list[int] = []
+        index: list[slice] = []
+        for axis, size in zip(kept, values.shape, strict=True):
+            inner = axis.split()[1:]
+            shape += [size // math.prod(self.main[name] for name in inner)]
+            shape += [self.main[name] for name in inner]
+            index += [slice(None), *(slice(*held[name]) for name in inner)]
+        return values.reshape(shape)[tuple(index)]

@@ -95,6 +95,20 @@ class Source(Protocol):
         """Opens an array, to keep so many decoded chunks of it."""
 
 
+class Together:
+    """Several sources as one, whose arrays have different names."""
+
+    def __init__(self, *sources: Source) -> None:
+        self._of = {name: source for source in sources for name in source.info}
+        self.info: dict[str, ArrayInfo] = {
+            name: source.info[name] for name, source in self._of.items()
+        }
+
+    def reader(self, name: str, chunks: int = 1) -> Reader:
+        """See `Source`."""
+        return self._of[name].reader(name, chunks)
+
+
 def payload(array: Array) -> memoryview:
     """The bytes of an array as they are stored: C order, or an error.
 

@@ -32,12 +32,15 @@ from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.checkpoint import UNUSED
 from moeconv.maxtext.fused import take_apart
+from moeconv.maxtext.whole import Part, part_of
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
 from moeconv.orbax.store import Folder
+from moeconv.tensor.stored import Source, Together
 from moeconv.untrusted.files import read_inside
 from moeconv.untrusted.strict_json import loads
+from moeconv.verification.adapter import MergedAdapter, SourceGoneError
 from moeconv.verification.boundary import blaming
 from moeconv.verification.checks import CandidateError
 from moeconv.verification.files import demand_loadable_files, read_object
@@ -45,10 +48,6 @@ from moeconv.verification.measure.routing import Choice
 
 # Tensors that a small model may lack, and which are still listed one by one.
 _FEW = 1000
-
-
-class SourceGoneError(NotACheckpointError):
-    """The checkpoint that the manifest names is not there, and the user named no other."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,11 @@ class Candidate:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             manifest = Manifest.model_validate(loads(raw))
+            if manifest.kind == "peft":
+                raise UnsupportedError(
+                    f"{out} is a LoRA adapter for PEFT, and verify compares whole models; merge it "
+                    "with convert --merge-lora, and verify that"
+                )
             names = filter(is_output_name, manifest.files)
             fingerprints = {name: first, **{n: fingerprint(out / n) for n in names}}
             candidate = cls(out, manifest, source, fingerprints, path)
@@ -110,7 +114,7 @@ class Candidate:
                 raise ValueError(reason)
             _ = candidate.count, candidate.wanted_config
         except Exception as error:  # rules and config keys of a page meet any values
-            if isinstance(error, MemoryError):
+            if isinstance(error, MemoryError | UnsupportedError):
                 raise
             raise ConfigError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
@@ -201,10 +205,27 @@ class Candidate:
     @cached_property
     def arrays(self) -> Arrays:
         """The source's parameters, opened."""
+        part: Part = "model" if self.manifest.adapter is None else "model alone"
+        tree = part_of(self.step, read_tree(self.step.items), part)
         missing = bool(self.manifest.missing_chunks)
-        arrays = Arrays(self.step.items, read_tree(self.step.items), allow_missing=missing)
+        arrays = Arrays(self.step.items, tree, allow_missing=missing)
         take_apart(arrays)
         return arrays
+
+    @cached_property
+    def adapter(self) -> MergedAdapter | None:
+        """The LoRA adapter that was merged; None where none was.
+
+        Raises:
+            SourceGoneError: The manifest names one that is not on this machine.
+        """
+        record = self.manifest.adapter
+        return MergedAdapter.open(record, self.manifest_path) if record is not None else None
+
+    @cached_property
+    def read(self) -> Source:
+        """All arrays that the output was made from."""
+        return self.arrays if self.adapter is None else Together(self.arrays, self.adapter.arrays)
 
     @cached_property
     def layout(self) -> Layout:
@@ -241,6 +262,8 @@ class Candidate:
                 edges = expand(
                     self.family, self.model, layout, dtypes, dtype=dtype, options=self.options
                 )
+                if self.adapter is not None:
+                    edges = self.adapter.merged(edges, layout)
             except (TensorError, UnsupportedError) as error:
                 raise CandidateError(f"{what}: {error}", "tensors") from None
         return {edge.target: edge for edge in edges}

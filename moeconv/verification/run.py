@@ -6,7 +6,8 @@ from pathlib import Path
 
 from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError, to_install
 from moeconv.untrusted.files import is_address
-from moeconv.verification.candidate import Candidate, SourceGoneError
+from moeconv.verification.adapter import SourceGoneError
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status, worst
 from moeconv.verification.context import Verification
 from moeconv.verification.levels import LEVELS, Level, runner

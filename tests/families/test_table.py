@@ -18,11 +18,6 @@ from moeconv.errors import NotACheckpointError, UnsupportedError
 from moeconv.families._table import families as table
 from moeconv.maxtext.checkpoint import open_checkpoint
 
-# Blocks of MaxText 0.2.5 that neither a page nor a refusal has yet.
-PENDING = frozenset(
-    {"gemma", "gemma2", "gemma3", "gemma4", "gemma4_small", "qwen3_next", "qwen3_5"}
-    | {"qwen3_custom_moe"}
-)
 RELEASES = ("0.1.0", "0.2.0", "0.2.1", "0.2.2", "0.2.3", "0.2.4", "0.2.5")
 REFUSED = [row for row in table().rows if row.status == "refused"]
 # A value of each setting that a page refuses.
@@ -40,7 +35,7 @@ def maxtext_blocks() -> set[str]:
 def test_every_block_of_maxtext_converts_or_is_refused():
     named = {row.decoder_block for row in table().rows if row.variant is None}
     assert len(named) == sum(row.variant is None for row in table().rows)
-    assert maxtext_blocks() - named <= PENDING
+    assert maxtext_blocks() <= named
     assert named - maxtext_blocks() == {"llama2_learn_to_init"}  # 0.2.2 alone has it
 
 
@@ -52,7 +47,7 @@ def test_the_table_is_that_of_the_pages():
     assert rows.keys() == families.blocks().keys()
     for name, block in families.blocks().items():
         assert rows[name]["maxtext"] == block.since
-        assert block.since in (None, *RELEASES)
+        assert block.since in RELEASES
         goals = [(goal["name"], goal["architecture"], goal["transformers"])
                  for goal in rows[name]["targets"]]  # fmt: skip
         known = families.targets()

@@ -17,6 +17,7 @@ from moeconv.verification.levels.lockstep import Lockstep, Models
 from moeconv.verification.levels.parity import Parity, compare_routers, parity_checks
 from moeconv.verification.levels.reference import Reference
 from moeconv.verification.models.maxtext_layers import MaxTextLayers
+from moeconv.verification.models.run_layers import merged
 from moeconv.verification.models.source_layers import LayerReader
 from moeconv.verification.models.transformers import HfLayers
 from moeconv.verification.settings import Note
@@ -83,10 +84,11 @@ def _models(reference: Reference, note: Note) -> Iterator[Models]:
             None,
         )
         return
-    with LayerReader(candidate.arrays, candidate.layout, scratch=options.scratch) as read:
-        if read.scratch_bytes:
+    with LayerReader(candidate.arrays, candidate.layout, scratch=options.scratch) as stored:
+        if stored.scratch_bytes:
             note(f"laying out the layers of {candidate.step.items}")
-            read.lay_out()
+            stored.lay_out()
+        read = merged(stored, candidate.layout, candidate.adapter)
         note(f"MaxText and transformers: building, by {config.origin}")
         maxtext = MaxTextLayers(config.keys, read, candidate.layout)
         rules = candidate.family.rules

@@ -139,6 +139,9 @@ def _maxtext(reference: Reference, rows: Rows, note: Note) -> _Computed:
         )
     note(f"MaxText: {candidate.items}, by {config.origin}")
     model = MaxTextModel.load(candidate.items, config.keys)
+    if (adapter := candidate.adapter) is not None:
+        for name, change in adapter.changes(candidate.layout).items():
+            model.add(name, adapter.added(change, {}))
     note(f"MaxText: forward over {rows.tokens.size} positions")
     begin = time.monotonic()
     each = [rows.tokens[row : row + 1] for row in range(len(rows.tokens))]

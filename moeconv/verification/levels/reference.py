@@ -45,7 +45,12 @@ class Reference:
             return cls(of, candidate, options, None)
         accepted = [*candidate.manifest.accepted_keys, *options.accept]
         config = reference_config(
-            candidate.model, candidate.layout, candidate.step, options.config, accepted
+            candidate.model,
+            candidate.layout,
+            candidate.step,
+            options.config,
+            accepted,
+            merged=candidate.manifest.adapter is not None,
         )
         return cls(of, candidate, options, config)
 

@@ -128,14 +128,14 @@ def check_weights(
 def source_bytes(candidate: Candidate) -> int:
     """Bytes of the checkpoint that level weights compares."""
     sources = routes_of(list(candidate.edges.values()))
-    return sum(candidate.arrays.info[name].nbytes for name in sources)
+    return sum(candidate.read.info[name].nbytes for name in sources)
 
 
 def _compare_all(
     candidate: Candidate, findings: _Findings, jobs: int, memory: int, progress: Progress
 ) -> None:
     routes = routes_of(list(candidate.edges.values()))
-    info = candidate.arrays.info
+    info = candidate.read.info
     units = sorted(cut_into_units(routes, info), key=unit_cost, reverse=True)
     largest = units[0]
     needed = unit_cost(largest)
@@ -152,11 +152,11 @@ def _compare_all(
         cost = unit_cost(unit)
         budget.acquire(cost)
         try:
-            reader = candidate.arrays.reader(unit.array.name, unit.chunk_count)
+            reader = candidate.read.reader(unit.array.name, unit.chunk_count)
             digests = chunk_digests(unit, reader)
             with findings.lock:
                 findings.chunks.setdefault(unit.array.name, {}).update(digests)
-            group, beside = routes[unit.array.name], companions(unit, candidate.arrays)
+            group, beside = routes[unit.array.name], companions(unit, candidate.read)
             for number, ranges in pieces(unit, group):
                 _compare_piece(candidate, findings, unit, group[number], ranges, reader, beside)
             progress(unit.nbytes)
@@ -228,7 +228,7 @@ def _source_check(candidate: Candidate, findings: _Findings) -> Check:
     claimed = candidate.manifest.source.arrays
     digests = {}
     for name, chunks in findings.chunks.items():
-        info = candidate.arrays.info[name]
+        info = candidate.read.info[name]
         digests[name] = array_digest(info.dtype, info.shape, info.chunk, chunks)
     changed = sorted(n for n in set(claimed) | set(digests) if claimed.get(n) != digests.get(n))
     lines = [f"{name} {digest}" for name, digest in sorted(digests.items())]

@@ -30,7 +30,7 @@ from moeconv.orbax.database import MANIFEST
 from moeconv.orbax.locate import METADATA
 from moeconv.orbax.metadata import Tree, read_tree
 from moeconv.orbax.store import Folder
-from moeconv.orbax.trees import PARAMS
+from moeconv.orbax.trees import PARAMS, is_adapter
 from moeconv.verification.boundary import blaming
 from moeconv.verification.models.maxtext_config import build_config, quiet
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
@@ -85,6 +85,14 @@ class MaxTextModel:
     def parameter(self, name: str) -> np.ndarray:
         """A parameter by its dotted name below `params.params`, in float32."""
         return np.asarray(self._parameters[name].get_value(), np.float32)
+
+    def add(self, name: str, change: np.ndarray) -> None:
+        """Adds to a parameter, by its dotted name: in float64, rounded once to float32."""
+        import jax
+
+        variable = self._parameters[name]
+        value = np.asarray(variable.get_value(), np.float64) + change
+        variable.set_value(jax.device_put(value.astype(np.float32)))
 
     @cached_property
     def _parameters(self) -> dict[str, Any]:
@@ -186,7 +194,11 @@ def _restore(items: Path, abstract: Any, scan_axis: int) -> Any:
     except Exception as error:
         raise TensorError(f"MaxText cannot load {items}: {error}") from error
     # MaxText only logs what it leaves unread.
-    unread = sorted(name for name in stored - wanted if name.split(".")[0] not in UNUSED)
+    unread = sorted(
+        name
+        for name in stored - wanted
+        if name.split(".")[0] not in UNUSED and not is_adapter(tuple(name.split(".")))
+    )
     if unread:
         raise TensorError(
             f"{items} holds parameters that the model of the run's config does not have: "

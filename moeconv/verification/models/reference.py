@@ -23,7 +23,7 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
-from moeconv.maxtext.checkpoint import find_sidecar
+from moeconv.maxtext.checkpoint import LORA, find_sidecar
 from moeconv.maxtext.run_config import run_config
 from moeconv.orbax.locate import Step
 
@@ -110,6 +110,8 @@ def reference_config(
     step: Step,
     config: Path | None,
     accepted: Sequence[str] = (),
+    *,
+    merged: bool = False,
 ) -> ReferenceConfig:
     """The config of the run.
 
@@ -119,6 +121,7 @@ def reference_config(
         step: The checkpoint.
         config: A MaxText YAML given by the user, instead of the run's sidecar.
         accepted: Settings of it that are unknown and that the user accepted.
+        merged: The run's LoRA adapter is merged, so that its settings decide nothing.
 
     Raises:
         ConfigError: The user's file or the run's sidecar cannot be read.
@@ -134,6 +137,8 @@ def reference_config(
     else:
         origin = "the description in the output's manifest"
     resolved = resolve_config(content, provenance, (), accepted)
+    if merged:
+        resolved = resolved.neutral(LORA)
     return ReferenceConfig(model, layout, step, content, resolved, origin)
 
 

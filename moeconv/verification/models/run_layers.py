@@ -7,6 +7,7 @@ import numpy as np
 
 from moeconv.arch.layout import Layout
 from moeconv.tensor.axes import Array
+from moeconv.verification.adapter import MergedAdapter
 from moeconv.verification.measure.rounding import Rounding
 from moeconv.verification.models.layerwise import LayerwiseModel
 from moeconv.verification.models.maxtext import MaxTextModel
@@ -64,3 +65,22 @@ def moved(read: ReadParameter, layout: Layout, weights: Mapping[str, Rounding]) 
         return weights[name].move(value) if name in weights else value
 
     return read_moved
+
+
+def merged(read: ReadParameter, layout: Layout, adapter: MergedAdapter | None) -> ReadParameter:
+    """The same parameters with what a LoRA adapter adds to them, in float32."""
+    if adapter is None:
+        return read
+    changes = adapter.changes(layout)
+
+    def read_merged(parameter: str, layer: int | None, experts: slice | None = None) -> Array:
+        stored = layout.places[parameter, layer]
+        value = read(parameter, layer, experts)
+        if (change := changes.get(stored.name)) is None:
+            return value
+        take: dict[str, int | slice] = {**stored.entry(layer)}
+        if experts is not None:
+            take["E"] = experts
+        return (value + adapter.added(change, take)).astype(np.float32)
+
+    return read_merged

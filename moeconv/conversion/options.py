@@ -1,0 +1,118 @@
+"""What a conversion is asked for, and what its first step gives to the second."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeconv.arch.layout import Layout
+from moeconv.hf.tokenizer import TokenizerFiles
+from moeconv.maxtext.checkpoint import StoredCheckpoint
+from moeconv.planning.plan import Plan, PlannedSource
+from moeconv.tensor.stored import Source, Together
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The options of `moeconv convert`; see the command's help.
+
+    Attributes:
+        config: MaxText YAML.
+        sets: `key=value` pairs.
+        accept: Settings of the config that no known MaxText has, and that decide nothing.
+        target: A family's name, or `auto`.
+        dtype: Output dtype, or `keep`.
+        max_shard_bytes: Largest safetensors file.
+        untie: Write an explicit output head.
+        tokenizer: Directory, tiktoken ranks file or Hub id.
+        jobs: Workers.
+        max_memory: Bytes the process may use.
+        overwrite: Replace a non-empty OUT.
+        resume: Go on with an interrupted conversion.
+        allow_nonfinite: Copy NaN and Inf instead of refusing them.
+        allow_missing_chunks: Read chunks that are not stored as zeros, where the checkpoint's
+            format leaves out chunks of zeros.
+        base: The checkpoint that a LoRA adapter was trained on; the adapter is converted then.
+        base_model: How PEFT finds the converted base.
+        merge_lora: The checkpoint with a LoRA adapter that is merged into the model.
+    """
+
+    config: Path | None = None
+    sets: Sequence[str] = ()
+    accept: Sequence[str] = ()
+    target: str = "auto"
+    dtype: str = "keep"
+    max_shard_bytes: int = 5 * GB
+    untie: bool = False
+    tokenizer: str | None = None
+    jobs: int = 1
+    max_memory: int = 4 * GIB
+    overwrite: bool = False
+    resume: bool = False
+    allow_nonfinite: bool = False
+    allow_missing_chunks: bool = False
+    base: str | None = None
+    base_model: str | None = None
+    merge_lora: str | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan, and what it reads, opened.
+
+    Attributes:
+        plan: What to do.
+        source: The checkpoint.
+        tokenizer: Its tokenizer.
+        options: What is allowed while it is done.
+        beside: The adapter that is merged into the model of `source`; None where none is.
+    """
+
+    plan: Plan
+    source: StoredCheckpoint
+    tokenizer: TokenizerFiles | None
+    options: ConvertOptions
+    beside: StoredCheckpoint | None = None
+
+    @property
+    def read(self) -> tuple[StoredCheckpoint, ...]:
+        """All checkpoints that are read."""
+        return (self.source,) if self.beside is None else (self.source, self.beside)
+
+    @property
+    def arrays(self) -> Source:
+        """All arrays that are read."""
+        return Together(*(stored.arrays for stored in self.read))
+
+    def demand_unchanged(self) -> None:
+        """Looks whether what is read is as it was when it was opened.
+
+        Raises:
+            TensorError: It was written meanwhile.
+        """
+        for stored in self.read:
+            stored.unchanged.check()
+
+
+def planned_source(stored: StoredCheckpoint, layout: Layout) -> PlannedSource:
+    """What a plan says of what it reads.
+
+    Args:
+        stored: What is read.
+        layout: How its model keeps its layers; of an adapter that of its base.
+    """
+    return PlannedSource(
+        kind="maxtext",
+        path=str(stored.step.items),
+        step=stored.step.number,
+        format=stored.tree.describe(),
+        layout=layout.describe(),
+        scan_axis=layout.scan_axis,
+        metadata=stored.metadata,
+        files=stored.files,
+        may_lack=stored.arrays.may_lack,
+        arrays=stored.arrays.info,
+        collections={".".join(path): kind for path, kind in stored.tree.collections.items()},
+    )
