@@ -57,7 +57,7 @@ format: venv ## let ruff rewrite what it can
 	@$(VENV)/bin/ruff check --fix .
 	@$(VENV)/bin/ruff format .
 
-docs: venv ## regenerate docs/mapping.md and docs/cli.md
+docs: venv ## regenerate docs/mapping.md, docs/cli.md and the tables of families
 	@$(PY) tools/docs.py
 
 docs-check: venv ## fail if the generated pages are not what the code says

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moeconv.api.checkpoint import open_checkpoint
     from moeconv.api.convert import convert, load_plan, plan
+    from moeconv.api.families import list_families
     from moeconv.api.push import push
     from moeconv.api.verify import verify
 
 __all__ = [
     "__version__",
     "convert",
+    "list_families",
     "load_plan",
     "open_checkpoint",
     "plan",
@@ -34,6 +36,7 @@ __version__ = "0.2.0.dev0"
 # Function -> its module in moeconv.api.
 _MODULES = {
     "convert": "convert",
+    "list_families": "families",
     "load_plan": "convert",
     "open_checkpoint": "checkpoint",
     "plan": "convert",

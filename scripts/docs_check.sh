@@ -6,9 +6,10 @@ python=${1:?usage: docs_check.sh PYTHON}
 
 before=$(mktemp -d)
 trap 'rm -rf "$before"' EXIT
-pages=(mapping.md cli.md)
-for page in "${pages[@]}"; do cp "docs/$page" "$before/" 2>/dev/null || : >"$before/$page"; done
+pages=(docs/mapping.md docs/cli.md docs/families.md README.md)
+mkdir "$before/docs"
+for page in "${pages[@]}"; do cp "$page" "$before/$page" 2>/dev/null || : >"$before/$page"; done
 "$python" tools/docs.py
 stale=0
-for page in "${pages[@]}"; do diff -u "$before/$page" "docs/$page" || stale=1; done
+for page in "${pages[@]}"; do diff -u "$before/$page" "$page" || stale=1; done
 [ "$stale" = 0 ] || { echo "docs: these pages were out of date; now they are not: commit them" >&2; exit 1; }

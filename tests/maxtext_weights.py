@@ -32,7 +32,8 @@ class Weights:
             if gemma4
             else ()
         )
-        self._cycle = 6 if gemma4 else config.inhomogeneous_layer_cycle_interval
+        of_six = config.decoder_block.value in ("gemma3", "gemma4")
+        self._cycle = 6 if of_six else config.inhomogeneous_layer_cycle_interval
         width, heads, head = config.emb_dim, config.num_query_heads, config.head_dim
         folded = blocks()[config.decoder_block.value].query_scale_in_kernel
         normalized = config.normalize_embedding_logits or not config.logits_via_embedding
@@ -93,6 +94,10 @@ class Weights:
                 [self._array(".".join(rest), layer, tuple(shape)) for layer in layers],
                 axis=axis,
             )
+        elif parts[:2] == ["decoder", "layers_remainder"]:
+            # Behind the blocks of six (layers/nnx_decoders.py `_init_scanned_gemma3`).
+            layer = self._layers // 6 * 6 + int(parts[2].removeprefix("layers_"))
+            value = self._array(".".join(parts[3:]), layer, leaf.shape)
         elif parts[0] == "decoder" and parts[1].startswith("layers_"):
             layer = int(parts[1].removeprefix("layers_"))
             value = self._array(".".join(parts[2:]), layer, leaf.shape)

@@ -38,6 +38,7 @@ TOLD: Mapping[str, object] = {
 _ROWS = {row.block: row for row in ROWS.values() if row.told is not None}
 BLOCKS: Mapping[str, Settings] = {block: row.told or {} for block, row in _ROWS.items()}
 ONE_WIDTH = frozenset(block for block, row in _ROWS.items() if row.one_width)
+WHOLE_SHARES = frozenset(block for block, row in _ROWS.items() if row.whole_shares)
 FOLLOWING: Mapping[str, tuple[str, str]] = {
     block: row.following for block, row in _ROWS.items() if row.following
 }
@@ -115,7 +116,11 @@ def layout_of(
     rest = layers % len(kinds) if keeps_rest(block) else 0
     shape = [(len(kinds), depth) if scanned else (depth * len(kinds) + rest, 1)]
     kinds = kinds * depth + kinds[:rest]
-    if way.segments[-1].optional:
+    if scanned and way.paired > 1:
+        shape = [(way.paired, depth // way.paired)]
+    if way.name == "remainder":
+        shape = [(1, layers - 1), (1, 1)] if layers > 1 else [(0, 0), (1, 1)]
+    elif way.segments[-1].optional:
         shape.append((1, rest))
     elif len(way.segments) > 1:
         counts = [sum(k in each.modules[0].kinds for k in kinds) for each in way.segments]

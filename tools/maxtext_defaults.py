@@ -24,7 +24,7 @@ from moeconv_train.recipe import maxtext_keys
 
 from moeconv.arch.fields import TOLD_KEYS
 from moeconv.arch.keys import function_keys
-from moeconv.families import blocks
+from moeconv.families import blocks, refused
 
 TARGET = Path(__file__).parents[1] / "moeconv" / "arch" / "data" / "maxtext_defaults.json"
 
@@ -77,7 +77,7 @@ def extract(folders: list[Path], versions: list[str]) -> dict[str, Any]:
                 base[key] = content[key]
         for path in sorted((folder / "models").glob("*.yml")):
             model = load(path)
-            if model.get("decoder_block", "llama2") in blocks():
+            if model.get("decoder_block", "llama2") in {*blocks(), *refused()}:
                 models[path.stem] = {k: model[k] for k in keys if k in model}
     return {"maxtext_versions": versions, "base": dict(sorted(base.items())), "models": models}
 

@@ -1,5 +1,6 @@
 """What a MaxText decoder block is, for conversion: the MaxText half of a family's page."""
 
+import itertools
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,6 +77,9 @@ class Block:
         idle: Settings that the block's code reads, and that have no effect in it.
         idle_values: The same for some values of a setting only.
         warns: Settings whose other values are converted with a warning, and what it says.
+        refuses: Settings whose other values no target can hold, and why, for people.
+        since: The first release of MaxText that has the block with these parameters; of an older
+            one nothing is converted. None where the page does not know it.
         config: MaxText settings that follow from the model and the number of layers in a repeated
             block, for building it.
         taps: For verify.
@@ -104,6 +108,8 @@ class Block:
         }
     )
     warns: Mapping[str, str] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    since: str | None = None
     config: Callable[[ModelDescription, int], dict[str, Any]] = lambda model, cycle: {}
     taps: Taps = Taps()
 
@@ -114,6 +120,27 @@ class Block:
     def kinds_of(self, name: str) -> tuple[LayerKind, ...]:
         """The kinds of layer that have a parameter; none for one outside the layers."""
         return tuple(kind for kind, group in self.layers.items() if name in {p.name for p in group})
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A decoder block of MaxText that no target holds.
+
+    Attributes:
+        name: Value of MaxText's `decoder_block`.
+        reason: Why, a sentence without its full stop.
+        since: The first release of MaxText that has it.
+    """
+
+    name: str
+    reason: str
+    since: str
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The numbers of a release, for comparing: (0, 2, 5) of "0.2.5" and of "0.2.5.dev1"."""
+    numbers = itertools.takewhile(str.isdecimal, version.split("."))
+    return tuple(int(number) for number in numbers)
 
 
 def settings_of(block: Block | None, known: Known) -> list[ConfigField]:

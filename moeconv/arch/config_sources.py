@@ -339,8 +339,8 @@ def _model(name: Any, where: str) -> dict[str, ConfigEntry]:
         return {}
     if name not in models:
         raise ConfigError(
-            f"{where}: model_name {short(repr(name))} is none of MaxText's models that use a "
-            f"supported decoder block ({', '.join(sorted(models))}); give the run's resolved "
+            f"{where}: model_name {short(repr(name))} is none of MaxText's models that moeconv "
+            f"knows ({', '.join(sorted(models))}); give the run's resolved "
             "config instead"
         )
     provenance = Provenance(Origin.MODEL, f"configs/models/{name}.yml")

@@ -148,7 +148,7 @@ class _Detection:
         return Layout(
             self._block,
             self._stacking,
-            axis if self._stacking.scanned else None,
+            axis if any(array.stacked for array in arrays) else None,
             cycle,
             tuple(kinds),
             ordered(arrays),
@@ -288,7 +288,7 @@ class _Detection:
             raise TensorError(
                 f"{FINAL_NORM.name} has shape {list(self._shapes[final])}, not one axis"
             )
-        if not self._stacking.scanned:
+        if not any(slot.module.stacked for segment in slots for slot in segment):
             return 0, {}
         fits: dict[int, _Lengths] = {}
         problem = ""

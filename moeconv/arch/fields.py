@@ -19,7 +19,7 @@ class ConfigField:
         needed: True if this model has the field at all, given what is known so far.
         otherwise: Value of a field where it is not needed; a setting is left out there.
         write: A config value of which `parse` makes this value of a setting.
-        null: True if `parse` takes None too.
+        nullable: True if MaxText's null is one of its values, which `parse` takes as None.
     """
 
     name: str
@@ -29,7 +29,7 @@ class ConfigField:
     needed: Callable[[Known], bool] = lambda known: True
     otherwise: Any = None
     write: Callable[[Any], Any] = lambda value: value
-    null: bool = False
+    nullable: bool = False
 
 
 def positive_float(value: Any) -> float:

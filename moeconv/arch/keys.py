@@ -124,13 +124,29 @@ def verdicts(
         if name == "final_logits_soft_cap" and not tied:
             continue  # layers/nnx_decoders.py `apply_output_head` caps only tied logits
         sentence = f"{name}={short(value)} "
-        if name in block.warns:
+        if name in block.refuses:
+            refusals.append(sentence + block.refuses[name])
+        elif name in block.warns:
             warnings.append(sentence + block.warns[name])
         elif ignored or _among(value, block.idle_values.get(name, ())):
             warnings.append(sentence + _IGNORED)
         else:
             refusals.append(sentence + key.what)
     return refusals, warnings, missing
+
+
+def refusals_of(block: Block, configured: Mapping[str, Any]) -> list[str]:
+    """What of a config the block's page refuses by name; a sentence each.
+
+    Args:
+        block: The decoder block.
+        configured: Config values by MaxText key.
+    """
+    return [
+        f"{name}={short(configured[name])} {reason}"
+        for name, reason in block.refuses.items()
+        if name in configured and not function_keys()[name].is_neutral(configured[name])
+    ]
 
 
 def unknown_keys(content: Collection[str], accepted: Collection[str]) -> list[str]:

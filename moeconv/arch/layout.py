@@ -65,7 +65,7 @@ class Layout:
     Attributes:
         block: The decoder block that has these parameters.
         stacking: The way in which it keeps its layers.
-        scan_axis: Position of the layer axis, None when unscanned.
+        scan_axis: Position of the layer axis, None when no layers are stacked.
         cycle: Layers of the block that is repeated along it; 1 when unscanned.
         kinds: The kind of every layer, first to last.
         arrays: Every array, in key-path order.
@@ -152,7 +152,7 @@ def build_layout(
                 path = module.path(number, parameter.name)
                 arrays.append(stored_parameter(path, shape, parameter, axes, layers))
         first += size * depth
-    axis = scan_axis if stacking.scanned else None
+    axis = scan_axis if any(array.stacked for array in arrays) else None
     return Layout(block, stacking, axis, cycle, tuple(kinds), ordered(arrays))
 
 

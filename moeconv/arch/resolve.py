@@ -154,7 +154,7 @@ def _read(
     if spec.name == "rope_type" and str(resolved.value("model_name", "")).startswith("llama3.1"):
         value = resolved["model_name"]
     either = value is not None and value.is_default and not dated and spec.key in CHANGED
-    if value is None or (value.value is None and not spec.null) or either:
+    if value is None or (value.value is None and not spec.nullable) or either:
         missing.append(spec.key)
         return
     try:

@@ -158,14 +158,17 @@ def _is_unset(value: Any) -> bool:
 def _built_layers(layout: Layout, layers: Any, resolved: ResolvedConfig) -> Any:
     """Layers MaxText builds of those configured: a scanned model drops a cut-off last block.
 
-    Source: MaxText layers/nnx_decoders.py `_init_scanned_generic`. Where there is another segment,
-    it has the layers that do not fill a block (`_init_scanned_qwen3_next`).
+    A module that holds two layers is one to MaxText. Source: MaxText layers/nnx_decoders.py
+    `_init_scanned_generic`. Where there is another segment, it has the layers that do not fill a
+    block (`_init_scanned_qwen3_next`).
     """
-    cycle = _count(resolved, "inhomogeneous_layer_cycle_interval")
-    if not layout.stacking.scanned or len(layout.stacking.segments) > 1 or not is_whole(layers):
+    cycle, stacking = _count(resolved, "inhomogeneous_layer_cycle_interval"), layout.stacking
+    if not is_whole(layers):
         return layers
-    blocks = int(layers // cycle)
-    return blocks * cycle if layout.stacking.segments[0].modules[0].numbered else blocks
+    if stacking.scanned and len(stacking.segments) == 1:
+        numbered = stacking.segments[0].modules[0].numbered
+        layers = int(layers // cycle) * (cycle if numbered else 1)
+    return layers * stacking.paired
 
 
 def dropped_layers(layout: Layout, resolved: ResolvedConfig) -> list[str]:

@@ -114,10 +114,15 @@ class Segment:
         """True if the block is repeated."""
         return self.modules[0].stacked
 
+    @property
+    def paired(self) -> int:
+        """The layers that one of its modules holds, told apart by a suffix."""
+        return len(self.modules) // len({module.pattern for module in self.modules})
+
     def order(self, position: int, number: int) -> tuple[int, int, int]:
         """Sorts modules by their layers; those of one name that hold several stay together."""
-        paired = len({module.pattern for module in self.modules}) == 1
-        return (number if paired else position, position, number)
+        together = len({module.pattern for module in self.modules}) == 1
+        return (number if together else position, position, number)
 
 
 @dataclass(frozen=True)
@@ -137,15 +142,20 @@ class Stacking:
         """MaxText's `scan_layers`."""
         return any(segment.stacked for segment in self.segments)
 
-    def modules(self, kinds: Sequence[LayerKind]) -> tuple[str, ...]:
-        """The module of each layer below `decoder`, for a way that stacks none."""
-        names: list[str] = []
+    @property
+    def paired(self) -> int:
+        """The layers that one module holds, which MaxText counts as one."""
+        return max(segment.paired for segment in self.segments)
+
+    def modules(self, kinds: Sequence[LayerKind]) -> tuple[tuple[int, Module], ...]:
+        """The module of each layer and its number, for a way that stacks none."""
+        found: list[tuple[int, Module]] = []
         for segment in self.segments:
-            module = segment.modules[0]
-            first = len(names)
-            while len(names) < len(kinds) and kinds[len(names)] in module.kinds:
-                names.append(module.pattern.format(len(names) - first))
-        return tuple(names)
+            first, modules = len(found), segment.modules
+            while len(found) < len(kinds) and kinds[len(found)] in modules[0].kinds:
+                number, position = divmod(len(found) - first, len(modules))
+                found.append((number, modules[position]))
+        return tuple(found)
 
     def place(self, path: KeyPath) -> "Place | None":
         """Where a path's parameter belongs; None if this way keeps nothing there."""

@@ -23,6 +23,10 @@ COMMANDS = {
         "moeconv.cli.inspect",
         "Show a MaxText checkpoint as moeconv understands it.",
     ),
+    "families": (
+        "moeconv.cli.families",
+        "List the decoder blocks that convert, and to what.",
+    ),
     "convert": (
         "moeconv.cli.convert",
         "Convert a MaxText checkpoint to a Hugging Face model.",

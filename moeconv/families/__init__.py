@@ -1,8 +1,8 @@
 """The model families, one page each: what MaxText builds, what Hugging Face loads, and the rules.
 
 A page is a module of this package, or of an installed one that names it as an entry point of the
-group `moeconv.families`. It holds any number of `Block`s and `Target`s, which are found by their
-type; docs/adding-a-family.md walks through one.
+group `moeconv.families`. It holds any number of `Block`s, `Target`s and `Refused`, which are found
+by their type; docs/adding-a-family.md walks through one.
 """
 
 import importlib
@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
+from typing import Any
 
-from moeconv.arch.blocks import Block
+from moeconv.arch.blocks import Block, Refused
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import is_axis
+from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.mapping.edges import cannot_hold
 from moeconv.mapping.rules import Target
@@ -72,7 +74,13 @@ def targets() -> Mapping[str, Target]:
     return _of_type(Target)
 
 
-def _of_type[T: (Block, Target)](kind: type[T]) -> Mapping[str, T]:
+@cache
+def refused() -> Mapping[str, Refused]:
+    """The decoder blocks that a page refuses and none converts, by name."""
+    return {name: each for name, each in _of_type(Refused).items() if name not in blocks()}
+
+
+def _of_type[T: (Block, Target, Refused)](kind: type[T]) -> Mapping[str, T]:
     found: dict[str, T] = {}
     for page in pages():
         for value in vars(page).values():
@@ -82,6 +90,28 @@ def _of_type[T: (Block, Target)](kind: type[T]) -> Mapping[str, T]:
                     f"{kind.__name__.lower()}"
                 )
     return found
+
+
+def block_of(name: Any, where: object) -> Block:
+    """The decoder block that a config names.
+
+    Args:
+        name: Its `decoder_block`.
+        where: The config, for people.
+
+    Raises:
+        UnsupportedError: No page converts it.
+    """
+    block = blocks().get(str(name).lower())
+    if block is not None:
+        return block
+    why = refused().get(str(name).lower())
+    if why is not None:
+        raise UnsupportedError(f"decoder_block={why.name} ({where}) is not converted: {why.reason}")
+    raise UnsupportedError(
+        f"decoder_block={short(name)} ({where}) is not supported; moeconv converts "
+        f"{', '.join(blocks())}"
+    )
 
 
 def targets_of(model: ModelDescription) -> tuple[Target, ...]:

@@ -45,6 +45,7 @@ def _eligible(scores: NDArray[Any], model: ModelDescription) -> NDArray[Any]:
 
 BLOCK = Block(
     name="deepseek",
+    since="0.1.0",
     note="latent attention; dense layers first, then experts beside shared ones",
     layers=LAYERS,
     targets=("deepseek_v3", "deepseek_v2"),
@@ -74,6 +75,13 @@ BLOCK = Block(
     ),
     idle=IDLE | IDLE_MOE - {"norm_topk_prob"},
     warns={**DROPS_TOKENS, **QUANTISES},
+    refuses={
+        "use_indexer": "attends to keys that an indexer chooses (DeepSeek-V3.2), and moeconv has "
+        "no page for DeepseekV32ForCausalLM",
+        "engram_layers": "adds engram layers (layers/engram.py), and no stock architecture has any",
+        "mhc_expansion_rate": "widens the residual stream (hyper-connections, layers/mhc.py), and "
+        "moeconv has no page for a stock architecture that does",
+    },
 )
 
 # fmt: off

@@ -1,7 +1,9 @@
 """Envy: MaxText's block of dense and Mixture-of-Experts layers in turn; no target is its own.
 
-It came with MaxText 0.2.4. Its own additions to Mixtral, QK norm and a norm behind the feed-forward
-half, must be off (models/envy.py).
+Its own additions to Mixtral, QK norm and a norm behind the feed-forward half, must be off
+(models/envy.py): all four configs that MaxText ships have both. Of transformers' architectures with
+a norm behind the feed-forward half (5.23: modeling_*.py, every decoder layer) each has one behind
+attention too, which no weight makes an identity.
 """
 
 from typing import Any
@@ -34,6 +36,7 @@ def _config(model: ModelDescription, cycle: int) -> dict[str, Any]:
 
 BLOCK = Block(
     name="envy",
+    since="0.2.4",
     note="dense and Mixture-of-Experts layers interleaved",
     layers={
         DENSE: (*ATTENTION_PARAMETERS, *MLP_PARAMETERS),
@@ -47,4 +50,9 @@ BLOCK = Block(
     honours={"norm_topk_prob": (True,)},  # as it always does
     idle=IDLE | IDLE_MOE,
     warns={**DROPS_TOKENS, **QUANTISES},
+    refuses={
+        "use_post_ffw_norm": "adds a norm behind the MLP, and no stock architecture has one there "
+        "without another behind attention",
+        "use_qk_norm": "normalises queries and keys, which a Mixtral does not",
+    },
 )

@@ -79,6 +79,7 @@ TARGET = Target(
     name="ernie4_5_moe",
     architecture="Ernie4_5_MoeForCausalLM",
     summary="Writes interleaved dense layers once; transformers ≥ 4.57, vLLM and mlx-lm.",
+    since="4.57.0",
     rotary="interleaved",
     kinds=Layers(attention="full"),
     requires=_requires,

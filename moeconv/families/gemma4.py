@@ -47,7 +47,7 @@ def _shares(kinds: tuple[LayerKind, ...]) -> bool:
 
 _THETA, _SHARE = "a number ≥ 0, or -1", "a number above 0, at most 1"
 CAP = ConfigField(
-    "final_logits_soft_cap", "final_logits_soft_cap", _cap, "a number ≥ 0", _is_tied, null=True
+    "final_logits_soft_cap", "final_logits_soft_cap", _cap, "a number ≥ 0", _is_tied, nullable=True
 )
 BLOCK = Block(
     name="gemma4",

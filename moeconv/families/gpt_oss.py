@@ -74,6 +74,7 @@ PARAMETERS = (
 
 BLOCK = Block(
     name="gpt_oss",
+    since="0.1.0",
     note="every layer is a Mixture of Experts, with sinks and biases; every other has a window",
     layers={LayerKind("sinks moe"): PARAMETERS},
     targets=("gpt_oss",),

@@ -16,6 +16,7 @@ from moeconv.mapping.rules import Target, constant, from_field
 
 BLOCK = Block(
     name="llama2",
+    since="0.1.0",
     note="every layer is dense",
     layers={DENSE: (*ATTENTION_PARAMETERS, *MLP_PARAMETERS)},
     targets=("llama",),

@@ -70,6 +70,7 @@ def _config(model: ModelDescription, cycle: int) -> dict[str, Any]:
 
 BLOCK = Block(
     name="llama4",
+    since="0.1.0",
     note="dense and Mixture-of-Experts layers interleaved, with a shared expert; layers of chunked "
     "attention and layers without RoPE",
     layers={

@@ -37,6 +37,7 @@ from moeconv.mapping.rules import (
 
 BLOCK = Block(
     name="mixtral",
+    since="0.1.0",
     note="every layer is a Mixture of Experts",
     layers={MOE: (*ATTENTION_PARAMETERS, *moe_parameters("MoeBlock_0"))},
     targets=("mixtral", "ernie4_5_moe"),

@@ -63,6 +63,7 @@ PARAMETERS = (
 
 BLOCK = Block(
     name="olmo3",
+    since="0.2.0",
     note="every layer is dense, with norms of all queries and all keys; three of four have a "
     "window",
     layers={LayerKind("qk_norm dense"): PARAMETERS},

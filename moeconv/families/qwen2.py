@@ -28,6 +28,7 @@ BIASES = (
 
 BLOCK = Block(
     name="qwen2",
+    since="0.2.1",
     note="every layer is dense, with biases on query, key and value",
     layers={
         LayerKind("biased dense"): (*ATTENTION_PARAMETERS, *BIASES, *MLP_PARAMETERS),

@@ -27,6 +27,7 @@ QK_NORM = (
 
 BLOCK = Block(
     name="qwen3",
+    since="0.1.0",
     note="every layer is dense, with a norm of queries and keys",
     layers={
         LayerKind("qk_norm dense"): (*ATTENTION_PARAMETERS, *QK_NORM, *MLP_PARAMETERS),

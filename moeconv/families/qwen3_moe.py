@@ -25,6 +25,7 @@ from moeconv.mapping.rules import Target, constant, from_field
 
 BLOCK = Block(
     name="qwen3_moe",
+    since="0.1.0",
     note="every layer is a Mixture of Experts, with a norm of queries and keys",
     layers={
         LayerKind("qk_norm moe"): (

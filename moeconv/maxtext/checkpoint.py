@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from moeconv.arch.blocks import Block
 from moeconv.arch.config_sources import ResolvedConfig, resolve_config
 from moeconv.arch.detection import detect_layout
+from moeconv.arch.keys import refusals_of
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
@@ -25,14 +26,14 @@ from moeconv.errors import (
     TokenizerError,
     UnsupportedError,
 )
-from moeconv.families import blocks
+from moeconv.families import block_of, blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.maxtext import inspection
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
 from moeconv.maxtext.unchanged import Unchanged
-from moeconv.maxtext.whole import Part, demand_whole, part_of, refuse_unclaimed
+from moeconv.maxtext.whole import Part, demand_whole, part_of, refuse_older, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.inventory import Fingerprint, fingerprints, inventory, versions
 from moeconv.orbax.locate import METADATA, Step, locate, read_beside
@@ -190,11 +191,8 @@ def open_checkpoint(
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
-    stored = open_stored(
-        spec,
-        part="model alone" if beside_adapter else "model",
-        allow_missing_chunks=allow_missing_chunks,
-    )
+    part: Part = "model alone" if beside_adapter else "model"
+    stored = open_stored(spec, part=part, allow_missing_chunks=allow_missing_chunks)
     step, arrays, tree = stored.step, stored.arrays, stored.tree
     sidecar, unread = None, list(stored.notes)
     try:
@@ -213,6 +211,8 @@ def open_checkpoint(
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
     layout = _layout(used, resolved, tree.collections)
+    if sidecar is not None:
+        refuse_older(sidecar, layout.block)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
     deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     if beside_adapter:
@@ -287,15 +287,15 @@ def _layout(
     if entry is None:
         every = list(blocks().values())
         return detect_layout(shapes, every, scan_axis=axis, collections=collections)
-    block = blocks().get(str(entry.value).lower())
-    if block is None:
-        raise UnsupportedError(
-            f"decoder_block={short(entry.value)} ({entry.provenance}) is not supported; moeconv "
-            f"converts {', '.join(blocks())}"
-        )
+    block = block_of(entry.value, entry.provenance)
     try:
         return detect_layout(shapes, [block], scan_axis=axis, collections=collections)
     except TensorError:
+        plain = {key: each.value for key, each in resolved.items()}
+        if reasons := refusals_of(block, plain):
+            raise UnsupportedError(
+                f"this model cannot be converted exactly: {'; '.join(reasons)}"
+            ) from None
         others = [other for other in blocks().values() if other is not block]
         if (fits := _fitting(shapes, others)) is None:
             raise

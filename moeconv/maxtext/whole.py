@@ -4,9 +4,12 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
+from moeconv.arch.blocks import Block, release
 from moeconv.arch.detection import may_hold
+from moeconv.arch.yaml_file import short
 from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
 from moeconv.families import blocks
+from moeconv.maxtext.sidecar import FoundSidecar
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step
 from moeconv.orbax.metadata import Tree, outside
@@ -117,3 +120,21 @@ def refuse_unclaimed(items: Folder, tree: Tree, *, unused: Collection[str]) -> N
         )
     if names:
         raise outside(items, tree.root, names)
+
+
+def refuse_older(sidecar: FoundSidecar, block: Block) -> None:
+    """Refuses a run of a release that had no such block, or kept it otherwise.
+
+    Only the run's sidecar names its release. What `facts.py` finds by the absence of signs is no
+    ground to refuse: a checkpoint that a converter wrote has none of them either.
+
+    Raises:
+        UnsupportedError: The release that the sidecar names is older than the block's.
+    """
+    version = sidecar.content.maxtext_version
+    if version and block.since and () < release(version) < release(block.since):
+        raise UnsupportedError(
+            f"{sidecar.path}: maxtext_version={short(version)}, but decoder_block={block.name} is "
+            f"converted since MaxText {block.since}, the first release that has it; put the "
+            "record of the run that trained this checkpoint there"
+        )

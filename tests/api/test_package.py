@@ -15,7 +15,7 @@ import moeconv
 from moeconv.api.convert import PlanOptions
 from moeconv.cli.main import COMMANDS
 
-FUNCTIONS = ["convert", "load_plan", "open_checkpoint", "plan", "push", "verify"]
+FUNCTIONS = ["convert", "list_families", "load_plan", "open_checkpoint", "plan", "push", "verify"]
 
 
 def python(code: str) -> str:

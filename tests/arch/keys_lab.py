@@ -43,6 +43,14 @@ _BASE: Mapping[str, object] = {
     "max_target_length": 16,
 }
 _MOE: Mapping[str, object] = {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": 32}
+_GELU: Mapping[str, object] = {"mlp_activations": ["gelu", "linear"]}
+_FOUR_NORMS: Mapping[str, object] = {
+    "use_post_attn_norm": True,
+    "use_post_ffw_norm": True,
+    "sliding_window_size": 4,
+    "attn_logits_soft_cap": 50.0,
+    "final_logits_soft_cap": 30.0,
+}
 # A block with the settings that it is used with.
 BLOCKS: Mapping[str, Mapping[str, object]] = {
     "llama2": {},
@@ -95,6 +103,9 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "mlp_activations": ["gelu", "linear"],
         "sliding_window_size": 4,
     },
+    "gemma": _GELU,
+    "gemma2": {**_GELU, **_FOUR_NORMS},
+    "gemma3": {**_GELU, **_FOUR_NORMS, "model_name": "gemma3-4b", "base_num_decoder_layers": 7},
     "deepseek": {
         **_MOE,
         "model_name": "deepseek3-671b",

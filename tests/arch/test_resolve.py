@@ -261,9 +261,9 @@ def test_a_soft_cap_on_untied_logits_is_not_applied_by_maxtext_either():
     ("block", "error", "words"),
     [
         (
-            "gemma2",
+            "gpt3",
             UnsupportedError,
-            r"gemma2 .*run.yml\) is not supported; .* converts deepseek, envy, ",
+            r"gpt3 .*run.yml\) is not supported; .* converts deepseek, envy, ",
         ),
         ("mixtral", ConfigError, r"decoder_block=mixtral .*other parameters than .* one of envy"),
         ("llama2", ConfigError, r"decoder_block=llama2 .*other parameters than .* one of envy"),

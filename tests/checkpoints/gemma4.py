@@ -92,7 +92,7 @@ ROW = Row(
         "all of a head rotated": (
             rope_of("full_attention", rope_type="default"), "layer 5 attention"),
         "no norm of keys": one("k_norm.weight", "layer 0 attention"),
-        "no norm behind the attention": one("post_attention_layernorm.weight", "layer 0"),
+        "no norm behind the attention": one("post_attention_layernorm.weight", "layer 0 router"),
         "no scale of experts": one("router.per_expert_scale", "layer 0 experts"),
         "no scale of the router": one("router.scale", "layer 0 router"),
         "no norm before the experts": one(

@@ -52,6 +52,7 @@ def test_convert_needs_no_framework(checkpoint, tmp_path):
     assert "tensorstore" in found
     assert not found & set(HEAVY)
     assert not loaded("inspect", checkpoint.run) & set(HEAVY)
+    assert not loaded("families") & {*HEAVY, "tensorstore", "huggingface_hub"}
 
 
 # --- the documentation --------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_every_config_is_read_alike_by_transformers_4_and_5(converted, tmp_path)
     """Each value under its key, RoPE too, and the same defaults where config.json has no key."""
     folders = {model.manifest.target: model.directory for model in converted.values()}
     for block in synthetic.BLOCKS:
-        for target in set(blocks()[block].targets) - set(folders):
+        for target in set(blocks()[block].targets[:1]) - set(folders):
             made = synthetic.write(tmp_path / f"{target}-run", block)
             options = ConvertOptions(config=made.config_file(), target=target)
             folders[target] = tmp_path / target
@@ -286,10 +286,15 @@ def test_every_config_is_read_alike_by_transformers_4_and_5(converted, tmp_path)
     )
     for target, folder in folders.items():
         config = json.loads((folder / "config.json").read_text())
+        del config["transformers_version"]
         old, new = four[folder.name], five[folder.name]
+        assert "error" not in new, target
+        if targets()[target].since.startswith("5.") and "error" in old:
+            assert NEW in old["error"], target
+            continue
         assert old["read"] == config, target
-        # 5 keeps theta with the rest, and shows all of it as `rope_scaling` too.
-        moved = {"rope_theta", "rope_scaling"}
+        # 5 keeps theta and the like with the rest, and shows all of it as `rope_scaling` too.
+        moved = {"rope_theta", "rope_scaling", *(config["rope_parameters"] or {})}
         rest = {key: value for key, value in config.items() if key not in moved}
         assert {key: new["read"].get(key) for key in rest} == rest, target
         shared = old["defaults"].keys() & new["defaults"].keys()

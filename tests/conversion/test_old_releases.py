@@ -56,6 +56,31 @@ SAID = {
 }
 
 
+# The first release that has the block, for each page whose oldest release was run.
+OLDEST = {
+    "maxtext-0.1.0-qwen3": "qwen3",
+    "maxtext-0.1.0-qwen3_moe": "qwen3_moe",
+    "maxtext-0.1.0-mistral": "mistral",
+    "maxtext-0.1.0-llama4": "llama4_text",
+    "maxtext-0.2.1-qwen2": "qwen2",
+}
+
+
+@pytest.mark.parametrize("name", OLDEST)
+def test_the_oldest_release_of_a_block(name, tmp_path):
+    """The page says since when; what that release trained converts, and has its logits."""
+    run_dir = shutil.copytree(FIXTURES / name, tmp_path / name)
+    found = open_checkpoint(str(run_dir), config=run_dir / "config.yml")
+    assert (found.as_dict()["missing"], found.as_dict()["refusals"]) == ([], [])
+    assert found.layout.block.since == name.split("-")[1]
+    options = ConvertOptions(config=run_dir / "config.yml", dtype="float32")
+    convert(plan_conversion(str(run_dir), options), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == OLDEST[name]
+    reference = np.load(run_dir / "reference.npz")
+    assert_same_logits(tmp_path / "out", reference["tokens"], reference["logits"])
+
+
 @pytest.fixture(params=SAID)
 def run_dir(request, tmp_path) -> Path:
     return shutil.copytree(FIXTURES / request.param, tmp_path / request.param)

@@ -15,9 +15,10 @@ from checkpoints import ROWS
 import moeconv
 from moeconv import families
 from moeconv.arch.detection import detect_layout
-from moeconv.arch.keys import function_keys, keys_read
+from moeconv.arch.keys import function_keys, keys, keys_read
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError, OutputError, UnsupportedError
+from moeconv.families._table import families as table
 from moeconv.hub.local import Output
 from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Status, worst
@@ -66,10 +67,10 @@ def test_a_block_is_sound(name: str) -> None:
     assert set(block.targets) <= TARGETS.keys()
     assert {kind.mlp for kind in block.layers} <= block.taps.mlp.keys()
     used = {*block.honours, *block.idle, *block.idle_values, *block.warns, *block.shown}
-    used |= {*block.demands, *(setting.key for setting in block.settings)}
+    held = {s.key for s in block.settings if keys()[s.key].kind != "size"}
+    used |= {*block.demands, *block.refuses, *held}
     assert used <= function_keys().keys()
     # What is said of a setting that is not read would never be looked at.
-    held = {setting.key for setting in block.settings}
     assert {*block.idle, *block.shown, *held} <= keys_read()[name]
     assert set(block.shown.values()) <= {kind.attention for kind in block.layers}
 
@@ -133,7 +134,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.syspath_prepend(tmp_path)
         importlib.invalidate_caches()
 
-    caches = (families.pages, families.blocks, families.targets)
+    caches = (families.pages, families.blocks, families.targets, families.refused)
     for cache in caches:
         cache.cache_clear()
     yield install
@@ -151,6 +152,19 @@ def test_an_installed_package_adds_a_page(installed, tmp_path: Path) -> None:
         plan_conversion(str(checkpoint.run), ConvertOptions(config=config)), tmp_path / "out"
     )
     assert (manifest.target, manifest.architecture) == ("mine", "MineForCausalLM")
+    [row] = [row for row in table().rows if row.decoder_block == "mine"]
+    assert (row.status, row.maxtext, row.targets[0].architecture) == (
+        *("converts", "0.1.0", "MineForCausalLM"),
+    )
+
+
+def test_an_installed_page_ends_a_refusal(installed) -> None:
+    assert "gpt3" in families.refused()
+    for cache in (families.pages, families.blocks, families.targets, families.refused):
+        cache.cache_clear()
+    installed(PAGE.replace('name="mine", targets', 'name="gpt3", targets'))
+    rows = [row for row in table().rows if row.decoder_block == "gpt3"]
+    assert [row.status for row in rows] == ["converts"]
 
 
 @pytest.mark.parametrize(

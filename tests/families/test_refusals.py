@@ -44,6 +44,35 @@ def plan(folder, block, *, change=lambda arrays: None, sizes=None, scanned=True,
         ("olmo3", {"rope_type": "yarn"}, UnsupportedError, "rope_interleave is true"),
         ("olmo3", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
         ("olmo3", {"use_qk_norm": False}, ConfigError, "use_qk_norm is true"),
+        ("gemma4", {"sliding_window_size": None}, ConfigError, "sliding_window_size=0"),
+        ("gemma4", {"mlp_activations": None}, UnsupportedError, "mlp_activations=.*'gelu'"),
+        ("gemma4", {"v_norm_with_scale": None}, UnsupportedError, "v_norm_with_scale=True should"),
+        ("gemma4", {"normalization_layer_epsilon": 1e-5}, UnsupportedError, "1e-6 for the norms"),
+        ("gemma4", {"norm_topk_prob": False}, UnsupportedError, "norm_topk_prob is false"),
+        ("gemma4", {"model_name": "default"}, UnsupportedError, "halves of that part"),
+        ("gemma4", {"model_name": "olmo3-7b"}, UnsupportedError, "code of its own"),
+        ("gemma4", {"global_rope_proportion": 1.5}, ConfigError, "above 0, at most 1"),
+        ("gemma4", {"global_head_dim": 5}, ConfigError, "global_head_dim is 6"),
+        ("gemma4", {"global_head_dim": 0}, ConfigError, "global_head_dim is 6"),
+        ("gemma4", {"share_kv_projections": False}, ConfigError, "share_kv_projections is true"),
+        ("gemma4", {"shared_experts": 2}, ConfigError, "shared_experts is 1"),
+        ("gemma4", {"attn_logits_soft_cap": 50.0}, UnsupportedError, "attn_logits_soft_cap=50"),
+        ("gemma4", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
+        ("gemma4", {"decoder_block": "gemma4_small", "model_name": "default"}, UnsupportedError,
+         "decoder_block=gemma4_small .* is not supported"),
+        ("qwen3_next", {"use_qk_norm": True}, UnsupportedError, "use_qk_norm=True should be False"),
+        ("qwen3_next", {"use_qk_norm_in_gdn": False}, UnsupportedError, "use_qk_norm_in_gdn=Fal"),
+        ("qwen3_next", {"gdn_num_key_heads": 4}, UnsupportedError,
+         "make 20 columns of keys, the convolution has 10"),
+        ("qwen3_next", {"gdn_num_key_heads": None}, UnsupportedError, "gdn_num_key_heads=16"),
+        ("qwen3_next", {"gdn_value_head_dim": 4}, ConfigError, "gdn_value_head_dim is 3"),
+        ("qwen3_next", {"inhomogeneous_layer_cycle_interval": 2}, ConfigError,
+         "inhomogeneous_layer_cycle_interval is 3"),
+        ("qwen3_next", {"partial_rotary_factor": 0}, ConfigError, "should be a number > 0"),
+        ("qwen3_next", {"rope_type": "yarn"}, UnsupportedError, "rope_type=yarn"),
+        ("qwen3_5", {"use_multimodal": True}, UnsupportedError, "use_multimodal=True"),
+        ("qwen3_moe", {"decoder_block": "qwen3_custom_moe"}, UnsupportedError,
+         "decoder_block=qwen3_custom_moe .* is not supported"),
     ],
 )  # fmt: skip
 def test_a_setting_is_refused_by_name(tmp_path, block, told, error, words):
@@ -62,11 +91,29 @@ def without(*words):
 @pytest.mark.parametrize(
     ("block", "gone"),
     [("gpt_oss", "sinks"), ("gpt_oss", "wi_0_bias"), ("gpt_oss", "gate.bias"),
-     ("gpt_oss", "out.bias"), ("llama4", "shared_experts.wo"), ("olmo3", "key_norm")],
+     ("gpt_oss", "out.bias"), ("llama4", "shared_experts.wo"), ("olmo3", "key_norm"),
+     ("qwen3_next", "A_log"), ("qwen3_next", "shared_expert_gate")],
 )  # fmt: skip
 def test_a_model_without_what_the_target_always_has(tmp_path, block, gone):
     with pytest.raises(TensorError, match=rf"is not a whole .* layer:\n  missing .*{gone}"):
         plan(tmp_path, block, change=without(gone))
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_a_gemma4_whose_last_layer_has_a_window(tmp_path, scanned):
+    """Eight layers are a block and two of another, which has no global one."""
+
+    def two_more(arrays):
+        for name in list(arrays):
+            if not scanned and ".layers_0." in name:
+                for n in (6, 7):
+                    arrays[name.replace("layers_0", f"layers_{n}")] = arrays[name]
+            if ".scanned_blocks.local_layers." in name:
+                rest = name.replace("scanned_blocks", "layers_remainder")
+                arrays[rest] = arrays[name].take(0, 1).take([0, 1], 1)  # two of the five
+
+    with pytest.raises(UnsupportedError, match="8 layers, no multiple of six"):
+        plan(tmp_path, "gemma4", change=two_more, scanned=scanned)
 
 
 def per_head(arrays):
@@ -90,9 +137,23 @@ def test_shared_experts_of_another_width(tmp_path, monkeypatch):
 def test_what_other_loaders_do_not_read_is_a_warning(tmp_path):
     """A limit of its own, and windows that begin anew in each scanned block."""
     plain = plan(tmp_path / "plain", "gpt_oss", scanned=False)
-    assert not any("without a word" in text for text in plain.warnings)
+    assert not any("clip" in text or "every other" in text for text in plain.warnings)
     limit = plan(tmp_path / "limit", "gpt_oss", scanned=False, mlp_activations_limit=6)
     assert any("clip a GPT-OSS at 7" in text for text in limit.warnings)
     blocks_of_one = plan(tmp_path / "one", "gpt_oss", inhomogeneous_layer_cycle_interval=1)
     assert blocks_of_one.model.settings["layer_types"] == ("sliding_attention",) * 4
     assert any("every other layer" in text for text in blocks_of_one.warnings)
+
+
+@pytest.mark.parametrize("block", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_head_that_sglang_does_not_tie_is_a_warning(tmp_path, block):
+    made = synthetic.write(tmp_path, block, scanned=False)
+
+    def warned(untie: bool) -> list[str]:
+        options = ConvertOptions(config=made.config_file(), untie=untie)
+        planned = plan_conversion(str(made.step_dir), options).plan
+        return [text for text in planned.warnings if "SGLang" in text]
+
+    (text,) = warned(untie=False)
+    assert "--untie" in text
+    assert not warned(untie=True)

@@ -12,7 +12,7 @@ def test_the_code_of_the_page_runs(hub, tmp_path, monkeypatch, capsys):
     outputs.write_run(tmp_path / "runs" / "my-moe")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         if "pushed =" in block:  # what the page says has to be done before

@@ -37,8 +37,8 @@ def fuse(arrays, axes, moe=True, mlp=True, qkv=True):
             arrays[f"{above}.wi.{last}"] = np.stack([one, other], at)
         elif qkv and name.endswith(("query.kernel", "query.bias")):
             above = above.removesuffix(".query")
-            if f"{above}.value.{last}" not in arrays:
-                continue  # MaxText fuses nothing where keys are the values too
+            if f"{above}.value.{last}" not in arrays or "Q" in axes[name]:
+                continue  # keys that are the values, or queries with a gate, are no such heads
             three = [arrays.pop(f"{above}.{each}.{last}") for each in ("query", "key", "value")]
             at = axes[name].index("H")
             arrays[f"{above}.qkv_proj.{last}"] = np.concatenate(three, at)

@@ -80,12 +80,14 @@ def samples(
     }
     sizes |= {"n": sizes["H"] * sizes["h"], "m": kv * sizes["h"]}
     sizes |= {"O": sizes["n"], "Q": 2 * sizes["h"]}
+    if block in synthetic.WHOLE_SHARES:
+        sizes["D"] = sizes["H"] * draw(st.sampled_from([3, 8]))
     tied = draw(st.booleans())
     dtype = draw(st.sampled_from(dtypes))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
     made = synthetic.layout_of(
         block,
-        layers=cycle * depth + rest,
+        layers=(cycle * depth + rest) * page.stackings[0].paired,
         tied=tied,
         scanned=scanned,
         axis=axis,

@@ -26,16 +26,18 @@ def as_transformers_4(config: Config) -> dict[str, Any]:
 
     `rope_theta`, `rope_scaling` and `partial_rotary_factor` at the top level
     (models/*/configuration_*.py and modeling_rope_utils.py `_compute_*` of 4.x), the dtype as
-    `torch_dtype` (configuration_utils.py).
+    `torch_dtype` (configuration_utils.py). Where there is a `rope_local_base_freq`, layers with a
+    window have it and no scaling (models/gemma3/modeling_gemma3.py of 4.x).
     """
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     if "partial_rotary_factor" in config:
         scaling["partial_rotary_factor"] = config["partial_rotary_factor"]
-    return {
-        "rope": {"rope_type": kind, "rope_theta": config.get("rope_theta"), **scaling},
-        "dtype": config.get("torch_dtype"),
-    }
+    rope = {"rope_type": kind, "rope_theta": config.get("rope_theta"), **scaling}
+    if (local := config.get("rope_local_base_freq")) is not None:
+        plain = {"rope_type": "default", "rope_theta": local}
+        rope = _one({"full_attention": rope, "sliding_attention": plain})
+    return {"rope": rope, "dtype": config.get("torch_dtype")}
 
 
 def as_transformers_5(config: Config) -> dict[str, Any]:
@@ -43,11 +45,14 @@ def as_transformers_5(config: Config) -> dict[str, Any]:
 
     modeling_rope_utils.py `RotaryEmbeddingConfigMixin`, configuration_utils.py.
     """
-    rope = dict(config.get("rope_parameters") or {})
-    kinds = [kind for kind in rope.values() if isinstance(kind, dict)]
-    if kinds and kinds == [kinds[0]] * len(rope):
-        rope = kinds[0]
+    rope = _one(dict(config.get("rope_parameters") or {}))
     return {"rope": rope, "dtype": config.get("dtype")}
+
+
+def _one(rope: dict[str, Any]) -> dict[str, Any]:
+    """Of equal numbers for each kind of layer, one."""
+    kinds = [kind for kind in rope.values() if isinstance(kind, dict)]
+    return kinds[0] if kinds and kinds == [kinds[0]] * len(rope) else rope
 
 
 def check_config_readers(candidate: Candidate) -> Check:

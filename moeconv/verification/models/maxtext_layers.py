@@ -73,7 +73,11 @@ class MaxTextLayers:
             self._model = nnx.merge(graph, abstract)
         self._read, self._block, self._kinds = read, layout.block, layout.kinds
         unscanned = next(way for way in layout.block.stackings if not way.scanned)
-        self._names = unscanned.modules(layout.kinds)
+        # Below the decoder: one module may hold several layers.
+        self._modules = [
+            (module.pattern.format(number), module)
+            for number, module in unscanned.modules(layout.kinds)
+        ]
         # What a layer in a repeated block is hangs on its place in the block.
         self._cycle = layout.cycle if layout.stacking is CYCLED else len(layout.kinds)
         self._known = layout.block.parameters().keys()
@@ -145,27 +149,36 @@ class MaxTextLayers:
         import jax.numpy as jnp
         from flax import nnx
 
-        graph, abstract = nnx.split(getattr(self._model.decoder, self._names[number % self._cycle]))
+        at = number % self._cycle
+        name, module = self._modules[at]
+        held = {n - at: each for n, (other, each) in enumerate(self._modules) if other == name}
+
+        def place(inside: str) -> tuple[str, int | None] | None:
+            for offset, each in held.items():
+                found = each.place(("decoder", name, *inside.split(".")))
+                if found is not None and found[1] in self._known:
+                    return found[1], number + offset
+            return None
+
+        graph, abstract = nnx.split(getattr(self._model.decoder, name))
         names = expert_parameters(self._block, self._kinds[number])
         experts, rest = nnx.split_state(abstract, lambda path, _: dotted(path) in names, ...)
         groups = _groups(experts)
-        state = self._fill(rest if groups else abstract, lambda name: self._read(name, number))
+        state = self._fill(rest if groups else abstract, place)
         # Layers of one kind have equal graphs (which are not hashable): each kind compiles once.
-        traced = next((f for seen, f in self._traced if seen == graph), None)
+        key = graph, module.suffix
+        traced = next((f for seen, f in self._traced if seen == key), None)
         if traced is None:
             args = self._block.taps, self._kinds[number]
             if groups:
                 traced = GroupedLayer(graph, experts, *args, groups)
             else:
-                traced = jax.jit(traced_layer(graph, *args))
-            self._traced.append((graph, traced))
+                others = [each.suffix for each in held.values() if each is not module]
+                traced = jax.jit(traced_layer(graph, *args, module.suffix, others))
+            self._traced.append((key, traced))
         inputs = jnp.asarray(hidden, self.config.dtype)
         if groups:
-
-            def read(part: slice) -> Any:
-                return self._fill(experts, lambda name: self._read(name, number, part), part)
-
-            found = traced(self._run, state, read, inputs)
+            found = traced(self._run, state, lambda part: self._fill(experts, place, part), inputs)
         else:
             found = self._run(traced, state, inputs)
         jax.tree.map(lambda leaf: leaf.delete(), state)
@@ -181,11 +194,12 @@ class MaxTextLayers:
 
         graph, abstract = nnx.split(self._model)
         if self._globals is None:
-            layers = set(self._names)
+            layers = {name for name, _ in self._modules}
             parts = nnx.split_state(
                 abstract, lambda path, _: path[0] == "decoder" and path[1] in layers, ...
             )
-            self._globals = self._fill(parts[1], lambda name: self._read(name, None)), parts[0]
+            outer = self._fill(parts[1], lambda name: (name, None) if name in self._known else None)
+            self._globals = outer, parts[0]
         state, layers = self._globals
         if name not in self._jitted:
             # The layers stay shapes: nothing of them is used.
@@ -204,11 +218,15 @@ class MaxTextLayers:
             return jax.block_until_ready(function(*arguments))
 
     def _fill(
-        self, abstract: Any, read: Callable[[str], Array], experts: slice | None = None
+        self,
+        abstract: Any,
+        place: Callable[[str], tuple[str, int | None] | None],
+        experts: slice | None = None,
     ) -> Any:
         """A state with its parameters read; random streams, never drawn from, are 0.
 
-        With `experts` the first axis, which is theirs, has these only.
+        `place` says which parameter of which layer a name in the state is, if any. With `experts`
+        the first axis, which is theirs, has these only.
 
         What the block declares is a parameter, also where MaxText keeps it in a variable of another
         class (layers/moe.py `MoEBiasVar`).
@@ -216,19 +234,19 @@ class MaxTextLayers:
         import jax
         from flax import nnx
 
-        declared = nnx.Any(nnx.Param, lambda path, _: dotted(path) in self._known)
+        declared = nnx.Any(nnx.Param, lambda path, _: place(dotted(path)) is not None)
         parameters, streams, rest = nnx.split_state(abstract, declared, nnx.RngState, ...)
         if unknown := [dotted(path) for path, _ in nnx.to_flat_state(rest)]:
             raise UnsupportedError(f"MaxText's layer keeps state besides parameters: {unknown}.")
         filled = []
         for path, variable in nnx.to_flat_state(parameters):
-            leaf, value = variable.get_value(), read(dotted(path))
-            wanted = leaf.shape
+            name, wanted = dotted(path), variable.get_value().shape
+            value = self._read(*(place(name) or (name, None)), experts)
             if experts is not None:
                 wanted = (len(range(wanted[0])[experts]), *wanted[1:])
             if wanted != value.shape:
                 raise TensorError(
-                    f"{dotted(path)} has shape {list(value.shape)} in the checkpoint, but MaxText "
+                    f"{name} has shape {list(value.shape)} in the checkpoint, but MaxText "
                     f"builds {list(wanted)} from the run's config."
                 )
             filled.append((path, variable.replace(value=jax.device_put(value))))

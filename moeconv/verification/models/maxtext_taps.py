@@ -1,6 +1,6 @@
 """Running one of MaxText's layers within jit, with taps on its parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from moeconv.arch.blocks import Taps
@@ -46,12 +46,23 @@ def run_layer(layer: Any, hidden: Any) -> Any:
     return result[0] if isinstance(result, tuple) else result
 
 
-def traced_layer(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any], dict[str, Any]]:
-    """The function to jit: a layer with taps on attention, router and experts."""
+def traced_layer(
+    graph: Any, taps: Taps, kind: LayerKind, suffix: str = "", others: Collection[str] = ()
+) -> Callable[[Any, Any], dict[str, Any]]:
+    """The function to jit: a layer with taps on attention, router and experts.
+
+    Args:
+        graph: Of its module.
+        taps: Where the parts are.
+        kind: The layer's.
+        suffix: Behind the names of its parts, where the module holds other layers too.
+        others: Theirs; their attention and MLP are silent, and a norm of zeros is zeros.
+    """
+    import jax.numpy as jnp
     from flax import nnx
 
     mlp = taps.mlp[kind.mlp]
-    places = {"attention": taps.attention, "experts": mlp}
+    places = {"attention": taps.attention + suffix, "experts": mlp + suffix}
     if kind.mlp == "moe":
         places["router"] = taps.router_of(kind)
 
@@ -62,6 +73,12 @@ def traced_layer(graph: Any, taps: Taps, kind: LayerKind) -> Callable[[Any, Any]
         for name, (owner, attribute) in owners.items():
             # Past flax, which would take the tap for state of the model.
             object.__setattr__(owner, attribute, Tap(getattr(owner, attribute), name, kept))
+        for other in others:
+            # The residual passes; attention also returns a cache.
+            silent = {taps.attention: lambda h, *_, **__: (jnp.zeros_like(h), None)}
+            silent[mlp] = lambda h, *_, **__: jnp.zeros_like(h)
+            for name, part in silent.items():
+                object.__setattr__(layer, name + other, part)
         kept["output"] = run_layer(layer, hidden)
         return kept
 

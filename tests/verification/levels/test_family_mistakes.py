@@ -5,6 +5,8 @@ its output right. MaxText and transformers, which run it, do not. A tensor that 
 says is seen by level weights.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from checkpoints import ROWS
@@ -12,7 +14,8 @@ from checkpoints.mistakes import key
 from helpers import config_file, run
 from parity_lab import Compiled, check
 
-from moeconv.families import targets
+from moeconv.errors import TensorError
+from moeconv.families import blocks, targets
 from moeconv.hf.safetensors import read_header
 from moeconv.verification.checks import Status, worst
 from moeconv.verification.models.maxtext import MaxTextModel
@@ -76,6 +79,38 @@ def test_a_mistaken_page_is_found_by_running_it(
     found = check("layers", tmp_path / "out")
     assert found["hidden"].status is Status.FAIL, words(found)
     assert found["hidden"].summary.split(": ")[0].endswith(place), words(found)
+
+
+@pytest.mark.proof("mistakes of Gemma")
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_an_uncapped_head_is_found_by_its_logits(maxtext_lab, tmp_path, monkeypatch, family):
+    mistaken = key("final_logit_softcapping", lambda cap: None)(targets()[family])
+    monkeypatch.setitem(targets(), family, mistaken)
+    run(made(maxtext_lab, family), tmp_path / "out")
+    for level in ("logits", "layers"):
+        found = check(level, tmp_path / "out")
+        assert found["parity"].status is Status.FAIL, words(found)
+    assert found["hidden"].status is Status.PASS, words(found)
+
+
+@pytest.mark.proof("mistakes of Gemma")
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_layers_in_another_order_are_found_by_their_logits(
+    maxtext_lab, tmp_path, monkeypatch, family
+):
+    """What is behind the blocks put before them, a pair turned round: MaxText itself says so."""
+    block = blocks()[family]
+    ways = []
+    for way in block.stackings:
+        turned = (replace(each, modules=each.modules[::-1]) for each in way.segments[::-1])
+        ways.append(replace(way, segments=tuple(turned)))
+    monkeypatch.setitem(blocks(), family, replace(block, stackings=tuple(ways)))
+    run(made(maxtext_lab, family), tmp_path / "out")
+    for level in ("structure", "weights"):
+        found = check(level, tmp_path / "out")
+        assert worst(found.values()) is Status.PASS, words(found)
+    with pytest.raises(TensorError, match="not in the order that the checkpoint's layout says"):
+        check("logits", tmp_path / "out")
 
 
 @pytest.mark.parametrize("layers", [0, 2])

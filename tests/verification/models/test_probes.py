@@ -69,6 +69,22 @@ MODELS = {
         },
         Probe(scores=_deepseek_scores, alone=_deepseek_alone),
     ),
+    "two modules of attention, of which a layer has one": (
+        "Qwen3NextConfig",
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_num_value_heads": 4,
+            "linear_value_head_dim": 6,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+        Probe(attention=("linear_attn", "self_attn")),
+    ),
     "a router that gives its logits second": (
         "Llama4TextConfig",
         {

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from checkpoints.deepseek import DEEPSEEK_V3
+from checkpoints.gpt_oss import GPT_OSS
+from checkpoints.qwen3_moe import QWEN3_MOE
 from helpers import run
-from maxtext_lab import DEEPSEEK_V3, GPT_OSS, QWEN3_MOE
 from outputs_lab import tensor
 
 from moeconv.verification.candidate import Candidate

@@ -1,0 +1,125 @@
+"""What converts, as a value: every decoder block that a page converts or refuses."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from moeconv.families import blocks, refused, targets
+from moeconv.printing import Printable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+# The way from Hugging Face to MaxText, of every row: nothing here reads a Hugging Face model yet.
+_BACK = "not built"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A target of a decoder block.
+
+    Attributes:
+        name: Value of `--target`.
+        architecture: Class in transformers.
+        transformers: The oldest release that loads what is written.
+    """
+
+    name: str
+    architecture: str
+    transformers: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A decoder block of MaxText, or a variant of one.
+
+    Attributes:
+        decoder_block: Value of the setting.
+        variant: The setting that makes it a variant, which is refused; None for the block itself.
+        layers: What its layers are; empty where it is refused.
+        maxtext: The first release of MaxText from which it converts; of a refused block, the first
+            that has it. None for a variant, and where the page does not say.
+        status: `converts` or `refused`.
+        reason: Why it is refused; None where it converts.
+        targets: What it becomes, the default first; none where it is refused.
+        hf_to_maxtext: The way back.
+    """
+
+    decoder_block: str
+    variant: str | None
+    layers: str
+    maxtext: str | None
+    status: str
+    reason: str | None
+    targets: tuple[Goal, ...]
+    hf_to_maxtext: str = _BACK
+
+
+@dataclass(frozen=True)
+class Families(Printable):
+    """Every row, those that convert first."""
+
+    rows: tuple[Row, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `moeconv families --json` prints."""
+        return {"families": [asdict(row) for row in self.rows]}
+
+    def parts(self) -> "Iterator[RenderableType]":
+        """What `moeconv families` prints."""
+        from rich.table import Table
+
+        table = Table(title="converts", title_justify="left", box=None, pad_edge=False)
+        for heading in ("decoder_block", "MaxText", "becomes", "transformers", "layers"):
+            table.add_column(heading, overflow="fold")
+        for row in self.rows:
+            if row.status == "converts":
+                becomes = "\n".join(goal.architecture for goal in row.targets)
+                since = "\n".join(f"≥ {goal.transformers}" for goal in row.targets)
+                release = f"≥ {row.maxtext}" if row.maxtext else ""
+                table.add_row(row.decoder_block, release, becomes, since, row.layers)
+        yield table
+        yield ""
+        table = Table(title="refused", title_justify="left", box=None, pad_edge=False)
+        for heading in ("decoder_block", "why"):
+            table.add_column(heading, overflow="fold")
+        for row in self.rows:
+            if row.status == "refused":
+                name = f"{row.decoder_block}, {row.variant}" if row.variant else row.decoder_block
+                table.add_row(name, row.reason)
+        yield table
+        yield ""
+        yield "from Hugging Face to MaxText: not built, for none of them"
+
+
+def families() -> Families:
+    """The table, of all pages.
+
+    Raises:
+        ConfigError: An installed page cannot be used.
+    """
+    known = targets()
+    converts = [
+        Row(
+            block.name,
+            None,
+            block.note,
+            block.since,
+            "converts",
+            None,
+            tuple(
+                Goal(name, known[name].architecture, known[name].since) for name in block.targets
+            ),
+        )
+        for block in blocks().values()
+    ]
+    variants = [
+        Row(block.name, setting, "", None, "refused", f"it {reason}", ())
+        for block in blocks().values()
+        for setting, reason in block.refuses.items()
+    ]
+    whole = [
+        Row(each.name, None, "", each.since, "refused", each.reason, ())
+        for each in refused().values()
+    ]
+    return Families((*converts, *variants, *whole))
