@@ -191,11 +191,8 @@ def open_checkpoint(
         TensorError: Parameters are missing, unknown or inconsistent.
         UnsupportedError: The decoder block or a dtype is not supported.
     """
-    stored = open_stored(
-        spec,
-        part="model alone" if beside_adapter else "model",
-        allow_missing_chunks=allow_missing_chunks,
-    )
+    part: Part = "model alone" if beside_adapter else "model"
+    stored = open_stored(spec, part=part, allow_missing_chunks=allow_missing_chunks)
     step, arrays, tree = stored.step, stored.arrays, stored.tree
     sidecar, unread = None, list(stored.notes)
     try:

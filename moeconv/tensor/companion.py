@@ -55,8 +55,9 @@ class Companion:
         for axis, size in zip(self.axes, shape, strict=True):
             name, parts = blocked(axis)[0], axis.split()
             if axis not in self.take and (name in self.main or len(parts) > 1):
-                expected = math.prod(self.main[part] for part in parts)
-                if len(parts) == 1:
+                if len(parts) > 1:
+                    expected = math.prod(self.main[part] for part in parts)
+                else:
                     expected = -(-self.main[name] // self.step(axis))
                 if size != expected:
                     return f"{size} entries on axis {axis} instead of {expected}"
