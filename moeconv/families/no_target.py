@@ -45,8 +45,8 @@ GEMMA4_SMALL = Refused(
 )
 QWEN3_CUSTOM_MOE = Refused(
     "qwen3_custom_moe",
-    "its attention gives the experts a vector narrower than the hidden state, without a residual of "
-    "its own (MaxText models/qwen3_custom.py), and no stock architecture does that",
+    "its attention gives the experts a vector narrower than the hidden state, without a residual "
+    "of its own (MaxText models/qwen3_custom.py), and no stock architecture does that",
     since="0.2.2",
 )
 LEARN_TO_INIT = Refused(

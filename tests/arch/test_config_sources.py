@@ -96,8 +96,8 @@ def test_instruct_names_are_the_base_models(tmp_path):
 
 
 def test_an_unknown_model_name_is_refused():
-    with pytest.raises(ConfigError, match=r"gpt3-6b.*mixtral-8x7b.*resolved config"):
-        from_mapping({"model_name": "gpt3-6b"}, HERE)
+    with pytest.raises(ConfigError, match=r"our-own-6b.*mixtral-8x7b.*resolved config"):
+        from_mapping({"model_name": "our-own-6b"}, HERE)
 
 
 def test_base_config_chains(tmp_path):

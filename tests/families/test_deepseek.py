@@ -59,7 +59,7 @@ PLAIN = {"routed_bias": False, "model_name": "default"}
         ({"rope_type": "llama3.1"}, "rope_type=llama3.1 .* not known of this decoder block"),
         ({"norm_topk_prob": True}, "norm_topk_prob=true should be false"),
         ({"attention_type": "global"}, "attention_type=global should be mla"),
-        ({"use_indexer": True}, "use_indexer=true attends to keys chosen by an indexer"),
+        ({"use_indexer": True}, "use_indexer=true attends to keys that an indexer chooses"),
         ({"engram_layers": [1]}, "engram_layers"),
         ({"mhc_expansion_rate": 4}, "hyper-connections"),
         ({"mlp_activations_limit": 7.0}, "mlp_activations_limit"),
