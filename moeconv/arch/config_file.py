@@ -18,6 +18,7 @@ from moeconv.untrusted.files import is_file, open_inside, open_regular, read_ins
 
 _LOGGED = re.compile(rb"^(?!\s*#).*?\bConfig param ([A-Za-z_]\w{0,99}): (.*)$", re.ASCII)
 _MARK = b"Config param "
+_COLOUR = re.compile(rb"\x1b\[[0-9;]*[A-Za-z]")  # of a terminal
 _LONGEST_LINE = 64 * 1024
 # MaxText logs its settings before the first step (configs/pyconfig.py): what follows is not read.
 _READ = 2**28
@@ -104,7 +105,10 @@ def _read_log(path: Path, folder: Path | None = None) -> ConfigFile | None:
         number = read = 0
         while read < _READ and (line := file.readline(_LONGEST_LINE)):
             number, read = number + line.endswith(b"\n"), read + len(line)
-            if _MARK not in line or not (match := _LOGGED.match(line.rstrip(b"\r\n"))):
+            if b"Config" not in line:
+                continue
+            line = _COLOUR.sub(b"", line).rstrip()
+            if _MARK not in line or not (match := _LOGGED.match(line)):
                 continue
             key = match[1].decode()
             place = f"{path}:{number}"

@@ -166,6 +166,16 @@ def from_flags(sets: Sequence[str]) -> ResolvedConfig:
     return ResolvedConfig(entries, ignored=ignored)
 
 
+def flag_texts(sets: Sequence[str]) -> dict[str, str]:
+    """Every setting that `--set` gives, as text: those too that decide nothing of most conversions.
+
+    Raises:
+        ConfigError: As `from_flags`.
+    """
+    pairs = (pair.partition("=") for text in sets for pair in _pairs(text, []))
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
 def _pairs(text: str, ignored: list[str]) -> list[str]:
     """The `key=value` pairs of one `--set`: itself, or the words of MaxText's command line.
 

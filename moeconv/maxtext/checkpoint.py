@@ -206,7 +206,7 @@ def open_checkpoint(
     content, provenance = run_config(config, sidecar, step)
     unread += said_of(content, provenance, given=config is not None)
     resolved = resolve_config(content, provenance, sets, accept)
-    demand_order(stored.fused, content)
+    demand_order(stored.fused, content, sets)
     used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
     dropped = {i.name: UNUSED[i.path[0]] for i in arrays.info.values() if i.path[0] in UNUSED}
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}

@@ -14,8 +14,10 @@ device has its own queries, keys and values, one behind the other.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from moeconv.arch.config_file import ConfigFile
+from moeconv.arch.config_sources import flag_texts
 from moeconv.arch.stacks import NESTED, STACKED, stacked_axes
-from moeconv.errors import UnsupportedError
+from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.orbax.arrays import Arrays, Window
 
 # What is fused: the setting, the array and its axes in one layer, and one that shows its sizes.
@@ -59,26 +61,38 @@ def take_apart(arrays: Arrays) -> frozenset[str]:
     return frozenset(found)
 
 
-def demand_order(fused: frozenset[str], config: Mapping[str, Any] | None) -> None:
-    """Refuses fused queries, keys and values whose heads were cut over devices.
+def demand_order(
+    fused: frozenset[str], config: Mapping[str, Any] | None, sets: Sequence[str] = ()
+) -> None:
+    """Refuses fused queries, keys and values whose heads may have been cut over devices.
 
     Args:
         fused: From `take_apart`.
-        config: The run's; settings that it does not have are at MaxText's default, which is 1.
+        config: The run's; settings that a whole one does not have are at MaxText's default, 1.
+        sets: `key=value` flags over it.
 
     Raises:
         UnsupportedError: They were.
+        ConfigError: Nothing says whether they were.
     """
     if "fused_qkv" not in fused:
         return
+    given = {**(config or {}), **flag_texts(sets)}
     keys = [f"{where}_{axis}_parallelism" for where in ("ici", "dcn") for axis in _CUT]
     for key in keys:
-        if (value := (config or {}).get(key, 1)) != 1:
+        if str(value := given.get(key, 1)) != "1":
             raise UnsupportedError(
                 f"fused_qkv with {key}={value}: each device kept its own queries, keys and values "
                 "in qkv_proj, in an order that the checkpoint does not show; load it with this "
                 "mesh in MaxText, and save it with fused_qkv=false"
             )
+    whole = config.whole if isinstance(config, ConfigFile) else config is not None
+    if not whole and not given.keys() & set(keys):
+        raise ConfigError(
+            "fused_qkv: the order of heads in qkv_proj follows from the mesh, which no config "
+            "gives; give the run's config with --config, or --set ici_tensor_parallelism=1 if no "
+            "heads were cut over devices"
+        )
 
 
 def _windows(

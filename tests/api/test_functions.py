@@ -127,11 +127,11 @@ def test_progress_adds_up(made, config, tmp_path):
 def test_warnings_go_to_the_logger(made, config, tmp_path, caplog):
     caplog.set_level(logging.INFO, "moeconv")
     moeconv.convert(made.run, tmp_path / "out", config=config)
-    [warning] = [each for each in caplog.records if each.levelno == logging.WARNING]
-    assert warning.getMessage().startswith("no tokenizer was given")
+    said = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert any(text.startswith("no tokenizer was given") for text in said)
     notes = []
     moeconv.convert(made.run, tmp_path / "again", config=config, note=notes.append)
-    assert notes == [f"warning: {warning.getMessage()}"]
+    assert notes == [f"warning: {text}" for text in said]
 
 
 def test_a_verdict_prints_as_verify_does(out, tmp_path):

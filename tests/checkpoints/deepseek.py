@@ -71,7 +71,6 @@ V3 = Row(
         "rope_type": "yarn",
     },
     following=("mla_lora dense", "mla_lora moe+bias"),
-    slow=True,
     cases={
         "unscanned-tied-one-query-matrix": (
             UNSCANNED,
@@ -122,7 +121,6 @@ V2 = Row(
     architecture="DeepseekV2ForCausalLM",
     model_type="deepseek_v2",
     model=DEEPSEEK_V2,
-    slow=True,
     cases={
         "unscanned-tied-narrow-queries-own-name": (
             UNSCANNED,

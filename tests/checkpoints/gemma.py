@@ -76,7 +76,6 @@ ONE = Row(
     model_type="gemma",
     model=GEMMA,
     told=GEMMA,
-    slow=True,
     whole_shares=True,
     cases={
         "tied": (TIED,),
@@ -104,7 +103,6 @@ TWO = Row(
         "attn_logits_soft_cap": 50.0,
         "final_logits_soft_cap": None,
     },
-    slow=True,
     whole_shares=True,
     cases={
         "tied": (TIED,),
@@ -143,7 +141,6 @@ THREE = Row(
         "model_name": "gemma3-4b",
         "sliding_window_size": 8,
     },
-    slow=True,
     whole_shares=True,
     cases={
         "unscanned-tied": (UNSCANNED, TIED),

@@ -71,7 +71,6 @@ ROW = Row(
         "sliding_window_size": 8,
     },
     pattern=(*("sliding moe",) * 5, "shared moe"),
-    slow=True,
     cases={
         "tied-twelve": (TIED, TWELVE),
         "unscanned-tied-unnormalised-uncapped": (
@@ -128,7 +127,6 @@ WITHOUT_EXPERTS = Row(
     architecture="Gemma4ForCausalLM",
     model_type="gemma4_text",
     model=DENSE,
-    slow=True,
     cases={
         "axis0-tied-twelve": (TIED, TWELVE, {"param_scan_axis": 0}),
         # Where whole heads are rotated the name does not matter.

@@ -29,7 +29,6 @@ ROW = Row(
         "mlp_activations_limit": 7.0,
         "inhomogeneous_layer_cycle_interval": 2,
     },
-    slow=True,
     cases={
         "unscanned-tied-llama3.1-rope": (UNSCANNED, TIED, LLAMA31),
         "axis0-truncated-unscaled-yarn-in-pairs": (

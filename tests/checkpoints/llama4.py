@@ -36,7 +36,6 @@ ROW = Row(
         "chunk_attn_window_size": 8,
     },
     one_width=True,
-    slow=True,
     cases={
         "unscanned-tied-half-rope-without-norm-all-moe": (
             UNSCANNED,

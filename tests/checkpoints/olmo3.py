@@ -31,7 +31,6 @@ ROW = Row(
         "use_qk_norm": True,
         "sliding_window_size": 8,
     },
-    slow=True,
     cases={
         "unscanned-tied-plain-rope": (
             UNSCANNED,

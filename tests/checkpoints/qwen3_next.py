@@ -49,7 +49,6 @@ ROW = Row(
     model=QWEN3_NEXT,
     told={**TOLD, "inhomogeneous_layer_cycle_interval": 3},
     last=("linear moe+shared", "gated moe+shared"),
-    slow=True,
     cases={
         "unscanned-tied-unnormalised": (
             UNSCANNED,

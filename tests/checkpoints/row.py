@@ -46,7 +46,6 @@ class Row:
         cases: Further models for the matrix, by name: what differs from `model`. Scanned and
             unscanned, tied and untied, and both rotary orders should be among them.
         other_types: The model_type of those cases that do not get the row's.
-        slow: The further cases take long together, so that only `model` is in the default suite.
         forms: The names of the `FORMS` in which MaxText has such a model; those with a RoPE that
             the block does not have are left out anyway.
         told: What a config must say of a checkpoint of `decoder_block` that is written without
@@ -71,7 +70,6 @@ class Row:
     model: Settings
     cases: Mapping[str, tuple[Settings, ...]] = field(default_factory=dict)
     other_types: Mapping[str, str] = field(default_factory=dict)
-    slow: bool = False
     forms: tuple[str, ...] = tuple(FORMS)
     told: Settings | None = None
     following: tuple[str, str] | None = None

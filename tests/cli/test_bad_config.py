@@ -29,7 +29,7 @@ def test_a_config_that_contradicts_the_shapes(checkpoint, key, value):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("decoder_block", "simple", ["simple", "moeconv converts ", "envy", "llama2", "mistral"]),
+        ("decoder_block", "mamba", ["mamba", "moeconv converts ", "envy", "llama2", "mistral"]),
         ("decoder_block", "gpt3", ["gpt3"]),
         ("decoder_block", ["mixtral"], ["moeconv converts ", "envy", "llama2", "mistral"]),
     ],

@@ -20,7 +20,9 @@ CASES |= {
     for name, row in ROWS.items()
     for case, changes in row.cases.items()
 }
-SLOW = {f"{name}-{case}" for name, row in ROWS.items() if row.slow for case in row.cases}
+# Of other families only the first is in the default suite; the rest is a proof.
+USUAL = ("mixtral", "envy", "llama2")
+PROVEN = {f"{n}-{case}" for n, row in ROWS.items() if n not in USUAL for case in row.cases}
 # What moves no value: the model, how else it is written, and whether as a whole train state.
 STORED = {
     "mixtral-zarr2": ("mixtral-tied", ZARR2, False),
@@ -44,7 +46,12 @@ MODEL_TYPES = {
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES],
+    [
+        pytest.param(name, marks=[pytest.mark.slow, pytest.mark.proof("matrix of families")])
+        if name in PROVEN
+        else name
+        for name in CASES
+    ],
 )
 def test_the_logits_are_maxtexts(maxtext_lab, tmp_path, name):
     checkpoint = maxtext_lab.checkpoint(*CASES[name])

@@ -16,7 +16,7 @@ from moeconv.families import blocks, target_for
 from moeconv.mapping.rules import Options
 from moeconv.verification.models.maxtext import MaxTextModel
 
-pytestmark = [pytest.mark.slow, pytest.mark.proof("families"), pytest.mark.maxtext]
+pytestmark = [pytest.mark.slow, pytest.mark.proof("DeepSeek by all levels"), pytest.mark.maxtext]
 
 
 @pytest.mark.parametrize("scan_layers", [True, False])

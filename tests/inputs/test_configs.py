@@ -66,7 +66,7 @@ def test_the_line_of_a_yaml_is_said(tmp_path):
 @pytest.mark.parametrize(
     "prefix",
     ["I1126 07:19:42.123456 140000 pyconfig.py:591] ", "INFO:maxtext.configs.pyconfig:", "",
-     "2026-11-26T07:19:42Z worker-3 | INFO:absl:"],
+     "2026-11-26T07:19:42Z worker-3 | INFO:absl:", "\x1b[36mINFO\x1b[0m \x1b[1m"],
 )  # fmt: skip
 def test_maxtexts_log(tmp_path, made, resolved, prefix):
     path = tmp_path / "train.log"
@@ -94,7 +94,7 @@ def test_maxtext_logs_what_is_read(tmp_path, maxtext_lab, resolved, caplog):
     from maxtext.configs import pyconfig
 
     with caplog.at_level(logging.INFO, logger=pyconfig.logger.name):
-        lab._resolve(tmp_path / "run", {**lab.BASE, **lab.MIXTRAL, "log_config": True})
+        lab._resolve(tmp_path / "run", {**lab.BASE, "decoder_block": "mixtral", "log_config": True})
     path = tmp_path / "train.log"
     path.write_text("\n".join(record.getMessage() for record in caplog.records))
     found = load_config_file(path)

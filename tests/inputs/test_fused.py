@@ -1,5 +1,7 @@
 """Weights that MaxText keeps fused for speed are taken apart: the bytes are those of the others."""
 
+import json
+
 import numpy as np
 import orbax_writer
 import pytest
@@ -11,7 +13,7 @@ from engine_lab import tensors
 from inputs_lab import as_leaf, converted
 
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
-from moeconv.errors import TensorError, UnsupportedError
+from moeconv.errors import ConfigError, TensorError, UnsupportedError
 from moeconv.maxtext.checkpoint import open_checkpoint
 from moeconv.verification.models.maxtext import MaxTextModel
 
@@ -52,8 +54,10 @@ def write(run, block, *, scanned=True, sizes=None, split=None, **what):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("scanned", [True, False], ids=["scanned", "unscanned"])
-@pytest.mark.parametrize("block", sorted(synthetic.BLOCKS))
+@pytest.mark.parametrize(
+    ("block", "scanned"),
+    [*((block, True) for block in sorted(synthetic.BLOCKS)), ("mixtral", False), ("qwen2", False)],
+)
 def test_fused(tmp_path, block, scanned):
     plain = synthetic.write(tmp_path / "plain", block, scanned=scanned)
     fused = write(tmp_path / "fused", block, scanned=scanned)
@@ -124,6 +128,14 @@ def test_in_an_nnx_state(tmp_path):
     assert converted(made, tmp_path / "out")[0] == usual
 
 
+def test_a_mesh_that_nothing_gives_is_asked_for(tmp_path):
+    made = write(tmp_path / "run", "mixtral")
+    told = tuple(f"{key}={json.dumps(value)}" for key, value in made.config.items())
+    with pytest.raises(ConfigError, match="fused_qkv: the order of heads"):
+        open_checkpoint(str(made.run), sets=told)
+    open_checkpoint(str(made.run), sets=(*told, "ici_tensor_parallelism=1"))
+
+
 @pytest.mark.parametrize("key", ["ici_tensor_parallelism", "dcn_autoregressive_parallelism"])
 @pytest.mark.parametrize("value", [2, -1])
 def test_heads_that_were_cut_over_devices_are_in_another_order(tmp_path, key, value):
@@ -131,6 +143,8 @@ def test_heads_that_were_cut_over_devices_are_in_another_order(tmp_path, key, va
     config = made.config_file(**{key: value})
     with pytest.raises(UnsupportedError, match=rf"fused_qkv with {key}={value}: .*fused_qkv=false"):
         open_checkpoint(str(made.run), config=config)
+    with pytest.raises(UnsupportedError, match=rf"fused_qkv with {key}={value}: "):
+        open_checkpoint(str(made.run), config=made.config_file(), sets=(f"{key}={value}",))
     others = write(tmp_path / "other", "mixtral", qkv=False)
     open_checkpoint(str(others.run), config=others.config_file(**{key: value}))
 

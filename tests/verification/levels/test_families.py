@@ -11,7 +11,12 @@ from helpers import config_file
 
 from moeconv.families import blocks
 
-pytestmark = [pytest.mark.slow, pytest.mark.proof("families"), pytest.mark.maxtext]
+pytestmark = [pytest.mark.slow, pytest.mark.maxtext]
+DEEPSEEK = pytest.mark.proof("DeepSeek by all levels")
+PROOFS = {"deepseek": DEEPSEEK} | dict.fromkeys(
+    ("gemma", "gemma2", "gemma3", "gemma4", "qwen3_next", "qwen3_5"),
+    pytest.mark.proof("Gemma and Qwen3-Next by all levels"),
+)
 
 
 def can_have(row, form):
@@ -20,7 +25,12 @@ def can_have(row, form):
     return form in row.forms and rope in (*blocks()[row.block].ropes, "default")
 
 
-CASES = [(name, form) for name, row in ROWS.items() for form in FORMS if can_have(row, form)]
+CASES = [
+    pytest.param(name, form, marks=PROOFS.get(row.block, pytest.mark.proof("families")))
+    for name, row in ROWS.items()
+    for form in FORMS
+    if can_have(row, form)
+]
 
 
 @pytest.mark.parametrize(("family", "form"), CASES)
@@ -30,6 +40,7 @@ def test_all_levels_pass(maxtext_lab, tmp_path, family, form):
     passes_all_levels(checkpoint, tmp_path, row.architecture)
 
 
+@DEEPSEEK
 @pytest.mark.parametrize(
     ("settings", "full_state"),
     [(KIMI_K2, False), (DEEPSEEK_V3, True), ({**DEEPSEEK_V3, **UNSCANNED}, True)],
