@@ -294,7 +294,12 @@ def test_every_config_is_read_alike_by_transformers_4_and_5(converted, tmp_path)
             continue
         assert old["read"] == config, target
         # 5 keeps theta and the like with the rest, and shows all of it as `rope_scaling` too.
-        moved = {"rope_theta", "rope_scaling", *(config["rope_parameters"] or {})}
+        moved = {
+            "rope_theta",
+            "rope_local_base_freq",
+            "rope_scaling",
+            *(config["rope_parameters"] or {}),
+        }
         rest = {key: value for key, value in config.items() if key not in moved}
         assert {key: new["read"].get(key) for key in rest} == rest, target
         shared = old["defaults"].keys() & new["defaults"].keys()

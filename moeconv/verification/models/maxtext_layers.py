@@ -84,7 +84,7 @@ class MaxTextLayers:
         self._jitted: dict[str, Any] = {}
         self._traced: list[tuple[Any, Any]] = []
         self._globals: Any = None
-        self.num_layers: int = self.config.num_decoder_layers
+        self.num_layers: int = self.config.num_decoder_layers * unscanned.paired
 
     @property
     def version(self) -> str:
