@@ -13,10 +13,14 @@ from moeconv.families import blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.maxtext]
 DEEPSEEK = pytest.mark.proof("DeepSeek by all levels")
-PROOFS = {"deepseek": DEEPSEEK} | dict.fromkeys(
-    ("gemma", "gemma2", "gemma3", "gemma4", "qwen3_next", "qwen3_5"),
-    pytest.mark.proof("Gemma and Qwen3-Next by all levels"),
-)
+HYBRIDS = ("gemma", "gemma2", "gemma3", "gemma4", "qwen3_next", "qwen3_5")
+DENSE = ("llama2", "mistral", "qwen2", "qwen3", "olmo3")
+PROOFS = {
+    "deepseek": DEEPSEEK,
+    **dict.fromkeys(HYBRIDS, pytest.mark.proof("Gemma and Qwen3-Next by all levels")),
+    **dict.fromkeys(DENSE, pytest.mark.proof("dense families by all levels")),
+}
+EXPERTS = pytest.mark.proof("families of experts by all levels")
 
 
 def can_have(row, form):
@@ -26,7 +30,7 @@ def can_have(row, form):
 
 
 CASES = [
-    pytest.param(name, form, marks=PROOFS.get(row.block, pytest.mark.proof("families")))
+    pytest.param(name, form, marks=PROOFS.get(row.block, EXPERTS))
     for name, row in ROWS.items()
     for form in FORMS
     if can_have(row, form)
