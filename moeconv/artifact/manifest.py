@@ -36,7 +36,7 @@ class SourceRecord(_Frozen):
     source's own metadata files, `scan_axis` the axis on which it stacks layers.
     """
 
-    kind: Literal["maxtext"] = "maxtext"
+    kind: Literal["maxtext", "huggingface"] = "maxtext"
     path: str
     step: int | None
     format: str
@@ -108,7 +108,7 @@ class Manifest(_Frozen):
     format: Literal["moeconv"] = "moeconv"
     version: Literal[1, 2] = 2
     moeconv_version: str
-    kind: Literal["huggingface", "peft"] = "huggingface"
+    kind: Literal["huggingface", "peft", "maxtext"] = "huggingface"
     source: SourceRecord
     target: str
     architecture: str

@@ -6,7 +6,7 @@ from pathlib import Path
 from moeconv.artifact.destination import resolve_out
 from moeconv.artifact.manifest import MANIFEST_NAME, Manifest
 from moeconv.conversion.contents import make_manifest, small_files
-from moeconv.conversion.options import ConvertOptions, Prepared
+from moeconv.conversion.options import ConvertOptions, Input, Prepared
 from moeconv.conversion.prepare import plan_conversion, reopen
 from moeconv.errors import (
     NotACheckpointError,
@@ -19,9 +19,6 @@ from moeconv.execution.journal import Journal
 from moeconv.execution.memory import resident_bytes
 from moeconv.execution.mover import Progress
 from moeconv.execution.staging import Staging
-from moeconv.maxtext.checkpoint import (
-    StoredCheckpoint,
-)
 from moeconv.planning.estimate import IMPORT_BYTES
 
 
@@ -152,22 +149,16 @@ def _write_the_rest(prepared: Prepared, staging: Staging, result: Result) -> Man
     return manifest
 
 
-def _place(out: Path, source: StoredCheckpoint) -> Path:
-    """OUT as an absolute path without symbolic links, outside of the checkpoint."""
+def _place(out: Path, source: Input) -> Path:
+    """OUT as an absolute path without symbolic links, outside of what is read."""
     place = resolve_out(out)
-    items = source.step.items.local
-    if items is None:
-        return place
-    step = (items.parent if items.name == "items" else items).resolve()
-    if place in step.parents:
-        raise OutputError(f"OUT {out} contains the checkpoint {step}; choose another directory")
-    # The directory of a run's steps belongs to Orbax: a directory 600 would be a step of its, to be
-    # resumed or deleted.
-    steps = [step.parent] if step.parent.name == "checkpoints" else []
-    for inside in (step, items.resolve(), *steps):
+    for inside in source.folders[:1]:
+        if place in inside.parents:
+            raise OutputError(f"OUT {out} contains the source {inside}; choose another directory")
+    for inside in source.folders:
         if place == inside or inside in place.parents:
             raise OutputError(
-                f"OUT {out} is inside the checkpoint {inside}; choose a directory outside of it"
+                f"OUT {out} is inside the source {inside}; choose a directory outside of it"
             )
     return place
 

@@ -16,12 +16,14 @@ from moeconv.artifact.manifest import (
     SourceRecord,
 )
 from moeconv.conversion.adapter_files import adapter_files
+from moeconv.conversion.run_files import run_files
 from moeconv.errors import ConfigError
 from moeconv.execution.engine import Result
 from moeconv.hf.config import generation_config, model_config, to_json
 from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.mapping.edges import Edge
 from moeconv.planning.adapter import PlannedAdapter
+from moeconv.planning.orbax_output import OrbaxOutput
 from moeconv.planning.plan import Plan
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,6 +34,8 @@ def small_files(plan: Plan, tokenizer: TokenizerFiles | None) -> dict[str, bytes
     """Every file but the tensors and the manifest, by name."""
     if plan.adapter is not None and plan.adapter.targeted is not None:
         return adapter_files(plan, plan.adapter, plan.adapter.targeted)
+    if isinstance(plan.output, OrbaxOutput):
+        return run_files(plan, plan.output, tokenizer)
     files: dict[str, bytes] = dict(tokenizer.files) if tokenizer is not None else {}
     config = model_config(plan.page, plan.model, plan.main_dtype, plan.options)
     files["config.json"] = to_json(config)
@@ -65,10 +69,7 @@ def make_manifest(plan: Plan, result: Result, files: Mapping[str, bytes]) -> Man
         files: The small files that were written.
     """
     source, model = plan.source, plan.model
-    records = {
-        name: FileRecord(size=size, sha256=result.files[name])
-        for name, size in plan.output.sizes.items()
-    }
+    records = dict(result.files)
     records |= {
         name: FileRecord(size=len(raw), sha256=hashlib.sha256(raw).hexdigest())
         for name, raw in files.items()

@@ -1,12 +1,14 @@
 """What a conversion is asked for, and what its first step gives to the second."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from moeconv.arch.layout import Layout
 from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.maxtext.checkpoint import StoredCheckpoint
+from moeconv.maxtext.unchanged import Unchanged
 from moeconv.planning.plan import Plan, PlannedSource
 from moeconv.tensor.stored import Source, Together
 
@@ -37,6 +39,12 @@ class ConvertOptions:
         base: The checkpoint that a LoRA adapter was trained on; the adapter is converted then.
         base_model: How PEFT finds the converted base.
         merge_lora: The checkpoint with a LoRA adapter that is merged into the model.
+        block: Of a Hugging Face model: MaxText's decoder block; None for the first that holds it.
+        scan_layers: Likewise: layers are stacked; None for stacked where MaxText can.
+        scan_axis: Likewise: the axis of the layers.
+        shards: Likewise: in how many parts a mesh cuts arrays, by the name of its axis.
+        zarr3: Likewise: arrays are zarr v3, else v2.
+        ocdbt: Likewise: arrays are one database, else a folder each.
     """
 
     config: Path | None = None
@@ -56,6 +64,32 @@ class ConvertOptions:
     base: str | None = None
     base_model: str | None = None
     merge_lora: str | None = None
+    block: str | None = None
+    scan_layers: bool | None = None
+    scan_axis: int = 1
+    shards: Mapping[str, int] = field(default_factory=dict)
+    zarr3: bool = True
+    ocdbt: bool = True
+
+
+class Input(Protocol):
+    """What is read, opened: a checkpoint, or a Hugging Face model."""
+
+    @property
+    def arrays(self) -> Source:
+        """Its arrays."""
+
+    @property
+    def files(self) -> str | None:
+        """Digest of the names, sizes and times of all its files; None where it is remote."""
+
+    @property
+    def unchanged(self) -> Unchanged:
+        """Looks for changes since before it was read."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Where it is on this machine: OUT may be in none of them, and holds not the first."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +105,14 @@ class Prepared:
     """
 
     plan: Plan
-    source: StoredCheckpoint
+    source: Input
     tokenizer: TokenizerFiles | None
     options: ConvertOptions
-    beside: StoredCheckpoint | None = None
+    beside: Input | None = None
 
     @property
-    def read(self) -> tuple[StoredCheckpoint, ...]:
-        """All checkpoints that are read."""
+    def read(self) -> tuple[Input, ...]:
+        """All that is read."""
         return (self.source,) if self.beside is None else (self.source, self.beside)
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from moeconv.artifact.manifest import FileRecord
 from moeconv.execution.digest import Position
 from moeconv.execution.journal import Journal
 from moeconv.execution.memory import Budget
@@ -35,14 +36,14 @@ class Result:
     """What an executed plan leaves.
 
     Attributes:
-        files: SHA-256 of every file of values, by name.
+        files: Every file of values, by name.
         arrays: Digest of every source array as it was read, by name (see `array_digest`).
         missing: Chunks that the source does not store, by array: their places in its grid. It is
             a checkpoint of an older Orbax, which leaves out zeros, so that a lost chunk looks the
             same.
     """
 
-    files: Mapping[str, str]
+    files: Mapping[str, FileRecord]
     arrays: Mapping[str, str]
     missing: Mapping[str, Sequence[Position]]
 
@@ -129,14 +130,14 @@ class Engine:
             self._fill_constants()
             self._sink.start()
             self._work(todo)
-            digests = self._sink.finish()
+            files = self._sink.finish()
             self._sink.sync()
         finally:
             for spill in self._spills.values():
                 spill.close()
             self._sink.close()
         info = {name: self._source.info[name] for name in self._plan.routes}
-        return Result(digests, self._recorder.array_digests(info), self._recorder.missing())
+        return Result(files, self._recorder.array_digests(info), self._recorder.missing())
 
     # --- what an earlier process has done -------------------------------------------------------
 
@@ -186,8 +187,9 @@ class Engine:
         written = self._journal.assemblies.get(name)
         parts: list[tuple[Route, Ranges, int]] = []
         for route, _ in self._spills[name].slots.values():
-            start = dict.fromkeys(route.form.target_axes, (0, 0))
-            parts.append((route, start, slot_bytes(route.form)))
+            sizes = zip(route.form.target_axes, route.form.target_shape, strict=True)
+            whole = {axis: (0, size) for axis, size in sizes}
+            parts.append((route, whole, slot_bytes(route.form)))
         return written is not None and self._holds(parts, written)
 
     def _holds(self, parts: Sequence[tuple[Route, Ranges, int]], written: int) -> bool:

@@ -130,7 +130,10 @@ class Mover:
         spill, form, spilled = self._spill.get(unit.array.name), route.form, 0
         if spill is not None and (unit.number, number) not in spill.pieces:
             spill = None
-        for part in blocks(form, ranges):
+        cut = blocks(form, ranges)
+        if spill is None:
+            cut = self._plan.output.blocks(route.edges[0].target, form, ranges)
+        for part in cut:
             if self._stopped.is_set():
                 break
             block = reader.read(source_box(unit, form, part))
@@ -152,7 +155,8 @@ class Mover:
 
     def _assemble(self, spill: Spill, slot: Slot, written: int) -> int:
         route, _ = spill.slots[slot]
-        for ranges, values in spill.assembled(slot):
+        cut = self._plan.output.stretches(slot.target, route.form)
+        for ranges, values in spill.assembled(slot, cut):
             if self._stopped.is_set():
                 break
             written = self._write(route, ranges, values, written)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from moeconv.artifact.manifest import FileRecord
 from moeconv.errors import OutputError
 from moeconv.execution.own_files import open_own, write_all
 from moeconv.execution.threads import Thread
@@ -108,8 +109,8 @@ class SafetensorsSink:
         for fd in self._descriptors:
             os.fdatasync(fd)
 
-    def finish(self) -> dict[str, str]:
-        """Waits for the hashes; SHA-256 of every file by name.
+    def finish(self) -> dict[str, FileRecord]:
+        """Waits for the hashes; every file by its name.
 
         Raises:
             OSError: A file could not be read back.
@@ -118,7 +119,10 @@ class SafetensorsSink:
             thread.wait()
         if self._failure is not None:
             raise self._failure
-        return self._digests
+        return {
+            file.name: FileRecord(size=file.layout.size, sha256=self._digests[file.name])
+            for file in self._files
+        }
 
     def close(self) -> None:
         """Stops hashing and closes the files."""

@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from moeconv.artifact.manifest import FileRecord
 from moeconv.execution.safetensors_sink import SafetensorsSink
+from moeconv.planning.orbax_output import OrbaxOutput
 from moeconv.planning.output import Output, SafetensorsOutput
 from moeconv.tensor.axes import Array, Ranges
 from moeconv.tensor.form import Form
@@ -36,8 +38,8 @@ class Sink(Protocol):
         Args:
             target: Name of the array.
             form: How the piece was made.
-            ranges: Where it begins.
-            size: Its bytes, in C order.
+            ranges: Its box.
+            size: Its bytes.
             before: CRC-32 of the bytes before it.
         """
 
@@ -50,8 +52,8 @@ class Sink(Protocol):
     def sync(self) -> None:
         """Makes safe on disk what was written so far."""
 
-    def finish(self) -> Mapping[str, str]:
-        """Waits until everything is complete; SHA-256 of every file by name.
+    def finish(self) -> Mapping[str, FileRecord]:
+        """Waits until everything is complete; every file by its name, relative to the folder.
 
         Raises:
             OSError: A file could not be read back.
@@ -74,4 +76,8 @@ def open_sink(output: Output, folder: Path, *, keep: bool) -> Sink:
     """
     if isinstance(output, SafetensorsOutput):
         return SafetensorsSink(folder, output, keep=keep)
+    if isinstance(output, OrbaxOutput):
+        from moeconv.execution.orbax_sink import OrbaxSink
+
+        return OrbaxSink(folder, output, keep=keep)
     raise TypeError(f"no sink writes an output of kind {output.kind}")

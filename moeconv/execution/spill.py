@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from moeconv.errors import OutputError
 from moeconv.execution.own_files import open_own, write_all
-from moeconv.planning.units import Assembly, Route, Slot, Unit, pieces, stretches
+from moeconv.planning.units import Assembly, Route, Slot, Unit, pieces
 from moeconv.sizes import format_size
 from moeconv.tensor.axes import Array, Range
 from moeconv.tensor.form import Form
@@ -83,12 +83,14 @@ class Spill:
         assert self._scratch is not None
         self._scratch.write(self.pieces[unit.number, number].offset + offset, payload(values))
 
-    def assembled(self, slot: Slot) -> Iterator[tuple[dict[str, Range], Array]]:
+    def assembled(
+        self, slot: Slot, blocks: Iterable[dict[str, Range]]
+    ) -> Iterator[tuple[dict[str, Range], Array]]:
         """Puts a stretch of a target together, block by block: each block's ranges and values."""
         assert self._scratch is not None
         route, spilled = self.slots[slot]
         axes = route.form.target_axes
-        for ranges in stretches(route.form):
+        for ranges in blocks:
             shape = [ranges[axis][1] - ranges[axis][0] for axis in axes]
             block = np.zeros(shape, route.form.dtype)
             for piece in spilled:
@@ -105,24 +107,36 @@ class Spill:
 def _collect(
     scratch: "_Scratch", piece: _SpilledPiece, block: Array, ranges: Mapping[str, Range]
 ) -> None:
-    """Copies to a block what it has of a piece, which is one run of the scratch file.
+    """Copies to a block what it has of a piece.
 
-    A block has one entry of each outer axis and all of each inner one (`slabs`), so what it shares
-    with a piece are values of the piece that follow each other.
+    Where a block has one entry of each outer axis and all of each inner one (`slabs`), that is one
+    run of the scratch file; else it is cut from the values between its first and its last.
     """
     axes, shape = piece.form.target_axes, piece.form.piece_shape(piece.ranges)
     here: list[slice] = []  # the shared box in the block
-    first, count = 0, 1
+    there: list[slice] = []  # and in the piece
+    first = last = 0
     for axis, size in zip(axes, shape, strict=True):
         start = piece.ranges[axis][0]
         low, high = max(ranges[axis][0], start), min(ranges[axis][1], start + size)
         if low >= high:
             return
         here.append(slice(low - ranges[axis][0], high - ranges[axis][0]))
-        first, count = first * size + low - start, count * (high - low)
-    data = scratch.read(piece.offset + first * block.itemsize, count * block.itemsize)
+        there.append(slice(low - start, high - start))
+        first, last = first * size + low - start, last * size + high - start - 1
     part = block[tuple(here)]
-    part[...] = np.frombuffer(data, block.dtype).reshape(part.shape)
+    count = last - first + 1
+    if count == part.size:
+        data = scratch.read(piece.offset + first * block.itemsize, count * block.itemsize)
+        part[...] = np.frombuffer(data, block.dtype).reshape(part.shape)
+        return
+    row = math.prod(shape[1:])  # whole rows of the outermost axis
+    top, bottom = there[0].start, there[0].stop
+    data = scratch.read(
+        piece.offset + top * row * block.itemsize, (bottom - top) * row * block.itemsize
+    )
+    rows = np.frombuffer(data, block.dtype).reshape(bottom - top, *shape[1:])
+    part[...] = rows[(slice(None), *there[1:])]
 
 
 class _Scratch:

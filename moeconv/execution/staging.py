@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from moeconv.artifact.destination import foreign_entries, holds_something, is_replaceable
 from moeconv.errors import OutputError
@@ -158,8 +158,11 @@ class Staging:
             )
 
     def write(self, files: Mapping[str, bytes]) -> None:
-        """Writes small files whole and syncs them."""
+        """Writes small files whole and syncs them; a name may have folders in it."""
         for name, content in files.items():
+            for folder in list(PurePosixPath(name).parents)[-2::-1]:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(folder, dir_fd=self._inside)
             with contextlib.suppress(FileNotFoundError):  # of an earlier process
                 os.unlink(name, dir_fd=self._inside)
             with os.fdopen(os.open(name, _NEW, 0o666, dir_fd=self._inside), "wb") as file:
@@ -186,10 +189,12 @@ class Staging:
                 f"model waits in {self.folder}: go on with --resume once OUT is empty"
             )
         mode = _mode_of_a_new_folder(self._inside)
+        tops = {name.partition("/")[0] for name in names}
         for name in _journal_last(self._inside):
-            if name not in names:
+            if name not in tops:
                 _remove(name, self._inside)
-            elif not stat.S_ISREG(_lstat(name, self._inside).st_mode):
+        for name in names:
+            if not stat.S_ISREG(_lstat(name, self._inside).st_mode):
                 raise OutputError(f"{self.folder / name} {_REPLACED}")
         os.fsync(self._inside)
         if not self._holds_ours():

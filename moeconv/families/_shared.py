@@ -6,12 +6,14 @@ layers/moe.py `RoutedMoE`.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from moeconv import families
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import Known
 from moeconv.arch.parameters import Layers, Parameter
+from moeconv.mapping.reading import Config, Reading, rope_fields, rope_of, yarn_settings
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
     EVERY_LAYER,
@@ -254,7 +256,7 @@ def has_scaled_rope(model: ModelDescription) -> bool:
 
 def setting(key: str, name: str) -> ConfigKey:
     """A key that copies a setting of the model's description."""
-    return ConfigKey(key, lambda m, o: m.settings[name], f"`{name}`")
+    return ConfigKey(key, lambda m, o: m.settings[name], f"`{name}`", setting=name)
 
 
 def tied(model: ModelDescription, options: Options) -> bool:
@@ -290,12 +292,18 @@ CONFIG: tuple[ConfigKey, ...] = (
         "max_position_embeddings",
         lambda m, o: positions(m),
         "`max_position_embeddings`, with YaRN MaxText's setting of that name",
+        field="max_position_embeddings",
     ),
     from_field("rms_norm_eps"),
     from_field("rope_theta"),
     ConfigKey("rope_scaling", lambda m, o: rope_scaling(m), "RoPE type, for transformers 4"),
     ConfigKey("rope_parameters", lambda m, o: rope_parameters(m), "RoPE type and theta, for 5"),
-    ConfigKey("tie_word_embeddings", tied, "`tie_word_embeddings`, false with `--untie`"),
+    ConfigKey(
+        "tie_word_embeddings",
+        tied,
+        "`tie_word_embeddings`, false with `--untie`",
+        field="tie_word_embeddings",
+    ),
     from_field("bos_token_id"),
     from_field("eos_token_id"),
     from_field("pad_token_id"),
@@ -303,6 +311,30 @@ CONFIG: tuple[ConfigKey, ...] = (
     constant("initializer_range", 0.02),
     constant("use_cache", True),
 )
+
+
+def heads(config: Config) -> int:
+    """`head_dim` where a config leaves it to transformers."""
+    size: int = config["hidden_size"] // config["num_attention_heads"]
+    return size
+
+
+def rope_reading(config: Config) -> dict[str, Any]:
+    """Fields of a model with one RoPE, whose halves are rotated."""
+    return rope_fields(rope_of(config))
+
+
+def yarn_reading(config: Config) -> dict[str, Any]:
+    """Settings of the same."""
+    return yarn_settings(rope_of(config), config, interleave=False)
+
+
+# What every architecture with one RoPE leaves to transformers, and how that is read.
+DERIVED: Mapping[str, Callable[[Config], Any]] = {
+    "head_dim": heads,
+    "num_key_value_heads": lambda config: config["num_attention_heads"],
+}
+READING = Reading(DERIVED, rope_reading, yarn_reading)
 
 # No block here slides a window over its attention; Qwen's configs can say that they do.
 NO_WINDOW = (

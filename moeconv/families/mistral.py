@@ -10,6 +10,7 @@ from moeconv.families._shared import (
     MLP,
     MLP_PARAMETERS,
     QUANTISES,
+    READING,
     TRUNK,
 )
 from moeconv.mapping.rules import Target, constant, from_field
@@ -30,6 +31,7 @@ TARGET = Target(
     architecture="MistralForCausalLM",
     summary="For models of MaxText's mistral block; loads everywhere.",
     kinds=Layers(mlp="dense", attention="full"),
+    reading=READING,
     rules=(*TRUNK, *ATTENTION, *MLP),
     config=(
         constant("architectures", ["MistralForCausalLM"]),

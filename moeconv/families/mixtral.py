@@ -6,6 +6,7 @@ into every expert and the router of that layer is zero, so that the chosen exper
 """
 
 import math
+from dataclasses import replace
 
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
@@ -18,10 +19,12 @@ from moeconv.families._shared import (
     IDLE,
     IDLE_MOE,
     QUANTISES,
+    READING,
     TRUNK,
     experts,
     has_scaled_rope,
     moe_parameters,
+    rope_reading,
     untied_by_sglang,
 )
 from moeconv.mapping.rules import (
@@ -121,6 +124,10 @@ TARGET = Target(
     card=_card,
     # w1 is the gate, w3 the up and w2 the down projection (transformers 4.46
     # models/mixtral/modeling_mixtral.py `MixtralBlockSparseTop2MLP`).
+    reading=replace(
+        READING,
+        fields=lambda c: {**rope_reading(c), "moe_intermediate_size": c["intermediate_size"]},
+    ),
     rules=(
         *TRUNK,
         *ATTENTION,

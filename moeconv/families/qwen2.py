@@ -3,6 +3,8 @@
 Without `attention_bias` MaxText's block is a Llama whose query is scaled explicitly.
 """
 
+from dataclasses import replace
+
 from moeconv.arch.blocks import Block
 from moeconv.arch.parameters import DENSE, LayerKind, Layers, Parameter
 from moeconv.families._shared import (
@@ -14,7 +16,9 @@ from moeconv.families._shared import (
     MLP_PARAMETERS,
     NO_WINDOW,
     QUANTISES,
+    READING,
     TRUNK,
+    rope_reading,
 )
 from moeconv.mapping.rules import ConfigKey, Rule, Target, When, constant, from_field
 
@@ -65,6 +69,7 @@ TARGET = Target(
     architecture="Qwen2ForCausalLM",
     summary="For models of MaxText's qwen2 block with attention_bias.",
     kinds=Layers(mlp="dense", attention="biased"),
+    reading=replace(READING, fields=lambda c: {**rope_reading(c), "head_dim": c["head_dim"]}),
     rules=(*TRUNK, *ATTENTION, *BIAS_RULES, *MLP),
     config=(
         constant("architectures", ["Qwen2ForCausalLM"]),

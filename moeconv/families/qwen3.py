@@ -14,6 +14,7 @@ from moeconv.families._shared import (
     MLP_PARAMETERS,
     NO_WINDOW,
     QUANTISES,
+    READING,
     TRUNK,
 )
 from moeconv.mapping.rules import Rule, Target, constant, from_field
@@ -56,6 +57,7 @@ TARGET = Target(
     summary="For models of MaxText's qwen3 block; transformers ≥ 4.51.",
     kinds=Layers(mlp="dense", attention="qk_norm"),
     since="4.51.0",
+    reading=READING,
     rules=(*TRUNK, *ATTENTION, *QK_NORM_RULES, *MLP),
     config=(
         constant("architectures", ["Qwen3ForCausalLM"]),

@@ -4,6 +4,8 @@ MaxText's weights of the chosen experts sum to 1 whatever `norm_topk_prob` says,
 over their logits alone (layers/moe.py `get_topk`); so the target always says true.
 """
 
+from dataclasses import replace
+
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.parameters import LayerKind, Layers
 from moeconv.families._shared import (
@@ -15,6 +17,7 @@ from moeconv.families._shared import (
     IDLE_MOE,
     NO_WINDOW,
     QUANTISES,
+    READING,
     TRUNK,
     experts,
     moe_parameters,
@@ -50,6 +53,8 @@ TARGET = Target(
     kinds=Layers(mlp="moe", attention="qk_norm"),
     since="4.51.0",
     caveats=untied_by_sglang,
+    # No layer is dense.
+    reading=replace(READING, ignored=frozenset({"intermediate_size"})),
     rules=(
         *TRUNK,
         *ATTENTION,

@@ -357,7 +357,7 @@ def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
                 for other in part.form.value.companions:
                     entry = tuple(other.take[axis] for axis in stacked[other.source])
                     beside.setdefault((other.source, *entry), set()).add(other.take.get("E"))
-    holes = [edge.target for edge in edges if edge.parts and not _is_covered(edge)]
+    holes = [edge.target for edge in edges if edge.parts and not is_covered(edge)]
     if holes:
         raise TensorError(f"the rules do not write all of these tensors:{listing(holes)}")
     wrong = []
@@ -377,7 +377,7 @@ def _check_totality(edges: list[Edge], family: Target, layout: Layout) -> None:
         )
 
 
-def _is_covered(edge: Edge) -> bool:
+def is_covered(edge: Edge) -> bool:
     """True if the parts of a tensor, each at its own place, make up all of it."""
     places = {(part.form.base, *part.form.place.values()) for part in edge.parts}
     written = sum(math.prod(p.form.piece_shape(p.form.whole)) for p in edge.parts)

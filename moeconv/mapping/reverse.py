@@ -1,20 +1,98 @@
 """The way back: a checkpoint's arrays from the converted tensors, by undoing the same forms.
 
-The mapping is not written a second time: `restore` walks the very edges that `expand` made. It is
-exact wherever the edges are; where a factor rounds, the way back is within one unit of the last
-place. Companions, such as scales, are not in the tensors: they are given, and what was stored with
-them comes back exactly.
+The mapping is not written a second time: `restore` walks the very edges that `expand` made, and
+`reverse` turns them round, for a conversion from Hugging Face to MaxText. It is exact wherever the
+edges are; where a factor rounds, the way back is within one unit of the last place. Companions,
+such as scales, are not in the tensors: they are given, and what was stored with them comes back
+exactly.
 """
 
-from collections.abc import Callable, Collection, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
+from moeconv.arch.layout import Layout
 from moeconv.errors import TensorError
-from moeconv.mapping.edges import Edge, Part
+from moeconv.mapping.edges import Edge, Part, is_covered
+from moeconv.mapping.rules import Target
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import bits
 from moeconv.tensor.values import ValueOp
+from moeconv.untrusted.text import listing
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The values of a tensor that a reversed part reads, as an array of its own.
+
+    Attributes:
+        tensor: The tensor's name.
+        base: Values of the tensor before the first.
+        shape: Their shape, with the axes of the part's form.
+    """
+
+    tensor: str
+    base: int
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The tensor's; of several in one tensor each has its range behind it."""
+        stop = self.base + math.prod(self.shape)
+        return f"{self.tensor}[{self.base}:{stop}]" if self.base else self.tensor
+
+
+def reverse(
+    edges: Iterable[Edge], family: Target, layout: Layout, stored: Mapping[str, str]
+) -> tuple[tuple[Edge, ...], dict[str, Origin]]:
+    """The edges back: one for each array of a checkpoint, made of the tensors that it becomes.
+
+    A tensor that another rule makes of the same array (an untied head that is the embedding, the
+    copies of a dense MLP) is not read for it.
+
+    Args:
+        edges: From `expand`, for the layout, with the dtypes that its arrays are to have.
+        family: The page that they are of.
+        layout: The checkpoint's.
+        stored: Dtype of every tensor.
+
+    Returns:
+        The edges, in the order of the layout, and what their parts read, by name.
+
+    Raises:
+        TensorError: An array would not be made of them, or not wholly.
+        ValueError: A value op has no way back.
+    """
+    parts: dict[str, list[Part]] = {}
+    rules: dict[str, int] = {}
+    origins: dict[str, Origin] = {}
+    for edge in edges:
+        if family.rules[edge.rule].shared or not edge.is_first_copy:
+            continue
+        for part in edge.parts:
+            form = part.form.inverse(stored[edge.target])
+            origin = Origin(edge.target, part.form.base, part.form.target_shape)
+            origins[origin.name] = origin
+            parts.setdefault(part.source, []).append(Part(origin.name, form))
+            rules.setdefault(part.source, edge.rule)
+    back = [
+        Edge(
+            array.name,
+            array.shape,
+            parts[array.name][0].form.value.target,
+            tuple(parts[array.name]),
+            rules[array.name],
+            array.layers[0] if len(array.layers) == 1 else None,
+        )
+        for array in layout.arrays
+        if array.name in parts
+    ]
+    made = {edge.target for edge in back if is_covered(edge)}
+    if lost := [array.name for array in layout.arrays if array.name not in made]:
+        raise TensorError(f"no tensor becomes all of these parameters:{listing(lost)}")
+    return tuple(back), origins
 
 
 def _lacking(name: str) -> Array:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import Layers
+from moeconv.mapping.reading import Reading
 
 Rotary = Literal["half", "interleaved"]
 
@@ -133,18 +134,22 @@ class ConfigKey:
         value: Its value for a model.
         text: Where the value comes from, for docs/mapping.md.
         when: The key is left out where this does not hold.
+        field: Field of the description that it is a copy of, for reading a config.json.
+        setting: The same of its settings.
     """
 
     key: str
     value: Callable[[ModelDescription, Options], Any]
     text: str
     when: When = ALWAYS
+    field: str | None = None
+    setting: str | None = None
 
 
 def from_field(key: str, name: str | None = None, when: When = ALWAYS) -> ConfigKey:
     """A key that copies a field of the model's description."""
     source = name or key
-    return ConfigKey(key, lambda m, o: getattr(m, source), f"`{source}`", when)
+    return ConfigKey(key, lambda m, o: getattr(m, source), f"`{source}`", when, field=source)
 
 
 def constant(key: str, value: Any, text: str | None = None) -> ConfigKey:
@@ -201,6 +206,8 @@ class Target:
         config: The config table.
         since: The oldest transformers that loads what is written; of those that do not have the
             architecture none is named.
+        reading: How a config.json of it is read, for the way from Hugging Face to MaxText; None
+            where that way is not built.
         pads_width: Dense and expert MLPs share one width, the narrower is padded with zeros.
         caveats: Sentences for people about this model on this target.
         card: More sentences for the model card.
@@ -216,6 +223,7 @@ class Target:
     rotary: Rotary = "half"
     requires: Callable[[ModelDescription], str | None] = lambda m: None
     since: str = "4.46.0"
+    reading: Reading | None = None
     pads_width: bool = False
     caveats: Callable[[ModelDescription, Options], list[str]] = lambda m, o: []
     card: Callable[[ModelDescription], list[str]] = lambda m: []

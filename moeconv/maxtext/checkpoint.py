@@ -95,6 +95,19 @@ class StoredCheckpoint:
     notes: tuple[str, ...]
     fused: frozenset[str]
 
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The step on this machine, its item, and the folder of a run's steps.
+
+        That belongs to Orbax: a directory 600 in it would be a step, to be resumed or deleted.
+        """
+        items = self.step.items.local
+        if items is None:
+            return ()
+        step = (items.parent if items.name == "items" else items).resolve()
+        steps = [step.parent] if step.parent.name == "checkpoints" else []
+        return (step, items.resolve(), *steps)
+
     @cached_property
     def metadata(self) -> dict[str, str]:
         """SHA-256 of its metadata files, by name.

@@ -4,13 +4,14 @@ An `Output` is one side of a conversion as far as it is written. The plan asks i
 how large it is; `execution` opens the sink that belongs to it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from moeconv.hf.safetensors import FileLayout, TensorSpec, lay_out
 from moeconv.mapping.edges import Edge
-from moeconv.tensor.axes import Ranges
+from moeconv.planning.units import blocks, stretches
+from moeconv.tensor.axes import Range, Ranges
 from moeconv.tensor.form import Form
 
 
@@ -33,8 +34,14 @@ class Output(Protocol):
     def sizes(self) -> Mapping[str, int]:
         """Bytes of each file that holds values, by name."""
 
-    def takes(self, form: Form, ranges: Ranges) -> bool:
+    def takes(self, target: str, form: Form, ranges: Ranges) -> bool:
         """True if a piece of a target can be written as it comes."""
+
+    def blocks(self, target: str, form: Form, ranges: Ranges) -> Iterator[dict[str, Range]]:
+        """Cuts such a piece into blocks that are written one at a time, in order."""
+
+    def stretches(self, target: str, form: Form) -> Iterator[dict[str, Range]]:
+        """Cuts all that a form's target has from `base` on into such blocks."""
 
     def place(self, target: str) -> Mapping[str, Any]:
         """Where a target is stored, for plan.json."""
@@ -86,9 +93,17 @@ class SafetensorsOutput:
         """Names and headers of the files."""
         return [[file.name, file.layout.header.decode("latin-1")] for file in self.files]
 
-    def takes(self, form: Form, ranges: Ranges) -> bool:
+    def takes(self, target: str, form: Form, ranges: Ranges) -> bool:
         """True if the piece is one run of bytes: short runs of many layers would be slow."""
         return form.is_contiguous(ranges)
+
+    def blocks(self, target: str, form: Form, ranges: Ranges) -> Iterator[dict[str, Range]]:
+        """Blocks that stay in the cache and follow each other in the file."""
+        return blocks(form, ranges)
+
+    def stretches(self, target: str, form: Form) -> Iterator[dict[str, Range]]:
+        """Likewise."""
+        return stretches(form)
 
     def place(self, target: str) -> dict[str, Any]:
         """The file of a tensor, and the byte at which it begins."""

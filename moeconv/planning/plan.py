@@ -9,7 +9,7 @@ MaxText's.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,11 +35,15 @@ from moeconv.planning.units import (
     routes_of,
 )
 from moeconv.printing import Printable
+from moeconv.tensor.axes import Range, Ranges
+from moeconv.tensor.form import Form
 from moeconv.tensor.stored import ArrayInfo
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+# As `Output.blocks`.
+Chunks = Callable[[str, Form, Ranges], Iterator[dict[str, Range]]]
 # Given every target, their names in the order in which they are made, and the largest file.
 LayOut = Callable[[Mapping[str, Edge], Sequence[str], int], Output]
 
@@ -179,6 +183,14 @@ class Plan(Printable):
         """Bytes of all target arrays."""
         return sum(e.nbytes for e in self.edges.values())
 
+    @property
+    def source_dtype(self) -> str:
+        """The dtype that most bytes of the source have."""
+        weight: dict[str, int] = {}
+        for info in self.source.arrays.values():
+            weight[info.dtype] = weight.get(info.dtype, 0) + info.nbytes
+        return max(sorted(weight), key=weight.__getitem__)
+
     @cached_property
     def main_dtype(self) -> str:
         """The dtype that most bytes have, which config.json names."""
@@ -247,6 +259,7 @@ def build_plan(
     source: PlannedSource,
     max_shard_bytes: int,
     lay_out: LayOut,
+    chunks: Chunks | None = None,
     **attributes: Any,
 ) -> Plan:
     """Makes the plan: units of work, the order of tensors, files and places.
@@ -260,10 +273,11 @@ def build_plan(
         source: As the attributes of `Plan`.
         max_shard_bytes: As there.
         lay_out: Makes the output, such as `safetensors_output`.
+        chunks: As in `cut_into_units`.
         attributes: The attributes of `Plan` that say nothing of its tensors.
     """
     routes = routes_of(edges)
-    units = cut_into_units(routes, source.arrays)
+    units = cut_into_units(routes, source.arrays, chunks)
     rank = {u.array.name: u.number for u in reversed(units)}
     by_name = {e.target: e for e in edges}
     made = sorted(

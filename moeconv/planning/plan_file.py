@@ -54,7 +54,7 @@ class _Array(_Frozen):
 
 
 class _Source(_Frozen):
-    kind: Literal["maxtext"]
+    kind: Literal["maxtext", "huggingface"]
     path: str
     step: int | None
     format: str
@@ -126,7 +126,7 @@ class _PlanFile(BaseModel):
     format: Literal["moeconv plan"]
     version: Literal[1]
     moeconv_version: str = Field(pattern=r"^[0-9A-Za-z.+-]{1,40}$")
-    output: Literal["huggingface", "peft"]
+    output: Literal["huggingface", "peft", "maxtext"]
     digest: str
     request: _Request
     request_sha256: str

@@ -181,9 +181,17 @@ def unit_boxes(info: ArrayInfo, routes: Sequence[Route], limit: int) -> list[tup
 
 
 def cut_into_units(
-    routes: Mapping[str, Sequence[Route]], info: Mapping[str, ArrayInfo]
+    routes: Mapping[str, Sequence[Route]],
+    info: Mapping[str, ArrayInfo],
+    chunks: Callable[[str, Form, Ranges], Iterator[dict[str, Range]]] | None = None,
 ) -> tuple[Unit, ...]:
-    """Cuts every array that feeds something into units, the largest first."""
+    """Cuts every array that feeds something into units, the largest first.
+
+    Args:
+        routes: Of every array, by its name.
+        info: How it is stored.
+        chunks: The blocks that the output takes (`Output.blocks`), where they are none of `blocks`.
+    """
     limit = max(UNIT_BYTES, *(info[name].chunk_bytes for name in routes))
     boxes = [
         (info[name], box)
@@ -192,18 +200,24 @@ def cut_into_units(
     ]
     boxes.sort(key=lambda b: (-Unit(b[0], b[1], 0).nbytes, b[0].name, b[1]))
     return tuple(
-        _with_needs(Unit(array, box, number), routes[array.name], info)
+        _with_needs(Unit(array, box, number), routes[array.name], info, chunks)
         for number, (array, box) in enumerate(boxes)
     )
 
 
-def _with_needs(unit: Unit, routes: Sequence[Route], info: Mapping[str, ArrayInfo]) -> Unit:
+def _with_needs(
+    unit: Unit,
+    routes: Sequence[Route],
+    info: Mapping[str, ArrayInfo],
+    chunks: Callable[[str, Form, Ranges], Iterator[dict[str, Range]]] | None,
+) -> Unit:
     """A unit with the companions that it is read with, and what its largest block takes.
 
     A block is larger than usual where an axis that is taken apart, or one behind a padded axis,
     cannot be cut, and where the zeros of a padded axis come with it (`blocks`).
     """
-    if not any(r.form.value.companions or r.form.extent or r.form.split for r in routes):
+    special = any(r.form.value.companions or r.form.extent or r.form.split for r in routes)
+    if chunks is None and not special:
         return unit
     boxes: dict[str, list[Range]] = {}
     largest: dict[tuple[object, ...], int] = {}
@@ -211,7 +225,10 @@ def _with_needs(unit: Unit, routes: Sequence[Route], info: Mapping[str, ArrayInf
         form = routes[number].form
         alike = (form.target_shape, form.target_axes, form.value.scratch, *ranges.items())
         if alike not in largest:
-            largest[alike] = max(form.work_bytes(part) for part in blocks(form, ranges))
+            cut = blocks(form, ranges)
+            if chunks is not None:
+                cut = chunks(routes[number].edges[0].target, form, ranges)
+            largest[alike] = max(form.work_bytes(part) for part in cut)
         for name, box in form.companion_boxes(ranges):
             shape = info[name].shape
             ends = [_ends(index, size) for index, size in zip(box, shape, strict=True)]
@@ -308,7 +325,7 @@ class Assembly:
 def assemblies(
     routes: Mapping[str, Sequence[Route]],
     units: Sequence[Unit],
-    takes: Callable[[Form, Ranges], bool],
+    takes: Callable[[str, Form, Ranges], bool],
 ) -> tuple[Assembly, ...]:
     """Finds the targets with a piece that the output does not take; all their pieces are spilled.
 
@@ -320,7 +337,7 @@ def assemblies(
         spilled |= {
             group[number].slot
             for number, ranges in pieces(unit, group)
-            if not takes(group[number].form, ranges)
+            if not takes(group[number].edges[0].target, group[number].form, ranges)
         }
     found: list[Assembly] = []
     for name, group in routes.items():

@@ -258,6 +258,34 @@ class Form:
         groups = self.rearrange.left[len(self.place) :]
         return apart.reshape([math.prod(next(sizes) for _ in group) for group in groups])
 
+    # --- the way back ---------------------------------------------------------------------------
+
+    def inverse(self, stored: str) -> "Form":
+        """How the tensor becomes this part of the array again.
+
+        Its source is what the tensor has from `base` on, with axes `target_axes`, each apart; where
+        the tensor is narrower than the array, the rest of the array becomes zeros.
+
+        Args:
+            stored: Dtype of the tensor.
+
+        Raises:
+            ValueError: The value op has no way back.
+        """
+        sizes = dict(zip(self.target_axes, self.target_shape, strict=True))
+        free = [(axis,) for axis in self.target_axes if axis not in self.place]
+        groups = iter(self.rearrange.left[len(self.place) :])
+        back = tuple((axis,) if axis in self.take else next(groups) for axis in self.axes)
+        return Form(
+            axes=self.target_axes,
+            sizes={**sizes, **{axis: self.sizes[axis] for axis in self.take}},
+            take={axis: entry for axis, (entry, _) in self.place.items()},
+            value=self.value.inverse(stored),
+            rearrange=Rearrangement(tuple((axis,) for axis in self.take) + tuple(free), back),
+            place={axis: (entry, self.sizes[axis]) for axis, entry in self.take.items()},
+            extent={axis: self.sizes[axis] for axis in self.extent},
+        )
+
     # --- words ----------------------------------------------------------------------------------
 
     def steps(self) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 from moeconv.tensor.axes import Array
 from moeconv.tensor.companion import Companion
 from moeconv.tensor.dtypes import SIGNIFICAND_BITS, round_once
-from moeconv.tensor.values import Affine, Cast, Fold, not_rounded
+from moeconv.tensor.values import Affine, Cast, Fold, ValueOp, not_rounded
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,14 @@ class LowRankUpdate:
         sizes = np.abs(wide) + abs(self.scale) * self._product(*absolute)
         tolerance = (self.rank + 4) * 2.0**-53 * abs(self._factor) * sizes
         return not_rounded(exact, tolerance, target, self.target)
+
+    def inverse(self, stored: str) -> ValueOp:
+        """There is none: companions are not in the target.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("what is read beside an array is not in the tensor")
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """Of sums: moved by `noise` units in the last place of the target."""

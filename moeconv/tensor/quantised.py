@@ -17,7 +17,7 @@ import numpy as np
 from moeconv.tensor.axes import Array
 from moeconv.tensor.companion import Companion
 from moeconv.tensor.dtypes import QUANTISED, SIGNIFICAND_BITS, STORED, round_once
-from moeconv.tensor.values import Affine, Cast, Fold, not_rounded
+from moeconv.tensor.values import Affine, Cast, Fold, ValueOp, not_rounded
 
 # Dtypes of stored values, and the significand bits of the longest number of each. A byte holds two
 # numbers of e2m1, the first in its lower half; they lie along the array's last axis.
@@ -111,6 +111,14 @@ class Dequantise:
         exact = self._exact(source, others)
         tolerance = np.abs(exact) * 2.0**-52 if self.fold is not None else 0.0
         return not_rounded(exact, tolerance, target, self.target)
+
+    def inverse(self, stored: str) -> ValueOp:
+        """There is none: companions are not in the target.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("what is read beside an array is not in the tensor")
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """Moved by `noise` units in the last place of the target; zeros stay."""

@@ -88,6 +88,13 @@ class ValueOp(Protocol):
     def wrong(self, source: Array, target: Array, others: Sequence[Array] = ()) -> Array:
         """Where `target` is not `run(source)`, value by value: a mask."""
 
+    def inverse(self, stored: str) -> "ValueOp":
+        """The op back, from a target of which this is the dtype, to the source's.
+
+        Raises:
+            ValueError: There is none.
+        """
+
     def perturb(self, values: Array, noise: Array) -> Array:
         """float32 source values, moved as far as rounding the target may move them.
 
@@ -142,6 +149,10 @@ class Cast:
         if self.bound() == 0.0:
             return np.asarray(bits(target) != bits(self.run(source)))
         return not_rounded(source.astype(np.float64), 0.0, target, self.target)
+
+    def inverse(self, stored: str) -> "Cast":
+        """The cast back."""
+        return Cast(stored, self.source)
 
     def perturb(self, values: Array, noise: Array) -> Array:
         """Moved by `noise` units in the last place of the target; zeros stay."""
@@ -221,12 +232,92 @@ class Affine:
             tolerance += np.abs(source.astype(np.float64) * self.fold.factor) * 2.0**-52
         return not_rounded(exact, tolerance, target, self.target)
 
+    def inverse(self, stored: str) -> "Unfold":
+        """The division back."""
+        return Unfold(self.fold, stored, self.source)
+
     def perturb(self, values: Array, noise: Array) -> Array:
         """Moved by `noise` units in the last place of the target, and taken back."""
         factor, offset = np.float32(self.fold.factor), np.float32(self.fold.offset)
         mapped = values * factor + offset
         moved = mapped + noise * spacing_of(mapped, self.target)
         return np.asarray((moved - offset) / factor)
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """`(x - offset) / factor` in float64, rounded once: the way back from `Affine`.
+
+    It divides, as multiplying by the inverse of a factor that is no power of two would round twice.
+    """
+
+    fold: Fold
+    source: str
+    target: str
+    companions: tuple[Companion, ...] = field(default=(), init=False)
+
+    @property
+    def changes(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def scratch(self) -> int:
+        """Bytes of one value while it is computed: a float64."""
+        return 8
+
+    def describe(self) -> str:
+        """The words, and the dtypes where they differ."""
+        cast = "" if self.source == self.target else f", {self.source} -> {self.target}"
+        if self.fold.offset == 0.0:
+            return f"/ {self.fold.why}{cast}"
+        return f"x of {self.fold.why}{cast}"
+
+    def _exact(self, values: Array) -> Array:
+        exact = values.astype(np.float64)
+        if self.fold.offset:
+            exact -= self.fold.offset
+        return exact / self.fold.factor
+
+    def run(self, values: Array, others: Sequence[Array] = ()) -> Array:
+        """Computed in float64, rounded once."""
+        return round_once(self._exact(values), self.target)
+
+    def undo(self, values: Array, others: Sequence[Array] = ()) -> Array:
+        """What `Affine` does."""
+        return self.inverse(self.target).run(values)
+
+    def bound(self) -> float:
+        """Half a unit in the last place of the target, where it rounds at all."""
+        return self.inverse(self.target).bound() and 2.0 ** -SIGNIFICAND_BITS[self.target]
+
+    def undo_bound(self, largest: float) -> float:
+        """The rounding there, as `Affine` makes it larger, and the rounding back; absolute."""
+        factor, offset = abs(self.fold.factor), abs(self.fold.offset)
+        there = self.bound() * (largest + offset)
+        back = 2.0 ** -SIGNIFICAND_BITS[self.source] * (largest + there)
+        return there + back if factor and there else 0.0
+
+    def wrong(self, source: Array, target: Array, others: Sequence[Array] = ()) -> Array:
+        """Where a value is not the exact one rounded once."""
+        exact = self._exact(source)
+        # The rounding of this very difference, and quotient, in float64.
+        tolerance = np.abs(exact) * 2.0**-51
+        if self.fold.offset:
+            wide = np.abs(source.astype(np.float64)) + abs(self.fold.offset)
+            tolerance = tolerance + wide * 2.0**-52 / abs(self.fold.factor)
+        return not_rounded(exact, tolerance, target, self.target)
+
+    def inverse(self, stored: str) -> Affine:
+        """The product again."""
+        return Affine(self.fold, stored, self.source)
+
+    def perturb(self, values: Array, noise: Array) -> Array:
+        """Moved by `noise` units in the last place of the target, and taken back."""
+        factor, offset = np.float32(self.fold.factor), np.float32(self.fold.offset)
+        mapped = (values - offset) / factor
+        moved = mapped + noise * spacing_of(mapped, self.target)
+        return np.asarray(moved * factor + offset)
 
 
 def _cast(values: Array, dtype: str) -> Array:

@@ -251,7 +251,7 @@ def test_out_inside_the_checkpoint(tmp_path, where, flags):
     config = config_beside(tmp_path)
     ran = moeconv("convert", checkpoint.run, tmp_path / where, "--config", config, *flags)
     assert ran.code == OutputError.exit_code
-    assert "is inside the checkpoint" in ran.error
+    assert "is inside the source" in ran.error
     config.unlink()
     assert contents(tmp_path) == before
 
@@ -271,7 +271,7 @@ def test_out_that_contains_the_checkpoint(tmp_path, where):
         "convert", checkpoint.run, out, "--config", config_beside(tmp_path), "--overwrite"
     )
     assert ran.code == OutputError.exit_code
-    assert "contains the checkpoint" in ran.error
+    assert "contains the source" in ran.error
     (tmp_path / "config.yml").unlink()
     assert contents(tmp_path) == before
 

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeconv.arch.blocks import Block, settings_of
 from moeconv.arch.config_sources import (
     CHANGED,
     SCALED_KEYS,
@@ -22,6 +21,7 @@ from moeconv.arch.config_sources import (
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
+from moeconv.arch.model_keys import semantic_keys, size_keys
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.maxtext.checkpoint import LORA, find_sidecar
 from moeconv.maxtext.run_config import run_config
@@ -91,7 +91,10 @@ class ReferenceConfig:
             MoeconvError: The config is not of this checkpoint's model.
         """
         if self.content is None:
-            return {**_sizes(self.model, self.layout), **_semantics(self.model, self.layout.block)}
+            return {
+                **size_keys(self.model, self.layout),
+                **semantic_keys(self.model, self.layout.block),
+            }
         decided = known_keys() | SCALED_KEYS.keys()
         others = {key: value for key, value in self.content.items() if key not in decided}
         decisive = {key: one.value for key, one in self.resolved.items() if key not in SCALED_KEYS}
@@ -99,8 +102,8 @@ class ReferenceConfig:
         return {
             **others,
             **decisive,
-            **_sizes(run, self.layout),
-            **_semantics(run, self.layout.block),
+            **size_keys(run, self.layout),
+            **semantic_keys(run, self.layout.block),
         }
 
 
@@ -140,47 +143,3 @@ def reference_config(
     if merged:
         resolved = resolved.neutral(LORA)
     return ReferenceConfig(model, layout, step, content, resolved, origin)
-
-
-def _sizes(model: ModelDescription, layout: Layout) -> dict[str, Any]:
-    """What the shapes say, as MaxText's keys; they are as wide as the model is."""
-    dense, moe = model.intermediate_size, model.moe_intermediate_size
-    keys: dict[str, Any] = {
-        "global_parameter_scale": 1,
-        "base_emb_dim": model.hidden_size,
-        "base_num_query_heads": model.num_attention_heads,
-        "base_num_kv_heads": model.num_key_value_heads,
-        "head_dim": model.head_dim,
-        "base_num_decoder_layers": model.num_hidden_layers,
-        "base_mlp_dim": dense or moe,
-        "vocab_size": model.vocab_size,
-        "logits_via_embedding": model.tie_word_embeddings,
-        "max_target_length": model.max_position_embeddings,
-        "decoder_block": model.decoder_block,
-        "scan_layers": layout.stacking.scanned,
-    }
-    if layout.scan_axis is not None:
-        keys["param_scan_axis"] = layout.scan_axis
-    if model.num_experts:
-        keys |= {"num_experts": model.num_experts, "base_moe_mlp_dim": moe}
-    shown = layout.block.shown.items()
-    keys |= {key: model.layer_kinds[0].attention == attention for key, attention in shown}
-    shaped = {key: value(vars(model)) for key, value in layout.block.shapes.items()}
-    keys |= {key: value for key, value in shaped.items() if value is not None}
-    return {**keys, **layout.block.config(model, layout.cycle)}
-
-
-def _semantics(model: ModelDescription, block: Block) -> dict[str, Any]:
-    """What shapes do not determine, as the conversion understood it."""
-    keys: dict[str, Any] = {
-        "normalize_embedding_logits": model.normalize_embedding_logits,
-        "rope_type": model.rope_type,
-        "rope_max_timescale": model.rope_theta,
-        "rope_use_scale": model.rope_use_scale,
-        "normalization_layer_epsilon": model.rms_norm_eps,
-    }
-    if model.num_experts_per_tok:
-        keys["num_experts_per_tok"] = model.num_experts_per_tok
-    for spec in settings_of(block, vars(model)):
-        keys[spec.key] = spec.write(model.settings[spec.name])
-    return keys

@@ -1,0 +1,295 @@
+"""Planning the way from Hugging Face to MaxText: which arrays, of which tensors, in which chunks.
+
+No mapping is written a second time: the page's rules are expanded for the checkpoint that is to be
+written, as if it were read, and each edge is turned round.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from moeconv.arch.arrange import arranged
+from moeconv.arch.model_keys import semantic_keys, size_keys
+from moeconv.conversion.described import Described, describe
+from moeconv.conversion.options import ConvertOptions, Prepared
+from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
+from moeconv.hf.model import (
+    CONFIG,
+    INDEX,
+    HfModel,
+    Tensors,
+    View,
+    is_model,
+    open_model,
+    refuse_quantised,
+)
+from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
+from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.reverse import Origin, reverse
+from moeconv.mapping.rules import Options
+from moeconv.maxtext.unchanged import Unchanged
+from moeconv.orbax.inventory import fingerprints
+from moeconv.planning.orbax_output import MESH, OrbaxOutput, orbax_output, source_chunk
+from moeconv.planning.plan import PlannedSource, PlannedTokenizer, build_plan
+from moeconv.tensor.stored import Source
+from moeconv.untrusted.files import is_address, read_inside
+from moeconv.untrusted.text import listing
+
+# Buffers that older transformers saved, and computes anew.
+_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.(bias|masked_bias)")
+
+
+@dataclass(frozen=True)
+class HfInput:
+    """A Hugging Face model that is read (`options.Input`)."""
+
+    model: HfModel
+    arrays: Source
+    files: str | None
+    unchanged: Unchanged
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The model's."""
+        return (self.model.folder.resolve(),)
+
+
+def model_folder(source: str) -> Path | None:
+    """The folder of a Hugging Face model that SRC names; None where it names something else."""
+    if is_address(source):
+        return None
+    try:
+        folder = Path(source).expanduser()
+    except RuntimeError:  # ~name of no user
+        return None
+    return folder if is_model(folder) else None
+
+
+def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
+    """Reads config.json, the index and the headers of a model, and makes the plan; writes nothing.
+
+    Raises:
+        MoeconvError: Any of its subclasses; see `moeconv.errors`.
+    """
+    unchanged = Unchanged()
+    unchanged.watch(partial(fingerprints, folder))
+    hf = open_model(folder)
+    refuse_quantised(hf)
+    found = describe(hf.config, folder / CONFIG, block=options.block, accept=options.accept)
+    page, model = found.page, found.model
+    layout = arranged(
+        found.block, model, scan_layers=options.scan_layers, scan_axis=options.scan_axis
+    )
+    tokenizer, warnings = _tokenizer(folder, options, found)
+    forward = expand(page, model, layout, {a.name: "float32" for a in layout.arrays})
+    dropped = _demand_tensors(hf, forward, found)
+    _demand_fills(hf, forward)
+    dtypes = _dtypes(hf, forward, options)
+    forward = expand(page, model, layout, dtypes)
+    stored = {name: tensor.spec.dtype for name, tensor in hf.tensors.items()}
+    edges, origins = reverse(forward, page, layout, stored)
+    settings = {**size_keys(model, layout), **semantic_keys(model, found.block)}
+    output = orbax_output(
+        edges,
+        _shards(options.shards),
+        collections={
+            array.name: ("params", array.parameter.variable or "params") for array in layout.arrays
+        },
+        scan_layers=layout.stacking.scanned,
+        settings=settings,
+        zarr3=options.zarr3,
+        ocdbt=options.ocdbt,
+    )
+    source = Tensors(hf, _views(edges, origins, output))
+    digest = _files_digest(hf)
+    plan = build_plan(
+        model=model,
+        target=page.name,
+        options=Options(),
+        dtype=None if options.dtype == "keep" else options.dtype,
+        edges=edges,
+        source=PlannedSource(
+            kind="huggingface",
+            path=str(folder),
+            step=None,
+            format="safetensors",
+            layout=layout.describe(),
+            scan_axis=layout.scan_axis,
+            metadata=_metadata(folder),
+            files=digest,
+            may_lack=False,
+            arrays=source.info,
+            collections={},
+        ),
+        lay_out=lambda edges, made, limit: output,
+        chunks=output.blocks,
+        max_shard_bytes=options.max_shard_bytes,
+        warnings=(*found.notes, *warnings, *_left_out(dropped)),
+        dropped=dropped,
+        tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, options.tokenizer),
+        accepted_keys=tuple(options.accept),
+        jobs=options.jobs,
+        max_memory=options.max_memory,
+    )
+    _ = plan.memory_budget  # or it raises: the limit is too low
+    return Prepared(plan, HfInput(hf, source, digest, unchanged), tokenizer, options)
+
+
+def _left_out(dropped: Mapping[str, str]) -> list[str]:
+    """A sentence for each reason."""
+    why: dict[str, list[str]] = {}
+    for name, reason in dropped.items():
+        why.setdefault(reason, []).append(name)
+    return [
+        f"{len(names)} tensors are left out, {names[0]} first: {reason}"
+        if len(names) > 1
+        else f"{names[0]} is left out: {reason}"
+        for reason, names in why.items()
+    ]
+
+
+def _demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> dict[str, str]:
+    """Compares the tensors of a model with those of its page; those left out, with the reason.
+
+    Raises:
+        TensorError: One is missing, unknown, or of another shape.
+    """
+    reading = found.page.reading
+    assert reading is not None
+    wanted = {edge.target: edge for edge in forward}
+    dropped: dict[str, str] = {}
+    unknown = []
+    for name in sorted(hf.tensors.keys() - wanted.keys()):
+        reasons = (why for text, why in reading.left_out.items() if re.match(text, name))
+        if name == "lm_head.weight" and found.model.tie_word_embeddings:
+            dropped[name] = "tie_word_embeddings is true, and transformers ties it to the embedding"
+        elif _BUFFERS.fullmatch(name):
+            dropped[name] = "transformers computes it anew"
+        elif (layer := re.match(r"model\.layers\.(\d+)\.", name)) and int(
+            layer[1]
+        ) >= found.model.num_hidden_layers:
+            dropped[name] = (
+                "it is of a layer behind the last, which predicts further tokens; the main logits "
+                "do not use it"
+            )
+        elif (reason := next(reasons, None)) is not None:
+            dropped[name] = reason
+        else:
+            unknown.append(name)
+    if lost := [name for name in wanted if name not in hf.tensors]:
+        raise TensorError(
+            f"{hf.folder} lacks these tensors of a {found.page.architecture}:{listing(lost)}"
+        )
+    if unknown:
+        raise TensorError(
+            f"{hf.folder} has tensors that a {found.page.architecture} does not have, so that "
+            f"leaving them out would change the model:{listing(unknown)}"
+        )
+    for name, edge in wanted.items():
+        shape = hf.tensors[name].spec.shape
+        if shape != edge.shape:
+            raise TensorError(
+                f"{hf.tensors[name].file}: {name} has shape {list(shape)}, but {CONFIG} makes it "
+                f"{list(edge.shape)}"
+            )
+    return dropped
+
+
+def _demand_fills(hf: HfModel, forward: tuple[Edge, ...]) -> None:
+    """Tensors that MaxText has no parameter for must have the one value that its code stands for.
+
+    Raises:
+        UnsupportedError: One has another.
+    """
+    fills = {edge.target: edge for edge in forward if not edge.parts}
+    views = {name: View(name, 0, edge.shape, edge.shape) for name, edge in fills.items()}
+    source = Tensors(hf, views)
+    for name, edge in fills.items():
+        values = source.reader(name).read(())
+        if not np.array_equal(values, np.full_like(values, edge.fill)):
+            raise UnsupportedError(
+                f"{name} is not all {edge.fill:g}, and MaxText's decoder block has nothing like it"
+            )
+
+
+def _dtypes(hf: HfModel, forward: tuple[Edge, ...], options: ConvertOptions) -> dict[str, str]:
+    """The dtype of each array: that of its tensors, float32 where a factor is folded into it."""
+    stored: dict[str, set[str]] = {}
+    folded: set[str] = set()
+    for edge in forward:
+        for part in edge.parts:
+            stored.setdefault(part.source, set()).add(hf.tensors[edge.target].spec.dtype)
+            if part.form.value.fold is not None:
+                folded.add(part.source)
+    if options.dtype != "keep":
+        return dict.fromkeys(stored, options.dtype)
+    return {
+        name: found.pop() if len(found) == 1 and name not in folded else "float32"
+        for name, found in stored.items()
+    }
+
+
+def _shards(mesh: Mapping[str, int]) -> dict[str, int]:
+    """In how many parts a mesh cuts each axis of an array.
+
+    Raises:
+        UsageError: It has an axis that moeconv does not know.
+    """
+    parts: dict[str, int] = {}
+    for name, count in mesh.items():
+        if name not in MESH:
+            raise UsageError(f"--shards {name} is none of {', '.join(MESH)}")
+        parts |= dict.fromkeys(MESH[name], count)
+    return parts
+
+
+def _views(
+    edges: tuple[Edge, ...], origins: Mapping[str, Origin], output: OrbaxOutput
+) -> dict[str, View]:
+    """The tensors as arrays, each read in pieces that make whole chunks."""
+    views: dict[str, View] = {}
+    for edge in edges:
+        for part in edge.parts:
+            origin = origins[part.source]
+            chunk = source_chunk(part.form, output.arrays[edge.target].chunk, origin.shape)
+            if (seen := views.get(origin.name)) is not None:
+                chunk = tuple(max(a, b) for a, b in zip(chunk, seen.chunk, strict=True))
+            views[origin.name] = View(origin.tensor, origin.base, origin.shape, chunk)
+    return views
+
+
+def _tokenizer(
+    folder: Path, options: ConvertOptions, found: Described
+) -> tuple[TokenizerFiles | None, list[str]]:
+    """The tokenizer that the user names, else the model's own, else None with a warning."""
+    length = found.model.max_position_embeddings
+    try:
+        tokenizer = read_tokenizer(options.tokenizer or str(folder), model_max_length=length)
+    except TokenizerError as error:
+        if options.tokenizer is not None:
+            raise
+        return None, [f"no tokenizer is written: {error}"]
+    return tokenizer, [*tokenizer.notes, *check_fits(tokenizer, found.model.vocab_size)]
+
+
+def _metadata(folder: Path) -> dict[str, str]:
+    found = {}
+    for name in (CONFIG, INDEX):
+        try:
+            found[name] = hashlib.sha256(read_inside(folder, name, limit=2**30)).hexdigest()
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def _files_digest(hf: HfModel) -> str:
+    lines = []
+    for path in hf.files:
+        status = path.stat()
+        lines.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,0 +1,55 @@
+"""What is written beside a MaxText checkpoint: its config, the sidecar, and the tokenizer."""
+
+from typing import Any
+
+import yaml
+
+from moeconv import __version__
+from moeconv.arch.config_sources import TOKEN_IDS
+from moeconv.hf.tokenizer import TokenizerFiles
+from moeconv.maxtext.sidecar import SIDECAR_NAME
+from moeconv.planning.orbax_output import OrbaxOutput
+from moeconv.planning.plan import Plan
+from moeconv.untrusted import strict_json
+
+CONFIG_NAME = "config.yml"
+TOKENIZER = "tokenizer"
+
+_HEAD = """\
+# The model's settings, by moeconv {version} from {source}.
+# MaxText takes this file as its config; give it the checkpoint beside it as well:
+#   load_parameters_path=<this folder>/checkpoints/0/items
+# max_target_length is the longest text that the model takes; shorten it to train.
+"""
+
+
+def run_files(
+    plan: Plan, output: OrbaxOutput, tokenizer: TokenizerFiles | None
+) -> dict[str, bytes]:
+    """Every file but those of the checkpoint and the manifest, by name."""
+    settings = dict(output.settings)
+    head = _HEAD.format(version=__version__, source=plan.page.architecture)
+    text = yaml.safe_dump({"base_config": "base.yml", **settings}, sort_keys=False)
+    files = {CONFIG_NAME: (head + text).encode()}
+    ids = {name: getattr(plan.model, name) for name in TOKEN_IDS}
+    known = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in ids.items()
+        if value is not None
+    }
+    sidecar: dict[str, Any] = {
+        "format": "moeconv-run",
+        "version": 1,
+        "config": {**settings, **known},
+        "moeconv_version": __version__,
+        "tokenizer": None,
+        "source_dtype": plan.source_dtype,
+    }
+    if tokenizer is not None:
+        files |= {f"{TOKENIZER}/{name}": raw for name, raw in tokenizer.files.items()}
+        if tokenizer.generation:
+            own = strict_json.dumps(tokenizer.generation)
+            files.setdefault(f"{TOKENIZER}/generation_config.json", own)
+        sidecar["tokenizer"] = TOKENIZER
+    files[SIDECAR_NAME] = strict_json.dumps(sidecar)
+    return files

@@ -1,0 +1,242 @@
+"""A Hugging Face model's directory, as a source: config.json, the index, and boxes of its tensors.
+
+Nothing in it is executed, and no file outside of it is read. Tensors are read by offset, as their
+files' headers say; the weights are never looked at before that.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moeconv.errors import ConfigError, NotACheckpointError, TensorError, UnsupportedError
+from moeconv.hf.safetensors import TensorSpec, read_header
+from moeconv.tensor.axes import Array, Box
+from moeconv.tensor.dtypes import STORED
+from moeconv.tensor.stored import ArrayInfo
+from moeconv.untrusted import strict_json
+from moeconv.untrusted.files import inside, is_file, read_inside
+from moeconv.untrusted.text import listing
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_JSON_LIMIT = 256 * 2**20  # the index of a model of a trillion parameters has some 20 MB
+
+# Weights in other formats, by how their names end, and what to do with them.
+_OTHERS = {
+    ".gguf": "is GGUF, which is quantised for llama.cpp; convert the Hugging Face model that it "
+    "was made from",
+    ".bin": "is pickled by torch, which moeconv never loads; save the model once with "
+    "transformers' save_pretrained, which writes safetensors",
+    ".pt": "is pickled by torch, which moeconv never loads; save it as safetensors",
+    ".pth": "is pickled by torch, which moeconv never loads; save it as safetensors",
+    ".h5": "is TensorFlow's; save the model as safetensors",
+    ".msgpack": "is Flax's; save the model as safetensors",
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor: its shape and dtype, its file, and the byte at which it begins there."""
+
+    spec: TensorSpec
+    file: Path
+    offset: int
+
+
+@dataclass(frozen=True)
+class HfModel:
+    """A model's directory, its headers read.
+
+    Attributes:
+        folder: Where it is.
+        config: Content of config.json.
+        tensors: Every tensor, by name.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Stored]
+
+    @cached_property
+    def files(self) -> tuple[Path, ...]:
+        """The files of weights."""
+        return tuple(sorted({stored.file for stored in self.tensors.values()}))
+
+
+def is_model(folder: Path) -> bool:
+    """True if a folder is a Hugging Face model's, by its config.json."""
+    with suppress(OSError, ValueError, RecursionError):
+        config = strict_json.loads(read_inside(folder, CONFIG, limit=_JSON_LIMIT))
+        return isinstance(config, dict) and not {"model_type", "architectures"}.isdisjoint(config)
+    return False
+
+
+def open_model(folder: Path) -> HfModel:
+    """Reads config.json, the index and every header.
+
+    Raises:
+        NotACheckpointError: There are no weights in safetensors.
+        ConfigError: config.json or the index cannot be read.
+        TensorError: A file is damaged, or is not what the index says.
+    """
+    config = _object(folder, CONFIG)
+    tensors: dict[str, Stored] = {}
+    if is_file(folder, INDEX):
+        index = _object(folder, INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
+            raise ConfigError(
+                f"{folder / INDEX} has no weight_map from tensors to files; save the model again"
+            )
+        for name in sorted(set(index.values())):
+            found = _header(folder, name)
+            wrong = {t for t, file in index.items() if file == name} ^ found.keys()
+            if wrong:
+                raise TensorError(
+                    f"{folder / INDEX} and {name} do not agree on these tensors:"
+                    f"{listing(sorted(wrong))}\nthe download is incomplete, or of two models"
+                )
+            tensors |= found
+    elif is_file(folder, SINGLE):
+        tensors = _header(folder, SINGLE)
+    else:
+        raise _no_weights(folder)
+    if not tensors:
+        raise NotACheckpointError(f"{folder} has no tensor in its safetensors files")
+    return HfModel(folder, config, tensors)
+
+
+def _object(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        content = strict_json.loads(read_inside(folder, name, limit=_JSON_LIMIT), unique=True)
+    except FileNotFoundError:
+        raise NotACheckpointError(f"{folder} has no {name}, so it is no model") from None
+    except OSError as error:
+        raise ConfigError(f"{folder / name} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{folder / name} is no JSON: {error}; save the model again") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{folder / name} should be a JSON object")
+    return content
+
+
+def _header(folder: Path, name: str) -> dict[str, Stored]:
+    try:
+        path = inside(folder, name)
+    except FileNotFoundError:
+        path = None
+    except OSError as error:
+        raise TensorError(f"{folder / name} cannot be read: {error.strerror or error}") from None
+    if path is None or not path.exists():
+        raise NotACheckpointError(
+            f"{folder / name} is missing, and {INDEX} names it; download it, or the model again"
+        )
+    return {t: Stored(spec, path, offset) for t, (spec, offset) in read_header(path).items()}
+
+
+def _no_weights(folder: Path) -> NotACheckpointError:
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if (why := _OTHERS.get(path.suffix)) is not None:
+                return NotACheckpointError(f"{path} {why}")
+        loose = sorted(folder.glob("*.safetensors"))
+        if loose:
+            return NotACheckpointError(
+                f"{folder} has {loose[0].name}, but neither {SINGLE} nor {INDEX}, which says where "
+                "each tensor is; download the index"
+            )
+    return NotACheckpointError(
+        f"{folder} has a config.json but no weights ({SINGLE}, or {INDEX} and its files); download "
+        "them"
+    )
+
+
+@dataclass(frozen=True)
+class View:
+    """Values of a tensor that follow each other, as an array of its own.
+
+    Attributes:
+        tensor: The tensor's name.
+        base: Values of the tensor before the first.
+        shape: Their shape.
+        chunk: What is read at once.
+    """
+
+    tensor: str
+    base: int
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+
+@dataclass
+class Tensors:
+    """Boxes of a model's tensors (`tensor.stored.Source`), by the names of views.
+
+    Attributes:
+        model: Whose they are.
+        views: The arrays.
+    """
+
+    model: HfModel
+    views: Mapping[str, View]
+    info: Mapping[str, ArrayInfo] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.info = {name: self._describe(name, view) for name, view in self.views.items()}
+
+    def _describe(self, name: str, view: View) -> ArrayInfo:
+        dtype = self.model.tensors[view.tensor].spec.dtype
+        size = int(np.prod(view.chunk)) * STORED[dtype].itemsize
+        return ArrayInfo((name,), view.shape, dtype, view.chunk, "none", size)
+
+    def reader(self, name: str, chunks: int = 1) -> "Reader":
+        """Opens an array."""
+        view = self.views[name]
+        stored = self.model.tensors[view.tensor]
+        dtype = STORED[stored.spec.dtype]
+        try:
+            values = np.memmap(
+                stored.file,
+                dtype,
+                mode="r",
+                offset=stored.offset + view.base * dtype.itemsize,
+                shape=view.shape,
+            )
+        except (OSError, ValueError) as error:
+            raise TensorError(f"{stored.file} was cut or removed: {error}") from None
+        return Reader(values)
+
+
+class Reader:
+    """Cuts boxes from one array."""
+
+    def __init__(self, values: Array) -> None:
+        self._values = values
+
+    def read(self, box: Box) -> Array:
+        """Reads a box; the result is C-contiguous and owns its memory."""
+        return np.array(self._values[box], order="C", subok=False)
+
+    def decode(self, box: Any) -> bool:
+        """Nothing is compressed."""
+        return True
+
+
+def refuse_quantised(model: HfModel) -> None:
+    """Refuses weights that are stored as anything but numbers.
+
+    Raises:
+        UnsupportedError: Names the method.
+    """
+    quantised = model.config.get("quantization_config")
+    if isinstance(quantised, dict):
+        method = quantised.get("quant_method", "a method without a name")
+        raise UnsupportedError(
+            f"{model.folder / CONFIG} says that the weights are quantised by {method}; convert the "
+            "model in bfloat16"
+        )

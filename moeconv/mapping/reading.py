@@ -1,0 +1,131 @@
+"""How a page reads a config.json, for the way from Hugging Face to MaxText."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moeconv.errors import UnsupportedError
+
+# The content of a config.json, with transformers' defaults for what it leaves out.
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a config.json of an architecture becomes a model's description.
+
+    Keys that the page's table copies from fields and settings are copied back. All that is found is
+    then written again by the table, and must be what was read: a config that says anything else
+    than the page would write is refused, and so is a key that the page does not write, unless it
+    has the architecture's default.
+
+    Attributes:
+        derived: What transformers makes of keys that are null or absent, in this order.
+        fields: Fields of the description that the table does not copy, such as `layer_kinds`.
+        settings: The same of its settings.
+        ropes: Of a config what its RoPE is, alike for all spellings of transformers 4 and 5.
+        ignored: Keys that no code of transformers reads, whatever they say, beside those that no
+            architecture's does.
+        left_out: Why tensors whose names match are left out, by the expression that the beginning
+            of the name matches.
+    """
+
+    derived: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
+    fields: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    settings: Callable[[Config], Mapping[str, Any]] = lambda config: {}
+    ropes: Callable[[Config], Any] = lambda config: rope_of(config)
+    ignored: frozenset[str] = frozenset()
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+
+# Keys of all spellings of RoPE, which `Reading.ropes` makes one of.
+ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
+# transformers modeling_rope_utils.py `_compute_yarn_parameters`, for what a config leaves out.
+_YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+# What MaxText has as constants (layers/embeddings.py `LLaMARotaryEmbedding`).
+_LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def rope_of(config: Config, kind: str | None = None) -> dict[str, Any]:
+    """The one RoPE of a config: its type and numbers, theta among them.
+
+    transformers 5 has `rope_parameters`; before it `rope_theta` and `rope_scaling` were apart, and
+    before 4.43 `rope_type` was called `type` (modeling_rope_utils.py
+    `standardize_rope_params`).
+
+    Args:
+        config: The config.
+        kind: Of which kind of layer, in a config that has one for each.
+
+    Raises:
+        UnsupportedError: It has one for each kind of layer, and none is asked for.
+    """
+    given = config.get("rope_parameters")
+    nested = isinstance(given, Mapping) and any(isinstance(v, Mapping) for v in given.values())
+    if nested and kind is None:
+        raise UnsupportedError("rope_parameters has more than one RoPE, and this architecture one")
+    own = given[kind] if isinstance(given, Mapping) and nested else given
+    found = dict(own or config.get("rope_scaling") or {})
+    old = found.pop("type", None)
+    found.setdefault("rope_type", old or "default")
+    found.setdefault("rope_theta", config.get("rope_theta"))
+    found.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if found["rope_type"] == "yarn":
+        found = {**_YARN, **found}
+        found.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def rope_fields(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a description that hold a RoPE.
+
+    Raises:
+        UnsupportedError: MaxText has none like it.
+    """
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    if kind == "llama3":
+        wrong = [f"{k}={rope.get(k)}, not {v:g}" for k, v in _LLAMA3.items() if rope.get(k) != v]
+        if wrong:
+            raise UnsupportedError(
+                "its RoPE is scaled as in Llama 3.1 with other numbers than MaxText has as "
+                f"constants: {'; '.join(wrong)}"
+            )
+        return {"rope_type": "llama3.1", "rope_theta": theta, "rope_use_scale": True}
+    if kind not in ("default", "yarn"):
+        raise UnsupportedError(f"its RoPE is of type {kind}, which MaxText does not have")
+    return {"rope_type": kind, "rope_theta": theta, "rope_use_scale": False}
+
+
+def yarn_settings(rope: Mapping[str, Any], config: Config, *, interleave: bool) -> dict[str, Any]:
+    """The settings of a description that hold YaRN; none of another RoPE.
+
+    Args:
+        rope: Of `rope_of`.
+        config: The config.
+        interleave: The architecture rotates neighbours.
+
+    Raises:
+        UnsupportedError: What is rotated is scaled in a way that MaxText does not have.
+    """
+    if rope["rope_type"] != "yarn":
+        return {}
+    if (factor := rope.get("attention_factor")) not in (None, 1.0):
+        raise UnsupportedError(
+            f"attention_factor={factor} of its YaRN; MaxText scales what it rotates by "
+            "0.1·ln(factor) + 1 or not at all"
+        )
+    return {
+        "rope_factor": float(rope["factor"]),
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "rope_positions": config["max_position_embeddings"],
+        "beta_fast": float(rope["beta_fast"]),
+        "beta_slow": float(rope["beta_slow"]),
+        "rope_truncate": rope["truncate"],
+        "rope_interleave": interleave,
+        "rope_attention_scaling": factor is None,
+    }
