@@ -101,8 +101,9 @@ class Manifest(_Frozen):
     it is the one that most of their bytes have. `run` is null where a run left no record of its
     training. `missing_chunks` has the places, in each array's grid, of the chunks that the
     checkpoint does not store and that were read as zeros, `accepted_keys` the settings that
-    `--accept-key` let pass; both are written only where there are any. Of an adapter for PEFT
-    `model` describes the base.
+    `--accept-key` let pass, `narrowed` the dtype of what parameters became that are wider in the
+    checkpoint than in the model that it was made from; these are written only where there are any.
+    Of an adapter for PEFT `model` describes the base.
     """
 
     format: Literal["moeconv"] = "moeconv"
@@ -127,10 +128,11 @@ class Manifest(_Frozen):
     missing_chunks: dict[str, list[list[int]]] = {}
     accepted_keys: list[str] = []
     adapter: AdapterRecord | None = None
+    narrowed: dict[str, str] = {}
 
     def to_json(self) -> bytes:
         """Content of the file; what no text may hold (of a path, say) stands as escapes."""
-        rare = ("missing_chunks", "accepted_keys", "adapter")
+        rare = ("missing_chunks", "accepted_keys", "adapter", "narrowed")
         left_out = {name for name in rare if not getattr(self, name)}
         return to_json(_plain(self.model_dump(mode="json", exclude=left_out)))
 

@@ -112,6 +112,7 @@ def make_manifest(plan: Plan, result: Result, files: Mapping[str, bytes]) -> Man
         missing_chunks={n: [list(p) for p in places] for n, places in result.missing.items()},
         accepted_keys=list(plan.accepted_keys),
         adapter=_adapter(plan.adapter) if plan.adapter is not None else None,
+        narrowed=dict(plan.narrowed),
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from moeconv.arch.blocks import Block, settings_of
 from moeconv.arch.description import ModelDescription, Origin, Provenance
+from moeconv.arch.parameters import LayerKind
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.families import blocks, targets
@@ -112,9 +113,8 @@ def describe(
     page = page_of(config, where)
     reading = page.reading
     assert reading is not None
-    own = _architectures().get(page.architecture, {"defaults": {}, "aliases": {}})
-    names = {own["aliases"].get(key, key): key for key in config}
-    given = {name: config[key] for name, key in names.items()}
+    own = _of(page)
+    given = {_name(page, key): value for key, value in config.items()}
     try:
         whole = _completed(given, own["defaults"], reading)
         values, settings = _read(page, whole)
@@ -142,9 +142,23 @@ def _completed(
     """A config with all that it leaves to transformers."""
     whole = {**defaults, **given}
     for key, derive in reading.derived.items():
-        if whole.get(key) is None:
+        if whole.get(key) in (None, []):
             whole[key] = derive(whole)
     return whole
+
+
+def _name(page: Target, key: str) -> str:
+    """The name by which the architecture's config class has a key."""
+    found: str = _of(page)["aliases"].get(key, key)
+    return found
+
+
+def _of(page: Target) -> Mapping[str, Any]:
+    """Defaults and aliases of an architecture; none where the installed page is not moeconv's."""
+    found: Mapping[str, Any] = _architectures().get(
+        page.architecture, {"defaults": {}, "aliases": {}}
+    )
+    return found
 
 
 def _read(page: Target, whole: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -155,9 +169,11 @@ def _read(page: Target, whole: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     # Where two keys are one field, the one of its name counts; comparing shows if they differ.
     for key in sorted(page.config, key=lambda key: key.key == key.field):
         if key.field in _FIELDS:
-            values[key.field] = whole[key.key]
+            values[key.field] = whole.get(_name(page, key.key))
         elif key.setting is not None:
-            settings[key.setting] = whole[key.key]
+            settings[key.setting] = whole.get(_name(page, key.key))
+    if "layer_types" in whole:
+        settings["layer_types"] = whole["layer_types"]
     values |= {"normalize_embedding_logits": False, **page.reading.fields(whole)}
     return values, {**settings, **page.reading.settings(whole)}
 
@@ -179,7 +195,7 @@ def _block(page: Target, values: dict[str, Any], layers: int, wanted: str | None
             held = [kind for kind in block.layers if kind in page.kinds]
             kinds = held * layers if len(held) == 1 else []
         if kinds and len(kinds) == layers and all(kind in block.layers for kind in kinds):
-            values["layer_kinds"] = tuple(kinds)
+            values["layer_kinds"] = tuple(map(LayerKind, kinds))
             return block
     raise UnsupportedError("no decoder block of MaxText has its kinds of layer")
 
@@ -210,9 +226,10 @@ def _check(page: Target, model: ModelDescription, whole: Mapping[str, Any], wher
     ours = model_config(page, model, "float32", Options())
     aside = _ASIDE | ROPE_KEYS | page.reading.ignored
     for key, value in ours.items():
-        if key not in aside and whole.get(key) != value:
+        read = whole.get(_name(page, key))
+        if key not in aside and read != value:
             raise UnsupportedError(
-                f"{key} is {short(whole.get(key))}, and MaxText's {model.decoder_block} computes "
+                f"{key} is {short(read)}, and MaxText's {model.decoder_block} computes "
                 f"what {short(value)} means"
             )
     theirs, made = page.reading.ropes(whole), page.reading.ropes({**whole, **_ropes(ours)})
@@ -241,7 +258,11 @@ def _check_keys(
         UnsupportedError: One is not, so that nobody knows what it does.
     """
     assert page.reading is not None
-    known = {key.key for key in page.config} | _ASIDE | ROPE_KEYS | page.reading.ignored
+    known = {_name(page, key.key) for key in page.config}
+    known |= _ASIDE | ROPE_KEYS | page.reading.ignored
+    # Of layers that are all alike; where they are not, the page writes it.
+    if set(given.get("layer_types") or ()) == {"full_attention"}:
+        known.add("layer_types")
     wrong = {
         key: value
         for key, value in given.items()

@@ -16,7 +16,7 @@ from moeconv.errors import (
     TokenizerError,
     UsageError,
 )
-from moeconv.families import target_for, targets
+from moeconv.families import target_for, targets, targets_of
 from moeconv.hf.tokenizer import TokenizerFiles, asked_set, check_fits, read_tokenizer
 from moeconv.mapping.edges import expand
 from moeconv.mapping.rules import Options
@@ -83,10 +83,19 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
     choices = Options(untie=options.untie)
     if options.untie and not model.tie_word_embeddings:
         warnings.append("--untie changes nothing: the model's output head is its own parameter")
-    page = target_for(model, options.target)
+    page = target_for(model, _target(checkpoint, model, options))
     dtype = None if options.dtype == "keep" else options.dtype
     dtypes = {name: info.dtype for name, info in checkpoint.arrays.info.items()}
-    edges = expand(page, model, checkpoint.layout, dtypes, dtype=dtype, options=choices)
+    narrowed = _narrowed(checkpoint) if dtype is None else {}
+    edges = expand(
+        page,
+        model,
+        checkpoint.layout,
+        dtypes,
+        dtype=dtype,
+        narrowed=narrowed,
+        options=choices,
+    )
     source, merging = planned_source(checkpoint, checkpoint.layout), None
     if options.merge_lora is not None:
         merging = merge(options.merge_lora, checkpoint, edges, options)
@@ -115,6 +124,7 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, _absolute(options.tokenizer)),
         run=run,
         accepted_keys=tuple(checkpoint.resolved.accepted),
+        narrowed=narrowed,
         jobs=options.jobs,
         max_memory=options.max_memory,
     )
@@ -217,6 +227,26 @@ def _tokenizer(
     if options.tokenizer is not None:
         return read_tokenizer(spec, model_max_length=length)
     return checkpoint.read_tokenizer(length)
+
+
+def _target(checkpoint: Checkpoint, model: ModelDescription, options: ConvertOptions) -> str:
+    """The target that is asked for; by default the one that a converted checkpoint came from."""
+    said = checkpoint.sidecar.content.target if checkpoint.sidecar is not None else None
+    if options.target != "auto" or said not in {page.name for page in targets_of(model)}:
+        return options.target
+    return said
+
+
+def _narrowed(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the sidecar of a converted checkpoint says of parameters that are wider than it was."""
+    if checkpoint.sidecar is None:
+        return {}
+    said = checkpoint.sidecar.content.narrowed
+    return {
+        n: said[n]
+        for n, info in checkpoint.arrays.info.items()
+        if n in said and info.dtype == "float32"
+    }
 
 
 def _run(checkpoint: Checkpoint, options: ConvertOptions) -> tuple[RunRecord | None, Sequence[str]]:

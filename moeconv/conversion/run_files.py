@@ -1,11 +1,12 @@
 """What is written beside a MaxText checkpoint: its config, the sidecar, and the tokenizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from moeconv import __version__
-from moeconv.arch.config_sources import TOKEN_IDS
+from moeconv.arch.config_sources import SCALED_KEYS, TOKEN_IDS
 from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.planning.orbax_output import OrbaxOutput
@@ -31,6 +32,10 @@ def run_files(
     head = _HEAD.format(version=__version__, source=plan.page.architecture)
     text = yaml.safe_dump({"base_config": "base.yml", **settings}, sort_keys=False)
     files = {CONFIG_NAME: (head + text).encode()}
+    if (name := settings.get("model_name", "default")) != "default":
+        # MaxText looks for the file of a model beside the config first (configs/pyconfig.py
+        # `_initialize_pydantic`), and it wins over the config.
+        files[f"models/{name}.yml"] = yaml.safe_dump(settings, sort_keys=False).encode()
     ids = {name: getattr(plan.model, name) for name in TOKEN_IDS}
     known = {
         name: list(value) if isinstance(value, tuple) else value
@@ -40,10 +45,11 @@ def run_files(
     sidecar: dict[str, Any] = {
         "format": "moeconv-run",
         "version": 1,
-        "config": {**settings, **known},
+        "config": {**settings, **_derived(settings), **known},
         "moeconv_version": __version__,
         "tokenizer": None,
-        "source_dtype": plan.source_dtype,
+        "target": plan.target,
+        "narrowed": _narrowed(plan),
     }
     if tokenizer is not None:
         files |= {f"{TOKENIZER}/{name}": raw for name, raw in tokenizer.files.items()}
@@ -53,3 +59,19 @@ def run_files(
         sidecar["tokenizer"] = TOKENIZER
     files[SIDECAR_NAME] = strict_json.dumps(sidecar)
     return files
+
+
+def _derived(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What MaxText derives from sizes; with it a config is resolved, and no model's file counts."""
+    return {key: settings[base] for key, base in SCALED_KEYS.items() if base in settings}
+
+
+def _narrowed(plan: Plan) -> dict[str, str]:
+    """The dtype of the tensors of each array that is wider, for a factor that is folded into it."""
+    info = plan.source.arrays
+    return {
+        name: found.pop()
+        for name, edge in plan.edges.items()
+        if len(found := {info[source].dtype for source in edge.sources}) == 1
+        and found != {edge.dtype}
+    }

@@ -16,6 +16,7 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import ConfigField, not_negative, positive_int
 from moeconv.arch.parameters import Parameter
 from moeconv.families._shared import ATTENTION, ATTENTION_PARAMETERS, CONFIG, MLP, MLP_PARAMETERS
+from moeconv.mapping.reading import Config, rope_fields, rope_of
 from moeconv.mapping.rules import (
     EVERY_LAYER,
     TIED_BUT_UNTIE,
@@ -141,6 +142,14 @@ COMMON = (
     constant("hidden_activation", "gelu_pytorch_tanh"),
     constant("attention_bias", False),
 )
+
+
+def reading_fields(config: Config) -> dict[str, Any]:
+    """Fields of all three; with MaxText's own logits the final norm holds no factor."""
+    tied = config["tie_word_embeddings"]
+    return {**rope_fields(rope_of(config)), "normalize_embedding_logits": tied}
+
+
 FINAL_CAP = ConfigKey(
     "final_logit_softcapping",
     lambda m, o: final_cap(m),

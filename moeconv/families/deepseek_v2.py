@@ -4,6 +4,8 @@ The published DeepSeek-V2 (not V2-Lite) chooses in the best 3 of 8 groups of exp
 chooses among all (layers/moe.py `get_topk`). What was trained is what is written: greedy.
 """
 
+from typing import Any
+
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import Layers
 from moeconv.families._deepseek import (
@@ -14,6 +16,7 @@ from moeconv.families._deepseek import (
     config,
     groups,
     is_scaled,
+    reading,
     refusal,
 )
 from moeconv.mapping.rules import Options, Probe, Target
@@ -43,6 +46,13 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     return lines
 
 
+OWN: dict[str, Any] = {
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "mlp_bias": False,
+}
+
 TARGET = Target(
     name="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
@@ -53,12 +63,6 @@ TARGET = Target(
     caveats=_caveats,
     rules=RULES,
     probe=Probe(scores=lambda mlp, output: output[0].softmax(dim=-1), alone=alone),
-    config=config(
-        "deepseek_v2",
-        "DeepseekV2ForCausalLM",
-        scoring_func="softmax",
-        topk_method="greedy",
-        norm_topk_prob=False,
-        mlp_bias=False,
-    ),
+    config=config("deepseek_v2", "DeepseekV2ForCausalLM", **OWN),
+    reading=reading(biased=False, **OWN),
 )

@@ -23,6 +23,7 @@ from moeconv.families._deepseek import (
     caveats,
     config,
     groups,
+    reading,
     refusal,
     routes_as_v3,
     routes_so_since,
@@ -128,6 +129,14 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     return lines
 
 
+OWN: dict[str, Any] = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+    "num_nextn_predict_layers": 0,
+}
+
 TARGET = Target(
     name="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
@@ -141,13 +150,6 @@ TARGET = Target(
         scores=lambda mlp, output: output[0].sigmoid() + mlp.gate.e_score_correction_bias,
         alone=alone,
     ),
-    config=config(
-        "deepseek_v3",
-        "DeepseekV3ForCausalLM",
-        scoring_func="sigmoid",
-        topk_method="noaux_tc",
-        norm_topk_prob=True,
-        rope_interleave=True,
-        num_nextn_predict_layers=0,
-    ),
+    config=config("deepseek_v3", "DeepseekV3ForCausalLM", **OWN),
+    reading=reading(biased=True, **OWN),
 )

@@ -8,15 +8,19 @@ MaxText does (transformers models/ernie4_5_moe/modeling_ernie4_5_moe.py `Ernie4_
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import Layers
+from moeconv.arch.parameters import DENSE, MOE, Layers
 from moeconv.families._shared import (
     ATTENTION,
     CONFIG,
+    DERIVED,
     MLP,
     TRUNK,
     experts,
     has_scaled_rope,
+    rope_reading,
+    yarn_reading,
 )
+from moeconv.mapping.reading import Config, Reading
 from moeconv.mapping.rules import (
     MOE_LAYERS,
     ConfigKey,
@@ -71,6 +75,18 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     ]
 
 
+def _reading_fields(config: Config) -> dict[str, Any]:
+    first, last = config["moe_layer_start_index"], config["moe_layer_end_index"]
+    layers, step = config["num_hidden_layers"], config["moe_layer_interval"]
+    last = layers - 1 if last == -1 else last
+    kinds = [MOE if first <= n <= last and (n + 1) % step == 0 else DENSE for n in range(layers)]
+    return {
+        **rope_reading(config),
+        "layer_kinds": kinds,
+        "intermediate_size": config["intermediate_size"] if DENSE in kinds else None,
+    }
+
+
 _GATE, *_PROJECTIONS = experts(
     "MoeBlock_0", "mlp", gate="gate_proj", up="up_proj", down="down_proj"
 )
@@ -84,6 +100,15 @@ TARGET = Target(
     kinds=Layers(attention="full"),
     requires=_requires,
     caveats=_caveats,
+    reading=Reading(
+        {
+            **DERIVED,
+            "moe_norm_min": lambda c: 1e-12,
+            "moe_use_aux_free": lambda c: True,
+        },
+        _reading_fields,
+        yarn_reading,
+    ),
     rules=(*TRUNK, *ATTENTION, *MLP, _GATE, CORRECTION, *_PROJECTIONS),
     probe=Probe(alone=_alone),
     config=(

@@ -8,6 +8,7 @@ from moeconv.arch.blocks import Block
 from moeconv.arch.parameters import DENSE, Layers
 from moeconv.families import _gemma as gemma
 from moeconv.families._shared import IDLE, QUANTISES
+from moeconv.mapping.reading import Reading
 from moeconv.mapping.rules import Target, constant
 
 BLOCK = Block(
@@ -29,6 +30,14 @@ TARGET = Target(
     summary="For models of MaxText's gemma block.",
     kinds=Layers(mlp="dense", attention="full"),
     requires=gemma.requires,
+    reading=Reading(
+        {
+            # modeling_gemma.py before transformers 5 takes it for a config that says gelu.
+            "hidden_activation": lambda c: "gelu_pytorch_tanh",
+        },
+        gemma.reading_fields,
+        ignored=frozenset({"hidden_act"}),
+    ),
     rules=gemma.TWO_NORMS,
     caveats=gemma.caveats,
     config=(

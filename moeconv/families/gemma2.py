@@ -15,6 +15,7 @@ from moeconv.arch.parameters import LayerKind, Layers
 from moeconv.arch.stacks import Module, Segment, Stacking
 from moeconv.families import _gemma as gemma
 from moeconv.families._shared import IDLE, QUANTISES, setting
+from moeconv.mapping.reading import Reading, typed
 from moeconv.mapping.rules import ConfigKey, Target, constant, from_field
 
 PATTERN = ("sliding_attention", "full_attention")
@@ -58,6 +59,15 @@ TARGET = Target(
     summary="For models of MaxText's gemma2 block.",
     kinds=Layers(mlp="dense", attention="four_norms"),
     requires=gemma.requires,
+    reading=Reading(
+        {"layer_types": typed(2, *PATTERN)},
+        gemma.reading_fields,
+        lambda c: {
+            "attn_logits_soft_cap": c["attn_logit_softcapping"] or 0.0,
+            "final_logits_soft_cap": c["final_logit_softcapping"] or 0.0,
+        },
+        ignored=frozenset({"hidden_act", "cache_implementation"}),
+    ),
     rules=gemma.FOUR_NORMS,
     caveats=gemma.caveats,
     config=(

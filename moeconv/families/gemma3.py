@@ -18,6 +18,7 @@ from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import UNSCANNED, Module, Segment, Stacking
 from moeconv.families import _gemma as gemma
 from moeconv.families._shared import IDLE, QUANTISES, setting
+from moeconv.mapping.reading import Config, Reading, rope_fields, ropes_of, typed
 from moeconv.mapping.rules import ConfigKey, Target, constant
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -129,6 +130,26 @@ def _requires(model: ModelDescription) -> str | None:
     return gemma.requires(model)
 
 
+def _reading_fields(config: Config) -> dict[str, Any]:
+    full = ropes_of(config, FULL, SLIDING)[FULL]
+    tied = config["tie_word_embeddings"]
+    theta = {"rope_type": "default", "rope_theta": full["rope_theta"]}
+    return {**rope_fields(theta), "normalize_embedding_logits": tied}
+
+
+def _reading_settings(config: Config) -> dict[str, Any]:
+    ropes = ropes_of(config, FULL, SLIDING)
+    scaled = ropes[FULL]["rope_type"] == "linear"
+    by_head = config["query_pre_attn_scalar"] == config["head_dim"]
+    return {
+        "model_name": BY_HEAD_DIM[0] if by_head else BY_WIDTH,
+        "global_parameter_scale": 1,
+        "local_rope_max_timescale": ropes[SLIDING]["rope_theta"],
+        "rope_linear_scaling_factor": ropes[FULL]["factor"] if scaled else 1.0,
+        "final_logits_soft_cap": config["final_logit_softcapping"] or 0.0,
+    }
+
+
 TARGET = Target(
     name="gemma3",
     architecture="Gemma3ForCausalLM",
@@ -136,6 +157,17 @@ TARGET = Target(
     kinds=Layers(mlp="dense", attention="qk_norm"),
     since="4.50.0",
     requires=_requires,
+    reading=Reading(
+        {
+            "layer_types": typed(len(PATTERN), SLIDING, FULL),
+            "sliding_window_pattern": lambda c: len(PATTERN),
+            "use_bidirectional_attention": lambda c: False,
+        },
+        _reading_fields,
+        _reading_settings,
+        lambda c: ropes_of(c, FULL, SLIDING),
+        ignored=frozenset({"_sliding_window_pattern", "cache_implementation", "hidden_act"}),
+    ),
     rules=(
         *gemma.FOUR_NORMS,
         gemma.norm("self_attention.query_norm.scale", "self_attn.q_norm.weight", "h"),

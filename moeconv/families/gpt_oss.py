@@ -16,6 +16,7 @@ from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._shared import (
     CONFIG,
+    DERIVED,
     DROPS_TOKENS,
     IDLE,
     IDLE_MOE,
@@ -24,9 +25,12 @@ from moeconv.families._shared import (
     attention,
     attention_parameters,
     moe_parameters,
+    rope_reading,
     setting,
     untied_by_sglang,
+    yarn_reading,
 )
+from moeconv.mapping.reading import Reading, typed
 from moeconv.mapping.rules import (
     EVERY_LAYER,
     MOE_LAYERS,
@@ -41,6 +45,17 @@ from moeconv.mapping.rules import (
 
 # models/gpt_oss.py `GPT_OSS_ATTENTION_PATTERN`: a scanned block begins it anew.
 PATTERN = ("sliding_attention", "full_attention")
+
+
+# configuration_gpt_oss.py: what a config without RoPE means.
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 
 
 def _layer_type(position: int, settings: Mapping[str, Any]) -> str:
@@ -158,6 +173,18 @@ TARGET = Target(
     summary="For models of MaxText's gpt_oss block; transformers ≥ 4.55.",
     kinds=Layers(mlp="moe", attention="sinks"),
     since="4.55.0",
+    reading=Reading(
+        {
+            **DERIVED,
+            "layer_types": typed(2, *PATTERN),
+            "rope_parameters": lambda c: None if c.get("rope_scaling") else _YARN,
+            "swiglu_limit": lambda c: 7.0,
+            "swiglu_alpha": lambda c: 1.702,
+        },
+        rope_reading,
+        yarn_reading,
+        ignored=frozenset({"initial_context_length", "experts_per_token"}),
+    ),
     rules=(*TRUNK, *attention("GptOssAttention"), *RULES),
     probe=Probe(router="router"),
     caveats=_caveats,

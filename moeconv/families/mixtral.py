@@ -126,7 +126,11 @@ TARGET = Target(
     # models/mixtral/modeling_mixtral.py `MixtralBlockSparseTop2MLP`).
     reading=replace(
         READING,
-        fields=lambda c: {**rope_reading(c), "moe_intermediate_size": c["intermediate_size"]},
+        fields=lambda c: {
+            **rope_reading(c),
+            "layer_kinds": [MOE] * c["num_hidden_layers"],
+            "moe_intermediate_size": c["intermediate_size"],
+        },
     ),
     rules=(
         *TRUNK,

@@ -17,6 +17,7 @@ from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._shared import (
     CONFIG,
+    DERIVED,
     IDLE,
     MLP,
     MLP_PARAMETERS,
@@ -27,6 +28,7 @@ from moeconv.families._shared import (
     rope_parameters,
     setting,
 )
+from moeconv.mapping.reading import Config, Reading, rope_fields, ropes_of, typed, yarn_settings
 from moeconv.mapping.rules import (
     EVERY_LAYER,
     ConfigKey,
@@ -131,6 +133,18 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     ]
 
 
+def _read_ropes(config: Config) -> dict[str, Any]:
+    return ropes_of(config, FULL, SLIDING)
+
+
+def _reading_fields(config: Config) -> dict[str, Any]:
+    return {
+        **rope_fields(_read_ropes(config)[FULL]),
+        "query_norm_size": config["num_attention_heads"] * config["head_dim"],
+        "key_norm_size": config["num_key_value_heads"] * config["head_dim"],
+    }
+
+
 TARGET = Target(
     name="olmo3",
     architecture="Olmo3ForCausalLM",
@@ -138,6 +152,12 @@ TARGET = Target(
     kinds=Layers(mlp="dense", attention="qk_norm"),
     since="4.57.0",
     requires=_requires,
+    reading=Reading(
+        {**DERIVED, "layer_types": typed(len(PATTERN), SLIDING, FULL)},
+        _reading_fields,
+        lambda c: yarn_settings(_read_ropes(c)[FULL], c, interleave=False),
+        _read_ropes,
+    ),
     rules=(*TRUNK, *RULES),
     caveats=_caveats,
     config=(

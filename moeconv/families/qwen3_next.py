@@ -25,13 +25,16 @@ from moeconv.families._qwen_hybrid import (
 )
 from moeconv.families._shared import (
     CONFIG,
+    DERIVED,
     DROPS_TOKENS,
     IDLE,
     IDLE_MOE,
     QUANTISES,
     rope_parameters,
+    rope_reading,
     setting,
 )
+from moeconv.mapping.reading import Config, Reading, rope_of, typed
 from moeconv.mapping.rules import ConfigKey, Options, Probe, Target, constant, from_field
 
 BLOCK = Block(
@@ -93,6 +96,22 @@ def _layer_types(model: ModelDescription) -> list[str]:
     return [names[kind.attention] for kind in model.layer_kinds]
 
 
+def _share(config: Config) -> float:
+    share: float = rope_of(config).get("partial_rotary_factor", 0.25)
+    return share
+
+
+def _reading_fields(config: Config) -> dict[str, Any]:
+    names = {"linear_attention": "linear", "full_attention": "gated"}
+    heads, size = config["linear_num_key_heads"], config["linear_key_head_dim"]
+    return {
+        **rope_reading(config),
+        "layer_kinds": [f"{names[each]} moe+shared" for each in config["layer_types"]],
+        "tie_word_embeddings": config["tie_word_embeddings"],
+        "linear_key_size": heads * size,
+    }
+
+
 TARGET = Target(
     name="qwen3_next",
     architecture="Qwen3NextForCausalLM",
@@ -100,6 +119,20 @@ TARGET = Target(
     kinds=Layers(mlp="moe"),
     since="4.57.0",
     requires=_requires,
+    reading=Reading(
+        {
+            **DERIVED,
+            "layer_types": lambda c: typed(
+                c.get("full_attention_interval") or 4, "linear_attention", "full_attention"
+            )(c),
+            "mlp_only_layers": lambda c: [],
+            "partial_rotary_factor": _share,
+        },
+        _reading_fields,
+        lambda c: {"partial_rotary_factor": _share(c)},
+        # No layer is dense; which layers have attention, their types say.
+        ignored=frozenset({"intermediate_size", "full_attention_interval"}),
+    ),
     rules=RULES,
     caveats=_caveats,
     probe=Probe(attention=("linear_attn", "self_attn")),

@@ -137,6 +137,7 @@ def expand(
     dtypes: Mapping[str, str],
     *,
     dtype: str | None = None,
+    narrowed: Mapping[str, str] | None = None,
     options: Options | None = None,
 ) -> tuple[Edge, ...]:
     """Expands a family's rules to edges.
@@ -147,6 +148,7 @@ def expand(
         layout: Where the checkpoint keeps its parameters.
         dtypes: Dtype of every stored array, by its dotted name.
         dtype: Dtype of the output; None keeps each array's own.
+        narrowed: Dtype of what some arrays become, by name, where it is kept.
         options: The user's choices.
 
     Returns:
@@ -159,7 +161,7 @@ def expand(
     options = options or Options()
     if reason := cannot_hold(family, model):
         raise UnsupportedError(f"--target {family.name} cannot hold this model: {reason}")
-    expander = _Expander(family, model, layout, dtypes, dtype)
+    expander = _Expander(family, model, layout, dtypes, dtype, narrowed or {})
     edges = [
         edge
         for number, rule in enumerate(family.rules)
@@ -188,11 +190,13 @@ class _Expander:
         layout: Layout,
         dtypes: Mapping[str, str],
         dtype: str | None,
+        narrowed: Mapping[str, str],
     ) -> None:
         self._family = family
         self._model = model
         self._dtypes = dtypes
         self._dtype = dtype
+        self._narrowed = narrowed
         self._held = layout.places
 
     def edges(self, number: int, rule: Rule) -> Iterator[Edge]:
@@ -289,7 +293,7 @@ class _Expander:
             return self._dequantised(source, scales, fold, layer, expert)
         if stored not in DTYPES:
             raise UnsupportedError(not_converted(source.name, stored))
-        dtype = self._dtype or stored
+        dtype = self._dtype or self._narrowed.get(source.name, stored)
         return Affine(fold, stored, dtype) if fold is not None else Cast(stored, dtype)
 
     def _dequantised(

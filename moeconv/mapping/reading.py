@@ -39,7 +39,15 @@ class Reading:
 
 
 # Keys of all spellings of RoPE, which `Reading.ropes` makes one of.
-ROPE_KEYS = frozenset({"rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"})
+ROPE_KEYS = frozenset(
+    {
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "rope_local_base_freq",
+        "partial_rotary_factor",
+    }
+)
 # transformers modeling_rope_utils.py `_compute_yarn_parameters`, for what a config leaves out.
 _YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 # What MaxText has as constants (layers/embeddings.py `LLaMARotaryEmbedding`).
@@ -79,6 +87,39 @@ def rope_of(config: Config, kind: str | None = None) -> dict[str, Any]:
         found = {**_YARN, **found}
         found.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return {key: value for key, value in found.items() if value is not None}
+
+
+def ropes_of(config: Config, full: str, sliding: str) -> dict[str, dict[str, Any]]:
+    """The RoPE of each of two kinds of layer.
+
+    Before transformers 5 a scaling was that of the first kind alone, as 5 reads it still
+    (configuration_gemma3.py, configuration_olmo3.py `convert_rope_params_to_dict`).
+
+    Args:
+        config: The config; where it has no theta for layers with a window, `rope_local_base_freq`
+            has it, or `rope_theta`.
+        full: The kind of layers that see everything.
+        sliding: The kind of layers with a window.
+    """
+    given = config.get("rope_parameters") or {}
+    local = config.get("rope_local_base_freq") or config.get("rope_theta")
+    plain = {"rope_parameters": {**given.get(sliding, {"rope_theta": local})}}
+    plain["rope_parameters"].setdefault("rope_theta", local)
+    if full in given:
+        own: Config = {**config, "rope_parameters": given[full]}
+    else:
+        own = {**config, "rope_parameters": None} if not given else config
+    return {
+        full: rope_of(own),
+        sliding: rope_of({**plain, "max_position_embeddings": config["max_position_embeddings"]}),
+    }
+
+
+def typed(cycle: int, first: str, last: str) -> Callable[[Config], list[str]]:
+    """What transformers takes for `layer_types`: the last of each block of layers is another."""
+    return lambda config: [
+        last if (n + 1) % cycle == 0 else first for n in range(config["num_hidden_layers"])
+    ]
 
 
 def rope_fields(rope: Mapping[str, Any]) -> dict[str, Any]:

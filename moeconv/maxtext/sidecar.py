@@ -49,6 +49,14 @@ class RunSidecar(BaseModel):
         default=None, description="text of the training corpus, relative to the sidecar"
     )
     run: RunFacts | None = None
+    target: str | None = Field(
+        default=None, description="of such a checkpoint: the page of the model's architecture"
+    )
+    narrowed: dict[str, Literal["bfloat16", "float16"]] = Field(
+        default={},
+        description="of a checkpoint made from a Hugging Face model: the dtype of the tensors that "
+        "parameters became, by name, where these are wider, for a factor that they hold",
+    )
 
 
 class FoundSidecar(NamedTuple):

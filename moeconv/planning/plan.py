@@ -137,6 +137,7 @@ class Plan(Printable):
         tokenizer: What is written next to the tensors.
         run: The record of the source's training run.
         accepted_keys: Settings that `--accept-key` let pass.
+        narrowed: Dtype of what some arrays become, by name, where `dtype` keeps the others' own.
         adapter: The LoRA adapter that is converted, of which `model` is the base, or that is merged
             into `model`.
         jobs: Units worked on at the same time, unless `convert` says otherwise.
@@ -159,6 +160,7 @@ class Plan(Printable):
     tokenizer: PlannedTokenizer | None = None
     run: RunRecord | None = None
     accepted_keys: tuple[str, ...] = ()
+    narrowed: Mapping[str, str] = field(default_factory=dict)
     adapter: PlannedAdapter | None = None
     jobs: int = 1
     max_memory: int = 4 << 30
@@ -182,14 +184,6 @@ class Plan(Printable):
     def target_bytes(self) -> int:
         """Bytes of all target arrays."""
         return sum(e.nbytes for e in self.edges.values())
-
-    @property
-    def source_dtype(self) -> str:
-        """The dtype that most bytes of the source have."""
-        weight: dict[str, int] = {}
-        for info in self.source.arrays.values():
-            weight[info.dtype] = weight.get(info.dtype, 0) + info.nbytes
-        return max(sorted(weight), key=weight.__getitem__)
 
     @cached_property
     def main_dtype(self) -> str:

@@ -115,6 +115,7 @@ class _Request(_Frozen):
     tokenizer: _Tokenizer | None
     run: RunRecord | None
     accepted_keys: list[str]
+    narrowed: dict[str, str] = {}
     adapter: _Adapter | None = None
     jobs: _Size
     max_memory: _Size
@@ -150,6 +151,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
         tokenizer=_Tokenizer(**vars(plan.tokenizer)) if plan.tokenizer is not None else None,
         run=plan.run,
         accepted_keys=list(plan.accepted_keys),
+        narrowed=dict(plan.narrowed),
         adapter=_adapter(plan.adapter) if plan.adapter is not None else None,
         jobs=plan.jobs,
         max_memory=plan.max_memory,
@@ -184,7 +186,8 @@ def _adapter(adapter: PlannedAdapter) -> _Adapter:
 
 
 def _asked(request: _Request) -> dict[str, Any]:
-    return request.model_dump(mode="json", exclude=set() if request.adapter else {"adapter"})
+    rare = {name for name in ("adapter", "narrowed") if not getattr(request, name)}
+    return request.model_dump(mode="json", exclude=rare)
 
 
 def _outcome(plan: Plan) -> dict[str, Any]:
@@ -297,6 +300,7 @@ def _plan_of(file: _PlanFile, path: Path) -> Plan:
             tokenizer=tokenizer.planned() if tokenizer is not None else None,
             run=request.run,
             accepted_keys=tuple(request.accepted_keys),
+            narrowed=request.narrowed,
             jobs=request.jobs,
             max_memory=request.max_memory,
         )
@@ -323,7 +327,9 @@ def _edges(
     of_model = source if adapter is None or adapter.merged else other
     layout = _layout(model.decoder_block, replace(of_model, arrays=base), request.dropped)
     dtypes = {name: info.dtype for name, info in base.items()}
-    edges = expand(page, model, layout, dtypes, dtype=dtype, options=options)
+    edges = expand(
+        page, model, layout, dtypes, dtype=dtype, narrowed=request.narrowed, options=options
+    )
     if adapter is None:
         return None, edges
     changes, strength = changes_of(layout, factors), adapter.strength

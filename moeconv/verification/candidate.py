@@ -260,7 +260,13 @@ class Candidate:
         with blaming(what, check="tensors"):
             try:
                 edges = expand(
-                    self.family, self.model, layout, dtypes, dtype=dtype, options=self.options
+                    self.family,
+                    self.model,
+                    layout,
+                    dtypes,
+                    dtype=dtype,
+                    narrowed=self.manifest.narrowed,
+                    options=self.options,
                 )
                 if self.adapter is not None:
                     edges = self.adapter.merged(edges, layout)
