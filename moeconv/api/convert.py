@@ -1,7 +1,7 @@
 """`moeconv.plan` and `moeconv.convert`: every byte of the output first, then the output."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
@@ -44,6 +44,12 @@ class PlanOptions(TypedDict, total=False):
     base: StrPath | None
     base_model: str | None
     merge_lora: StrPath | None
+    block: str | None
+    scan_layers: bool | None
+    scan_axis: int
+    shards: Mapping[str, int] | None
+    zarr2: bool
+    ocdbt: bool
     jobs: int | None
     max_memory: Size
 
@@ -63,13 +69,20 @@ def plan(
     base: StrPath | None = None,
     base_model: str | None = None,
     merge_lora: StrPath | None = None,
+    block: str | None = None,
+    scan_layers: bool | None = None,
+    scan_axis: int = 1,
+    shards: Mapping[str, int] | None = None,
+    zarr2: bool = False,
+    ocdbt: bool = True,
     jobs: int | None = None,
     max_memory: Size = "4GiB",
 ) -> "Plan":
-    """Plans a conversion from a checkpoint's metadata; reads no parameter and writes nothing.
+    """Plans a conversion from the metadata of what is read; reads no parameter and writes nothing.
 
     Args:
-        src: A MaxText checkpoint, as `open_checkpoint` takes it.
+        src: A MaxText checkpoint, as `open_checkpoint` takes it, which becomes a Hugging Face
+            model; or the folder of a Hugging Face model, which becomes a MaxText run.
         config: MaxText YAML of the run, in place of the `moeconv_run.json` beside the checkpoint.
         set: Fields by their MaxText names, over `config`; see `open_checkpoint`.
         accept_keys: Settings in the config that moeconv does not know; see `open_checkpoint`.
@@ -86,6 +99,15 @@ def plan(
         base_model: What PEFT loads as the converted base: an id on the Hub, or a folder.
         merge_lora: The checkpoint of a LoRA adapter that is merged into the model: alpha / rank
             times the product of its factors is added to each weight, and rounded once.
+        block: For a Hugging Face model: MaxText's decoder block; by default the first that holds
+            it.
+        scan_layers: Likewise: layers are stacked, or each has arrays of its own; by default stacked
+            where MaxText can.
+        scan_axis: Likewise: the axis of the layers, MaxText's `param_scan_axis`.
+        shards: Likewise: the sizes of a mesh by axis (`fsdp`, `tensor`, `expert`); arrays are
+            stored in chunks as its devices read them.
+        zarr2: Likewise: arrays are zarr v2, for readers older than zarr v3.
+        ocdbt: Likewise: arrays are one OCDBT database, else a folder each.
         jobs: Chunks worked on at the same time, by default the number of processors; the bytes
             written do not depend on it.
         max_memory: Memory to stay within, in bytes or as `4GiB`.
@@ -120,6 +142,12 @@ def plan(
         base=base,
         base_model=base_model,
         merge_lora=merge_lora,
+        block=block,
+        scan_layers=scan_layers,
+        scan_axis=scan_axis,
+        shards=shards,
+        zarr2=zarr2,
+        ocdbt=ocdbt,
         jobs=jobs,
         max_memory=max_memory,
     )
@@ -152,6 +180,8 @@ def _options(
     tokenizer: StrPath | None = None,
     base: StrPath | None = None,
     merge_lora: StrPath | None = None,
+    shards: Mapping[str, int] | None = None,
+    zarr2: bool = False,
     jobs: int | None = None,
     max_memory: Size = "4GiB",
     **more: Any,
@@ -166,6 +196,8 @@ def _options(
         tokenizer=None if tokenizer is None else os.fspath(tokenizer),
         base=None if base is None else os.fspath(base),
         merge_lora=None if merge_lora is None else os.fspath(merge_lora),
+        shards=dict(shards or {}),
+        zarr3=not zarr2,
         jobs=jobs_of(jobs),
         max_memory=size_of(max_memory),
         **more,
@@ -177,8 +209,8 @@ class Converted(Printable):
     """What was written.
 
     Attributes:
-        out: The folder of the model.
-        tensors: How many tensors it has.
+        out: The folder of the model, or of the run.
+        tensors: How many tensors, or arrays, it has.
         manifest: Its `moeconv_manifest.json`: what was read and written, with SHA-256.
     """
 
@@ -211,10 +243,10 @@ def convert(
     note: Note = log,
     **options: Unpack[PlanOptions],
 ) -> Converted:
-    """Converts a MaxText checkpoint to a Hugging Face model; OUT appears whole, or not at all.
+    """Converts between MaxText and Hugging Face; OUT appears whole, or not at all.
 
     Args:
-        src: A checkpoint, as `open_checkpoint` takes it, or a plan of `plan` or `load_plan`.
+        src: What `plan` takes, or a plan of `plan` or `load_plan`.
         out: The folder to make, on this machine.
         checkpoint: Where the checkpoint of a plan is, if it was moved, or its address needs a user
             and password, which no plan holds.

@@ -49,3 +49,9 @@ def semantic_keys(model: ModelDescription, block: Block) -> dict[str, Any]:
     for spec in settings_of(block, vars(model)):
         keys[spec.key] = spec.write(model.settings[spec.name])
     return keys
+
+
+def demanded_keys(block: Block) -> dict[str, Any]:
+    """Settings that must have a certain value in a block, whatever the model's size."""
+    first = {key: next(iter(values)) for key, values in block.demands.items()}
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in first.items()}

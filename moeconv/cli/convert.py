@@ -16,6 +16,7 @@ from moeconv.cli.options import (
     QUIET,
     SET,
     LocalPath,
+    Mesh,
     output_of,
     tell_of_store,
 )
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @click.command("convert")
-@click.argument("ckpt", metavar="CKPT", required=False)
+@click.argument("ckpt", metavar="SRC", required=False)
 @click.argument("out", metavar="OUT", required=False)
 @click.option(
     "--plan",
@@ -84,6 +85,37 @@ if TYPE_CHECKING:
     help="Merge the LoRA adapter in this checkpoint into the model: alpha / rank times the product "
     "of its factors is added to each weight that it changes, and rounded once.",
 )
+@click.option(
+    "--block",
+    metavar="NAME",
+    help="To MaxText: the decoder block. Default: the first that holds the model exactly.",
+)
+@click.option(
+    "--scan-layers/--no-scan-layers",
+    default=None,
+    help="To MaxText: layers stacked in one array, or one array each. Default: stacked where "
+    "MaxText can hold the model so.",
+)
+@click.option(
+    "--scan-axis",
+    type=click.IntRange(0, 4),
+    default=1,
+    show_default=True,
+    help="To MaxText: the axis of stacked layers (param_scan_axis).",
+)
+@click.option(
+    "--shards",
+    type=Mesh(),
+    metavar="AXIS=N,…",
+    help="To MaxText: the mesh that will read the checkpoint, such as fsdp=8,expert=4; each of its "
+    "devices reads only its own chunks.",
+)
+@click.option("--zarr2", is_flag=True, help="To MaxText: zarr v2, for readers older than v3.")
+@click.option(
+    "--ocdbt/--no-ocdbt",
+    default=True,
+    help="To MaxText: all arrays in one OCDBT database (default), or a folder each.",
+)
 @JOBS
 @click.option(
     "--max-memory",
@@ -120,11 +152,11 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Convert a MaxText checkpoint to a Hugging Face model.
+    """Convert a MaxText checkpoint to a Hugging Face model, or such a model to a MaxText run.
 
-    CKPT is a run directory, its checkpoints/, a step, a step's items/, or a gs://, s3:// or http://
-    address of one; the newest complete step is taken unless one is named. OUT appears whole or not
-    at all.
+    What SRC is decides. A checkpoint is a run directory, its checkpoints/, a step, a step's items/,
+    or a gs://, s3:// or http:// address of one; the newest complete step is taken unless one is
+    named. A model is a folder with config.json and safetensors. OUT appears whole or not at all.
     """
     from moeconv.api.convert import convert, load_plan, plan, with_limits
     from moeconv.artifact.destination import resolve_out
@@ -133,7 +165,7 @@ def command(
     if plan_file is not None and out is None:
         ckpt, out = None, ckpt
     if (ckpt is None and plan_file is None) or (out is None and not dry_run):
-        raise click.UsageError("give CKPT and OUT, or --plan FILE and OUT", ctx)
+        raise click.UsageError("give SRC and OUT, or --plan FILE and OUT", ctx)
     planned: Plan | None = None
     if plan_file is not None:
         planned = with_limits(load_plan(plan_file), _of_the_machine(ctx, options))

@@ -40,6 +40,26 @@ class LocalPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class Mesh(click.ParamType[dict[str, int]]):
+    """Sizes of a mesh's axes, `fsdp=8,expert=4`."""
+
+    name = "mesh"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> dict[str, int]:
+        """See `click.ParamType`."""
+        if isinstance(value, dict):
+            return value
+        found: dict[str, int] = {}
+        for pair in str(value).split(","):
+            name, _, size = pair.strip().partition("=")
+            if not name or not size.isdecimal() or int(size) < 1 or name in found:
+                self.fail(f"{pair!r} is no AXIS=N; write fsdp=8,expert=4", param, ctx)
+            found[name] = int(size)
+        return found
+
+
 class Text(click.types.StringParamType):
     """A text that can be stored and sent: the shell may hand over bytes that are no UTF-8."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moeconv.arch.arrange import arranged
-from moeconv.arch.model_keys import semantic_keys, size_keys
+from moeconv.arch.model_keys import demanded_keys, semantic_keys, size_keys
 from moeconv.conversion.described import Described, describe
 from moeconv.conversion.options import ConvertOptions, Prepared
 from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
@@ -93,7 +93,11 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
     forward = expand(page, model, layout, dtypes)
     stored = {name: tensor.spec.dtype for name, tensor in hf.tensors.items()}
     edges, origins = reverse(forward, page, layout, stored)
-    settings = {**size_keys(model, layout), **semantic_keys(model, found.block)}
+    settings = {
+        **demanded_keys(found.block),
+        **size_keys(model, layout),
+        **semantic_keys(model, found.block),
+    }
     output = orbax_output(
         edges,
         _shards(options.shards),

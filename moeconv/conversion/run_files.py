@@ -13,6 +13,7 @@ from moeconv.planning.orbax_output import OrbaxOutput
 from moeconv.planning.plan import Plan
 from moeconv.untrusted import strict_json
 
+_EMPTY = b"# MaxText takes this file for its own of this name, so that ../config.yml decides.\n{}\n"
 CONFIG_NAME = "config.yml"
 TOKENIZER = "tokenizer"
 
@@ -35,7 +36,7 @@ def run_files(
     if (name := settings.get("model_name", "default")) != "default":
         # MaxText looks for the file of a model beside the config first (configs/pyconfig.py
         # `_initialize_pydantic`), and it wins over the config.
-        files[f"models/{name}.yml"] = yaml.safe_dump(settings, sort_keys=False).encode()
+        files[f"models/{name}.yml"] = _EMPTY
     ids = {name: getattr(plan.model, name) for name in TOKEN_IDS}
     known = {
         name: list(value) if isinstance(value, tuple) else value
