@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import outputs
 import pytest
 import synthetic
 from cli_runner import moeconv
@@ -14,7 +13,7 @@ from cli_runner import moeconv
 from moeconv import families
 from moeconv.arch.keys import function_keys
 from moeconv.conversion.api import ConvertOptions, plan_conversion
-from moeconv.errors import NotACheckpointError, UnsupportedError
+from moeconv.errors import UnsupportedError
 from moeconv.families._table import families as table
 from moeconv.maxtext.checkpoint import open_checkpoint
 
@@ -57,12 +56,13 @@ def test_the_table_is_that_of_the_pages():
         assert word in shown
 
 
-def test_the_way_back_is_not_built(tmp_path):
-    """As every row says: a Hugging Face model is no source."""
-    assert {row.hf_to_maxtext for row in table().rows} == {"not built"}
-    out = outputs.convert_run(outputs.write_run(tmp_path / "run"), tmp_path / "out")
-    with pytest.raises(NotACheckpointError):
-        plan_conversion(str(out), ConvertOptions())
+def test_the_way_back_is_said_for_each_target():
+    """An architecture whose config.json a page reads becomes the block that has it as a target."""
+    read = {each.architecture for each in families.targets().values() if each.reading}
+    for row in table().rows:
+        assert row.hf_to_maxtext == tuple(
+            goal.architecture for goal in row.targets if goal.architecture in read
+        )
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: f"{row.decoder_block} {row.variant}")

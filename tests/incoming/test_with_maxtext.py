@@ -108,7 +108,8 @@ def test_maxtext_trains_from_it(tmp_path):
     assert len(losses) == 20
 
     # input_pipeline/synthetic_data_processing.py `SyntheticDataIterator`
-    tokens = np.asarray(jax.random.randint(jax.random.PRNGKey(0), (2, 25), 0, 64))
+    rows = 2 * jax.device_count()
+    tokens = np.asarray(jax.random.randint(jax.random.PRNGKey(0), (rows, 25), 0, 64))
     logits = torch.tensor(_transformers_logits(model, tokens[:, :-1]))
     first = torch.nn.functional.cross_entropy(
         logits.reshape(-1, 64), torch.tensor(tokens[:, 1:]).reshape(-1).long()
