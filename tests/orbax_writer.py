@@ -56,8 +56,8 @@ def write(
     leaves = {rename(path): array for path, array in arrays.items()}
     shapes = {rename(path): chunk for path, chunk in (chunks or {}).items()}
     leaves.update(beside or {})
-    # Of one context, so that a store is one database, which commits all arrays at once. Each opening
-    # would have one of its own, and write the whole tree anew: thousands of files.
+    # Of one context, so that a store is one database, which commits all arrays at once. Otherwise
+    # each opening has one of its own, which writes the whole tree anew: thousands of files.
     context, transaction = ts.Context(), ts.Transaction()
     writes = []
     for path, array in leaves.items():
