@@ -61,7 +61,7 @@ class Row:
             must name.
         lost: Tensors that level weights must miss if they are zeros.
         told_wrong: Values of `--set` that level layers must find wrong.
-        proof: The proof that the mistakes belong to.
+        proof: The proof that the mistakes belong to, if rows share one; else "mistakes of NAME".
     """
 
     name: str
@@ -81,7 +81,7 @@ class Row:
     mistakes: Mapping[str, tuple[Mistaken, str]] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     told_wrong: tuple[str, ...] = ()
-    proof: str = "mistakes of families"
+    proof: str = ""
 
     @property
     def block(self) -> str:
