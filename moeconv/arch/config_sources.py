@@ -19,7 +19,7 @@ from typing import Any
 
 from moeconv.arch.config_file import ConfigFile, load_config_file
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.keys import keys, unknown_keys
+from moeconv.arch.keys import function_keys, keys, unknown_keys
 from moeconv.arch.yaml_file import read_yaml, short
 from moeconv.errors import ConfigError
 
@@ -300,6 +300,12 @@ def from_mapping(
     """
     check_spelling(content, provenance.detail, accept)
     if unknown := unknown_keys({str(key) for key in content} - set(TOKEN_IDS), accept):
+        if isinstance(content, ConfigFile) and len(unknown) == len(content):
+            raise ConfigError(
+                f"{provenance.detail} has no setting of MaxText (it has "
+                f"{', '.join(short(key) for key in unknown[:5])}), so it is no config of MaxText; "
+                "give the run's YAML or log"
+            )
         listed = ", ".join(short(key) for key in unknown[:20])
         raise ConfigError(
             f"{provenance.detail}: moeconv does not know {listed}"
@@ -316,17 +322,50 @@ def from_mapping(
         if key in known_keys()
     }
     if isinstance(content, ConfigFile):
-        for key in content.twice.keys() & known_keys():
-            one, other = content.twice[key]
-            raise ConfigError(
-                f"{key} has two values, at {one} and at {other}, as in a log of two runs; give the "
-                "part of the run that is converted"
-            )
+        for key in content.twice:
+            if conflict := disagreement(key, *content.twice[key]):
+                raise ConfigError(
+                    f"{conflict}, as in a log of two runs; give the part of the run that is "
+                    "converted"
+                )
         if not content.whole:
             return said
     if any(key in content for key in SCALED_KEYS):
-        return _defaults() | said
+        # Not what every release has: where such a setting is missing, a line was lost.
+        lost = isinstance(content, ConfigFile) and content.resolved
+        left = maxtext_defaults()["always"] if lost else ()
+        return {k: entry for k, entry in _defaults().items() if k not in left} | said
     return _defaults() | said | _model(content.get("model_name"), provenance.detail)
+
+
+def disagreement(key: str, one: tuple[Any, str], other: tuple[Any, str]) -> str | None:
+    """What a run's records say differently of a setting that decides its model, with both places.
+
+    Args:
+        key: MaxText's.
+        one: A value, and where it stands.
+        other: Another.
+
+    Returns:
+        None where both are of one model: the same, or values that change none.
+    """
+    values = [_as_recorded(value) for value, _ in (one, other)]
+    neutral = key in function_keys() and key != "model_name"
+    if (
+        key not in known_keys()
+        or values[0] == values[1]
+        or (neutral and all(map(keys()[key].is_neutral, values)))
+    ):
+        return None
+    said = [f"{short(value)} at {place}" for value, place in (one, other)]
+    return f"{key} has two values, {said[0]} and {said[1]}"
+
+
+def _as_recorded(value: Any) -> Any:
+    """A value in one form, whether Python, YAML or JSON wrote it."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_as_recorded, value))
+    return _plain(value)
 
 
 def _defaults() -> dict[str, ConfigEntry]:

@@ -1,5 +1,6 @@
 """From shapes and config to the description of a model, or to what is still missing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from moeconv.arch.layout import Layout
 from moeconv.arch.shapes import check_against_shapes, dropped_layers, from_shapes, is_whole
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, UnsupportedError
+
+_NUMBERS = re.compile(r"[\[(]?\s*\d{1,18}(?:[\s,;]+\d{1,18})*\s*,?\s*[\])]?\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,15 @@ def _block(
     return layout.block
 
 
+def _numbers(value: Any) -> list[Any]:
+    """The numbers of one token or of several, also as a text: `1,2`, `"[1, 2]"`."""
+    if isinstance(value, str) and _NUMBERS.match(value):
+        value = [int(number) for number in re.findall(r"\d+", value)]
+    if isinstance(value, list | tuple):
+        return [int(v) if isinstance(v, str) and v.isdecimal() else v for v in value]
+    return [value]
+
+
 def _token_ids(
     resolved: ResolvedConfig, known: dict[str, Any], sources: dict[str, Provenance]
 ) -> None:
@@ -210,8 +222,13 @@ def _token_ids(
         entry = resolved.get(name)
         if entry is None or entry.value is None:
             continue
-        several = isinstance(entry.value, list) and name == "eos_token_id"
-        tokens = entry.value if several else [entry.value]
+        several = name == "eos_token_id"
+        tokens = _numbers(entry.value) if several else [entry.value]
+        if any(isinstance(token, str | list) for token in tokens):
+            raise ConfigError(
+                f"{name}={short(entry.value)} ({entry.provenance}) should be a token's number"
+                + (", or several as [1, 2]" if several else "")
+            )
         if not tokens or any(not is_whole(t) or not 0 <= t < known["vocab_size"] for t in tokens):
             raise ConfigError(
                 f"{name}={short(entry.value)} ({entry.provenance}) is no row of the embedding, "
