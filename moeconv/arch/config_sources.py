@@ -7,61 +7,44 @@ then those of configs/base.yml.
 """
 
 import difflib
-import json
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from moeconv.arch.config_file import ConfigFile, load_config_file
+from moeconv.arch.defaults import SCALED_KEYS, TOKEN_IDS, known_keys, maxtext_defaults
 from moeconv.arch.description import Origin, Provenance
-from moeconv.arch.keys import function_keys, keys, unknown_keys
+from moeconv.arch.keys import keys, unknown_keys
+from moeconv.arch.values import disagreement, plain
 from moeconv.arch.yaml_file import read_yaml, short
 from moeconv.errors import ConfigError
-
-# Enums of MaxText (common/common_types.py, configs/types.py) are printed so, by their member.
-_ENUM = re.compile(r"[A-Z]\w*[a-z]\w*\.([A-Z0-9_]+)\Z", re.ASCII)
 
 # A further pair within what may be one value.
 _INNER = re.compile(r"[\s;,&|]([A-Za-z_][\w.]*)\s*=(?!=)", re.ASCII)
 _PAIR = re.compile(r"[A-Za-z_][\w.]*\s*=", re.ASCII)
-
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 # How alike two names must be for one to be the other misspelt; no key of MaxText 0.1.0 to 0.2.5 is.
 _MISSPELT = 0.85
 # Keys that no supported MaxText has: what other releases and forks have are dozens.
 _FOREIGN_LIMIT = 1000
 
-# A resolved config holds derived keys too; `emb_dim` is `base_emb_dim` times a power of two.
-SCALED_KEYS = {
-    "emb_dim": "base_emb_dim",
-    "num_query_heads": "base_num_query_heads",
-    "num_kv_heads": "base_num_kv_heads",
-    "mlp_dim": "base_mlp_dim",
-    "moe_mlp_dim": "base_moe_mlp_dim",
-    "num_decoder_layers": "base_num_decoder_layers",
-}
-
-
-# Defaults of base.yml that once were others: the value, and until when. A checkpoint of that time
-# can be read as well, and shapes do not show it (AI-Hypercomputer/maxtext#414, the only one whose
-# value decides a conversion; between 0.1.0 and 0.2.5 tools/maxtext_defaults.py finds none).
-CHANGED: Mapping[str, tuple[Any, str]] = {
-    "normalization_layer_epsilon": (1e-6, "February 2024"),
-}
-
 
 @dataclass(frozen=True)
 class ConfigEntry:
-    """One value of a config and its source."""
+    """One value of a config and its source.
+
+    Attributes:
+        value: As MaxText understands it.
+        provenance: Its source.
+        unread: What it is where MaxText did not read the model's file that gives it.
+    """
 
     value: Any
     provenance: Provenance
+    unread: "ConfigEntry | None" = None
 
     @property
     def explicit(self) -> bool:
@@ -121,14 +104,6 @@ class ResolvedConfig(Mapping[str, ConfigEntry]):
         return self._values[key].value if key in self._values else default
 
 
-@cache
-def maxtext_defaults() -> dict[str, Any]:
-    """The packaged extract of MaxText's YAML files, made by tools/maxtext_defaults.py."""
-    path = resources.files("moeconv.arch") / "data" / "maxtext_defaults.json"
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
-
-
 def from_flags(sets: Sequence[str]) -> ResolvedConfig:
     """Reads `--set key=value`; values are YAML scalars, as on MaxText's command line.
 
@@ -155,7 +130,7 @@ def from_flags(sets: Sequence[str]) -> ResolvedConfig:
             ignored.append(key)
             continue
         try:
-            value = _plain(read_yaml(text))
+            value = plain(read_yaml(text))
         except ValueError as error:
             raise ConfigError(
                 f"--set {key}: {short(repr(text))} is not a YAML value ({error})"
@@ -243,13 +218,6 @@ def resolve_config(
     )
 
 
-@cache
-def known_keys() -> frozenset[str]:
-    """Config keys that decide a conversion."""
-    deciding = {name for name, key in keys().items() if key.kind in ("function", "size", "derived")}
-    return frozenset({*deciding, *maxtext_defaults()["base"], *SCALED_KEYS, *TOKEN_IDS})
-
-
 def check_spelling(content: Mapping[Any, Any], where: str, accept: Collection[str] = ()) -> None:
     """Refuses a key that nearly decides a conversion; what other releases know is let pass.
 
@@ -316,7 +284,7 @@ def from_mapping(
     where = content.where if isinstance(content, ConfigFile) else {}
     said = {
         str(key): ConfigEntry(
-            _plain(value), Provenance(provenance.origin, where.get(key, provenance.detail))
+            plain(value), Provenance(provenance.origin, where.get(key, provenance.detail))
         )
         for key, value in content.items()
         if key in known_keys()
@@ -335,37 +303,9 @@ def from_mapping(
         lost = isinstance(content, ConfigFile) and content.resolved
         left = maxtext_defaults()["always"] if lost else ()
         return {k: entry for k, entry in _defaults().items() if k not in left} | said
-    return _defaults() | said | _model(content.get("model_name"), provenance.detail)
-
-
-def disagreement(key: str, one: tuple[Any, str], other: tuple[Any, str]) -> str | None:
-    """What a run's records say differently of a setting that decides its model, with both places.
-
-    Args:
-        key: MaxText's.
-        one: A value, and where it stands.
-        other: Another.
-
-    Returns:
-        None where both are of one model: the same, or values that change none.
-    """
-    values = [_as_recorded(value) for value, _ in (one, other)]
-    neutral = key in function_keys() and key != "model_name"
-    if (
-        key not in known_keys()
-        or values[0] == values[1]
-        or (neutral and all(map(keys()[key].is_neutral, values)))
-    ):
-        return None
-    said = [f"{short(value)} at {place}" for value, place in (one, other)]
-    return f"{key} has two values, {said[0]} and {said[1]}"
-
-
-def _as_recorded(value: Any) -> Any:
-    """A value in one form, whether Python, YAML or JSON wrote it."""
-    if isinstance(value, list | tuple):
-        return tuple(map(_as_recorded, value))
-    return _plain(value)
+    below = _defaults() | said
+    model = _model(content.get("model_name"), provenance.detail)
+    return below | {key: replace(entry, unread=below.get(key)) for key, entry in model.items()}
 
 
 def _defaults() -> dict[str, ConfigEntry]:
@@ -394,22 +334,3 @@ def _model(name: Any, where: str) -> dict[str, ConfigEntry]:
         )
     provenance = Provenance(Origin.MODEL, f"configs/models/{name}.yml")
     return {key: ConfigEntry(value, provenance) for key, value in models[name].items()}
-
-
-def _plain(value: Any) -> Any:
-    """A config value as MaxText understands it.
-
-    YAML 1.1 reads `1e-5` as text, MaxText's loader as a number; "none" is None (configs/pyconfig.py
-    `_prepare_for_pydantic`); logs of a resolved config print enums as `RopeType.LLAMA3_1`.
-    """
-    if not isinstance(value, str):
-        return value
-    if value.lower() == "none":
-        return None
-    if match := _ENUM.match(value):
-        member = match[1].lower()
-        return {"llama3_1": "llama3.1", "none": None, "empty": ""}.get(member, member)
-    try:
-        return float(value)
-    except ValueError:
-        return value

@@ -29,6 +29,7 @@ from moeconv.errors import (
 from moeconv.families import block_of, blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.maxtext import inspection
+from moeconv.maxtext.facts import V1_HANDLER
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
@@ -217,7 +218,14 @@ def open_checkpoint(
     deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     if beside_adapter:
         deciding = deciding.neutral(LORA)
-    resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
+    resolution = resolve(
+        layout,
+        deciding,
+        scan_layers=step.scan_layers,
+        dated=step.dated,
+        # What only 0.2.4 and later record: their MaxText read the model's file.
+        unread=step.scan_layers is None and V1_HANDLER not in step.handler,
+    )
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
         step,

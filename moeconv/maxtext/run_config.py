@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.arch.config_file import ConfigFile, load_config_file, read_found
-from moeconv.arch.config_sources import disagreement
 from moeconv.arch.description import Origin, Provenance
+from moeconv.arch.values import disagreement
 from moeconv.errors import ConfigError
 from moeconv.maxtext.sidecar import METRICS_NAME, SIDECAR_NAMES, FoundSidecar
 from moeconv.orbax.locate import Step

@@ -3,7 +3,7 @@
 import yaml
 from engine_lab import tensors
 
-from moeconv.arch.config_sources import maxtext_defaults
+from moeconv.arch.defaults import maxtext_defaults
 from moeconv.arch.keys import keys
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 

@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.arch.blocks import Block, settings_of
-from moeconv.arch.config_sources import (
-    CHANGED,
-    SCALED_KEYS,
-    ConfigEntry,
-    ResolvedConfig,
-    known_keys,
-    resolve_config,
-)
+from moeconv.arch.config_sources import ConfigEntry, ResolvedConfig, resolve_config
+from moeconv.arch.defaults import CHANGED, SCALED_KEYS, known_keys
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout
