@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from moeconv.arch.config_record import SIDECAR, is_record, sections, what_else
+from moeconv.arch.defaults import maxtext_defaults
 from moeconv.arch.keys import keys
-from moeconv.arch.log_file import Value, read_log
+from moeconv.arch.log_file import Value, parse, read_log
+from moeconv.arch.values import disagreement
 from moeconv.arch.yaml_file import SIZE_LIMIT, key_lines, read_yaml, short
 from moeconv.errors import ConfigError
 from moeconv.untrusted.files import is_file, open_inside, open_regular
@@ -18,6 +20,7 @@ from moeconv.untrusted.text_files import decoded
 _SURE = ("adam_b1", "decoder_block", "emb_dim", "num_decoder_layers", "weight_dtype")
 _LEAST = 300
 _LOG = "MaxText's log"
+_MOST_BASES = 20
 
 
 @dataclass(frozen=True)
@@ -95,16 +98,48 @@ def _load(path: Path, opened: Callable[[], BinaryIO], above: tuple[Path, ...]) -
         ) from None
     own = _from_yaml(path, text)
     parent = own.get("base_config")
-    if own.kind != "YAML" or own.resolved or not parent or Path(str(parent)).name == "base.yml":
+    if own.kind != "YAML" or own.resolved or not parent:
+        return own
+    maxtexts = Path(str(parent)).name == "base.yml"
+    if maxtexts and not _is_beside(path, str(parent)):
         return own
     base = _load_base(path, str(parent), (*above, path))
-    return ConfigFile({**base.settings, **own.settings}, {**base.where, **own.where})
+    settings = _changed(base) if maxtexts else base.settings
+    return ConfigFile({**settings, **own.settings}, {**base.where, **own.where})
+
+
+def _is_beside(path: Path, name: str) -> bool:
+    """True if MaxText reads this `base.yml`, and not its own: it is beside the YAML, or below.
+
+    Source: MaxText configs/pyconfig.py `_load_config`.
+    """
+    try:
+        return is_file(path.parent, name)
+    except OSError:
+        return False
+
+
+def _changed(base: ConfigFile) -> dict[str, Any]:
+    """What a copy of MaxText's base.yml says otherwise; sizes are left out, as shapes show them."""
+    defaults = maxtext_defaults()["base"]
+    return {
+        key: value
+        for key, value in base.items()
+        if key not in keys()
+        or (
+            key in defaults
+            and keys()[key].kind != "size"
+            and disagreement(key, (value, ""), (defaults[key], ""))
+        )
+    }
 
 
 def _load_base(path: Path, name: str, above: tuple[Path, ...]) -> ConfigFile:
     """What a `base_config` names, which must be beside the file that names it, or below."""
     base, folder = path.parent / name, path.parent
     of = f"--config {path}: its base_config {short(name)}"
+    if len(above) > _MOST_BASES:
+        raise ConfigError(f"{of} is behind {_MOST_BASES} others; put them into one file")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(
             f"{of} leads out of {folder}; copy that file beside it and give its name alone"
@@ -188,7 +223,9 @@ def _from_record(path: Path, text: str, content: Mapping[str, Any]) -> ConfigFil
     twice: dict[str, tuple[Value, Value]] = {}
     for names, section in sections(content).items():
         places = _places(path, text, names)
-        for key, value in section.items():
+        for key, recorded in section.items():
+            # Programs give W&B texts where it takes no dtype or enum.
+            value = parse(recorded) if isinstance(recorded, str) else recorded
             place = places.get(key, str(path))
             if key in values and values[key] != value:
                 twice.setdefault(key, ((values[key], where[key]), (value, place)))

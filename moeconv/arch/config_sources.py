@@ -7,6 +7,7 @@ then those of configs/base.yml.
 """
 
 import difflib
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -25,6 +26,8 @@ from moeconv.errors import ConfigError
 # A further pair within what may be one value.
 _INNER = re.compile(r"[\s;,&|]([A-Za-z_][\w.]*)\s*=(?!=)", re.ASCII)
 _PAIR = re.compile(r"[A-Za-z_][\w.]*\s*=", re.ASCII)
+# One of the environment; MaxText takes a setting from M_ and its name (configs/pyconfig.py).
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=")
 
 # How alike two names must be for one to be the other misspelt; no key of MaxText 0.1.0 to 0.2.5 is.
 _MISSPELT = 0.85
@@ -162,6 +165,13 @@ def _pairs(text: str, ignored: list[str]) -> list[str]:
         words = shlex.split(text)
     except ValueError:  # a quote that is a value's
         words = []
+    variables = list(itertools.takewhile(_VARIABLE.match, words))
+    given = [_of_variable(word) for word in variables]
+    command = words[len(variables) :]
+    if variables and (not _PAIR.match(command[0]) if command else all(given)):
+        ignored.extend(w for w, pair in zip(variables, given, strict=True) if pair is None)
+        more = _pairs(shlex.join(command), ignored) if command else []
+        return [pair for pair in given if pair] + more
     first = next((n for n, word in enumerate(words) if _PAIR.match(word)), len(words))
     if (len(words) - first > 1 and all(_PAIR.match(word) for word in words[first:])) or first > 0:
         for word in words[:first]:
@@ -183,6 +193,13 @@ def _pairs(text: str, ignored: list[str]) -> list[str]:
             "leave out what is not key=value"
         )
     return [text]
+
+
+def _of_variable(word: str) -> str | None:
+    """The pair that MaxText reads from a variable of the environment; None where it reads none."""
+    name, _, value = word.partition("=")
+    key = name.removeprefix("M_").lower()
+    return f"{key}={value}" if name.startswith("M_") and key in keys() else None
 
 
 def resolve_config(
@@ -289,6 +306,12 @@ def from_mapping(
         for key, value in content.items()
         if key in known_keys()
     }
+    for key, entry in said.items():
+        if isinstance(entry.value, str) and "${" in entry.value:
+            raise ConfigError(
+                f"{key}={short(entry.value)} ({entry.provenance}) refers to another value, which "
+                "MaxText fills in at its start; write the value itself"
+            )
     if isinstance(content, ConfigFile):
         for key in content.twice:
             if conflict := disagreement(key, *content.twice[key]):

@@ -20,10 +20,12 @@ from moeconv.untrusted.text_files import lines
 
 _MARK = "Config param "
 _SETTING = re.compile(r"Config param ([A-Za-z_]\w{0,99}):(?: |$)", re.ASCII)
-_COLOUR = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")  # of a terminal
+# A terminal's: colours, modes, titles.
+_COLOUR = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][0-9A-Z])")
 _QUOTE = re.compile(r'\\.|"', re.DOTALL)
-# What rich's handler writes behind a message: the line of code that logged it.
-_CALLER = re.compile(r"\s{2,}[\w/.-]+\.py:\d+$", re.ASCII)
+# Behind a message: the line of code that logged it, as rich's handler writes; the end of a text of
+# Python (`b'…\n'`).
+_BEHIND = re.compile(r"(?:\s{2,}[\w/.-]+\.py:\d+|(?:\\[nr])+['\"]?)$", re.ASCII)
 _DEEPEST = 3  # records of JSON in a text of JSON
 _LONGEST_LINE = 4 * 2**20  # a whole log as one line of JSON has some 150 KB
 # MaxText logs its settings before the first step (configs/pyconfig.py): what follows is not read.
@@ -172,7 +174,7 @@ def _of_line(line: str, depth: int = 0) -> Iterator[tuple[str, str, bool]]:
         text = line[mark.end() : after.start() if after else None]
         if after and before:
             text = re.sub(before + r"\Z", "", text)
-        yield mark[1], _CALLER.sub("", text.rstrip()).strip(), after is not None
+        yield mark[1], _BEHIND.sub("", text.rstrip()).strip(), after is not None
 
 
 def _texts(line: str) -> Iterator[str]:

@@ -40,6 +40,8 @@ class _Loader(_Base):  # type: ignore[misc]
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
+# As `yaml.dump` writes MaxText's own tuples.
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_yaml_seq)
 
 
 def read_yaml(text: str) -> Any:
