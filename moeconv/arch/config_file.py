@@ -20,6 +20,7 @@ from moeconv.untrusted.text_files import decoded
 _SURE = ("adam_b1", "decoder_block", "emb_dim", "num_decoder_layers", "weight_dtype")
 _LEAST = 300
 _LOG = "MaxText's log"
+_YAML = (".yml", ".yaml")
 _MOST_BASES = 20
 
 
@@ -73,7 +74,7 @@ def read_found(folder: Path, name: str) -> ConfigFile | None:
     path = folder / name
     try:
         with open_inside(folder, name) as file:
-            if path.suffix in (".yml", ".yaml"):
+            if path.suffix in _YAML:
                 found: ConfigFile | None = _from_yaml(path, decoded(file, SIZE_LIMIT))
             else:
                 found = _from_log(path, file)
@@ -187,16 +188,14 @@ def _from_yaml(path: Path, text: str) -> ConfigFile:
     try:
         content = read_yaml(text)  # JSON is YAML
     except ValueError as error:
-        raise ConfigError(
-            f"--config {path} is not YAML of MaxText ({error}), and no log of it (lines `Config "
-            "param KEY: VALUE`)"
-        ) from None
+        log = "" if path.suffix in _YAML else "; nor a log with lines `Config param KEY: VALUE`"
+        raise ConfigError(f"--config {path} is not YAML of MaxText: {error}{log}") from None
     if content is None or content == {}:
         raise ConfigError(f"--config {path} is empty, or has comments alone; it has no settings")
     if not isinstance(content, dict):
         raise ConfigError(
             f"--config {path} holds no `key: value` lines, and no lines `Config param KEY: VALUE` "
-            "of a log, so it is no MaxText config"
+            "of a log, so it is no MaxText config; a command line is given with --set"
         )
     if content.get("format") == SIDECAR and isinstance(content.get("config"), dict):
         where = _places(path, text, ("config",))

@@ -67,19 +67,27 @@ def read_log(file: BinaryIO, path: Path) -> Logged | None:
         ValueError: It is packed in another way, or damaged.
     """
     found = Logged({}, {}, {}, {})
-    for number, key, text, whole in _settings(file, path):
+    widths: dict[str, int] = {}
+    longest = opened = 0  # the longest line, and the longest with a list that is not closed
+    for number, key, text, whole, width in _settings(file, path):
         place, value = f"{path}:{number}", parse(text)
         known = found.values.get(key)
         may_go_on = isinstance(value, str | int | float) and not isinstance(value, bool)
-        if _is_open(text) if whole else may_go_on and value != known:
+        longest = max(longest, width)
+        if _is_open(text):
+            opened = max(opened, width)
+        if _is_open(text) or (not whole and may_go_on and value != known):
             found.cut[key] = place
             continue
+        widths[key] = width + 2 * (text == "") if may_go_on else 0  # a colon and a space
         if key in found.values and found.values[key] != value:
             found.twice.setdefault(key, ((found.values[key], found.where[key]), (value, place)))
         found.values[key], found.where[key] = value, place
         if len(found.values) > _MOST_KEYS:
             raise ConfigError(f"--config {path} logs more than {_MOST_KEYS} settings")
-    for key in found.cut:  # what an earlier run had
+    if opened and opened == longest:  # all lines were cut off at this width
+        found.cut.update({k: found.where[k] for k, width in widths.items() if width >= longest})
+    for key in found.cut:  # also what an earlier run had
         found.values.pop(key, None)
     return found if found.values or found.cut else None
 
@@ -110,12 +118,14 @@ class _Setting(NamedTuple):
         key: MaxText's.
         text: Its value.
         whole: False where the value may go on behind the end of the file.
+        width: Of the line.
     """
 
     line: int
     key: str
     text: str
     whole: bool
+    width: int
 
 
 def _settings(file: BinaryIO, path: Path) -> Iterator[_Setting]:
@@ -145,7 +155,7 @@ def _settings(file: BinaryIO, path: Path) -> Iterator[_Setting]:
         for part in _COLOUR.sub("", line).strip("\r\n").split("\r"):
             for key, text, closed in _of_line(part):
                 yield from open_
-                found = _Setting(number, key, text, closed or ended)
+                found = _Setting(number, key, text, closed or ended, len(line))
                 open_ = [found] if not closed and (text == "" or _is_open(text)) else []
                 if not open_:
                     yield found

@@ -9,6 +9,7 @@ from moeconv.arch.yaml_file import short
 
 # Enums of MaxText (common/common_types.py, configs/types.py) are printed so, by their member.
 _ENUM = re.compile(r"[A-Z]\w*[a-z]\w*\.([A-Z0-9_]+)\Z", re.ASCII)
+_WORDS = {"none": None, "true": True, "false": False}
 
 
 def disagreement(key: str, one: tuple[Any, str], other: tuple[Any, str]) -> str | None:
@@ -45,12 +46,13 @@ def plain(value: Any) -> Any:
     """A config value as MaxText understands it.
 
     YAML 1.1 reads `1e-5` as text, MaxText's loader as a number; "none" is None (configs/pyconfig.py
-    `_prepare_for_pydantic`); logs of a resolved config print enums as `RopeType.LLAMA3_1`.
+    `_prepare_for_pydantic`), and pydantic reads "true"; logs of a resolved config print enums as
+    `RopeType.LLAMA3_1`.
     """
     if not isinstance(value, str):
         return value
-    if value.lower() == "none":
-        return None
+    if value.lower() in _WORDS:
+        return _WORDS[value.lower()]
     if match := _ENUM.match(value):
         member = match[1].lower()
         return {"llama3_1": "llama3.1", "none": None, "empty": ""}.get(member, member)

@@ -65,7 +65,12 @@ def decoded(file: BinaryIO, limit: int) -> str:
         raw = content.read(limit + 1)
     if len(raw) > limit:
         raise ValueError(f"it is larger than {limit // 1024} KiB")
-    return raw.decode(encoding)
+    try:
+        return raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"it is no text in UTF-8, UTF-16 or UTF-32 (byte {error.start} is none of {encoding})"
+        ) from None
 
 
 def lines(file: BinaryIO, *, longest: int, limit: int) -> Iterator[tuple[int, str]]:

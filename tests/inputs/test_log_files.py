@@ -75,6 +75,10 @@ FORMS = {
     "tqdm": progress,
     "BOM": lambda lines: "\ufeff" + "\n".join([*lines, ""]),
     "rich": each(lambda line: f"[07:19:42] INFO     {line:<60}   pyconfig.py:591\n"),
+    "bytes": each(lambda line: f"(worker) b{line + chr(10)!r}\n"),
+    "a terminal": lambda lines: (
+        "Script started\r\n\x1b[?2004h$ \x1b]0;train\x07" + "\r\n".join([*lines, "\x1b(B"])
+    ),
     "colours": each(lambda line: f"\x1b[32m{line}\x1b[0m\n"),
     "a value on the next line": each(lambda line: line.replace(": ", ":\n    ", 1) + "\n"),
 }
@@ -140,6 +144,27 @@ def test_a_value_that_the_end_of_the_file_cuts_is_asked_for(tmp_path, made, last
     assert said.startswith(f"{path}:{len(lines) + 1}: {key}")
     path.write_text("\n".join([*lines, f"Config param {key}: {made.config[key]}", ""]))
     assert open_checkpoint(str(made.run), config=path).resolution.model()
+
+
+@pytest.mark.parametrize("width", range(36, 44))
+def test_values_that_the_width_of_all_lines_cuts_are_asked_for(tmp_path, made, width):
+    """As `cut -c1-40` does; of `Config param rope_max_timescale: 500000` the 39th is the last."""
+    path = tmp_path / "train.log"
+    config = resolved_config(made, logical_axis_rules=[["a", "b"]] * 20, num_experts_per_tok=...)
+    lines = [line[:width].rstrip() for line in log_of(config, "").splitlines()]
+    path.write_text("\n".join([*lines, "Config param num_experts_per_tok: 2", ""]))
+    opened = open_checkpoint(str(made.run), config=path)
+    assert ("rope_max_timescale" in opened.resolution.missing) == (width <= 39)
+    assert "num_experts_per_tok" not in opened.resolution.missing
+    if width > 39:
+        assert opened.resolution.known["rope_theta"] == 500_000
+
+
+def test_a_text_that_begins_like_a_list_cuts_nothing(tmp_path, made):
+    path = tmp_path / "train.log"
+    path.write_text(log_of(resolved_config(made, run_name="[first try")))
+    opened = open_checkpoint(str(made.run), config=path)
+    assert opened.resolution.model() and warnings(opened) == ()
 
 
 @pytest.mark.parametrize("last", ["use_qk_norm: False", "attn_logits_soft_cap: None"])

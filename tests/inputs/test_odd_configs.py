@@ -49,6 +49,27 @@ def test_a_yaml_that_python_dumped(tmp_path, made):
     assert open_checkpoint(str(made.run), config=path).resolution.model()
 
 
+def test_truth_as_a_text(tmp_path, made):
+    """pydantic, and so MaxText, reads it."""
+    texts = {"logits_via_embedding": "True", "scan_layers": "true", "use_qk_norm": "False"}
+    config = made.config_file(tmp_path, **texts)
+    assert open_checkpoint(str(made.run), config=config).resolution.model()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("run.yml", "# Größe\n".encode("latin-1"), "it is no text in UTF-8, UTF-16 or UTF-32"),
+     ("a.log", b"I1126 07:19 done\nJAX: cpu: x\n", "nor a log with lines `Config param KEY:"),
+     ("run.sh", b"python3 -m train base.yml steps=3\n", "a command line is given with --set"),
+     ("a.yml", b"steps: 1\nsteps: 2\n", "not YAML of MaxText: the key steps stands there twice")],
+)  # fmt: skip
+def test_what_cannot_be_read_is_said(tmp_path, made, name, content, words):
+    path = tmp_path / name
+    path.write_bytes(content)
+    ran = moeconv("inspect", made.run, "--config", path)
+    assert ran.code == ConfigError.exit_code and words in ran.error and str(path) in ran.error
+
+
 @pytest.mark.parametrize("value", ["${oc.env:THETA}", "${rope_factor}"])
 def test_a_reference_to_another_value(tmp_path, made, value):
     config = made.config_file(tmp_path, rope_max_timescale=value)
