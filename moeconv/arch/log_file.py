@@ -30,6 +30,7 @@ _DEEPEST = 3  # records of JSON in a text of JSON
 _LONGEST_LINE = 4 * 2**20  # a whole log as one line of JSON has some 150 KB
 # MaxText logs its settings before the first step (configs/pyconfig.py): what follows is not read.
 _READ = 2**28
+_READ_PACKED = 2**25
 _LONGEST_NUMBER = 100
 _LONGEST_VALUE = 64 * 1024
 _LONGEST_LIST = 50  # lines
@@ -132,7 +133,7 @@ def _settings(file: BinaryIO, path: Path) -> Iterator[_Setting]:
     """Every setting in a log."""
     open_: list[_Setting] = []  # the last one, where its value may go on in the next line
     joined = 0
-    for number, line in lines(file, longest=_LONGEST_LINE, limit=_READ):
+    for number, line in lines(file, longest=_LONGEST_LINE, limit=_READ, packed_limit=_READ_PACKED):
         if _MARK not in line:
             if open_:
                 last, joined = open_.pop(), joined + 1

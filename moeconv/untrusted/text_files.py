@@ -73,13 +73,16 @@ def decoded(file: BinaryIO, limit: int) -> str:
         ) from None
 
 
-def lines(file: BinaryIO, *, longest: int, limit: int) -> Iterator[tuple[int, str]]:
+def lines(
+    file: BinaryIO, *, longest: int, limit: int, packed_limit: int
+) -> Iterator[tuple[int, str]]:
     """The lines of an open file with their numbers from 1; what is no text is replaced.
 
     Args:
         file: As for `unpacked`.
         longest: Of a line, in characters; a longer one comes in parts of this length.
         limit: Characters after which no more are read.
+        packed_limit: The same of a packed file, which may be small and hold as many as one likes.
 
     Raises:
         ValueError: As `unpacked`.
@@ -87,8 +90,9 @@ def lines(file: BinaryIO, *, longest: int, limit: int) -> Iterator[tuple[int, st
     with unpacked(file) as (content, encoding):
         text = io.TextIOWrapper(content, encoding, errors="replace", newline="\n")
         number = read = 0
+        most = limit if content is file else packed_limit
         try:
-            while read < limit and (line := text.readline(longest)):
+            while read < most and (line := text.readline(longest)):
                 yield number + 1, line
                 number, read = number + line.endswith("\n"), read + len(line)
         finally:
