@@ -21,6 +21,7 @@ _SURE = ("adam_b1", "decoder_block", "emb_dim", "num_decoder_layers", "weight_dt
 _LEAST = 300
 _LOG = "MaxText's log"
 _YAML = (".yml", ".yaml")
+_SIDECAR = "the sidecar of a run of moeconv"
 _MOST_BASES = 20
 
 
@@ -36,6 +37,7 @@ class ConfigFile(Mapping[str, Any]):
             of a resolved config.
         twice: Settings that it has with two values: both, each with its place.
         notes: What the user should know of how it was read, a sentence each.
+        release: The MaxText that it says has trained.
     """
 
     settings: Mapping[str, Any]
@@ -44,6 +46,7 @@ class ConfigFile(Mapping[str, Any]):
     whole: bool = True
     twice: Mapping[str, tuple[Value, Value]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    release: str | None = None
 
     def __getitem__(self, key: str) -> Any:
         return self.settings[key]
@@ -199,7 +202,14 @@ def _from_yaml(path: Path, text: str) -> ConfigFile:
         )
     if content.get("format") == SIDECAR and isinstance(content.get("config"), dict):
         where = _places(path, text, ("config",))
-        return ConfigFile(content["config"], where, "the sidecar of a run of moeconv")
+        release = content.get("maxtext_version")
+        note = (
+            f"{path} is {_SIDECAR}; of it the settings alone are read. Beside the checkpoint its "
+            "tokenizer and the run's facts are, too"
+        )
+        return ConfigFile(
+            content["config"], where, _SIDECAR, notes=(note,), release=release and str(release)
+        )
     if is_record(content):
         return _from_record(path, text, content)
     if (what := what_else(content)) is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
+from moeconv.arch.config_file import ConfigFile
 from moeconv.arch.config_sources import ResolvedConfig, resolve_config
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.keys import refusals_of
@@ -213,7 +214,9 @@ def open_checkpoint(
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
     layout = _layout(used, resolved, tree.collections)
     if sidecar is not None:
-        refuse_older(sidecar, layout.block)
+        refuse_older(sidecar.path, sidecar.content.maxtext_version, layout.block)
+    if isinstance(content, ConfigFile):
+        refuse_older(provenance.detail, content.release, layout.block)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
     deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     if beside_adapter:

@@ -11,7 +11,7 @@ from inputs_lab import log_of, resolved_config, wandb_of, warnings, yaml_of
 
 from moeconv.arch.config_file import load_config_file
 from moeconv.arch.config_sources import from_config_file
-from moeconv.errors import ConfigError
+from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.maxtext.checkpoint import open_checkpoint
 
 
@@ -87,6 +87,17 @@ def test_the_sidecar_of_another_place_is_taken(tmp_path, made):
     opened = open_checkpoint(str(made.run), config=path)
     assert opened.resolution.model().rope_theta == 500_000
     assert str(opened.resolution.sources["rope_theta"]).startswith(f"config file: {path}")
+    assert "is the sidecar of a run of moeconv; of it the settings alone" in warnings(opened)[0]
+
+
+def test_a_sidecar_of_another_place_names_its_release(tmp_path):
+    """As the run's own does: the blocks of 0.2.4 were others before it, or not there."""
+    made = synthetic.write(tmp_path / "run", "envy")
+    path = tmp_path / "moeconv_run.json"
+    sidecar = {"format": "moeconv-run", "version": 1, "maxtext_version": "0.2.2"}
+    path.write_text(json.dumps({**sidecar, "config": made.config}))
+    with pytest.raises(UnsupportedError, match=r"moeconv_run.json: maxtext_version=0.2.2, but"):
+        open_checkpoint(str(made.run), config=path)
 
 
 HF = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "vocab_size": 64,
