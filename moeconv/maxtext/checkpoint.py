@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from moeconv.arch.blocks import Block
+from moeconv.arch.config_file import ConfigFile
 from moeconv.arch.config_sources import ResolvedConfig, resolve_config
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.keys import refusals_of
@@ -29,6 +30,7 @@ from moeconv.errors import (
 from moeconv.families import block_of, blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.maxtext import inspection
+from moeconv.maxtext.facts import V1_HANDLER
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
@@ -225,12 +227,21 @@ def open_checkpoint(
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
     layout = _layout(used, resolved, tree.collections)
     if sidecar is not None:
-        refuse_older(sidecar, layout.block)
+        refuse_older(sidecar.path, sidecar.content.maxtext_version, layout.block)
+    if isinstance(content, ConfigFile):
+        refuse_older(provenance.detail, content.release, layout.block)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
     deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     if beside_adapter:
         deciding = deciding.neutral(LORA)
-    resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
+    resolution = resolve(
+        layout,
+        deciding,
+        scan_layers=step.scan_layers,
+        dated=step.dated,
+        # What only 0.2.4 and later record: their MaxText read the model's file.
+        unread=step.scan_layers is None and V1_HANDLER not in step.handler,
+    )
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
         step,

@@ -110,7 +110,7 @@ def parts(checkpoint: "Checkpoint") -> "Iterator[RenderableType]":
     if report["refusals"]:
         yield "cannot be converted exactly: " + "; ".join(report["refusals"])
     if report["missing"]:
-        yield missing_message(report["missing"])
+        yield missing_message(report["missing"], checkpoint.resolution.doubts)
     if count := report["adapter_matrices"]:
         yield (
             f"it holds a LoRA adapter as well ({count} matrices); for the merged model convert "

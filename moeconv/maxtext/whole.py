@@ -9,7 +9,6 @@ from moeconv.arch.detection import may_hold
 from moeconv.arch.yaml_file import short
 from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
 from moeconv.families import blocks
-from moeconv.maxtext.sidecar import FoundSidecar
 from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step
 from moeconv.orbax.metadata import Tree, outside
@@ -122,19 +121,23 @@ def refuse_unclaimed(items: Folder, tree: Tree, *, unused: Collection[str]) -> N
         raise outside(items, tree.root, names)
 
 
-def refuse_older(sidecar: FoundSidecar, block: Block) -> None:
+def refuse_older(where: str, version: str | None, block: Block) -> None:
     """Refuses a run of a release that had no such block, or kept it otherwise.
 
     Only the run's sidecar names its release. What `facts.py` finds by the absence of signs is no
     ground to refuse: a checkpoint that a converter wrote has none of them either.
 
+    Args:
+        where: The sidecar.
+        version: The release that it names, if any.
+        block: The checkpoint's.
+
     Raises:
-        UnsupportedError: The release that the sidecar names is older than the block's.
+        UnsupportedError: The release is older than the block's.
     """
-    version = sidecar.content.maxtext_version
     if version and block.since and () < release(version) < release(block.since):
         raise UnsupportedError(
-            f"{sidecar.path}: maxtext_version={short(version)}, but decoder_block={block.name} is "
+            f"{where}: maxtext_version={short(version)}, but decoder_block={block.name} is "
             f"converted since MaxText {block.since}, the first release that has it; put the "
             "record of the run that trained this checkpoint there"
         )

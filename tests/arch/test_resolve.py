@@ -7,7 +7,8 @@ import pytest
 import synthetic
 
 from moeconv.arch import detection as layouts
-from moeconv.arch.config_sources import ResolvedConfig, from_flags, from_mapping, maxtext_defaults
+from moeconv.arch.config_sources import ResolvedConfig, from_flags, from_mapping
+from moeconv.arch.defaults import maxtext_defaults
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.keys import function_keys
 from moeconv.arch.layout import build_layout

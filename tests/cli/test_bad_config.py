@@ -123,7 +123,9 @@ def test_untold_fields(checkpoint):
         ("just text", ["no `key: value` lines"]),
         ("run_name: 2020-99-99", ["is not YAML"]),
         ("a: !!python/object:os.system x", ["is not YAML"]),
-        (b"\xff\xfe\x00\x01", ["is not YAML"]),
+        (b"\xff\xfe\x00\x01", ["no `key: value` lines"]),  # a letter in UTF-16
+        (b"\x80\x81", ["is not YAML"]),
+        (b"", ["is empty"]),
         (b"a: \x00", ["is not YAML"]),
         ("base_config: other.yml\n", ["base_config", "other.yml"]),
         ("base_config: [1]\n", ["base_config"]),
