@@ -22,7 +22,7 @@ class Weights:
         self._layers = config.num_decoder_layers
         self._dense = config.first_num_dense_layers
         # Whose norms are kept as what is added to 1 (layers/normalizations.py `Qwen3NextRMSNorm`).
-        self._centred = config.decoder_block.value in ("qwen3_next", "qwen3_5")
+        self._centred = config.decoder_block.value in ("qwen3_next", "qwen3_5", "gpt3")
         # Its router sees 1/sqrt(width) of what others see (models/gemma4.py `Gemma4MoE`), and its
         # norms, but for these, make scores of sqrt(head_dim) and layers that drown the ones before.
         gemma4 = config.decoder_block.value == "gemma4"
@@ -58,6 +58,9 @@ class Weights:
             "wi_0.kernel": 1.5 / np.sqrt(width),
             "wi_1.kernel": 1.5 / np.sqrt(width),
             "wo.kernel": 1.0 / np.sqrt(config.mlp_dim),
+            "qkv_proj.kernel": 1.5 / np.sqrt(width),
+            "mlp.wi.kernel": 1.5 / np.sqrt(width),
+            "position_embedder.embedding": 0.7 if normalized else 0.7 / np.sqrt(width),
             "logits_dense.kernel": 1.0 / np.sqrt(width),
             "token_embedder.embedding": 1.0 if normalized else 1.0 / np.sqrt(width),
         }

@@ -26,6 +26,7 @@ SIZES: Mapping[str, int] = {
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
     "O": 4 * 4, "Q": 2 * 4, "u": 1, "w": 4, "d": 3, "W": 12, "t": 3, "y": 8,
     "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12, "J": 1, "j": 6,
+    "P": 72, "x": 3,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -39,6 +40,7 @@ _ROWS = {row.block: row for row in ROWS.values() if row.told is not None}
 BLOCKS: Mapping[str, Settings] = {block: row.told or {} for block, row in _ROWS.items()}
 ONE_WIDTH = frozenset(block for block, row in _ROWS.items() if row.one_width)
 WHOLE_SHARES = frozenset(block for block, row in _ROWS.items() if row.whole_shares)
+FULL_HEADS = frozenset(block for block, row in _ROWS.items() if row.full_heads)
 FOLLOWING: Mapping[str, tuple[str, str]] = {
     block: row.following for block, row in _ROWS.items() if row.following
 }

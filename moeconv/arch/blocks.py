@@ -55,7 +55,8 @@ class Block:
         note: One line for `moeconv inspect` and docs/mapping.md.
         layers: The parameters of each kind of layer that it has.
         targets: Names of the targets that hold it; `auto` takes the first that holds the model.
-        outer: The parameters outside the layers; the output head is absent in tied models.
+        outer: The parameters outside the layers; the output head, the last, is absent in
+            tied models.
         stackings: The ways in which MaxText keeps its layers.
         query_scale_in_kernel: True when 1/sqrt(head_dim) is folded into the query kernel, so that
             the exported projection must be multiplied by sqrt(head_dim). False when the block
@@ -83,6 +84,7 @@ class Block:
         config: MaxText settings that follow from the model and the number of layers in a repeated
             block, for building it.
         taps: For verify.
+        norm: What its norms are called.
     """
 
     name: str
@@ -112,6 +114,7 @@ class Block:
     since: str | None = None
     config: Callable[[ModelDescription, int], dict[str, Any]] = lambda model, cycle: {}
     taps: Taps = Taps()
+    norm: str = "RMSNorm"
 
     def parameters(self) -> dict[str, Parameter]:
         """Every parameter by its name."""

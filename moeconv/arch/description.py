@@ -49,9 +49,9 @@ class ModelDescription:
     `query_norm_size` and `key_norm_size` are entries of norms over all heads; `linear_key_size` is
     that of all key heads of linear attention together; `global_head_dim` and
     `num_global_key_value_heads` are of layers with global attention, where these have sizes of
-    their own. `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None where none is
-    known, and several where more
-    than one ends a text. `settings` has what only some models have, YaRN's numbers and the settings
+    their own; `num_positions` counts learned positions. `rope_theta` and `rms_norm_eps` are plain
+    numbers; token ids are None where none is known, and several where more than one ends a text.
+    `settings` has what only some models have, YaRN's numbers and the settings
     of their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every
     field and every setting where its value came from.
     """
@@ -88,6 +88,7 @@ class ModelDescription:
     linear_conv_kernel_dim: Count | None = None
     num_global_key_value_heads: Count | None = None
     global_head_dim: Count | None = None
+    num_positions: Count | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | tuple[TokenId, ...] | None = None
     pad_token_id: TokenId | None = None

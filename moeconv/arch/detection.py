@@ -6,7 +6,7 @@ from typing import Any
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.layout import Layout, StoredParameter, ordered, stored_parameter
-from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, LayerKind, Parameter
+from moeconv.arch.parameters import FINAL_NORM, LayerKind, Parameter
 from moeconv.arch.stacks import (
     NESTED,
     STACKED,
@@ -120,7 +120,7 @@ class _Detection:
                 "the checkpoint holds parameters that no supported decoder block has, so "
                 f"converting it would drop them:{listing(unknown)}"
             )
-        for needed in (EMBEDDING, FINAL_NORM):
+        for needed in self._block.outer[:-1]:  # but the head, which a tied model has not
             if tuple(needed.name.split(".")) not in self._shapes:
                 raise TensorError(f"the checkpoint lacks {needed.name}")
         self._stacking = self._find_stacking()

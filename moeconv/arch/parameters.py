@@ -8,6 +8,7 @@ every layer, however the checkpoint stacks it (see `stacks`). Axis names, used e
     S width of the shared experts together    n, m norms of all query and of all key heads
     O all query heads together    Q a query head and its gate    u 1, an axis of no meaning
     J, j what K and h are in layers of global attention, where they have sizes of their own
+    P learned positions    x 3: queries, keys and values
 
 and of multi-head latent attention (MLA):
 
@@ -49,6 +50,8 @@ AXES: Mapping[str, str] = {
     "u": "1",
     "J": "num_global_key_value_heads",
     "j": "global_head_dim",
+    "P": "num_positions",
+    "x": "3",
     "q": "q_lora_rank",
     "c": "kv_lora_rank",
     "v": "v_head_dim",

@@ -23,12 +23,6 @@ SIMPLE_MLP = Refused(
     "`SimpleMlpDecoderLayer`), and no stock architecture is that",
     since="0.1.0",
 )
-GPT3 = Refused(
-    "gpt3",
-    "it has learned positions, and LayerNorm with 1 + scale and a bias (MaxText models/gpt3.py), "
-    "and moeconv has no page for GPT2LMHeadModel, the stock architecture that is nearest",
-    since="0.1.0",
-)
 DEEPSEEK4 = Refused(
     "deepseek4",
     "it attends to compressed keys, routes its first layers by the token's id, and has "

@@ -34,13 +34,14 @@ class Factor:
             expression, e.g. `x - 1`.
         reason: Why it is there, for docs and the manifest.
         value: The number for one model; None where the model needs neither factor nor offset.
-        offset: What is added to the product, before it is rounded.
+        offset: What is added to the product, before it is rounded; where it follows from the
+            model, a function of it.
     """
 
     text: str
     reason: str
     value: Callable[[ModelDescription], float | None]
-    offset: float = 0.0
+    offset: float | Callable[[ModelDescription], float] = 0.0
 
     @property
     def words(self) -> str:
@@ -161,6 +162,8 @@ class Probe:
     Attributes:
         layers: The decoder layers, below the model.
         embedding: The token embedding, below the model.
+        positions: The table of learned positions, below the model, that is added to what is given
+            for the embedding; empty where there is none.
         norm: The final norm, below the model.
         head: The output head, below the model.
         attention: Names below a layer of which the first that it has is its attention.
@@ -175,6 +178,7 @@ class Probe:
 
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+    positions: str = ""
     norm: str = "model.norm"
     head: str = "lm_head"
     attention: tuple[str, ...] = ("self_attn",)

@@ -103,6 +103,13 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "mlp_activations": ["gelu", "linear"],
         "sliding_window_size": 4,
     },
+    "gpt3": {
+        "base_num_kv_heads": 4,
+        "head_dim": 4,
+        "mlp_activations": ["gelu"],
+        "trainable_position_size": 32,
+        "fused_qkv": True,
+    },
     "gemma": _GELU,
     "gemma2": {**_GELU, **_FOUR_NORMS},
     "gemma3": {**_GELU, **_FOUR_NORMS, "model_name": "gemma3-4b", "base_num_decoder_layers": 7},

@@ -60,6 +60,13 @@ def plan(folder, block, *, change=lambda arrays: None, sizes=None, scanned=True,
         ("gemma4", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
         ("gemma4", {"decoder_block": "gemma4_small", "model_name": "default"}, UnsupportedError,
          "decoder_block=gemma4_small .* is not converted: "),
+        ("gpt3", {"mlp_activations": None}, UnsupportedError, "should be .'gelu'"),
+        ("gpt3", {"max_target_length": 73}, UnsupportedError, "only 72 positions are learned"),
+        ("gpt3", {"trainable_position_size": 64}, ConfigError, "num_positions is 72|trainable_po"),
+        ("gpt3", {"fused_qkv": False}, ConfigError, "fused_qkv is true"),
+        ("gpt3", {"use_untrainable_positional_embedding": True}, UnsupportedError,
+         "use_untrainable_positional_embedding=True"),
+        ("gpt3", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
         ("qwen3_next", {"use_qk_norm": True}, UnsupportedError, "use_qk_norm=True should be False"),
         ("qwen3_next", {"use_qk_norm_in_gdn": False}, UnsupportedError, "use_qk_norm_in_gdn=Fal"),
         ("qwen3_next", {"gdn_num_key_heads": 4}, UnsupportedError,
@@ -114,6 +121,16 @@ def test_a_gemma4_whose_last_layer_has_a_window(tmp_path, scanned):
 
     with pytest.raises(UnsupportedError, match="8 layers, no multiple of six"):
         plan(tmp_path, "gemma4", change=two_more, scanned=scanned)
+
+
+def test_a_gpt3_without_learned_positions(tmp_path):
+    with pytest.raises(TensorError, match=r"lacks decoder\.position_embedder"):
+        plan(tmp_path, "gpt3", change=without("position_embedder"))
+
+
+def test_a_gpt3_whose_heads_are_wider_than_the_model(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"4 heads of 6 are 24 wide together.* 16"):
+        plan(tmp_path, "gpt3", sizes={"h": 6})
 
 
 def per_head(arrays):

@@ -76,12 +76,14 @@ def samples(
         "M": width,
         "F": width if same else width + 3,
         "S": width if block in synthetic.ONE_WIDTH else 2 * width,
-        **{axis: synthetic.SIZES[axis] for axis in "qcvrkbuwdWtyCZJj"},
+        **{axis: synthetic.SIZES[axis] for axis in "qcvrkbuwdWtyCZJjPx"},
     }
     sizes |= {"n": sizes["H"] * sizes["h"], "m": kv * sizes["h"]}
     sizes |= {"O": sizes["n"], "Q": 2 * sizes["h"]}
     if block in synthetic.WHOLE_SHARES:
         sizes["D"] = sizes["H"] * draw(st.sampled_from([3, 8]))
+    if block in synthetic.FULL_HEADS:
+        sizes["D"] = sizes["n"]
     tied = draw(st.booleans())
     dtype = draw(st.sampled_from(dtypes))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -105,6 +107,7 @@ def samples(
         "rope_use_scale": draw(st.booleans()),
         "normalize_embedding_logits": draw(st.booleans()),
         "param_scan_axis": axis,
+        "max_target_length": 64,  # of which there may be learned positions
         **{
             k: v for k, v in synthetic.BLOCKS[block].items() if k not in {*page.shown, *page.shapes}
         },

@@ -54,6 +54,7 @@ from moeconv.verification.models.transformers_parts import (
     part_at,
     probe_of,
     router_of,
+    silent,
     tap,
     tap_router,
     to_numpy,
@@ -189,7 +190,11 @@ class HfLayers:
 
         ids = torch.from_numpy(np.asarray(tokens, np.int64))
         with torch.inference_mode(), self._running():
-            return to_numpy(part_at(self._globals(), self._probe.embedding)(ids))
+            model, probe = self._globals(), self._probe
+            found = part_at(model, probe.embedding)(ids)
+            if probe.positions:
+                found = found + part_at(model, probe.positions)(torch.arange(ids.shape[1]))
+            return to_numpy(found)
 
     def norm(self, hidden: Array) -> Array:
         """See `LayerwiseModel`."""
@@ -211,7 +216,8 @@ class HfLayers:
 
                 setattr(owner, name, torch.nn.Identity())
                 try:
-                    return model(inputs_embeds=values, use_cache=False).logits
+                    with silent(model, self._probe.positions):
+                        return model(inputs_embeds=values, use_cache=False).logits
                 finally:
                     setattr(owner, name, norm)
 
@@ -294,7 +300,11 @@ class HfLayers:
 
         width, probe = self._config.hidden_size, self._probe
         tensors[f"{probe.embedding}.weight"] = torch.zeros(1, width)
-        tensors[f"{probe.norm}.weight"] = torch.ones(width)
+        for name, each in part_at(self._meta, probe.norm).named_parameters():
+            tensors[f"{probe.norm}.{name}"] = torch.ones(each.shape)
+        if probe.positions:
+            rows = part_at(self._meta, probe.positions).num_embeddings
+            tensors[f"{probe.positions}.weight"] = torch.zeros(rows, width)
         if not config.tie_word_embeddings:
             tensors[f"{probe.head}.weight"] = torch.zeros(1, width)
         return self._build(config, tensors)
