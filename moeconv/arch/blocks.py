@@ -24,6 +24,8 @@ class Taps:
             first of what it returns are the values by which experts are ranked: logits, or what a
             score function and a bias make of them (layers/moe.py `GateLogit`).
         router_in_layer: `router` is an attribute of the layer itself.
+        further: The attribute of MaxText's decoder that makes further inputs of the layers,
+            [B, T, L, p], of tokens and their embeddings; empty where they have none.
         eligible: The experts among which the `num_experts_per_tok` highest scores are taken:
             `(scores [..., E], model) -> mask [..., E]`. Without it all are, as in layers/moe.py
             `get_topk`; a model that first chooses groups of experts masks those of the others
@@ -34,6 +36,7 @@ class Taps:
     mlp: Mapping[str, str] = field(default_factory=lambda: {"dense": "mlp"})
     router: str = "gate"
     router_in_layer: bool = False
+    further: str = ""
     eligible: Callable[[NDArray[Any], ModelDescription], NDArray[Any]] | None = None
 
     def router_of(self, kind: LayerKind) -> str:

@@ -30,13 +30,6 @@ DEEPSEEK4 = Refused(
     "DeepseekV4ForCausalLM",
     since="0.2.4",
 )
-GEMMA4_SMALL = Refused(
-    "gemma4_small",
-    "its layers have embeddings of their own and share keys and values (MaxText "
-    "models/gemma4_small.py), and moeconv has no page that holds them; "
-    "Gemma4ForCausalLM is the stock architecture that does",
-    since="0.2.3",
-)
 QWEN3_CUSTOM_MOE = Refused(
     "qwen3_custom_moe",
     "its attention gives the experts a vector narrower than the hidden state, without a residual "

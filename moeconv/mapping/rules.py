@@ -4,7 +4,7 @@ Everything else is derived from them: the plan, the conversion, the way back, th
 the per-layer comparison and docs/mapping.md.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -172,6 +172,14 @@ class Probe:
         scores: The values by which the experts are ranked, [..., E], in the form in which
             MaxText's router gives them (`Taps.router`): `(feed-forward half, what its router
             returned)`. By default what it returned first or alone.
+        parts: Tensors outside the layers that make further inputs of the layers, and the axis of
+            each that has the parts of the layers one behind the other; None where all layers have
+            all of it.
+        beside: The arguments of the model of one layer, beside its hidden states: `(model, ids,
+            embedded, what the run of the layer before returned)`. It may change the model, which
+            is used once.
+        cut: Changes a config that was cut to layer `n`, or to no layer, `None`, where that takes
+            more than their number and `layer_types`: `(config, the whole one, n)`.
         alone: Changes a config of one layer so that this layer is of the kind that layer `n` of
             the whole model is: `(config, n, is_moe)`. `layer_types` is cut already.
     """
@@ -187,6 +195,9 @@ class Probe:
     scores: Callable[[Any, Any], Any] = lambda mlp, output: (
         output[0] if isinstance(output, tuple) else output
     )
+    parts: Mapping[str, int | None] = field(default_factory=dict)
+    beside: Callable[[Any, Any, Any, Any], dict[str, Any]] = lambda model, ids, embedded, last: {}
+    cut: Callable[[Any, Any, int | None], None] = lambda config, whole, n: None
     alone: Callable[[Any, int, bool], None] = lambda config, n, is_moe: None
 
 
