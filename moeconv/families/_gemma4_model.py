@@ -94,7 +94,7 @@ def requires(model: ModelDescription) -> str | None:
     if not told.get("norm_topk_prob", True):
         return "norm_topk_prob is false; a Gemma 4 lets the weights of the chosen experts sum to 1"
     kv = model.num_key_value_heads, model.num_global_key_value_heads
-    if kv[0] != kv[1] and not shares(model.layer_kinds):
+    if kv[1] not in (None, kv[0]) and not shares(model.layer_kinds):
         return (
             f"its global layers have {kv[1]} key heads, the others {kv[0]}, and values of their "
             "own; a Gemma 4 has other key heads only where these are the values too"
@@ -116,12 +116,11 @@ def _further(model: ModelDescription) -> str | None:
     """Of inputs that each layer has, and of layers that reuse keys and values."""
     count, types = model.num_hidden_layers, model.settings["layer_types"]
     kinds, width = model.layer_kinds, model.hidden_size_per_layer_input
-    sizes = model.num_global_key_value_heads, model.global_head_dim
     windows = [kind.attention in LOCAL for kind in kinds]
-    if windows != [kind == PATTERN[0] for kind in types] and sizes != (
-        model.num_key_value_heads,
-        model.head_dim,
-    ):
+    # Without sizes of their own global layers are not seen in the shapes.
+    heads = (model.num_key_value_heads, model.head_dim), (None, None)
+    alike = (model.num_global_key_value_heads, model.global_head_dim) in heads
+    if not alike and windows != [kind == PATTERN[0] for kind in types]:
         return (
             f"its layers with a window are not where MaxText has them under model_name="
             f"{model.settings['model_name']} (models/gemma4_small.py `get_attention_pattern`)"

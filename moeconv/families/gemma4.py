@@ -70,7 +70,11 @@ TARGET = Target(
         constant("hidden_activation", "gelu_pytorch_tanh"),
         ConfigKey("rope_parameters", lambda m, o: ropes(m), "RoPE of both kinds of layer"),
         from_field("intermediate_size"),
-        from_field("global_head_dim"),
+        ConfigKey(
+            "global_head_dim",
+            lambda m, o: m.global_head_dim or m.head_dim,
+            "`global_head_dim`, of MaxText's 0 `head_dim`",
+        ),
         ConfigKey(
             "num_global_key_value_heads",
             lambda m, o: m.num_global_key_value_heads if shares(m.layer_kinds) else None,

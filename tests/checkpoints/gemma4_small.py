@@ -74,12 +74,17 @@ ROW = Row(
                 "model_name": "default",
                 "global_rope_proportion": 1.0,
                 "vocab_size_per_layer_input": 200,
-                "normalize_embedding_logits": False,
             },
         ),
-        "tied-nothing-reused-one-size": (
+        "tied-raw-five-layers-nothing-reused-one-size": (
             TIED,
-            {"num_kv_shared_layers": 0, "use_double_wide_mlp": False, "global_head_dim": 0},
+            {
+                "base_num_decoder_layers": 5,
+                "num_kv_shared_layers": 0,
+                "use_double_wide_mlp": False,
+                "global_head_dim": 0,
+                "normalize_embedding_logits": False,
+            },
         ),
     },
     mistaken_model=TIED,
