@@ -266,7 +266,7 @@ def test_a_soft_cap_on_untied_logits_is_not_applied_by_maxtext_either():
             UnsupportedError,
             r"mamba .*run.yml\) is not supported; .* converts deepseek, envy, ",
         ),
-        ("gpt3", UnsupportedError, r"gpt3 .* is not converted: it has learned positions"),
+        ("simple", UnsupportedError, r"simple .* is not converted: its layers are one matrix each"),
         ("mixtral", ConfigError, r"decoder_block=mixtral .*other parameters than .* one of envy"),
         ("llama2", ConfigError, r"decoder_block=llama2 .*other parameters than .* one of envy"),
     ],
