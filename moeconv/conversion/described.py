@@ -195,7 +195,12 @@ def _block(
     seen: Sequence[str] | None,
 ) -> Block:
     """The decoder block, and in `values` the kinds of its layers."""
-    possible = [block for block in blocks().values() if page.name in block.targets]
+    unmade = page.reading.unmade if page.reading is not None else ()
+    possible = [
+        block
+        for block in blocks().values()
+        if page.name in block.targets and block.name not in unmade
+    ]
     possible.sort(key=lambda b: (b.name != page.name, b.targets.index(page.name)))
     if wanted is not None and wanted not in {block.name for block in possible}:
         raise UnsupportedError(

@@ -96,4 +96,5 @@ READING = Reading(
             "cache_implementation",
         }
     ),
+    unmade=frozenset({"gemma4_small"}),
 )

@@ -113,7 +113,7 @@ def families() -> Families:
             tuple(
                 known[name].architecture
                 for name in block.targets
-                if known[name].reading is not None
+                if (reading := known[name].reading) is not None and block.name not in reading.unmade
             ),
         )
         for block in blocks().values()

@@ -41,6 +41,7 @@ class Reading:
         kinds: The kinds of layers that tensors show, where a config does not: of the config and of
             what looks at tensors. A decoder block that does not have them all gets those of
             `fields`.
+        unmade: Decoder blocks that have the architecture as a target and are not made of it.
     """
 
     derived: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class Reading:
     ignored: frozenset[str] = frozenset()
     left_out: Mapping[str, str] = field(default_factory=dict)
     kinds: Callable[[Config, Peek], Sequence[str]] | None = None
+    unmade: frozenset[str] = frozenset()
 
 
 # Keys of all spellings of RoPE, which `Reading.ropes` makes one of.

@@ -9,12 +9,19 @@ import tensorstore as ts
 from checkpoints import ROWS
 from cli_runner import moeconv
 
+from moeconv.families._table import families
 from moeconv.hf.safetensors import read_header
 from moeconv.tensor.dtypes import DTYPES
 
-# The blocks of which a model can be written without MaxText, with the architecture that each
-# becomes by default.
-BLOCKS = {row.block: row.architecture for row in ROWS.values() if row.told is not None}
+# The blocks of which a model can be written without MaxText, and that are made of the architecture
+# that each becomes by default.
+BLOCKS = [
+    row.decoder_block
+    for row in families().rows
+    if row.targets
+    and row.targets[0].architecture in row.hf_to_maxtext
+    and row.decoder_block in {each.block for each in ROWS.values() if each.told is not None}
+]
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
