@@ -9,8 +9,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from moeconv.arch.blocks import Block
 from moeconv.arch.config_file import ConfigFile
 from moeconv.arch.config_sources import ResolvedConfig, resolve_config
@@ -19,7 +17,6 @@ from moeconv.arch.keys import refusals_of
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
-from moeconv.arch.yaml_file import short
 from moeconv.errors import (
     ConfigError,
     NotACheckpointError,
@@ -30,10 +27,11 @@ from moeconv.errors import (
 from moeconv.families import block_of, blocks
 from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
 from moeconv.maxtext import inspection
-from moeconv.maxtext.facts import V1_HANDLER
+from moeconv.maxtext.facts import is_unmarked
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
+from moeconv.maxtext.sidecar import first_fault as _first_fault
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.maxtext.whole import Part, demand_whole, part_of, refuse_older, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
@@ -235,12 +233,7 @@ def open_checkpoint(
     if beside_adapter:
         deciding = deciding.neutral(LORA)
     resolution = resolve(
-        layout,
-        deciding,
-        scan_layers=step.scan_layers,
-        dated=step.dated,
-        # What only 0.2.4 and later record: their MaxText read the model's file.
-        unread=step.scan_layers is None and V1_HANDLER not in step.handler,
+        layout, deciding, scan_layers=step.scan_layers, dated=step.dated, unread=is_unmarked(step)
     )
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
@@ -374,14 +367,6 @@ def run_tokenizer(sidecar: FoundSidecar, *, model_max_length: int | None) -> Tok
     found = tokenizer_of(files, source, "directory", model_max_length=model_max_length)
     more = left_out(run.local / name) if run.local else []
     return replace(found, notes=(*found.notes, *more))
-
-
-def _first_fault(error: ValueError) -> str:
-    """What is wrong with a sidecar, in short."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    fault = error.errors(include_url=False, include_input=False)[0]
-    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
 
 
 class _DamagedError(Exception):
