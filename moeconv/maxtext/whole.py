@@ -11,6 +11,7 @@ from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
 from moeconv.families import blocks
 from moeconv.maxtext.sidecar import FoundSidecar
 from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.database import gaps
 from moeconv.orbax.locate import Step
 from moeconv.orbax.metadata import Tree, outside
 from moeconv.orbax.store import Folder
@@ -35,6 +36,8 @@ def demand_whole(step: Step, arrays: Arrays) -> list[str]:
         count = len(arrays.unmerged)
         many = "1 process" if count == 1 else f"{count} processes"
         why.append(f"Orbax never merged what {many} wrote, or the index of that is lost")
+        if missing := gaps(arrays.unmerged):
+            why.append(missing)
     if not why:
         return []
     if arrays.missing and not arrays.may_lack:
