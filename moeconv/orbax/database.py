@@ -46,9 +46,8 @@ class Database:
         self.parts = () if merged else tuple(parts_of(items))
         if not merged and not self.parts:
             raise NotACheckpointError(
-                f"{items} has no {MANIFEST} and no ocdbt.process_ folder with one, so the arrays "
-                "that its _METADATA names were not saved or not copied; copy all of it, or use "
-                "another step"
+                f"{items} has no {MANIFEST} and no ocdbt.process_ folder with one, in which its "
+                "_METADATA says that arrays are stored; copy all of it, or use another step"
             )
 
     def kvstore(self, name: str) -> dict[str, Any]:

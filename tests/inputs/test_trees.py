@@ -118,9 +118,10 @@ def test_one_parameter_under_two_names(tmp_path):
 
 def test_something_else_s_tree(tmp_path):
     made = synthetic.write(tmp_path / "run", rename=lambda path: ("actor", *path))
-    with pytest.raises(
-        NotACheckpointError, match=r"no parameters of a MaxText model \(it holds act"
-    ):
+    with pytest.raises(NotACheckpointError, match=r"a model below actor, where no MaxText saves"):
+        open_checkpoint(str(made.run))
+    made = synthetic.write(tmp_path / "other", rename=lambda path: ("x", *path[1:]))
+    with pytest.raises(NotACheckpointError, match=r"no parameters of a MaxText model \(it holds x"):
         open_checkpoint(str(made.run))
 
 
