@@ -11,8 +11,8 @@ from moeconv.untrusted.text import printable
 
 # The first that a name fits is said.
 _KINDS = {
+    r"adapter_config\.json": "a LoRA adapter for PEFT, which verify takes if convert wrote it",
     r"moeconv_manifest\.json": "an output of moeconv convert, which verify and push take",
-    r"adapter_config\.json": "a LoRA adapter of PEFT, no MaxText checkpoint",
     r".+\.safetensors(\.index\.json)?": "a Hugging Face model, which needs no converting",
     r"(pytorch_)?model.*\.bin|.+\.(pt|pth)": "weights of PyTorch",
     r".+\.gguf": "a model of llama.cpp",

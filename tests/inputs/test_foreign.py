@@ -27,7 +27,10 @@ from moeconv.orbax.store import Folder
         ({"params.npz": b"PK"}, "params.npz: arrays in one file"),
         ({"pytorch_model-00001-of-00002.bin": b"x"}, "weights of PyTorch"),
         ({"config.json": b"{}", "model.safetensors": b"x"}, "model.safetensors: a Hugging Face mo"),
-        ({"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}, "a LoRA adapter of PE"),
+        (
+            {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
+            "a LoRA adapter for PEFT",
+        ),
         ({"moeconv_manifest.json": b"{}", "model.safetensors": b"x"}, "verify and push take"),
         ({"model.ckpt-10.index": b"x", "checkpoint": b"x"}, "a checkpoint of TensorFlow"),
         ({"run.tar.gz": b"x"}, "run.tar.gz: an archive; unpack it"),
