@@ -104,8 +104,15 @@ def refuse_unclaimed(items: Folder, tree: Tree, *, unused: Collection[str]) -> N
 
     Raises:
         TensorError: There are some; names them.
-        UnsupportedError: Among them are biases of a router.
+        UnsupportedError: Among them are biases of a router; or layers are stages of a pipeline.
     """
+    # layers/nnx_decoders.py `NNXDecoder.__init__`; stages are axes of their own, or repeated.
+    if any("pipeline_module" in leaf.path for leaf in tree.model):
+        raise UnsupportedError(
+            f"{items} keeps its layers as stages of pipeline parallelism "
+            "(decoder.pipeline_module), which are not converted: restore it with the run's own "
+            "settings, and save its parameters as decoder.layers"
+        )
     names = [
         leaf.stored_name
         for leaf in tree.model
