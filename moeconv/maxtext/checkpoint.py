@@ -21,17 +21,17 @@ from moeconv.errors import (
     ConfigError,
     NotACheckpointError,
     TensorError,
-    TokenizerError,
     UnsupportedError,
 )
 from moeconv.families import block_of, blocks
-from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.maxtext import inspection
 from moeconv.maxtext.facts import is_unmarked
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
 from moeconv.maxtext.sidecar import first_fault as _first_fault
+from moeconv.maxtext.tokenizer import run_tokenizer
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.maxtext.whole import Part, demand_whole, part_of, refuse_older, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
@@ -340,33 +340,6 @@ def _scan_axis(resolved: ResolvedConfig) -> int | None:
             f"param_scan_axis={axis.value} ({axis.provenance}) should be a whole number from 0"
         )
     return int(axis.value)
-
-
-def run_tokenizer(sidecar: FoundSidecar, *, model_max_length: int | None) -> TokenizerFiles:
-    """The tokenizer that a run's sidecar names, which is in the run, here or at its address.
-
-    Raises:
-        TokenizerError: It is outside, cannot be read, or cannot be used.
-    """
-    name, run = sidecar.content.tokenizer, sidecar.folder
-    assert name is not None
-    source = str(run / name)
-    try:
-        files = read_files(
-            lambda each, limit: read_beside(run, f"{name}/{each}", limit=limit), source
-        )
-    except NotACheckpointError as error:
-        raise TokenizerError(
-            f"{error} ({sidecar.path} names it); give the tokenizer with --tokenizer"
-        ) from None
-    if not files:
-        raise TokenizerError(
-            f"{source}: no such file or directory with a tokenizer, but {sidecar.path} names "
-            "it; give the tokenizer with --tokenizer"
-        )
-    found = tokenizer_of(files, source, "directory", model_max_length=model_max_length)
-    more = left_out(run.local / name) if run.local else []
-    return replace(found, notes=(*found.notes, *more))
 
 
 class _DamagedError(Exception):

@@ -10,6 +10,7 @@ from moeconv.arch.yaml_file import short
 from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
 from moeconv.families import blocks
 from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.database import gaps
 from moeconv.orbax.locate import Step
 from moeconv.orbax.metadata import Tree, outside
 from moeconv.orbax.store import Folder
@@ -34,6 +35,8 @@ def demand_whole(step: Step, arrays: Arrays) -> list[str]:
         count = len(arrays.unmerged)
         many = "1 process" if count == 1 else f"{count} processes"
         why.append(f"Orbax never merged what {many} wrote, or the index of that is lost")
+        if missing := gaps(arrays.unmerged):
+            why.append(missing)
     if not why:
         return []
     if arrays.missing and not arrays.may_lack:
@@ -100,8 +103,15 @@ def refuse_unclaimed(items: Folder, tree: Tree, *, unused: Collection[str]) -> N
 
     Raises:
         TensorError: There are some; names them.
-        UnsupportedError: Among them are biases of a router.
+        UnsupportedError: Among them are biases of a router; or layers are stages of a pipeline.
     """
+    # layers/nnx_decoders.py `NNXDecoder.__init__`; stages are axes of their own, or repeated.
+    if any("pipeline_module" in leaf.path for leaf in tree.model):
+        raise UnsupportedError(
+            f"{items} keeps its layers as stages of pipeline parallelism "
+            "(decoder.pipeline_module), which are not converted: restore it with the run's own "
+            "settings, and save its parameters as decoder.layers"
+        )
     names = [
         leaf.stored_name
         for leaf in tree.model
