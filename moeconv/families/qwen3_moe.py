@@ -1,10 +1,15 @@
-"""Qwen3-MoE: Qwen3's attention, and experts in every layer.
+"""Qwen3-MoE: Qwen3's attention, and experts in every layer, or in all but some (`envy`).
 
 MaxText's weights of the chosen experts sum to 1 whatever `norm_topk_prob` says, as its softmax is
 over their logits alone (layers/moe.py `get_topk`); so the target always says true.
 """
 
+from dataclasses import replace
+from typing import Any
+
+from moeconv import families
 from moeconv.arch.blocks import Block, Taps
+from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import LayerKind, Layers
 from moeconv.families._shared import (
     ATTENTION,
@@ -13,6 +18,7 @@ from moeconv.families._shared import (
     DROPS_TOKENS,
     IDLE,
     IDLE_MOE,
+    MLP,
     NO_WINDOW,
     QUANTISES,
     TRUNK,
@@ -21,7 +27,16 @@ from moeconv.families._shared import (
     untied_by_sglang,
 )
 from moeconv.families.qwen3 import QK_NORM, QK_NORM_RULES
-from moeconv.mapping.rules import Target, constant, from_field
+from moeconv.mapping.rules import (
+    ConfigKey,
+    Options,
+    Probe,
+    Rule,
+    Target,
+    When,
+    constant,
+    from_field,
+)
 
 BLOCK = Block(
     name="qwen3_moe",
@@ -43,30 +58,70 @@ BLOCK = Block(
     taps=Taps(mlp={"moe": "moe_block"}),
 )
 
+
+def _experts_in(module: str) -> tuple[Rule, ...]:
+    """The rules of router and experts, for the blocks that have them in a module of that name."""
+    here = When(
+        f"experts are in {module}",
+        lambda m, o: families.blocks()[m.decoder_block].taps.mlp.get("moe") == module,
+    )
+    rules = experts(module, "mlp", gate="gate_proj", up="up_proj", down="down_proj")
+    return tuple(replace(rule, when=here) for rule in rules)
+
+
+def _alone(config: Any, number: int, is_moe: bool) -> None:
+    config.mlp_only_layers = [] if is_moe else [0]
+
+
+def _requires(model: ModelDescription) -> str | None:
+    return None if model.moe_layers else "it has no Mixture-of-Experts layer"
+
+
+def _caveats(model: ModelDescription, options: Options) -> list[str]:
+    lines = untied_by_sglang(model, options)
+    if model.dense_layers:
+        # SGLang 0.5.23 srt/models/qwen3_moe.py `Qwen3MoeDecoderLayer`; llama.cpp
+        # src/models/qwen3moe.cpp wants a router in every layer.
+        lines.append(
+            f"{len(model.dense_layers)} of {model.num_hidden_layers} layers are dense "
+            "(mlp_only_layers): SGLang takes every layer of a Qwen3-MoE for one with experts and "
+            "leaves these without weights, and llama.cpp does not load such a model"
+        )
+    return lines
+
+
 TARGET = Target(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    summary="For models of MaxText's qwen3_moe block; transformers ≥ 4.51.",
-    kinds=Layers(mlp="moe", attention="qk_norm"),
+    summary="For models with experts and a norm of queries and keys; transformers ≥ 4.51.",
+    kinds=Layers(attention="qk_norm"),
     since="4.51.0",
-    caveats=untied_by_sglang,
+    requires=_requires,
+    caveats=_caveats,
     rules=(
         *TRUNK,
         *ATTENTION,
         *QK_NORM_RULES,
-        *experts("moe_block", "mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+        *MLP,
+        *_experts_in("moe_block"),
+        *_experts_in("MoeBlock_0"),
     ),
+    probe=Probe(alone=_alone),
     config=(
         constant("architectures", ["Qwen3MoeForCausalLM"]),
         constant("model_type", "qwen3_moe"),
         *CONFIG,
-        from_field("intermediate_size", "moe_intermediate_size"),
+        ConfigKey(
+            "intermediate_size",
+            lambda m, o: m.intermediate_size or m.moe_intermediate_size,
+            "`intermediate_size`; without dense layers `moe_intermediate_size`",
+        ),
         from_field("moe_intermediate_size"),
         from_field("num_experts"),
         from_field("num_experts_per_tok"),
         constant("norm_topk_prob", True),
         constant("decoder_sparse_step", 1),
-        constant("mlp_only_layers", []),
+        ConfigKey("mlp_only_layers", lambda m, o: list(m.dense_layers), "dense layers"),
         constant("attention_bias", False),
         constant("output_router_logits", False),
         constant("router_aux_loss_coef", 0.0),
