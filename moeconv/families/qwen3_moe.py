@@ -11,6 +11,7 @@ from moeconv import families
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import LayerKind, Layers
+from moeconv.families._consumers import dense_of_qwen3_moe
 from moeconv.families._shared import (
     ATTENTION,
     ATTENTION_PARAMETERS,
@@ -29,7 +30,6 @@ from moeconv.families._shared import (
 from moeconv.families.qwen3 import QK_NORM, QK_NORM_RULES
 from moeconv.mapping.rules import (
     ConfigKey,
-    Options,
     Probe,
     Rule,
     Target,
@@ -77,19 +77,6 @@ def _requires(model: ModelDescription) -> str | None:
     return None if model.moe_layers else "it has no Mixture-of-Experts layer"
 
 
-def _caveats(model: ModelDescription, options: Options) -> list[str]:
-    lines = untied_by_sglang(model, options)
-    if model.dense_layers:
-        # SGLang 0.5.23 srt/models/qwen3_moe.py `Qwen3MoeDecoderLayer`; llama.cpp
-        # src/models/qwen3moe.cpp wants a router in every layer.
-        lines.append(
-            f"{len(model.dense_layers)} of {model.num_hidden_layers} layers are dense "
-            "(mlp_only_layers): SGLang takes every layer of a Qwen3-MoE for one with experts and "
-            "leaves these without weights, and llama.cpp does not load such a model"
-        )
-    return lines
-
-
 TARGET = Target(
     name="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -97,7 +84,10 @@ TARGET = Target(
     kinds=Layers(attention="qk_norm"),
     since="4.51.0",
     requires=_requires,
-    caveats=_caveats,
+    caveats=lambda model, options: [
+        *untied_by_sglang(model, options),
+        *dense_of_qwen3_moe(model),
+    ],
     rules=(
         *TRUNK,
         *ATTENTION,
