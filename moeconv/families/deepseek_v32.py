@@ -12,8 +12,17 @@ from typing import Any
 
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import Layers
-from moeconv.families._deepseek import INDEXED, NARROW, RULES, caveats, config, refusal
-from moeconv.families._shared import setting
+from moeconv.families._deepseek import (
+    INDEXED,
+    NARROW,
+    RULES,
+    biased,
+    caveats,
+    config,
+    groups,
+    refusal,
+)
+from moeconv.families._shared import setting, tied
 from moeconv.families.deepseek_v3 import BIAS, late_name, routing_refusal, scores
 from moeconv.mapping.rules import Options, Probe, Rule, Target, from_field
 
@@ -47,7 +56,15 @@ def _alone(config: Any, number: int, is_moe: bool) -> None:
 
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
-    return [*caveats(model, options), *late_name(model)]
+    lines = [*caveats(model, options), *late_name(model)]
+    if groups(model)[1] < groups(model)[0] and biased(vars(model)):
+        lines.append(
+            "mlx-lm gives experts of the groups that are not chosen the score 0 instead of none, "
+            "so that one is chosen where the bias makes better scores negative"
+        )
+    if tied(model, options):
+        lines.append("mlx-lm loads no DeepSeek-V3.2 without an output head; --untie writes it")
+    return lines
 
 
 TARGET = Target(

@@ -200,7 +200,7 @@ def said(tmp_path, block, **told):
         ("gpt_oss", {"normalization_layer_epsilon": 1e-6}, "vLLM has 1e-05 in every norm"),
         ("llama4", {"temperature_tuning": False, "chunk_attn_window_size": 8192,
                     "nope_layer_interval": 4, "use_qk_norm": True},
-         "llama.cpp has its own temperature_tuning for every Llama 4, and it"),
+         "llama.cpp has its own temperature_tuning for every Llama 4"),
     ],
 )  # fmt: skip
 def test_what_a_consumer_reads_otherwise_is_said(tmp_path, block, told, words):
