@@ -49,6 +49,8 @@ class Weights:
             "gate.kernel": 2.0 * gated,
             "wq_a.kernel": 1.0 / np.sqrt(width),
             "wq_b.kernel": 1.5 / np.sqrt(config.q_lora_rank or 1),
+            "indexer.wk.kernel": 1.5 / np.sqrt(width),
+            "weights_proj.kernel": 1.0 / np.sqrt(width),
             "wkv_a.kernel": 1.5 / np.sqrt(width),
             "wkv_b.kernel": 1.5 / np.sqrt(config.kv_lora_rank),
             "in_proj_qkvz.kernel": 1.5 / np.sqrt(width),

@@ -24,6 +24,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
+    "I": 3, "i": 6,
     "O": 4 * 4, "Q": 2 * 4, "u": 1, "w": 4, "d": 3, "W": 12, "t": 3, "y": 8,
     "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12, "J": 1, "j": 6,
     "P": 72, "x": 3, "f": 48, "p": 7, "A": 10 * 7, "U": 67,
@@ -76,7 +77,7 @@ class Synthetic:
 
 
 def cycle_of(block: str, layers: int) -> list[LayerKind]:
-    """The layers of a block that is repeated: one of each kind, or the first kind alone."""
+    """The layers of a block that is repeated: one of each kind of MLP, or the first kind alone."""
     page = blocks()[block]
     if block in FOLLOWING:
         first, other = map(LayerKind, FOLLOWING[block])
@@ -86,7 +87,10 @@ def cycle_of(block: str, layers: int) -> list[LayerKind]:
     if block in LAST:
         other, last = map(LayerKind, LAST[block])
         return [other, other, last] if keeps_rest(block) else [other, last]
-    return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
+    kinds = list(page.layers)
+    if CYCLED in page.stackings:
+        return [kind for kind in kinds if kind.attention == kinds[0].attention]
+    return kinds[:1]
 
 
 def can_scan(block: str) -> bool:

@@ -45,7 +45,8 @@ class ModelDescription:
 
     Sizes are counts, None for what the model does not have. Of multi-head latent attention
     `head_dim` is the size of a query and key head, of which the last `qk_rope_head_dim` entries are
-    rotated. `shared_intermediate_size` is the width of all shared experts together;
+    rotated; `index_n_heads` and `index_head_dim` are of the indexer that chooses keys for it.
+    `shared_intermediate_size` is the width of all shared experts together;
     `query_norm_size` and `key_norm_size` are entries of norms over all heads; `linear_key_size` is
     that of all key heads of linear attention together; `global_head_dim` and
     `num_global_key_value_heads` are of layers with global attention, where these have sizes of
@@ -83,6 +84,8 @@ class ModelDescription:
     qk_nope_head_dim: Count | None = None
     qk_rope_head_dim: Count | None = None
     v_head_dim: Count | None = None
+    index_n_heads: Count | None = None
+    index_head_dim: Count | None = None
     shared_intermediate_size: Count | None = None
     query_norm_size: Count | None = None
     key_norm_size: Count | None = None

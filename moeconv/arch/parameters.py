@@ -16,6 +16,7 @@ and of multi-head latent attention (MLA):
 
     q rank of queries    c rank of keys and values    v size of a value head
     r c and the rotated part of a key    k both parts of a query head    b c expanded: key and value
+    I heads of the indexer that chooses keys    i size of one
 
 and of linear attention:
 
@@ -64,6 +65,8 @@ AXES: Mapping[str, str] = {
     "r": "kv_lora_rank + qk_rope_head_dim",
     "k": "qk_nope_head_dim + qk_rope_head_dim",
     "b": "qk_nope_head_dim + v_head_dim",
+    "I": "index_n_heads",
+    "i": "index_head_dim",
     "w": "linear_num_value_heads",
     "d": "linear_value_head_dim",
     "W": "linear_num_value_heads * linear_value_head_dim",

@@ -58,7 +58,12 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
     "qwen2": {"attention_bias": True},
     "qwen3": {"use_qk_norm": True},
     "mixtral": _MOE,
-    "envy": {**_MOE, "interleave_moe_layer_step": 2, "inhomogeneous_layer_cycle_interval": 2},
+    "envy": {
+        **_MOE,
+        "use_qk_norm": True,
+        "interleave_moe_layer_step": 2,
+        "inhomogeneous_layer_cycle_interval": 2,
+    },
     "qwen3_moe": {**_MOE, "use_qk_norm": True, "norm_topk_prob": True},
     "gpt_oss": {
         **_MOE,
@@ -143,6 +148,10 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "routed_bias": True,
         "n_routing_groups": 2,
         "topk_routing_group": 1,
+        "use_indexer": True,
+        "indexer_n_heads": 2,
+        "indexer_head_dim": 4,
+        "indexer_topk": 8,
     },
     "qwen3_next": {
         **_MOE,

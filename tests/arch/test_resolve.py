@@ -223,7 +223,6 @@ def test_flags_alone_can_tell_everything():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"use_qk_norm": True}, "normalises queries and keys"),
         ({"final_logits_soft_cap": 30.0}, "caps the tied logits"),
         ({"routed_score_func": "sigmoid"}, "scores experts"),
         ({"mlp_activations": ["gelu", "linear"]}, "SwiGLU"),

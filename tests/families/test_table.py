@@ -100,7 +100,7 @@ def test_what_is_refused_is_refused_by_name(tmp_path, row, whole):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["deepseek4-tiny", "envy-test", "deepseek3.2-671b"])
+@pytest.mark.parametrize("name", ["deepseek4-tiny", "envy-test", "deepseek-custom"])
 def test_models_that_maxtext_ships_are_refused_by_their_name(tmp_path, name):
     """Their files say what they are; no more need be given."""
     block = "envy" if name.startswith("envy") else "deepseek"

@@ -44,7 +44,9 @@ def samples(
     cycled = CYCLED in page.stackings
     cycle = draw(st.integers(1, 3)) if cycled else 1
     depth = draw(st.integers(1, 3))
-    kinds = draw(st.lists(st.sampled_from(list(page.layers)), min_size=cycle, max_size=cycle))
+    first = draw(st.sampled_from(list(page.layers)))
+    alike = [kind for kind in page.layers if kind.attention == first.attention]
+    kinds = draw(st.lists(st.sampled_from(alike), min_size=cycle, max_size=cycle))
     if block in synthetic.FOLLOWING:  # dense layers, then such with experts, more or less of both
         moe = draw(st.sampled_from([kind for kind in page.layers if kind.mlp == "moe"]))
         dense = next(k for k in page.layers if k.mlp == "dense" and k.attention == moe.attention)
@@ -77,7 +79,7 @@ def samples(
         "M": width,
         "F": width if same else width + 3,
         "S": width if block in synthetic.ONE_WIDTH else 2 * width,
-        **{axis: synthetic.SIZES[axis] for axis in "qcvrkbuwdWtyCZJjPxfpAU"},
+        **{axis: synthetic.SIZES[axis] for axis in "qcvrkbuwdWtyCZJjPxfpAUIi"},
     }
     sizes |= {"n": sizes["H"] * sizes["h"], "m": kv * sizes["h"]}
     sizes |= {"O": sizes["n"], "Q": 2 * sizes["h"]}
