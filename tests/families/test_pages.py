@@ -132,6 +132,8 @@ def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text("[moeconv.families]\nmine = my_pages\n")
         monkeypatch.syspath_prepend(tmp_path)
+        # The next page may have this one's path, size and second.
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
         importlib.invalidate_caches()
 
     caches = (families.pages, families.blocks, families.targets, families.refused)
