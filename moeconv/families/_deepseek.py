@@ -6,8 +6,6 @@ by score plus bias, in the best groups, and weighs by the score. Under any other
 weighs by score plus bias, and ignores groups.
 """
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
@@ -22,7 +20,6 @@ from moeconv.arch.fields import (
 )
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import Module, Segment, Stacking
-from moeconv.errors import UnsupportedError
 from moeconv.families._shared import (
     CONFIG,
     MLP,
@@ -38,7 +35,6 @@ from moeconv.families._shared import (
     shared_experts,
     shared_parameters,
 )
-from moeconv.mapping.reading import Config, Reading, rope_fields, rope_of, yarn_settings
 from moeconv.mapping.rules import (
     EVERY_LAYER,
     MOE_LAYERS,
@@ -111,10 +107,10 @@ def stacking(name: str, pattern: str, *, stacked: bool) -> Stacking:
 # --- routing --------------------------------------------------------------------------------------
 
 # Of MaxText 0.2.5, with what each makes of the routing; before, kimi-k2 was none of them.
-_AS_V3, _SINCE = "as DeepSeek-V3", "as DeepSeek-V3, since MaxText 0.2.5"
-_NAMES = {"deepseek3": _AS_V3, "deepseek4": _AS_V3, "kimi-k2": _SINCE}
+AS_V3, _SINCE = "as DeepSeek-V3", "as DeepSeek-V3, since MaxText 0.2.5"
+_NAMES = {"deepseek3": AS_V3, "deepseek4": AS_V3, "kimi-k2": _SINCE}
 NAMES = tuple(_NAMES)
-_RELEASED = {_AS_V3: "deepseek3-671b", _SINCE: "kimi-k2-1t"}
+_RELEASED = {AS_V3: "deepseek3-671b", _SINCE: "kimi-k2-1t"}
 
 
 def _routing(model_name: Any) -> str:
@@ -289,99 +285,6 @@ def _rope(model: ModelDescription) -> dict[str, Any]:
 
 def _rope_scaling(model: ModelDescription) -> dict[str, Any]:
     return {key: value for key, value in _rope(model).items() if key != "rope_theta"}
-
-
-def _always(value: Any) -> Callable[[Config], Any]:
-    return lambda config: value
-
-
-def _read_rope(config: Config) -> dict[str, Any]:
-    """Its RoPE, with the scale of what is rotated (`_compute_yarn_parameters`)."""
-    rope = rope_of(config)
-    if rope["rope_type"] != "yarn":
-        return rope
-    one, other, factor = rope.get("mscale"), rope.get("mscale_all_dim"), rope["factor"]
-    scale = rope.get("attention_factor")
-    if scale is None and one and other:
-        scale = _yarn_scale(factor, one) / _yarn_scale(factor, other)
-    return {
-        **rope,
-        "attention_factor": _yarn_scale(factor, 1.0) if scale is None else scale,
-        "mscale": 0.0,
-        "mscale_all_dim": other or 0.0,
-    }
-
-
-def _yarn_scale(factor: float, mscale: float) -> float:
-    """modeling_rope_utils.py `get_mscale`."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def reading(*, biased: bool, **own: Any) -> Reading:
-    """How a config of DeepSeek's architectures is read.
-
-    Args:
-        biased: The router has a bias.
-        own: As in `config`.
-    """
-    score = own["scoring_func"]
-
-    def fields(config: Config) -> dict[str, Any]:
-        attention = "mla_lora" if config["q_lora_rank"] else "mla"
-        routed = f"{attention} moe+bias" if biased else f"{attention} moe"
-        if config.get("head_dim") not in (None, config["qk_rope_head_dim"]):
-            raise UnsupportedError(
-                f"head_dim is {config['head_dim']}, by which transformers rotates, and "
-                f"qk_rope_head_dim {config['qk_rope_head_dim']}"
-            )
-        layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
-        return {
-            **rope_fields(rope_of(config)),
-            "layer_kinds": [f"{attention} dense"] * dense + [routed] * (layers - dense),
-            "head_dim": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
-            "intermediate_size": config["intermediate_size"] if dense else None,
-            "shared_intermediate_size": config["n_shared_experts"]
-            * config["moe_intermediate_size"],
-        }
-
-    def settings(config: Config) -> dict[str, Any]:
-        rope = _read_rope(config)
-        yarn = yarn_settings(rope, config, interleave=True)
-        grouped = config["n_group"] > 1
-        return {
-            **yarn,
-            "routed_score_func": score,
-            "n_routing_groups": config["n_group"] if grouped else -1,
-            "topk_routing_group": config["topk_group"] if grouped else -1,
-            "routing": _AS_V3 if biased else "by biased scores",
-            "routed_bias": biased,
-            "mscale": float(rope.get("mscale_all_dim", 0.0)),
-        }
-
-    return Reading(
-        {
-            "num_key_value_heads": lambda c: c["num_attention_heads"],
-            "n_group": lambda c: 1,
-            "topk_group": lambda c: 1,
-            "moe_layer_freq": lambda c: 1,
-            **{key: _always(value) for key, value in own.items()},
-        },
-        fields,
-        settings,
-        _read_rope,
-        # Training's losses; layers that predict further tokens are left out with their tensors.
-        ignored=frozenset(
-            {
-                "aux_loss_alpha",
-                "ep_size",
-                "head_dim",
-                "num_mtp_layers",
-                "qk_head_dim",
-                "num_nextn_predict_layers",
-                "seq_aux",
-            }
-        ),
-    )
 
 
 _OTHERWISE = frozenset({"head_dim", "rope_scaling", "rope_parameters"})

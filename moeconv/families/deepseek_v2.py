@@ -16,9 +16,9 @@ from moeconv.families._deepseek import (
     config,
     groups,
     is_scaled,
-    reading,
     refusal,
 )
+from moeconv.families._deepseek_reading import reading
 from moeconv.mapping.rules import Options, Probe, Target
 
 

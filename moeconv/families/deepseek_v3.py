@@ -23,12 +23,12 @@ from moeconv.families._deepseek import (
     caveats,
     config,
     groups,
-    reading,
     refusal,
     routes_as_v3,
     routes_so_since,
     stacking,
 )
+from moeconv.families._deepseek_reading import reading
 from moeconv.families._shared import DROPS_TOKENS, IDLE, IDLE_MOE, QUANTISES, shared_experts
 from moeconv.mapping.rules import Options, Probe, Rule, Target
 

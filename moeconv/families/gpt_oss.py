@@ -15,9 +15,9 @@ from moeconv.arch.fields import ConfigField, positive_float, positive_int
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._consumers import fixed_of_gpt_oss
+from moeconv.families._gpt_oss_reading import PATTERN, READING
 from moeconv.families._shared import (
     CONFIG,
-    DERIVED,
     DROPS_TOKENS,
     IDLE,
     IDLE_MOE,
@@ -26,12 +26,9 @@ from moeconv.families._shared import (
     attention,
     attention_parameters,
     moe_parameters,
-    rope_reading,
     setting,
     untied_by_sglang,
-    yarn_reading,
 )
-from moeconv.mapping.reading import Reading, typed
 from moeconv.mapping.rules import (
     EVERY_LAYER,
     MOE_LAYERS,
@@ -43,20 +40,6 @@ from moeconv.mapping.rules import (
     constant,
     from_field,
 )
-
-# models/gpt_oss.py `GPT_OSS_ATTENTION_PATTERN`: a scanned block begins it anew.
-PATTERN = ("sliding_attention", "full_attention")
-
-
-# configuration_gpt_oss.py: what a config without RoPE means.
-_YARN = {
-    "rope_type": "yarn",
-    "factor": 32.0,
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "truncate": False,
-    "original_max_position_embeddings": 4096,
-}
 
 
 def _layer_type(position: int, settings: Mapping[str, Any]) -> str:
@@ -175,18 +158,7 @@ TARGET = Target(
     summary="For models of MaxText's gpt_oss block; transformers ≥ 4.55.",
     kinds=Layers(mlp="moe", attention="sinks"),
     since="4.55.0",
-    reading=Reading(
-        {
-            **DERIVED,
-            "layer_types": typed(2, *PATTERN),
-            "rope_parameters": lambda c: None if c.get("rope_scaling") else _YARN,
-            "swiglu_limit": lambda c: 7.0,
-            "swiglu_alpha": lambda c: 1.702,
-        },
-        rope_reading,
-        yarn_reading,
-        ignored=frozenset({"initial_context_length", "experts_per_token"}),
-    ),
+    reading=READING,
     rules=(*TRUNK, *attention("GptOssAttention"), *RULES),
     probe=Probe(router="router"),
     caveats=_caveats,

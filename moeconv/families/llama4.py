@@ -16,11 +16,11 @@ from moeconv.arch.fields import ConfigField, positive_int, truth
 from moeconv.arch.parameters import DENSE, MOE, Layers
 from moeconv.arch.stacks import CYCLED, UNSCANNED
 from moeconv.families._consumers import fixed_of_llama4
+from moeconv.families._llama4_reading import CHUNKED, FULL, READING
 from moeconv.families._shared import (
     ATTENTION,
     ATTENTION_PARAMETERS,
     CONFIG,
-    DERIVED,
     DROPS_TOKENS,
     IDLE,
     MLP_PARAMETERS,
@@ -28,12 +28,10 @@ from moeconv.families._shared import (
     TRUNK,
     mlp,
     moe_parameters,
-    rope_reading,
     setting,
     shared_experts,
     shared_parameters,
 )
-from moeconv.mapping.reading import Config, Reading
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
     MOE_LAYERS,
@@ -47,7 +45,6 @@ from moeconv.mapping.rules import (
 )
 
 ROUTED, SHARED = "Llama4MoEBlock_0.MoeBlock_0", "Llama4MoEBlock_0.shared_experts"
-FULL, CHUNKED = "full_attention", "chunked_attention"
 
 
 def _interval(value: Any) -> int:
@@ -152,33 +149,6 @@ def _alone(config: Any, n: int, is_moe: bool) -> None:
     config.moe_layers = [0] if is_moe else []
 
 
-def _no_rope(config: Config) -> list[int]:
-    interval = config.get("no_rope_layer_interval") or 4
-    return [int((n + 1) % interval != 0) for n in range(config["num_hidden_layers"])]
-
-
-def _reading_fields(config: Config) -> dict[str, Any]:
-    routed = set(config["moe_layers"])
-    kinds = [MOE if n in routed else DENSE for n in range(config["num_hidden_layers"])]
-    width = config["intermediate_size"]
-    return {
-        **rope_reading(config),
-        "layer_kinds": kinds,
-        "intermediate_size": config["intermediate_size_mlp"] if DENSE in kinds else None,
-        "moe_intermediate_size": width,
-        "shared_intermediate_size": width,
-    }
-
-
-def _reading_settings(config: Config) -> dict[str, Any]:
-    without = [n for n, rotated in enumerate(config["no_rope_layers"], 1) if not rotated]
-    return {
-        "nope_layer_interval": without[0] if without else -1,
-        "use_qk_norm": bool(config["use_qk_norm"]),
-        "temperature_tuning": bool(config["attn_temperature_tuning"]),
-    }
-
-
 TARGET = Target(
     name="llama4",
     architecture="Llama4ForCausalLM",
@@ -187,23 +157,7 @@ TARGET = Target(
     rotary="interleaved",  # modeling_llama4.py `apply_rotary_emb`
     since="4.51.0",
     requires=_requires,
-    reading=Reading(
-        {
-            **DERIVED,
-            "no_rope_layers": _no_rope,
-            "moe_layers": lambda c: list(
-                range(
-                    c["interleave_moe_layer_step"] - 1,
-                    c["num_hidden_layers"],
-                    c["interleave_moe_layer_step"],
-                )
-            ),
-            "layer_types": lambda c: [CHUNKED if r else FULL for r in c["no_rope_layers"]],
-        },
-        _reading_fields,
-        _reading_settings,
-        ignored=frozenset({"cache_implementation", "for_llm_compressor", "no_rope_layer_interval"}),
-    ),
+    reading=READING,
     rules=(*TRUNK, *ATTENTION, *RULES),
     probe=Probe(
         mlp=("feed_forward",), router="router", scores=lambda mlp, output: output[1], alone=_alone

@@ -26,8 +26,8 @@ EVERY = (
 )
 # All but: latent attention has no head_dim; Qwen2 has none of its own; Gemma 4 came with
 # `rope_parameters`.
-HEAD_DIM = targets().keys() - {"qwen2", "deepseek_v2", "deepseek_v3", "deepseek_v32"}
-THETA = targets().keys() - {"gemma4"}
+HEAD_DIM = targets().keys() - {"gpt2", "qwen2", "deepseek_v2", "deepseek_v3", "deepseek_v32"}
+THETA = targets().keys() - {"gemma4", "gpt2"}
 MLA = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 DEEPSEEK = (
     *("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
@@ -38,6 +38,12 @@ DEEPSEEK = (
 QWEN_MOE = (
     *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
     *("decoder_sparse_step", "mlp_only_layers"),
+)
+# GPT-2 has names of its own.
+GPT2 = (
+    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
+    *("vocab_size", "n_embd", "n_layer", "n_head", "n_inner", "n_positions"),
+    *("layer_norm_epsilon", "activation_function", "tie_word_embeddings"),
 )
 WINDOWS = ("sliding_window", "layer_types")
 OWN = {
@@ -150,7 +156,8 @@ def test_every_target_has_a_case():
 def test_what_consumers_read_is_there(config, case):
     found, _ = config
     name = case.partition("-")[0]
-    wanted = {*EVERY, *OWN.get(name, ()), *(["head_dim"] if name in HEAD_DIM else [])}
+    every = GPT2 if name == "gpt2" else EVERY
+    wanted = {*every, *OWN.get(name, ()), *(["head_dim"] if name in HEAD_DIM else [])}
     assert {key for key in wanted if found.get(key) is None} == set()
     null = {*NULL.get(name, ()), *(("rope_theta", "rope_scaling") if name in THETA else ())}
     assert null <= found.keys()
@@ -163,7 +170,9 @@ def test_one_thing_has_one_value_under_all_its_names(config, case):
     assert {found[key] for key in EXPERTS if key in found} <= {model.num_experts}
     assert {found[key] for key in CHOSEN if key in found} <= {model.num_experts_per_tok}
     assert found.get("norm_topk_prob", True) is (case != "deepseek_v2")
-    rope = found["rope_parameters"]
+    if (rope := found.get("rope_parameters")) is None:
+        assert found["model_type"] == "gpt2"
+        return
     thetas = {each["rope_theta"] for each in rope.values() if isinstance(each, dict)}
     thetas |= {rope["rope_theta"]} if "rope_theta" in rope else set()
     assert found.get("rope_theta", model.rope_theta) in thetas
