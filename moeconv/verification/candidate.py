@@ -4,12 +4,12 @@ The expectation is built anew, from the manifest's description of the model and 
 source: nothing that the conversion computed is taken over but what it claims.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
@@ -17,7 +17,7 @@ from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import Layout
 from moeconv.artifact.fingerprint import Fingerprint, fingerprint
 from moeconv.artifact.manifest import Manifest, manifest_name
-from moeconv.artifact.names import is_output_name
+from moeconv.artifact.names import is_leftover, is_output_name
 from moeconv.errors import (
     ConfigError,
     NotACheckpointError,
@@ -27,7 +27,8 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
-from moeconv.hf.safetensors import TensorSpec, read_header
+from moeconv.hf.model import Stored
+from moeconv.hf.safetensors import read_header
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.checkpoint import UNUSED
@@ -37,6 +38,8 @@ from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
 from moeconv.orbax.store import Folder
+from moeconv.tensor.axes import Array
+from moeconv.tensor.form import Form
 from moeconv.tensor.stored import Source, Together
 from moeconv.untrusted.files import read_inside
 from moeconv.untrusted.strict_json import loads
@@ -50,13 +53,8 @@ from moeconv.verification.measure.routing import Choice
 _FEW = 1000
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the output: its file and how its bytes are laid out."""
-
-    file: Path
-    spec: TensorSpec
-    offset: int
+class OtherKindError(UnsupportedError):
+    """OUT is an output of another kind than its class is for."""
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,17 @@ class Candidate:
     fingerprints: Mapping[str, Fingerprint | None]
     manifest_path: Path
 
+    kind: ClassVar[str] = "huggingface"
+    config_name: ClassVar[str] = "config.json"
+    origin: ClassVar[str] = "the checkpoint"
+
     @classmethod
     def open(cls, out: Path, *, source: str | None = None) -> "Candidate":
         """Reads the manifest.
 
         Raises:
             NotACheckpointError: OUT is no output of `moeconv convert`.
+            OtherKindError: It is one of another kind.
             ConfigError: The manifest is damaged.
         """
         name = manifest_name(out)
@@ -101,25 +104,34 @@ class Candidate:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             manifest = Manifest.model_validate(loads(raw))
-            if manifest.kind == "peft":
-                raise UnsupportedError(
-                    f"{out} is a LoRA adapter for PEFT, and verify compares whole models; merge it "
-                    "with convert --merge-lora, and verify that"
-                )
-            names = filter(is_output_name, manifest.files)
+            if manifest.kind != cls.kind:
+                raise OtherKindError(f"{out} is of kind {manifest.kind}, not {cls.kind}")
+            names = filter(cls.may_hold, manifest.files)
             fingerprints = {name: first, **{n: fingerprint(out / n) for n in names}}
             candidate = cls(out, manifest, source, fingerprints, path)
-            # Computed once here, so that what does not describe a model is a damaged manifest.
-            if reason := cannot_hold(candidate.family, candidate.model):
-                raise ValueError(reason)
-            _ = candidate.count, candidate.wanted_config
+            candidate.demand_description()
         except Exception as error:  # rules and config keys of a page meet any values
-            if isinstance(error, MemoryError | UnsupportedError):
+            if isinstance(error, MemoryError | OtherKindError):
                 raise
             raise ConfigError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
         return candidate
+
+    @staticmethod
+    def may_hold(name: str) -> bool:
+        """Returns True if convert writes a file of this name into such an output."""
+        return is_output_name(name)
+
+    def demand_description(self) -> None:
+        """Computes what the manifest describes: what describes no model is a damaged manifest.
+
+        Raises:
+            Exception: Of any kind; it does not.
+        """
+        if reason := cannot_hold(self.family, self.model):
+            raise ValueError(reason)
+        _ = self.count, self.wanted_config
 
     def demand_unchanged(self) -> None:
         """What was looked at is still there.
@@ -230,17 +242,19 @@ class Candidate:
     @cached_property
     def layout(self) -> Layout:
         """How the source keeps them."""
-        used = {i.path: i.shape for i in self.arrays.info.values() if i.path[0] not in UNUSED}
-        block = [self.block]
+        return self.layout_of(self.arrays)
+
+    def layout_of(self, arrays: Arrays) -> Layout:
+        """How a checkpoint of the described model keeps its layers."""
+        used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
+        block, collections = [self.block], arrays.tree.collections
         try:
-            return detect_layout(used, block, collections=self.arrays.tree.collections)
+            return detect_layout(used, block, collections=collections)
         except ConfigError:
             # The shapes leave the scan axis open; the manifest describes the one that was taken.
             for axis in range(max(map(len, used.values()))):
                 with suppress(ConfigError, TensorError):
-                    found = detect_layout(
-                        used, block, scan_axis=axis, collections=self.arrays.tree.collections
-                    )
+                    found = detect_layout(used, block, scan_axis=axis, collections=collections)
                     if found.describe() == self.manifest.source.layout:
                         return found
             raise
@@ -281,7 +295,29 @@ class Candidate:
         Raises:
             CandidateError: It is no JSON object, or not there.
         """
-        return read_object(self.out / "config.json")
+        return read_object(self.out / self.config_name)
+
+    def token_id(self, name: str) -> Any:
+        """What the config has for `eos_token_id`, say: an id, a list of them, or neither."""
+        return self.config.get(name)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is, if there is one."""
+        return self.out
+
+    @property
+    def entries(self) -> set[str]:
+        """The names of what is in OUT."""
+        return {path.name for path in self.out.iterdir() if not is_leftover(path)}
+
+    def wrong(self, form: Form, block: Array, piece: Array, others: Sequence[Array]) -> Array:
+        """Where a block of an array and a piece of a tensor are not one: a mask like the piece."""
+        return form.wrong(block, piece, others)
+
+    def is_exact(self, edge: Edge) -> bool:
+        """True if a tensor is judged bit for bit, without a rounding."""
+        return edge.bound() == 0.0
 
     @cached_property
     def wrong_keys(self) -> list[str]:
@@ -292,7 +328,7 @@ class Candidate:
         """
         wanted, found = self.wanted_config, self.config
         keys = wanted.keys() | found.keys()
-        with blaming(f"{self.out / 'config.json'} cannot be compared", check="config"):
+        with blaming(f"{self.out / self.config_name} cannot be compared", check="config"):
             return sorted(k for k in keys if not _same(wanted.get(k), found.get(k)))
 
     @cached_property
@@ -335,7 +371,8 @@ class Candidate:
         """
         if self.wrong_keys:
             raise CandidateError(
-                f"config.json differs from the described model in: {', '.join(self.wrong_keys)}",
+                f"{self.config_name} differs from the described model in: "
+                f"{', '.join(self.wrong_keys)}",
                 "config",
             )
         self.demand_count()
@@ -352,7 +389,7 @@ class Candidate:
             with blaming(f"{file} cannot be read", check="tensors"):
                 header = read_header(file)
             for name, (spec, offset) in header.items():
-                found[name] = Stored(file, spec, offset)
+                found[name] = Stored(spec, file, offset)
         return found
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError, to_install
 from moeconv.untrusted.files import is_address
 from moeconv.verification.adapter import SourceGoneError
-from moeconv.verification.candidate import Candidate
+from moeconv.verification.candidate import Candidate, OtherKindError
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status, worst
 from moeconv.verification.context import Verification
+from moeconv.verification.incoming.candidate import IncomingCandidate
+from moeconv.verification.incoming.run import check_level, demand_options
 from moeconv.verification.levels import LEVELS, Level, runner
 from moeconv.verification.levels.structure import demand_loadable
 from moeconv.verification.report.report import Report, make_report
@@ -37,8 +39,10 @@ def verify(
         MoeconvError: Something needed is missing or cannot be read, and nothing has failed before:
             there is no verdict. What is wrong with the output itself is a failed check instead.
     """
-    candidate = Candidate.open(out, source=source)
+    candidate = open_candidate(out, source)
     run = Verification(candidate, options, note, meter)
+    if isinstance(candidate, IncomingCandidate):
+        demand_options(run)
     checks: list[Check] = []
     for level, spec in LEVELS.items():
         if level not in options.levels:
@@ -48,6 +52,9 @@ def verify(
         of = CheckFactory(level)
         try:
             _require(level, options.parity)
+            if isinstance(candidate, IncomingCandidate):
+                checks += check_level(candidate, level, run)
+                continue
             if spec.runs_models:
                 demand_loadable(candidate)
             checks += runner(level)(run)
@@ -60,6 +67,27 @@ def verify(
                 raise
             checks.append(of.skipped(level, str(error)))
     return make_report(candidate, checks)
+
+
+def open_candidate(out: Path, source: str | None) -> Candidate:
+    """Reads OUT's manifest, of a Hugging Face model or of a MaxText run.
+
+    Raises:
+        MoeconvError: As `Candidate.open`.
+        UnsupportedError: It is an adapter's.
+    """
+    try:
+        return Candidate.open(out, source=source)
+    except OtherKindError:
+        pass
+    try:
+        candidate = IncomingCandidate.open(out, source=source)
+    except OtherKindError:
+        raise UnsupportedError(
+            f"{out} is a LoRA adapter for PEFT, and verify compares whole models; merge it "
+            "with convert --merge-lora, and verify that"
+        ) from None
+    return candidate
 
 
 def _require(level: Level, options: ParityOptions) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from moeconv.artifact.manifest import MANIFEST_NAMES
-from moeconv.artifact.names import KNOWN, is_leftover
+from moeconv.artifact.names import KNOWN
+from moeconv.hf.model import Stored
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status
 from moeconv.verification.context import Verification
 from moeconv.verification.files import INDEX_NAME, read_object, sha256
@@ -53,7 +54,7 @@ def check_structure(candidate: Candidate) -> list[Check]:
     return checks
 
 
-def _files(candidate: Candidate) -> Check:
+def check_files(candidate: Candidate) -> Check:
     """Size and SHA-256 of every file against the manifest, and no file that it does not name."""
     foreign = sorted(set(candidate.manifest.files) - set(candidate.names))
     if foreign:  # they are not opened: a name may lead anywhere
@@ -73,7 +74,7 @@ def _files(candidate: Candidate) -> Check:
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*candidate.manifest.files, *MANIFEST_NAMES, *KNOWN}
-    extra = sorted({p.name for p in candidate.out.iterdir() if not is_leftover(p)} - known)
+    extra = sorted(candidate.entries - known)
     if wrong:
         return _OF.failed(
             "files", f"{len(wrong)} files are not as they were written", tensors=wrong
@@ -151,7 +152,7 @@ def _tying(candidate: Candidate) -> Check:
     return _OF.passed("tying", "tied" if tied else "untied, with its own head")
 
 
-def _finite(candidate: Candidate) -> Check:
+def check_finite(candidate: Candidate) -> Check:
     """No NaN or Inf."""
     files = {stored.file for stored in candidate.tensors.values()}
     data = {file: np.memmap(file, np.uint8, "r") for file in files}
@@ -252,12 +253,12 @@ def _architecture(candidate: Candidate) -> dict[str, tuple[int, ...]]:
 
 
 _CHECKS: Mapping[str, Callable[[Candidate], Check]] = {
-    "files": _files,
+    "files": check_files,
     "tensors": _tensors,
     "dtypes": _dtypes,
     "index": _index,
     "tying": _tying,
-    "finite": _finite,
+    "finite": check_finite,
     "config": _config,
     "readers": check_config_readers,
     "transformers": _transformers,
