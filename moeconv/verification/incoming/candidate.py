@@ -20,7 +20,7 @@ from moeconv.conversion.incoming import demand_tensors
 from moeconv.conversion.run_files import CONFIG_NAME, TOKENIZER
 from moeconv.errors import MoeconvError, NotACheckpointError
 from moeconv.execution.orbax_sink import STEP
-from moeconv.hf.model import CONFIG, HfModel, Stored, open_model, refuse_quantised
+from moeconv.hf.model import CONFIG, HfModel, Stored, Values, open_model, refuse_quantised
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.maxtext.whole import part_of
@@ -214,6 +214,7 @@ class IncomingCandidate(Candidate):
             self.hf.folder / CONFIG,
             block=self.model.decoder_block,
             accept=self.manifest.accepted_keys,
+            peek=Values(self.hf),
         )
 
     @cached_property
