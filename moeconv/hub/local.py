@@ -142,6 +142,8 @@ class Output:
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
+        if manifest.kind == "maxtext":
+            raise _is_run(folder)
         if foreign := sorted(name for name in manifest.files if not is_output_name(name)):
             raise OutputError(
                 f"{path} names {printable(', '.join(foreign))[:200]}, which moeconv convert never "

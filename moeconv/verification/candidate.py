@@ -78,6 +78,7 @@ class Candidate:
     kind: ClassVar[str] = "huggingface"
     config_name: ClassVar[str] = "config.json"
     origin: ClassVar[str] = "the checkpoint"
+    declared_ids: ClassVar[tuple[str, ...]] = ("bos_token_id", "eos_token_id")
 
     @classmethod
     def open(cls, out: Path, *, source: str | None = None) -> "Candidate":

@@ -51,6 +51,8 @@ class IncomingCandidate(Candidate):
     kind: ClassVar[str] = "maxtext"
     config_name: ClassVar[str] = CONFIG_NAME
     origin: ClassVar[str] = "the Hugging Face model"
+    # config.yml has none, and whether the source's two places agree is the source's affair.
+    declared_ids: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def open(cls, out: Path, *, source: str | None = None) -> Candidate:
@@ -67,12 +69,12 @@ class IncomingCandidate(Candidate):
         return name in (CONFIG_NAME, SIDECAR_NAME) or path.parts[0] in _FOLDERS
 
     def demand_description(self) -> None:
-        """Raises whatever comes of a manifest that describes no model or no layout."""
+        """Raises whatever comes of a manifest that describes no model."""
         if self.manifest.source.kind != "huggingface":
             raise ValueError("a MaxText run is made of a Hugging Face model")
         if reason := cannot_hold(self.family, self.model):
             raise ValueError(reason)
-        _ = self.count, self.wanted_config
+        _ = self.count
 
     # --- OUT ------------------------------------------------------------------------------------
 
@@ -103,14 +105,19 @@ class IncomingCandidate(Candidate):
 
     @cached_property
     def layout(self) -> Layout:
-        """How MaxText keeps the layers of the described model (arch/arrange.py)."""
+        """How MaxText keeps the layers of the described model (arch/arrange.py).
+
+        Few layers may be stacked nowhere although MaxText scans: then the step itself says so.
+
+        Raises:
+            CandidateError: It cannot keep them so.
+        """
         axis = self.manifest.source.scan_axis
-        return arranged(
-            self.block,
-            self.model,
-            scan_layers=axis is not None,
-            scan_axis=1 if axis is None else axis,
-        )
+        scanned = axis is not None or self.step.scan_layers
+        with blaming(f"{self.manifest_path} describes no MaxText model", check="config"):
+            return arranged(
+                self.block, self.model, scan_layers=scanned, scan_axis=1 if axis is None else axis
+            )
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -129,7 +136,9 @@ class IncomingCandidate(Candidate):
     @cached_property
     def wanted_config(self) -> dict[str, Any]:
         """config.yml as convert writes it for the described model."""
-        keys = run_keys(self.model, self.layout)
+        layout = self.layout
+        with blaming(f"{self.manifest_path} describes no MaxText model", check="config"):
+            keys = run_keys(self.model, layout)
         return {"base_config": "base.yml", **{key: _plain(value) for key, value in keys.items()}}
 
     def token_id(self, name: str) -> Any:
@@ -240,10 +249,11 @@ class IncomingCandidate(Candidate):
     @cached_property
     def edges(self) -> Mapping[str, Edge]:
         """The same, of the dtypes that the source's tensors have."""
+        hf, described = self.hf, self.described
         what = f"{self.source} is not the model that {self.manifest_path} describes"
         with blaming(what, check="tensors"):
             try:
-                dropped = demand_tensors(self.hf, self.forward, self.described)
+                dropped = demand_tensors(hf, self.forward, described)
             except MoeconvError as error:
                 raise CandidateError(f"{what}: {error}", "tensors") from None
             if dropped.keys() != self.manifest.dropped.keys():

@@ -90,6 +90,8 @@ def _config(candidate: IncomingCandidate) -> Check:
             f"{CONFIG_NAME} differs from the described model in: {', '.join(wrong[:20])}",
             metrics={key: [wanted.get(key), found.get(key)] for key in wrong[:20]},
         )
+    if (other := _foreign(candidate)) is not None:
+        return _OF.failed("config", other)
     sidecar = find_sidecar(candidate.step, needed=True)
     if sidecar is None:
         return _OF.failed("config", "there is no sidecar, which the way back is read from")

@@ -8,6 +8,7 @@ from moeconv.hf.tokenizer import read_tokenizer
 from moeconv.mapping.reverse import reverse
 from moeconv.maxtext.checkpoint import find_sidecar
 from moeconv.planning.units import Unit, cut_into_units, routes_of
+from moeconv.tensor.dtypes import SIGNIFICAND_BITS
 from moeconv.verification.boundary import blaming
 from moeconv.verification.checks import Check, CheckFactory
 from moeconv.verification.context import Verification
@@ -52,7 +53,8 @@ def check_weights(candidate: IncomingCandidate, run: Verification) -> list[Check
 
 def _description(candidate: IncomingCandidate) -> Check:
     """The model that the source's config.json describes is the manifest's, field by field."""
-    with blaming(f"{candidate.source} is not a model that converts", check="config"):
+    _ = candidate.hf  # or there is no verdict
+    with blaming(f"{candidate.source} is not a model that converts", check="description"):
         theirs = candidate.described.model.values()
     ours = candidate.model.values()
     apart = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
@@ -80,9 +82,14 @@ def _wrongly_narrowed(candidate: IncomingCandidate) -> list[str]:
     wanted = {
         name: next(iter(dtypes))
         for name, dtypes in found.items()
-        if len(dtypes) == 1 and dtypes != {candidate.arrays.info[name].dtype}
+        if len(dtypes) == 1
+        and all(_is_narrower(each, candidate.arrays.info[name].dtype) for each in dtypes)
     }
     return sorted(n for n in wanted.keys() | said.keys() if wanted.get(n) != said.get(n))
+
+
+def _is_narrower(one: str, other: str) -> bool:
+    return SIGNIFICAND_BITS[one] < SIGNIFICAND_BITS[other]
 
 
 def _digests(

@@ -38,7 +38,7 @@ def check_tokenizer(candidate: Candidate) -> Check:
     notes = check_fits(tokenizer, candidate.model.vocab_size)
     wrong = [
         f"{name}: {getattr(tokenizer, name)} in the tokenizer, {candidate.token_id(name)} in config"
-        for name in ("bos_token_id", "eos_token_id")
+        for name in candidate.declared_ids
         if getattr(tokenizer, name) not in (None, *_several(candidate.token_id(name)))
     ]
     if wrong:
