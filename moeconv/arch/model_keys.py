@@ -51,6 +51,12 @@ def semantic_keys(model: ModelDescription, block: Block) -> dict[str, Any]:
     return keys
 
 
+def run_keys(model: ModelDescription, layout: Layout) -> dict[str, Any]:
+    """All settings that a MaxText config needs, so that MaxText builds the model."""
+    block = layout.block
+    return {**demanded_keys(block), **size_keys(model, layout), **semantic_keys(model, block)}
+
+
 def demanded_keys(block: Block) -> dict[str, Any]:
     """Settings that must have a certain value in a block, whatever the model's size."""
     first = {key: next(iter(values)) for key, values in block.demands.items()}

@@ -16,7 +16,7 @@ import numpy as np
 
 from moeconv.arch.arrange import arranged
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.model_keys import demanded_keys, semantic_keys, size_keys
+from moeconv.arch.model_keys import run_keys
 from moeconv.conversion.described import Described, describe
 from moeconv.conversion.options import ConvertOptions, Prepared
 from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
@@ -39,9 +39,10 @@ from moeconv.mapping.reverse import Origin, reverse
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.inventory import fingerprints
-from moeconv.planning.orbax_output import MESH, OrbaxOutput, orbax_output, source_chunk
+from moeconv.orbax.writer import WrittenArray
+from moeconv.planning.orbax_output import MESH, orbax_output, source_chunk
 from moeconv.planning.plan import PlannedSource, PlannedTokenizer, build_plan
-from moeconv.tensor.stored import Source
+from moeconv.tensor.stored import ArrayInfo, Source
 from moeconv.untrusted.files import is_address, read_inside
 from moeconv.untrusted.text import listing
 
@@ -92,17 +93,13 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
     )
     tokenizer, warnings = _tokenizer(folder, options, found)
     forward = expand(page, model, layout, {a.name: "float32" for a in layout.arrays})
-    dropped = _demand_tensors(hf, forward, found)
+    dropped = demand_tensors(hf, forward, found)
     _demand_fills(hf, forward)
     dtypes = _dtypes(hf, forward, options)
     forward = expand(page, model, layout, dtypes)
     stored = {name: tensor.spec.dtype for name, tensor in hf.tensors.items()}
     edges, origins = reverse(forward, page, layout, stored)
-    settings = {
-        **demanded_keys(found.block),
-        **size_keys(model, layout),
-        **semantic_keys(model, found.block),
-    }
+    settings = run_keys(model, layout)
     output = orbax_output(
         edges,
         _shards(options.shards),
@@ -115,7 +112,7 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
         ocdbt=options.ocdbt,
     )
     _demand_steps(model, settings)
-    source = Tensors(hf, _views(edges, origins, output))
+    source = Tensors(hf, views_of(edges, origins, output.arrays))
     digest = _files_digest(hf)
     plan = build_plan(
         model=model,
@@ -203,7 +200,7 @@ def _left_out(dropped: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> dict[str, str]:
+def demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> dict[str, str]:
     """Compares the tensors of a model with those of its page; those left out, with the reason.
 
     Raises:
@@ -298,15 +295,23 @@ def _shards(mesh: Mapping[str, int]) -> dict[str, int]:
     return parts
 
 
-def _views(
-    edges: tuple[Edge, ...], origins: Mapping[str, Origin], output: OrbaxOutput
+def views_of(
+    edges: tuple[Edge, ...],
+    origins: Mapping[str, Origin],
+    arrays: Mapping[str, WrittenArray | ArrayInfo],
 ) -> dict[str, View]:
-    """The tensors as arrays, each read in pieces that make whole chunks."""
+    """The tensors as arrays, each read in pieces that make whole chunks.
+
+    Args:
+        edges: From `reverse`.
+        origins: The same.
+        arrays: What is written, by name.
+    """
     views: dict[str, View] = {}
     for edge in edges:
         for part in edge.parts:
             origin = origins[part.source]
-            chunk = source_chunk(part.form, output.arrays[edge.target].chunk, origin.shape)
+            chunk = source_chunk(part.form, arrays[edge.target].chunk, origin.shape)
             if (seen := views.get(origin.name)) is not None:
                 chunk = tuple(max(a, b) for a, b in zip(chunk, seen.chunk, strict=True))
             views[origin.name] = View(origin.tensor, origin.base, origin.shape, chunk)

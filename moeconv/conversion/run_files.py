@@ -11,6 +11,7 @@ from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.planning.orbax_output import OrbaxOutput
 from moeconv.planning.plan import Plan
+from moeconv.tensor.dtypes import SIGNIFICAND_BITS
 from moeconv.untrusted import strict_json
 
 _EMPTY = b"# MaxText takes this file for its own of this name, so that ../config.yml decides.\n{}\n"
@@ -74,5 +75,5 @@ def _narrowed(plan: Plan) -> dict[str, str]:
         name: found.pop()
         for name, edge in plan.edges.items()
         if len(found := {info[source].dtype for source in edge.sources}) == 1
-        and found != {edge.dtype}
+        and all(SIGNIFICAND_BITS[each] < SIGNIFICAND_BITS[edge.dtype] for each in found)
     }

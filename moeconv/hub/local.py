@@ -148,6 +148,8 @@ class Output:
                 f"{folder} is a LoRA adapter for PEFT, and push sends whole models; send it with "
                 "hf upload REPO FOLDER, or convert its base with --merge-lora and push that"
             )
+        if manifest.kind == "maxtext":
+            raise _is_run(folder)
         if foreign := sorted(name for name in manifest.files if not is_output_name(name)):
             raise OutputError(
                 f"{path} names {printable(', '.join(foreign))[:200]}, which moeconv convert never "

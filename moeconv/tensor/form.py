@@ -225,6 +225,16 @@ class Form:
             mask = self.value.wrong(block.reshape(stored.shape), stored)
         return mask.transpose(self.rearrange.permutation)
 
+    def wrong_back(self, block: Array, piece: Array) -> Array:
+        """Where a block of the array is not what undoing a piece gives: a mask like `piece`.
+
+        Each value must be the piece's, taken back and rounded once to the array's dtype. Where a
+        tensor was there first, `wrong` alone would not see the low bits of a wider array.
+        """
+        stored = self._as_stored(piece)
+        back = self.value.inverse(self.value.target)
+        return back.wrong(stored, block.reshape(stored.shape)).transpose(self.rearrange.permutation)
+
     def padding(self) -> list[tuple[slice, ...]]:
         """The boxes of the tensor, axes apart, that hold zeros which no value of the array is."""
         return [

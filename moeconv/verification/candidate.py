@@ -4,7 +4,7 @@ The expectation is built anew, from the manifest's description of the model and 
 source: nothing that the conversion computed is taken over but what it claims.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +17,7 @@ from moeconv.arch.detection import detect_layout
 from moeconv.arch.layout import Layout
 from moeconv.artifact.fingerprint import Fingerprint, fingerprint
 from moeconv.artifact.manifest import Manifest, manifest_name
-from moeconv.artifact.names import is_output_name
+from moeconv.artifact.names import is_leftover, is_output_name
 from moeconv.errors import (
     ConfigError,
     NotACheckpointError,
@@ -27,7 +27,8 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
-from moeconv.hf.safetensors import TensorSpec, read_header
+from moeconv.hf.model import Stored
+from moeconv.hf.safetensors import read_header
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.checkpoint import UNUSED
@@ -37,6 +38,8 @@ from moeconv.orbax.arrays import Arrays
 from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
 from moeconv.orbax.store import Folder
+from moeconv.tensor.axes import Array
+from moeconv.tensor.form import Form
 from moeconv.tensor.stored import Source, Together
 from moeconv.untrusted.files import read_inside
 from moeconv.untrusted.strict_json import loads
@@ -48,15 +51,6 @@ from moeconv.verification.measure.routing import Choice
 
 # Tensors that a small model may lack, and which are still listed one by one.
 _FEW = 1000
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of the output: its file and how its bytes are laid out."""
-
-    file: Path
-    spec: TensorSpec
-    offset: int
 
 
 class OtherKindError(UnsupportedError):
@@ -82,6 +76,9 @@ class Candidate:
     manifest_path: Path
 
     kind: ClassVar[str] = "huggingface"
+    config_name: ClassVar[str] = "config.json"
+    origin: ClassVar[str] = "the checkpoint"
+    declared_ids: ClassVar[tuple[str, ...]] = ("bos_token_id", "eos_token_id")
 
     @classmethod
     def open(cls, out: Path, *, source: str | None = None) -> "Candidate":
@@ -299,7 +296,29 @@ class Candidate:
         Raises:
             CandidateError: It is no JSON object, or not there.
         """
-        return read_object(self.out / "config.json")
+        return read_object(self.out / self.config_name)
+
+    def token_id(self, name: str) -> Any:
+        """What the config has for `eos_token_id`, say: an id, a list of them, or neither."""
+        return self.config.get(name)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer is, if there is one."""
+        return self.out
+
+    @property
+    def entries(self) -> set[str]:
+        """The names of what is in OUT."""
+        return {path.name for path in self.out.iterdir() if not is_leftover(path)}
+
+    def wrong(self, form: Form, block: Array, piece: Array, others: Sequence[Array]) -> Array:
+        """Where a block of an array and a piece of a tensor are not one: a mask like the piece."""
+        return form.wrong(block, piece, others)
+
+    def is_exact(self, edge: Edge) -> bool:
+        """True if a tensor is judged bit for bit, without a rounding."""
+        return edge.bound() == 0.0
 
     @cached_property
     def wrong_keys(self) -> list[str]:
@@ -310,7 +329,7 @@ class Candidate:
         """
         wanted, found = self.wanted_config, self.config
         keys = wanted.keys() | found.keys()
-        with blaming(f"{self.out / 'config.json'} cannot be compared", check="config"):
+        with blaming(f"{self.out / self.config_name} cannot be compared", check="config"):
             return sorted(k for k in keys if not _same(wanted.get(k), found.get(k)))
 
     @cached_property
@@ -353,7 +372,8 @@ class Candidate:
         """
         if self.wrong_keys:
             raise CandidateError(
-                f"config.json differs from the described model in: {', '.join(self.wrong_keys)}",
+                f"{self.config_name} differs from the described model in: "
+                f"{', '.join(self.wrong_keys)}",
                 "config",
             )
         self.demand_count()
@@ -370,7 +390,7 @@ class Candidate:
             with blaming(f"{file} cannot be read", check="tensors"):
                 header = read_header(file)
             for name, (spec, offset) in header.items():
-                found[name] = Stored(file, spec, offset)
+                found[name] = Stored(spec, file, offset)
         return found
 
 

@@ -42,9 +42,10 @@ class Verification:
                 raise
             step = None  # two Hugging Face models are compared without the checkpoint
         return make_rows(
-            candidate.out,
+            candidate.tokenizer_folder,
             find_sample(options.prompts, step),
             count=options.tokens,
             vocab_size=candidate.model.vocab_size,
             context=candidate.model.max_position_embeddings,
+            eos=candidate.token_id("eos_token_id"),
         )

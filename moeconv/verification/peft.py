@@ -7,7 +7,6 @@ alone is read. An adapter is no model, so nothing is run: that is for the merged
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 from moeconv.arch.layout import Layout
@@ -26,7 +25,7 @@ from moeconv.planning.adapter import CONFIG_NAME, WEIGHTS_NAME, changes_of
 from moeconv.tensor.stored import Source
 from moeconv.verification.adapter import other_checkpoint
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate, OtherKindError
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError, Check, CheckFactory
 from moeconv.verification.context import Verification
 from moeconv.verification.files import read_object
@@ -145,18 +144,6 @@ class PeftCandidate(Candidate):
                     module = name.removeprefix(_START).removesuffix(end)
                     found.setdefault(module, [None, None])[side] = stored.spec.shape
         return found
-
-
-def open_candidate(out: Path, source: str | None) -> Candidate:
-    """Reads OUT's manifest, of a model or of an adapter.
-
-    Raises:
-        MoeconvError: As `Candidate.open`.
-    """
-    try:
-        return Candidate.open(out, source=source)
-    except OtherKindError:
-        return PeftCandidate.open(out, source=source)
 
 
 def check_adapter(candidate: PeftCandidate, level: Level, run: Verification) -> list[Check]:

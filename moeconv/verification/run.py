@@ -1,5 +1,6 @@
 """`verify`: the levels in order, each with what it needs, and one report."""
 
+import contextlib
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,11 +8,14 @@ from pathlib import Path
 from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError, to_install
 from moeconv.untrusted.files import is_address
 from moeconv.verification.adapter import SourceGoneError
+from moeconv.verification.candidate import Candidate, OtherKindError
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status, worst
 from moeconv.verification.context import Verification
+from moeconv.verification.incoming.candidate import IncomingCandidate
+from moeconv.verification.incoming.run import check_level, demand_options
 from moeconv.verification.levels import LEVELS, Level, runner
 from moeconv.verification.levels.structure import demand_loadable
-from moeconv.verification.peft import PeftCandidate, check_adapter, open_candidate
+from moeconv.verification.peft import PeftCandidate, check_adapter
 from moeconv.verification.report.report import Report, make_report
 from moeconv.verification.settings import Meter, Note, ParityOptions, VerifyOptions, unseen
 
@@ -39,6 +43,8 @@ def verify(
     """
     candidate = open_candidate(out, source)
     run = Verification(candidate, options, note, meter)
+    if isinstance(candidate, IncomingCandidate):
+        demand_options(run)
     checks: list[Check] = []
     for level, spec in LEVELS.items():
         if level not in options.levels:
@@ -51,6 +57,9 @@ def verify(
                 checks += check_adapter(candidate, level, run)
                 continue
             _require(level, options.parity)
+            if isinstance(candidate, IncomingCandidate):
+                checks += check_level(candidate, level, run)
+                continue
             if spec.runs_models:
                 demand_loadable(candidate)
             checks += runner(level)(run)
@@ -63,6 +72,18 @@ def verify(
                 raise
             checks.append(of.skipped(level, str(error)))
     return make_report(candidate, checks)
+
+
+def open_candidate(out: Path, source: str | None) -> Candidate:
+    """Reads OUT's manifest: of a Hugging Face model, of a MaxText run, or of an adapter for PEFT.
+
+    Raises:
+        MoeconvError: As `Candidate.open`.
+    """
+    for kind in (Candidate, IncomingCandidate):
+        with contextlib.suppress(OtherKindError):
+            return kind.open(out, source=source)
+    return PeftCandidate.open(out, source=source)
 
 
 def _require(level: Level, options: ParityOptions) -> None:

@@ -56,11 +56,14 @@ LEVELS: Mapping[Level, LevelSpec] = {
         "files, tensors, config and tokenizer, without the checkpoint",
         ("files", "tensors", "dtypes", "index", "tying", "finite", "config", "readers",
          "transformers", "tokenizer"),
+        ("maxtext",),
         can_skip=("readers", "transformers", "tokenizer"),
         reads_source=False,
     ),
     Level.WEIGHTS: LevelSpec(
-        "every value against the checkpoint", ("source", "values"), ("tensors", "tokenizer")
+        "every value against the checkpoint",
+        ("source", "values"),
+        ("tensors", "tokenizer", "description"),
     ),
     Level.LOGITS: LevelSpec(
         "whole models, side by side",

@@ -94,7 +94,7 @@ def _compare(
         found, against_stock, head = kinds
         plain_blocks = iter(plain) if stock else None
         for block, right, next_ones in zip(blocks(hidden.converted), exact, wanted, strict=True):
-            got = models.converted.logits(models.converted.norm(block), "stock")[0]
+            got = models.converted.logits(models.converted.norm(block), "unrounded")[0]
             each, pairs = [right, got], [(0, 1)]
             if plain_blocks is not None:
                 each, pairs = [*each, next(plain_blocks)], [*pairs, (2, 1), (2, 0)]

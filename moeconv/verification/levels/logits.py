@@ -115,7 +115,7 @@ def _compare(candidate: Candidate, rows: Rows, computed: _Computed, converted: H
         for parts, part in zip(kinds, compare_pairs(each, pairs, targets), strict=False):
             parts.append(part)
     routing, baseline = compare_routers(
-        candidate.choice, rows, computed.routers, _joined(routers), computed.rounded_routers
+        candidate.choice, rows, computed.routers, joined(routers), computed.rounded_routers
     )
     return Parity(
         rows=rows,
@@ -153,7 +153,7 @@ def _maxtext(reference: Reference, rows: Rows, note: Note) -> _Computed:
     read = parameters_of(model, candidate.layout)
     layers = MaxTextLayers(config.keys, read, candidate.layout)
     output = run_layers(layers, rows.tokens)
-    _check_order(layers, output, logits)
+    check_order(layers, output, logits)
     note(f"MaxText: done in {time.monotonic() - begin:.0f} s")
     other = reference.rounded_maxtext(read)
     if other is not None:
@@ -164,11 +164,11 @@ def _maxtext(reference: Reference, rows: Rows, note: Note) -> _Computed:
         stock=stock,
         routers=output.routers,
         forward=lambda tokens: model.logits(tokens, head="unrounded"),
-        **_rounded(other, rows, logits),
+        **rounded_by(other, rows, logits),
     )
 
 
-def _check_order(layers: MaxTextLayers, output: LayersOutput, whole: list[Array]) -> None:
+def check_order(layers: MaxTextLayers, output: LayersOutput, whole: list[Array]) -> None:
     """The layers taken one at a time are those of the whole, in the same order."""
     tail = layers.logits(layers.norm(output.hidden[:, -_TAIL:]), "unrounded")
     expected = np.concatenate([logits[:, -_TAIL:] for logits in whole])
@@ -207,13 +207,13 @@ def _transformers(reference: Reference, rows: Rows, note: Note) -> _Computed:
         name=str(folder),
         logits=logits,
         stock=None,
-        routers=_joined([seen for _, seen in runs]),
+        routers=joined([seen for _, seen in runs]),
         forward=lambda tokens: model.run(tokens)[0],
-        **_rounded(reference.rounded_transformers(), rows, logits),
+        **rounded_by(reference.rounded_transformers(), rows, logits),
     )
 
 
-def _rounded(model: LayerwiseModel | None, rows: Rows, logits: list[Array]) -> dict[str, Any]:
+def rounded_by(model: LayerwiseModel | None, rows: Rows, logits: list[Array]) -> dict[str, Any]:
     """What a reference that is rounded as the output is differs by; nothing without one."""
     if model is None:
         return {}
@@ -225,5 +225,6 @@ def _rounded(model: LayerwiseModel | None, rows: Rows, logits: list[Array]) -> d
     }
 
 
-def _joined(found: list[dict[int, Array]]) -> dict[int, Array]:
+def joined(found: list[dict[int, Array]]) -> dict[int, Array]:
+    """Router scores by layer, of all rows."""
     return {layer: np.concatenate([one[layer] for one in found]) for layer in found[0]}

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from moeconv.artifact.manifest import MANIFEST_NAMES
-from moeconv.artifact.names import KNOWN, is_leftover
+from moeconv.artifact.names import KNOWN
+from moeconv.hf.model import Stored
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status
 from moeconv.verification.context import Verification
 from moeconv.verification.files import INDEX_NAME, read_object, sha256
@@ -73,7 +74,7 @@ def check_files(candidate: Candidate) -> Check:
         elif sha256(path) != record.sha256:
             wrong.append(f"{name} (sha256)")
     known = {*candidate.manifest.files, *MANIFEST_NAMES, *KNOWN}
-    extra = sorted({p.name for p in candidate.out.iterdir() if not is_leftover(p)} - known)
+    extra = sorted(candidate.entries - known)
     if wrong:
         return _OF.failed(
             "files", f"{len(wrong)} files are not as they were written", tensors=wrong

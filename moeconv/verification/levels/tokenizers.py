@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moeconv.errors import StorageError, TokenizerError
-from moeconv.hf.tokenizer import check_fits, read_tokenizer
+from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.maxtext.checkpoint import find_sidecar
 from moeconv.maxtext.tokenizer import run_tokenizer
 from moeconv.untrusted import strict_json
@@ -32,24 +32,25 @@ def check_tokenizer(candidate: Candidate) -> Check:
     Raises:
         TokenizerError: It cannot be read, or has ids that the model has no rows for.
     """
-    if not (candidate.out / "tokenizer.json").is_file():
+    folder = candidate.tokenizer_folder
+    if not (folder / "tokenizer.json").is_file():
         return _STRUCTURE.skipped("tokenizer", "the model was written without a tokenizer")
-    tokenizer = read_tokenizer(str(candidate.out), model_max_length=None)
-    notes, config = check_fits(tokenizer, candidate.model.vocab_size), candidate.config
+    tokenizer = read_tokenizer(str(folder), model_max_length=None)
+    notes = check_fits(tokenizer, candidate.model.vocab_size)
     wrong = [
-        f"{name}: {getattr(tokenizer, name)} in the tokenizer, {config.get(name)} in config"
-        for name in ("bos_token_id", "eos_token_id")
-        if getattr(tokenizer, name) not in (None, *_several(config.get(name)))
+        f"{name}: {getattr(tokenizer, name)} in the tokenizer, {candidate.token_id(name)} in config"
+        for name in candidate.declared_ids
+        if getattr(tokenizer, name) not in (None, *_several(candidate.token_id(name)))
     ]
     if wrong:
         return _STRUCTURE.failed("tokenizer", "; ".join(wrong))
     if importlib.util.find_spec("transformers") is not None:
         if candidate.wrong_keys:  # transformers chooses the tokenizer by config.json
-            why = "not loaded by transformers, since config.json is not the described model's"
+            why = f"not loaded, since {candidate.config_name} is not the described model's"
             return _STRUCTURE.skipped("tokenizer", why)
-        what = f"transformers cannot load the tokenizer of {candidate.out}"
+        what = f"transformers cannot load the tokenizer of {folder}"
         with blaming(what, check="tokenizer"), quiet():
-            bad = _round_trip(candidate.out)
+            bad = _round_trip(folder)
         if bad is not None:
             return _STRUCTURE.failed("tokenizer", f"text does not survive the tokenizer: {bad!r}")
     if notes:
@@ -75,38 +76,43 @@ def check_own_tokenizer(candidate: Candidate) -> list[Check]:
     sidecar = find_sidecar(candidate.step, needed=False)
     if sidecar is None or sidecar.content.tokenizer is None:
         return []
-    path = candidate.out / "tokenizer.json"
-    if not path.is_file():
-        return [_WEIGHTS.skipped("tokenizer", "the model was written without a tokenizer")]
     try:
         own = run_tokenizer(sidecar, model_max_length=None)
     except (TokenizerError, StorageError) as error:
         why = f"not compared with the run's own, which cannot be read: {error}"
         return [_WEIGHTS.warned("tokenizer", why)]
+    return [same_tokenizer(candidate, own)]
+
+
+def same_tokenizer(candidate: Candidate, own: TokenizerFiles) -> Check:
+    """Level weights: OUT's tokenizer against the one that the model was trained with.
+
+    Raises:
+        CandidateError: OUT's cannot be read.
+    """
+    path = candidate.tokenizer_folder / "tokenizer.json"
+    if not path.is_file():
+        return _WEIGHTS.skipped("tokenizer", "the model was written without a tokenizer")
     place, trained = own.source, strict_json.loads(own.files["tokenizer.json"])
     with blaming(f"{path} cannot be compared with the run's own", check="tokenizer"):
-        read_tokenizer(str(candidate.out), model_max_length=None)
+        read_tokenizer(str(path.parent), model_max_length=None)
         written = read_object(path, "tokenizer")
         apart = _other_ids(trained, written)
     if apart:
-        return [
-            _WEIGHTS.failed(
-                "tokenizer",
-                f"{path.name} is not the tokenizer that the run trained with ({place}): {apart}; "
-                "convert again without --tokenizer",
-                tensors=[path.name],
-            )
-        ]
+        return _WEIGHTS.failed(
+            "tokenizer",
+            f"{path.name} is not the tokenizer that the run trained with ({place}): {apart}; "
+            "convert again without --tokenizer",
+            tensors=[path.name],
+        )
     if steps := [step for step in _STEPS if trained.get(step) != written.get(step)]:
-        return [
-            _WEIGHTS.warned(
-                "tokenizer",
-                f"{path.name} has the tokens and merges of the run's own tokenizer "
-                f"({place}), but another {' and '.join(steps)}",
-                tensors=[path.name],
-            )
-        ]
-    return [_WEIGHTS.passed("tokenizer", f"the tokenizer is the run's own ({place})")]
+        return _WEIGHTS.warned(
+            "tokenizer",
+            f"{path.name} has the tokens and merges of the run's own tokenizer "
+            f"({place}), but another {' and '.join(steps)}",
+            tensors=[path.name],
+        )
+    return _WEIGHTS.passed("tokenizer", f"the tokenizer is the run's own ({place})")
 
 
 def _other_ids(trained: Mapping[str, Any], written: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ import numpy as np
 from moeconv.errors import MemoryLimitError
 from moeconv.execution.digest import array_digest, chunk_digests
 from moeconv.execution.memory import Budget
+from moeconv.hf.model import Stored
 from moeconv.mapping.edges import Edge
 from moeconv.planning.estimate import unit_cost
 from moeconv.planning.slabs import MIB
@@ -37,7 +38,7 @@ from moeconv.tensor.dtypes import DTYPES, bits
 from moeconv.tensor.form import Form
 from moeconv.tensor.stored import Reader
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Check, CheckFactory
 from moeconv.verification.context import Verification
 from moeconv.verification.levels import Level
@@ -56,7 +57,7 @@ class _Fault:
 
 
 @dataclass
-class _Findings:
+class Findings:
     """Faults and digests, gathered from several threads."""
 
     faults: dict[str, _Fault] = field(default_factory=dict)
@@ -102,6 +103,19 @@ def check_weights(
         CandidateError: A header cannot be read.
         NotACheckpointError: The checkpoint is not there.
     """
+    if (wrong := mismatch(candidate)) is not None:
+        return [wrong]
+    findings = compare_all(candidate, jobs=jobs, memory=memory, progress=progress)
+    digests = {
+        name: array_digest(info.dtype, info.shape, info.chunk, chunks)
+        for name, chunks in findings.chunks.items()
+        for info in (candidate.read.info[name],)
+    }
+    return [source_check(candidate, digests), values_check(candidate, findings)]
+
+
+def mismatch(candidate: Candidate) -> Check | None:
+    """The check of names, shapes and dtypes, where they are not as expected; else None."""
     edges, stored = candidate.edges, candidate.tensors
     absent, unknown = sorted(set(edges) - set(stored)), sorted(set(stored) - set(edges))
     wrong = [
@@ -109,20 +123,15 @@ def check_weights(
         for n in sorted(set(edges) & set(stored))
         if (stored[n].spec.shape, stored[n].spec.dtype) != (edges[n].shape, edges[n].dtype)
     ]
-    if absent or unknown or wrong:
-        return [
-            _OF.failed(
-                "tensors",
-                f"{len(absent)} tensors are missing, {len(unknown)} are not the checkpoint's, and "
-                f"{len(wrong)} have another shape or dtype than its mapping gives them",
-                tensors=absent + unknown + wrong,
-                layer=_first_layer(edges, absent + wrong),
-            )
-        ]
-    findings = _Findings()
-    _compare_all(candidate, findings, jobs, memory, progress)
-    _check_filled(candidate, findings)
-    return [_source_check(candidate, findings), _values_check(candidate, findings)]
+    if not (absent or unknown or wrong):
+        return None
+    return _OF.failed(
+        "tensors",
+        f"{len(absent)} tensors are missing, {len(unknown)} are not the checkpoint's, and "
+        f"{len(wrong)} have another shape or dtype than its mapping gives them",
+        tensors=absent + unknown + wrong,
+        layer=_first_layer(edges, absent + wrong),
+    )
 
 
 def source_bytes(candidate: Candidate) -> int:
@@ -131,12 +140,35 @@ def source_bytes(candidate: Candidate) -> int:
     return sum(candidate.read.info[name].nbytes for name in sources)
 
 
-def _compare_all(
-    candidate: Candidate, findings: _Findings, jobs: int, memory: int, progress: Progress
-) -> None:
+def compare_all(candidate: Candidate, *, jobs: int, memory: int, progress: Progress) -> Findings:
+    """Compares every value, each chunk of the arrays read once; raises as `check_weights`."""
+    findings = Findings()
     routes = routes_of(list(candidate.edges.values()))
-    info = candidate.read.info
-    units = sorted(cut_into_units(routes, info), key=unit_cost, reverse=True)
+
+    def work(unit: Unit) -> None:
+        reader = candidate.read.reader(unit.array.name, unit.chunk_count)
+        digests = chunk_digests(unit, reader)
+        with findings.lock:
+            findings.chunks.setdefault(unit.array.name, {}).update(digests)
+        group, beside = routes[unit.array.name], companions(unit, candidate.read)
+        for number, ranges in pieces(unit, group):
+            _compare_piece(candidate, findings, unit, group[number], ranges, reader, beside)
+        progress(unit.nbytes)
+
+    each_unit(cut_into_units(routes, candidate.read.info), work, jobs=jobs, memory=memory)
+    _check_filled(candidate, findings)
+    return findings
+
+
+def each_unit(
+    units: Sequence[Unit], work: Callable[[Unit], None], *, jobs: int, memory: int
+) -> None:
+    """Works on every unit, several at a time as far as memory allows.
+
+    Raises:
+        MemoryLimitError: Not even one has room.
+    """
+    units = sorted(units, key=unit_cost, reverse=True)
     largest = units[0]
     needed = unit_cost(largest)
     if memory < needed:
@@ -148,24 +180,17 @@ def _compare_all(
         )
     budget = Budget(memory)
 
-    def work(unit: Unit) -> None:
+    def within(unit: Unit) -> None:
         cost = unit_cost(unit)
         budget.acquire(cost)
         try:
-            reader = candidate.read.reader(unit.array.name, unit.chunk_count)
-            digests = chunk_digests(unit, reader)
-            with findings.lock:
-                findings.chunks.setdefault(unit.array.name, {}).update(digests)
-            group, beside = routes[unit.array.name], companions(unit, candidate.read)
-            for number, ranges in pieces(unit, group):
-                _compare_piece(candidate, findings, unit, group[number], ranges, reader, beside)
-            progress(unit.nbytes)
+            work(unit)
         finally:
             budget.release(cost)
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            for done in [pool.submit(work, unit) for unit in units]:
+            for done in [pool.submit(within, unit) for unit in units]:
                 done.result()
         except BaseException:  # Ctrl-C, or a damaged chunk: the others are not waited for
             pool.shutdown(wait=False, cancel_futures=True)
@@ -174,7 +199,7 @@ def _compare_all(
 
 def _compare_piece(
     candidate: Candidate,
-    findings: _Findings,
+    findings: Findings,
     unit: Unit,
     route: Route,
     ranges: Ranges,
@@ -187,7 +212,7 @@ def _compare_piece(
         others = form.others(part, beside)
         for edge in route.edges:
             piece = _read(candidate.tensors[edge.target], form, form.box(part))
-            wrong = form.wrong(source, piece, others)
+            wrong = candidate.wrong(form, source, piece, others)
             with findings.lock:
                 findings.values += piece.size
             if wrong.any():
@@ -202,7 +227,7 @@ def _read(stored: Stored, form: Form, box: tuple[slice, ...]) -> Array:
         return np.array(data[box])
 
 
-def _check_filled(candidate: Candidate, findings: _Findings) -> None:
+def _check_filled(candidate: Candidate, findings: Findings) -> None:
     """Tensors without a source, and the padding of those with one."""
     for edge in candidate.edges.values():
         stored = candidate.tensors[edge.target]
@@ -223,13 +248,14 @@ def _first_layer(edges: Mapping[str, Edge], names: Sequence[str]) -> int | None:
     return min((layer for layer in layers if layer is not None), default=None)
 
 
-def _source_check(candidate: Candidate, findings: _Findings) -> Check:
-    """The checkpoint is the one that was converted."""
+def source_check(candidate: Candidate, digests: Mapping[str, str]) -> Check:
+    """The source is the one that was converted.
+
+    Args:
+        candidate: What is verified.
+        digests: Of every array that was read, by name.
+    """
     claimed = candidate.manifest.source.arrays
-    digests = {}
-    for name, chunks in findings.chunks.items():
-        info = candidate.read.info[name]
-        digests[name] = array_digest(info.dtype, info.shape, info.chunk, chunks)
     changed = sorted(n for n in set(claimed) | set(digests) if claimed.get(n) != digests.get(n))
     lines = [f"{name} {digest}" for name, digest in sorted(digests.items())]
     total = hashlib.sha256("\n".join(lines).encode()).hexdigest()
@@ -255,9 +281,9 @@ def _source_check(candidate: Candidate, findings: _Findings) -> Check:
     )
 
 
-def _values_check(candidate: Candidate, findings: _Findings) -> Check:
+def values_check(candidate: Candidate, findings: Findings) -> Check:
     """The verdict over all values."""
-    exact = sum(edge.bound() == 0.0 for edge in candidate.edges.values())
+    exact = sum(map(candidate.is_exact, candidate.edges.values()))
     count = len(candidate.edges)
     metrics = {
         "tensors": count,
@@ -281,8 +307,8 @@ def _values_check(candidate: Candidate, findings: _Findings) -> Check:
     first = findings.faults[names[0]]
     return _OF.failed(
         "values",
-        f"{len(names)} of {count} tensors differ from the checkpoint; the first is {names[0]} "
-        f"({first.differing:,} values, from {list(first.first or ())})",
+        f"{len(names)} of {count} tensors differ from {candidate.origin}; the first is "
+        f"{names[0]} ({first.differing:,} values, from {list(first.first or ())})",
         tensors=names,
         layer=_first_layer(candidate.edges, names),
         metrics=metrics,

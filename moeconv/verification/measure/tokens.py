@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,6 @@ from moeconv.tensor.axes import Array
 from moeconv.untrusted.files import read_inside, read_regular
 from moeconv.verification.boundary import blaming
 from moeconv.verification.checks import CandidateError
-from moeconv.verification.files import read_object
 
 KINDS = TEXT, RANDOM = "text", "random"
 
@@ -59,39 +59,50 @@ class Sample:
 
 
 def make_rows(
-    out: Path, sample: Sample | None, *, count: int, vocab_size: int, context: int
+    folder: Path,
+    sample: Sample | None,
+    *,
+    count: int,
+    vocab_size: int,
+    context: int,
+    eos: Any = None,
 ) -> Rows:
     """Rows of text and of random ids, at least `count` positions of each.
 
     Args:
-        out: The converted model; its tokenizer, if it has one, makes the text ids.
+        folder: Of the tokenizer that makes the text ids, if there is one.
         sample: The text.
         count: Positions of each kind.
         vocab_size: Random ids are drawn from all of them.
         context: The model's context length, and a row's at most.
+        eos: The id, or a list of ids, between documents; none where it is no such thing.
     """
     length = min(count, context)
     rows = -(-count // length)
     text, origin = None, "the model has no tokenizer, so only random ids were run"
-    if (out / "tokenizer.json").is_file() and sample is not None:
-        text, origin = _packed(out, sample.documents, rows, length, vocab_size), sample.origin
+    if (folder / "tokenizer.json").is_file() and sample is not None:
+        text, origin = (
+            _packed(folder, sample.documents, rows, length, vocab_size, eos),
+            sample.origin,
+        )
     random = np.random.default_rng(0).integers(0, vocab_size, (rows, length))
     kinds = (TEXT,) * (rows if text is not None else 0) + (RANDOM,) * rows
     tokens = random if text is None else np.concatenate([text, random])
     return Rows(tokens.astype(np.int32), kinds, origin)
 
 
-def _packed(out: Path, documents: Sequence[str], rows: int, length: int, vocab_size: int) -> Array:
+def _packed(
+    folder: Path, documents: Sequence[str], rows: int, length: int, vocab_size: int, eos: Any
+) -> Array:
     """Documents one after the other, begun anew when they are used up."""
     from tokenizers import Tokenizer
 
-    path = out / "tokenizer.json"
-    eos = read_object(out / "config.json").get("eos_token_id")
+    path = folder / "tokenizer.json"
     eos = eos[0] if isinstance(eos, list) and eos else eos
     end = [eos] if isinstance(eos, int) else []
     stream: list[int] = []
     with blaming(f"{path} cannot be used", check="tokenizer"):
-        tokenizer = Tokenizer.from_str(read_inside(out, path.name).decode())
+        tokenizer = Tokenizer.from_str(read_inside(folder, path.name).decode())
         for encoded in tokenizer.encode_batch(list(documents)):
             stream += encoded.ids if encoded.ids[-1:] == end else [*encoded.ids, *end]
     if not stream:

@@ -48,7 +48,7 @@ class MaxTextModel:
 
     @classmethod
     def load(
-        cls, items: str | Path, config: Mapping[str, object], *, dtype: str = "float32"
+        cls, items: str | Path, config: Mapping[str, object] | Path, *, dtype: str = "float32"
     ) -> "MaxTextModel":
         """Build the model that `config` describes and restore its weights from `items`.
 
@@ -57,6 +57,7 @@ class MaxTextModel:
             config: MaxText keys, a run's overrides or its whole resolved config. Keys that do not
                 decide what the model computes (devices, data, optimizer, paths) are ignored. A
                 `capacity_factor` above 0 is honoured, so that it drops tokens here as in training.
+                A path is read by MaxText itself, as it reads the config of a run.
             dtype: What activations are computed in; weights are held in float32.
         """
         # Orbax resolves a relative path against its own idea of a root.
@@ -168,6 +169,24 @@ def abstract_model(config: Any) -> tuple[Any, Any, Any]:
         _, model = model_creation_utils.create_nnx_abstract_model(config, mesh)
     graph, abstract = nnx.split(model)
     return mesh, graph, abstract
+
+
+def built_tree(config: Path) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """MaxText's version, and the variables of the model that it builds from a config file.
+
+    Returns:
+        Shapes by dotted name, without the random streams. No value is made.
+    """
+    import jax
+    from flax import nnx
+
+    jax.devices()
+    with quiet():
+        _, _, abstract = abstract_model(build_config(config, "float32"))
+    parameters, _, rest = nnx.split_state(abstract, nnx.Param, nnx.RngState, ...)
+    both = (*nnx.to_flat_state(parameters), *nnx.to_flat_state(rest))
+    shapes = {dotted(path): tuple(variable.get_value().shape) for path, variable in both}
+    return importlib.metadata.version("maxtext"), shapes
 
 
 def _restore(items: Path, abstract: Any, scan_axis: int) -> Any:

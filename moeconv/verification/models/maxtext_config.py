@@ -110,10 +110,18 @@ _EVALUATION = {
 }
 
 
-def build_config(config: Mapping[str, object], dtype: str) -> Any:
-    """MaxText's resolved config for evaluating the model that `config` describes."""
+def build_config(config: Mapping[str, object] | Path, dtype: str) -> Any:
+    """MaxText's resolved config for evaluating the model that `config` describes.
+
+    Args:
+        config: MaxText keys; or a file that MaxText reads itself, which must be known to hold
+            nothing but a model's settings.
+        dtype: What activations are computed in.
+    """
     from maxtext.configs import pyconfig, types
 
+    if isinstance(config, Path):
+        return _initialized(config, _EVALUATION | {"dtype": dtype})
     if config.get("quantization"):
         raise UnsupportedError(
             f"The run's config has quantization: {config['quantization']}; "
@@ -125,13 +133,7 @@ def build_config(config: Mapping[str, object], dtype: str) -> Any:
     wanted = (wanted - _MACHINE_KEYS) & set(types.MaxTextConfig.model_fields)
     overrides = {key: _plain(value) for key, value in config.items() if key in wanted}
     overrides |= _EVALUATION | {"dtype": dtype}
-    base = str(Path(pyconfig.__file__).with_name("base.yml"))
-    try:
-        with flags_kept():
-            built = pyconfig.initialize(["", base], **overrides)
-    except (Exception, SystemExit) as error:  # outside of pytest MaxText exits
-        cause = (error.__context__ or error) if isinstance(error, SystemExit) else error
-        raise ConfigError(f"MaxText does not accept the run's config: {cause}") from cause
+    built = _initialized(Path(pyconfig.__file__).with_name("base.yml"), overrides)
     wrong = [
         f"{key}: {config[key]} given, {built.get_keys()[key]} derived"
         for key in _DERIVED_DIMENSIONS
@@ -142,6 +144,17 @@ def build_config(config: Mapping[str, object], dtype: str) -> Any:
             "The run's config contradicts itself; give the base_* keys: " + "; ".join(wrong)
         )
     return built
+
+
+def _initialized(base: Path, overrides: Mapping[str, object]) -> Any:
+    from maxtext.configs import pyconfig
+
+    try:
+        with flags_kept():
+            return pyconfig.initialize(["", str(base)], **overrides)
+    except (Exception, SystemExit) as error:  # outside of pytest MaxText exits
+        cause = (error.__context__ or error) if isinstance(error, SystemExit) else error
+        raise ConfigError(f"MaxText does not accept the run's config: {cause}") from cause
 
 
 def _plain(value: object) -> object:

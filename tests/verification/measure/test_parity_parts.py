@@ -76,9 +76,8 @@ def test_rows_are_packed_text_and_random_ids(tmp_path):
         single="<s> $A", special_tokens=[("<s>", 0)]
     )
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
     sample = Sample(("a b", "c"), "here")
-    rows = make_rows(tmp_path, sample, count=20, vocab_size=9, context=16)
+    rows = make_rows(tmp_path, sample, count=20, vocab_size=9, context=16, eos=1)
     assert rows.tokens.shape == (4, 16)
     assert rows.kinds == (TEXT, TEXT, RANDOM, RANDOM)
     assert rows.tokens[0, :8].tolist() == [0, 2, 3, 1, 0, 4, 1, 0]
