@@ -187,3 +187,21 @@ def source_chunk(form: Form, chunk: Sequence[int], shape: Sequence[int]) -> tupl
     return tuple(
         min(size, steps.get(axis, size)) for axis, size in zip(form.axes, shape, strict=True)
     )
+
+
+def in_a_row(chunk: Sequence[int], shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """A chunk whose bytes follow each other: beyond the first axis of several entries it is whole.
+
+    It is cut shorter along that axis instead, to `CHUNK_BYTES`.
+
+    Args:
+        chunk: Its shape.
+        shape: That of the array.
+        itemsize: Bytes of a value.
+    """
+    lead = next((n for n, step in enumerate(chunk) if step > 1), 0)
+    if tuple(chunk[lead + 1 :]) == tuple(shape[lead + 1 :]):
+        return tuple(chunk)
+    row = math.prod(shape[lead + 1 :]) * itemsize
+    step = max(1, min(chunk[lead], CHUNK_BYTES // max(1, row)))
+    return (*chunk[:lead], step, *shape[lead + 1 :])
