@@ -93,21 +93,26 @@ def model_files(source: str) -> Files | None:
     return files if is_model(files) else None
 
 
-def plan_incoming(files: Files, options: ConvertOptions) -> Prepared:
+def plan_incoming(files: Files, options: ConvertOptions, hf: HfModel | None = None) -> Prepared:
     """Reads config.json, the index and the headers of a model, and makes the plan; writes nothing.
+
+    Args:
+        files: The model's.
+        options: What is asked for.
+        hf: The model, where these were read.
 
     Raises:
         MoeconvError: Any of its subclasses; see `moeconv.errors`.
     """
     with files.connected():
-        return _plan(files, options)
+        return _plan(files, options, hf)
 
 
-def _plan(files: Files, options: ConvertOptions) -> Prepared:
+def _plan(files: Files, options: ConvertOptions, hf: HfModel | None) -> Prepared:
     unchanged = Unchanged()
     if isinstance(files, LocalFiles):
         unchanged.watch(partial(fingerprints, files.folder))
-    hf = open_model(files)
+    hf = hf or open_model(files)
     refuse_quantised(hf)
     found = describe(hf.config, f"{hf.name}/{CONFIG}", block=options.block, accept=options.accept)
     page, model = found.page, found.model

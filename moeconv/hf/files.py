@@ -53,9 +53,7 @@ class Files(Protocol):
             StorageError: The Hub failed.
         """
 
-    def reader(
-        self, name: str, dtype: Dtype, offset: int, shape: tuple[int, ...]
-    ) -> Reader:
+    def reader(self, name: str, dtype: Dtype, offset: int, shape: tuple[int, ...]) -> Reader:
         """Opens an array of a file.
 
         Args:
@@ -118,9 +116,7 @@ class LocalFiles:
             raise FileNotFoundError(name)
         return read_header(path)
 
-    def reader(
-        self, name: str, dtype: Dtype, offset: int, shape: tuple[int, ...]
-    ) -> Reader:
+    def reader(self, name: str, dtype: Dtype, offset: int, shape: tuple[int, ...]) -> Reader:
         """See `Files`."""
         path = self._path(name)
         try:

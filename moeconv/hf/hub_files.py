@@ -31,7 +31,7 @@ SCHEME = "hf://"
 # huggingface_hub/utils/_validators.py `validate_repo_id`: namespace/name; then any git revision.
 _ADDRESS = re.compile(r"hf://([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([^\s@]+))?/?", re.ASCII)
 # Bytes asked for at once, and how often in a row a request may bring none of them.
-_STEP, _TRIES = 64 * 2**20, 5
+_STEP, _TRIES = 64 * 2**20, 6
 _AGAIN = (408, 429, 500, 502, 503, 504)
 
 
@@ -140,9 +140,7 @@ class HubFiles:
 
         return parse_header(f"{self.name}/{name}", size, read)
 
-    def reader(
-        self, name: str, dtype: Dtype, offset: int, shape: tuple[int, ...]
-    ) -> Reader:
+    def reader(self, name: str, dtype: Dtype, offset: int, shape: tuple[int, ...]) -> Reader:
         """See `Files`."""
 
         def fill(begin: int, into: memoryview) -> None:
