@@ -14,6 +14,7 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import ROUTING, ConfigField, Known, has_moe, not_negative, truth
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import Module, Segment, Stacking
+from moeconv.errors import UnsupportedError
 from moeconv.families._shared import (
     CONFIG,
     MLP,
@@ -292,6 +293,11 @@ def reading(*, biased: bool, **own: Any) -> Reading:
     def fields(config: Config) -> dict[str, Any]:
         attention = "mla_lora" if config["q_lora_rank"] else "mla"
         routed = f"{attention} moe+bias" if biased else f"{attention} moe"
+        if config.get("head_dim") not in (None, config["qk_rope_head_dim"]):
+            raise UnsupportedError(
+                f"head_dim is {config['head_dim']}, by which transformers rotates, and "
+                f"qk_rope_head_dim {config['qk_rope_head_dim']}"
+            )
         layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
         return {
             **rope_fields(rope_of(config)),

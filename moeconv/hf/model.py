@@ -5,7 +5,7 @@ files' headers say; the weights are never looked at before that.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,6 +22,7 @@ from moeconv.errors import (
 )
 from moeconv.hf.files import Files
 from moeconv.hf.safetensors import TensorSpec
+from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import STORED
 from moeconv.tensor.stored import ArrayInfo, Reader
 from moeconv.untrusted import strict_json
@@ -222,6 +223,28 @@ class Tensors:
         dtype = STORED[stored.spec.dtype]
         offset = stored.offset + view.base * dtype.itemsize
         return self.model.files.reader(stored.file, dtype, offset, view.shape)
+
+
+@dataclass(frozen=True)
+class Values:
+    """Looks at the values of a model's tensors, of which some may not be there (`Peek`)."""
+
+    model: HfModel
+
+    def is_zero(self, name: str) -> bool:
+        """True if a tensor is all zeros."""
+        return name in self.model.tensors and not np.any(self._read(name))
+
+    def are_equal(self, names: Sequence[str]) -> bool:
+        """True if all these tensors have the same bits."""
+        if not all(name in self.model.tensors for name in names):
+            return False
+        first, *others = (self._read(name).view("u1") for name in names)
+        return all(np.array_equal(first, other) for other in others)
+
+    def _read(self, name: str) -> Array:
+        shape = self.model.tensors[name].spec.shape
+        return Tensors(self.model, {name: View(name, 0, shape, shape)}).reader(name).read(())
 
 
 def refuse_quantised(model: HfModel) -> None:
