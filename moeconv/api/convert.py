@@ -82,7 +82,8 @@ def plan(
 
     Args:
         src: A MaxText checkpoint, as `open_checkpoint` takes it, which becomes a Hugging Face
-            model; or the folder of a Hugging Face model, which becomes a MaxText run.
+            model; or the folder of a Hugging Face model, or `hf://namespace/name[@revision]`, which
+            becomes a MaxText run.
         config: MaxText YAML of the run, in place of the `moeconv_run.json` beside the checkpoint.
         set: Fields by their MaxText names, over `config`; see `open_checkpoint`.
         accept_keys: Settings in the config that moeconv does not know; see `open_checkpoint`.

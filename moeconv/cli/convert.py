@@ -156,7 +156,8 @@ def command(
 
     What SRC is decides. A checkpoint is a run directory, its checkpoints/, a step, a step's items/,
     or a gs://, s3:// or http:// address of one; the newest complete step is taken unless one is
-    named. A model is a folder with config.json and safetensors. OUT appears whole or not at all.
+    named. A model is a folder with config.json and safetensors, or hf://namespace/name[@revision],
+    of which only what is needed is downloaded. OUT appears whole or not at all.
     """
     from moeconv.api.convert import convert, load_plan, plan, with_limits
     from moeconv.artifact.destination import resolve_out

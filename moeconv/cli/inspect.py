@@ -14,10 +14,11 @@ from moeconv.cli.options import ACCEPT, CKPT, CONFIG, JSON, SET, output_of, tell
 @ACCEPT
 @JSON
 def command(ckpt: str, json_mode: bool, **options: Any) -> None:
-    """Show a MaxText checkpoint as moeconv understands it.
+    """Show a MaxText checkpoint or a Hugging Face model as moeconv understands it.
 
-    CKPT is a run directory, its checkpoints/, a step, a step's items/, or a gs://, s3:// or http://
-    address of one; the newest complete step is taken unless one is named.
+    SRC is a run directory, its checkpoints/, a step, a step's items/, or a gs://, s3:// or http://
+    address of one; the newest complete step is taken unless one is named. Or it is a folder with
+    config.json and safetensors, or hf://namespace/name[@revision].
     """
     from moeconv.api.checkpoint import open_checkpoint
 

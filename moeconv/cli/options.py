@@ -85,7 +85,7 @@ class Revision(Text):
         return text
 
 
-CKPT = click.argument("ckpt", metavar="CKPT")
+CKPT = click.argument("ckpt", metavar="SRC")
 
 CONFIG = click.option(
     "--config",

@@ -1,6 +1,7 @@
 """Converting, in two steps: a plan is prepared, then carried out; what both CLI and Python call."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from moeconv.artifact.destination import resolve_out
@@ -41,9 +42,18 @@ def convert(
         MoeconvError: Nothing is left behind, but for storage errors and interruptions, after which
             `resume` goes on.
     """
+    with ExitStack() as stack:
+        for read in prepared.read:
+            out = _place(out, read)
+            stack.enter_context(read.connected())
+        return _convert(prepared, out, progress, note)
+
+
+def _convert(
+    prepared: Prepared, out: Path, progress: Progress, note: Callable[[str], None]
+) -> Manifest:
+    """The same, to a place that is outside of what is read."""
     options = prepared.options
-    for read in prepared.read:
-        out = _place(out, read)
     staging = Staging(out, overwrite=options.overwrite, resume=options.resume)
     try:
         for text in staging.notes:

@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from moeconv.arch.blocks import Block, settings_of
@@ -65,7 +64,7 @@ def _architectures() -> Mapping[str, Any]:
     return found
 
 
-def page_of(config: Mapping[str, Any], where: Path) -> Target:
+def page_of(config: Mapping[str, Any], where: str) -> Target:
     """The page of a config's architecture.
 
     Raises:
@@ -94,7 +93,7 @@ def _readable() -> str:
 
 def describe(
     config: Mapping[str, Any],
-    where: Path,
+    where: str,
     *,
     block: str | None = None,
     accept: Collection[str] = (),
@@ -223,7 +222,7 @@ def _block(
 
 
 def _model(
-    values: dict[str, Any], settings: Mapping[str, Any], block: Block, where: Path
+    values: dict[str, Any], settings: Mapping[str, Any], block: Block, where: str
 ) -> ModelDescription:
     wanted = {spec.name for spec in settings_of(block, values)}
     if block.layer_types is not None:
@@ -238,7 +237,7 @@ def _model(
     return model_of(plain)
 
 
-def _check(page: Target, model: ModelDescription, whole: Mapping[str, Any], where: Path) -> None:
+def _check(page: Target, model: ModelDescription, whole: Mapping[str, Any], where: str) -> None:
     """What the page writes of the model must be what was read.
 
     Raises:

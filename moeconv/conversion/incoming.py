@@ -7,6 +7,7 @@ written, as if it were read, and each edge is turned round.
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from moeconv.conversion.options import ConvertOptions, Prepared
 from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
 from moeconv.families import blocks
 from moeconv.families._shared import QUERY_SCALE
+from moeconv.hf.files import Files, LocalFiles
 from moeconv.hf.model import (
     CONFIG,
     INDEX,
@@ -33,21 +35,29 @@ from moeconv.hf.model import (
     open_model,
     refuse_quantised,
 )
-from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
+from moeconv.hf.tokenizer import (
+    TokenizerFiles,
+    check_fits,
+    read_files,
+    read_tokenizer,
+    tokenizer_of,
+)
 from moeconv.mapping.edges import Edge, expand
 from moeconv.mapping.reverse import Origin, reverse
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.inventory import fingerprints
 from moeconv.orbax.writer import WrittenArray
-from moeconv.planning.orbax_output import MESH, orbax_output, source_chunk
+from moeconv.planning.orbax_output import MESH, in_a_row, orbax_output, source_chunk
 from moeconv.planning.plan import PlannedSource, PlannedTokenizer, build_plan
 from moeconv.tensor.stored import ArrayInfo, Source
-from moeconv.untrusted.files import is_address, read_inside
-from moeconv.untrusted.text import listing
+from moeconv.untrusted.files import is_address
+from moeconv.untrusted.text import listing, printable
 
 # Buffers that older transformers saved, and computes anew.
 _BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.(bias|masked_bias)")
+# Of a tokenizer that is a program (transformers/dynamic_module_utils.py).
+_CODE = re.compile(r"token[a-z]*_.+\.py")
 
 
 @dataclass(frozen=True)
@@ -61,37 +71,61 @@ class HfInput:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The model's."""
-        return (self.model.folder.resolve(),)
+        """The model's, where it is on this machine."""
+        files = self.model.files
+        return (files.folder.resolve(),) if isinstance(files, LocalFiles) else ()
+
+    def connected(self) -> AbstractContextManager[None]:
+        """Everything is read while this is open."""
+        return self.model.files.connected()
 
 
-def model_folder(source: str) -> Path | None:
-    """The folder of a Hugging Face model that SRC names; None where it names something else."""
+def model_files(source: str) -> Files | None:
+    """The files of a Hugging Face model that SRC names; None where it names something else.
+
+    Raises:
+        MoeconvError: It names a model on the Hub, which cannot be read; see `HubFiles.open`.
+    """
+    if source.startswith("hf://"):
+        from moeconv.hf.hub_files import HubFiles  # and huggingface_hub
+
+        return HubFiles.open(source)
     if is_address(source):
         return None
     try:
-        folder = Path(source).expanduser()
+        files = LocalFiles(Path(source).expanduser())
     except RuntimeError:  # ~name of no user
         return None
-    return folder if is_model(folder) else None
+    return files if is_model(files) else None
 
 
-def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
+def plan_incoming(files: Files, options: ConvertOptions, hf: HfModel | None = None) -> Prepared:
     """Reads config.json, the index and the headers of a model, and makes the plan; writes nothing.
+
+    Args:
+        files: The model's.
+        options: What is asked for.
+        hf: The model, where these were read.
 
     Raises:
         MoeconvError: Any of its subclasses; see `moeconv.errors`.
     """
+    with files.connected():
+        return _plan(files, options, hf)
+
+
+def _plan(files: Files, options: ConvertOptions, hf: HfModel | None) -> Prepared:
     unchanged = Unchanged()
-    unchanged.watch(partial(fingerprints, folder))
-    hf = open_model(folder)
+    if isinstance(files, LocalFiles):
+        unchanged.watch(partial(fingerprints, files.folder))
+    hf = hf or open_model(files)
     refuse_quantised(hf)
     found = _described(hf, options)
     page, model = found.page, found.model
     layout = arranged(
         found.block, model, scan_layers=options.scan_layers, scan_axis=options.scan_axis
     )
-    tokenizer, warnings = _tokenizer(folder, options, found)
+    tokenizer, warnings = _tokenizer(files, options, found)
     forward = expand(page, model, layout, {a.name: "float32" for a in layout.arrays})
     dropped = demand_tensors(hf, forward, found)
     _demand_fills(hf, forward)
@@ -112,7 +146,7 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
         ocdbt=options.ocdbt,
     )
     _demand_steps(model, settings)
-    source = Tensors(hf, views_of(edges, origins, output.arrays))
+    source = Tensors(hf, views_of(edges, origins, output.arrays, remote=files.remote))
     digest = _files_digest(hf)
     plan = build_plan(
         model=model,
@@ -122,12 +156,12 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
         edges=edges,
         source=PlannedSource(
             kind="huggingface",
-            path=str(folder),
+            path=files.name,
             step=None,
             format="safetensors",
             layout=layout.describe(),
             scan_axis=layout.scan_axis,
-            metadata=_metadata(folder),
+            metadata=_metadata(files),
             files=digest,
             may_lack=False,
             arrays=source.info,
@@ -153,7 +187,8 @@ def _described(hf: HfModel, options: ConvertOptions) -> Described:
     A factor that a block folds into weights rounds those of 32 bits; one that scales queries itself
     folds none.
     """
-    read = partial(describe, hf.config, hf.folder / CONFIG, accept=options.accept, peek=Values(hf))
+    where = f"{hf.name}/{CONFIG}"
+    read = partial(describe, hf.config, where, accept=options.accept, peek=Values(hf))
     found = read(block=options.block)
     wide = any(tensor.spec.dtype == "float32" for tensor in hf.tensors.values())
     if options.block is not None or not (wide and found.block.query_scale_in_kernel):
@@ -230,19 +265,19 @@ def demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> 
             unknown.append(name)
     if lost := [name for name in wanted if name not in hf.tensors]:
         raise TensorError(
-            f"{hf.folder} lacks these tensors of a {found.page.architecture}:{listing(lost)}"
+            f"{hf.name} lacks these tensors of a {found.page.architecture}:{listing(lost)}"
         )
     if unknown:
         raise TensorError(
-            f"{hf.folder} has tensors that a {found.page.architecture} does not have, so that "
+            f"{hf.name} has tensors that a {found.page.architecture} does not have, so that "
             f"leaving them out would change the model:{listing(unknown)}"
         )
     for name, edge in wanted.items():
         shape = hf.tensors[name].spec.shape
         if shape != edge.shape:
             raise TensorError(
-                f"{hf.tensors[name].file}: {name} has shape {list(shape)}, but {CONFIG} makes it "
-                f"{list(edge.shape)}"
+                f"{hf.name}/{hf.tensors[name].file}: {name} has shape {list(shape)}, but {CONFIG} "
+                f"makes it {list(edge.shape)}"
             )
     return dropped
 
@@ -299,6 +334,8 @@ def views_of(
     edges: tuple[Edge, ...],
     origins: Mapping[str, Origin],
     arrays: Mapping[str, WrittenArray | ArrayInfo],
+    *,
+    remote: bool = False,
 ) -> dict[str, View]:
     """The tensors as arrays, each read in pieces that make whole chunks.
 
@@ -306,12 +343,16 @@ def views_of(
         edges: From `reverse`.
         origins: The same.
         arrays: What is written, by name.
+        remote: Each piece is one range of bytes, whatever the chunks are; what then makes no whole
+            chunks waits in the scratch file.
     """
     views: dict[str, View] = {}
     for edge in edges:
         for part in edge.parts:
             origin = origins[part.source]
             chunk = source_chunk(part.form, arrays[edge.target].chunk, origin.shape)
+            if remote:
+                chunk = in_a_row(chunk, origin.shape, part.form.dtype.itemsize)
             if (seen := views.get(origin.name)) is not None:
                 chunk = tuple(max(a, b) for a, b in zip(chunk, seen.chunk, strict=True))
             views[origin.name] = View(origin.tensor, origin.base, origin.shape, chunk)
@@ -319,32 +360,44 @@ def views_of(
 
 
 def _tokenizer(
-    folder: Path, options: ConvertOptions, found: Described
+    files: Files, options: ConvertOptions, found: Described
 ) -> tuple[TokenizerFiles | None, list[str]]:
     """The tokenizer that the user names, else the model's own, else None with a warning."""
     length = found.model.max_position_embeddings
     try:
-        tokenizer = read_tokenizer(options.tokenizer or str(folder), model_max_length=length)
+        if options.tokenizer is not None:
+            tokenizer = read_tokenizer(options.tokenizer, model_max_length=length)
+        elif isinstance(files, LocalFiles):
+            tokenizer = read_tokenizer(files.name, model_max_length=length)
+        else:
+            own = read_files(partial(_read, files), files.name)
+            tokenizer = tokenizer_of(own, files.name, "hub", model_max_length=length)
     except TokenizerError as error:
         if options.tokenizer is not None:
             raise
+        code = sorted(name for name in files.sizes() if _CODE.fullmatch(name))
+        if code:
+            return None, [
+                f"no tokenizer is written: {files.name} has one as code ({printable(code[0])}), "
+                "which is never executed; give a folder with a tokenizer.json, or its ranks, with "
+                "--tokenizer"
+            ]
         return None, [f"no tokenizer is written: {error}"]
     return tokenizer, [*tokenizer.notes, *check_fits(tokenizer, found.model.vocab_size)]
 
 
-def _metadata(folder: Path) -> dict[str, str]:
-    found = {}
-    for name in (CONFIG, INDEX):
-        try:
-            found[name] = hashlib.sha256(read_inside(folder, name, limit=2**30)).hexdigest()
-        except FileNotFoundError:
-            continue
-    return found
+def _read(files: Files, name: str, limit: int) -> bytes | None:
+    try:
+        return files.read(name, limit)
+    except FileNotFoundError:
+        return None
+
+
+def _metadata(files: Files) -> dict[str, str]:
+    found = {name: _read(files, name, 2**30) for name in (CONFIG, INDEX)}
+    return {n: hashlib.sha256(raw).hexdigest() for n, raw in found.items() if raw is not None}
 
 
 def _files_digest(hf: HfModel) -> str:
-    lines = []
-    for path in hf.files:
-        status = path.stat()
-        lines.append(f"{path.name} {status.st_size} {status.st_mtime_ns}")
+    lines = [f"{name} {hf.files.version(name)}" for name in hf.weights]
     return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

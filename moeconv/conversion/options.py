@@ -1,6 +1,7 @@
 """What a conversion is asked for, and what its first step gives to the second."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -90,6 +91,9 @@ class Input(Protocol):
     @property
     def folders(self) -> tuple[Path, ...]:
         """Where it is on this machine: OUT may be in none of them, and holds not the first."""
+
+    def connected(self) -> AbstractContextManager[None]:
+        """It is read while this is open."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.conversion.adapter import merge, plan_adapter
 from moeconv.conversion.contents import demand_json
-from moeconv.conversion.incoming import model_folder, plan_incoming
+from moeconv.conversion.incoming import model_files, plan_incoming
 from moeconv.conversion.options import ConvertOptions, Prepared, planned_source
 from moeconv.errors import (
     TensorError,
@@ -49,8 +49,8 @@ def plan_conversion(ckpt: str, options: ConvertOptions) -> Prepared:
         raise UsageError(f"--target {options.target} is none of auto, {', '.join(targets())}")
     if options.dtype != "keep" and options.dtype not in DTYPES:
         raise UsageError(f"--dtype {options.dtype} is none of keep, {', '.join(DTYPES)}")
-    if (folder := model_folder(ckpt)) is not None:
-        return plan_incoming(folder, options)
+    if (files := model_files(ckpt)) is not None:
+        return plan_incoming(files, options)
     if options.base is not None and options.merge_lora is not None:
         raise UsageError("--base converts an adapter alone, and --merge-lora merges it; give one")
     if options.base is not None:

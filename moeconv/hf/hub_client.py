@@ -45,6 +45,7 @@ class Limits:
         file: Bytes of a file.
         rate: Bytes a second, below which a file counts as stalled.
         requests: Requests in all; a listing may name a next page for ever.
+        kept: What is said of what was done until a limit was passed.
     """
 
     still: float = 60.0
@@ -55,6 +56,7 @@ class Limits:
     file: int = 2**30
     rate: float = 1024.0
     requests: int = 20_000
+    kept: str = "run the same command again {when}, what the Hub has is not sent twice"
 
 
 LIMITS = Limits()
@@ -63,19 +65,19 @@ DOWNLOAD = 1800.0
 
 
 @contextmanager
-def hub_client(address: Address) -> Iterator[None]:
-    """While it is open, huggingface_hub's requests keep to `LIMITS`.
+def hub_client(address: Address, limits: Limits | None = None) -> Iterator[None]:
+    """While it is open, huggingface_hub's requests keep to limits, by default `LIMITS`.
 
     Raises:
         HubError: From within huggingface_hub's functions: a limit was passed for good, or the token
             would have gone to another host.
     """
-    session = _Session(address, LIMITS)
+    session, outer = _Session(address, limits or LIMITS), _http._GLOBAL_CLIENT_FACTORY
     set_client_factory(session.client)
     try:
         yield
     finally:
-        set_client_factory(_http.default_client_factory)
+        set_client_factory(outer)
 
 
 def asked_wait(headers: Any) -> float | None:
@@ -171,8 +173,7 @@ class _Session:
             found: Exception = _http_library.ReadTimeout(words)
             return found
         return HubError(
-            f"{words}, {self.stalls} times in a row; run the same command again later, what the "
-            "Hub has is not sent twice"
+            f"{words}, {self.stalls} times in a row; {self.limits.kept.format(when='later')}"
         )
 
     def _heed(self, answer: Any) -> None:
@@ -187,8 +188,8 @@ class _Session:
         if wait > self.limits.asked or self.waited > self.limits.waits:
             until = f"{wait:.0f} s" if wait < 10**9 else "years"
             raise HubError(
-                f"{answer.url.host} takes no more requests for {until} ({answer.status_code}); run "
-                "the same command again then, what the Hub has is not sent twice"
+                f"{answer.url.host} takes no more requests for {until} ({answer.status_code}); "
+                f"{self.limits.kept.format(when='then')}"
             )
         if asked is None:
             answer.headers.pop("Retry-After", None)

@@ -1,26 +1,32 @@
-"""A Hugging Face model's directory, as a source: config.json, the index, and boxes of its tensors.
+"""A Hugging Face model, as a source: config.json, the index, and boxes of its tensors.
 
 Nothing in it is executed, and no file outside of it is read. Tensors are read by offset, as their
 files' headers say; the weights are never looked at before that.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moeconv.errors import ConfigError, NotACheckpointError, TensorError, UnsupportedError
-from moeconv.hf.safetensors import TensorSpec, read_header
-from moeconv.tensor.axes import Array, Box
+from moeconv.errors import (
+    ConfigError,
+    MoeconvError,
+    NotACheckpointError,
+    TensorError,
+    UnsupportedError,
+)
+from moeconv.hf.files import Files
+from moeconv.hf.safetensors import TensorSpec
+from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import STORED
-from moeconv.tensor.stored import ArrayInfo
+from moeconv.tensor.stored import ArrayInfo, Reader
 from moeconv.untrusted import strict_json
-from moeconv.untrusted.files import inside, is_file, read_inside
-from moeconv.untrusted.text import listing
+from moeconv.untrusted.text import listing, printable
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -38,121 +44,137 @@ _OTHERS = {
     ".h5": "is TensorFlow's; save the model as safetensors",
     ".msgpack": "is Flax's; save the model as safetensors",
 }
+# By these a folder is a model's that has lost its config.json.
+_WEIGHTS = re.compile(r"(pytorch_)?model.*\.(safetensors(\.index\.json)?|bin)|.+\.gguf")
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor: its shape and dtype, its file, and the byte at which it begins there."""
+    """A tensor: its shape and dtype, its file's name, and the byte at which it begins there."""
 
     spec: TensorSpec
-    file: Path
+    file: str
     offset: int
 
 
 @dataclass(frozen=True)
 class HfModel:
-    """A model's directory, its headers read.
+    """A model, its headers read.
 
     Attributes:
-        folder: Where it is.
+        files: Where it is.
         config: Content of config.json.
         tensors: Every tensor, by name.
     """
 
-    folder: Path
+    files: Files
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
 
+    @property
+    def name(self) -> str:
+        """Where it is, for people."""
+        return self.files.name
+
     @cached_property
-    def files(self) -> tuple[Path, ...]:
-        """The files of weights."""
+    def weights(self) -> tuple[str, ...]:
+        """Names of the files with its tensors."""
         return tuple(sorted({stored.file for stored in self.tensors.values()}))
 
 
-def is_model(folder: Path) -> bool:
-    """True if a folder is a Hugging Face model's, by its config.json."""
-    with suppress(OSError, ValueError, RecursionError):
-        config = strict_json.loads(read_inside(folder, CONFIG, limit=_JSON_LIMIT))
-        return isinstance(config, dict) and not {"model_type", "architectures"}.isdisjoint(config)
-    return False
+def is_model(files: Files) -> bool:
+    """True if files are a Hugging Face model's: by its config.json, or by weights without one."""
+    names = files.sizes().keys()
+    with suppress(FileNotFoundError, MoeconvError):
+        content = _object(files, CONFIG)
+        return not {"model_type", "architectures"}.isdisjoint(content)
+    if ADAPTER in names:
+        return False
+    return any(_WEIGHTS.fullmatch(name) for name in names)
 
 
-def open_model(folder: Path) -> HfModel:
+def open_model(files: Files) -> HfModel:
     """Reads config.json, the index and every header.
 
     Raises:
         NotACheckpointError: There are no weights in safetensors.
         ConfigError: config.json or the index cannot be read.
         TensorError: A file is damaged, or is not what the index says.
+        StorageError: The Hub failed.
     """
-    config = _object(folder, CONFIG)
+    names = files.sizes()
+    try:
+        config = _object(files, CONFIG)
+    except FileNotFoundError:
+        if SINGLE not in names and INDEX not in names:
+            raise _no_weights(files) from None
+        raise NotACheckpointError(
+            f"{files.name} has no {CONFIG}, which says what the model is; download it"
+        ) from None
     tensors: dict[str, Stored] = {}
-    if is_file(folder, INDEX):
-        index = _object(folder, INDEX).get("weight_map")
+    try:
+        index = _object(files, INDEX).get("weight_map")
+    except FileNotFoundError:
+        try:
+            tensors = _header(files, SINGLE)
+        except FileNotFoundError:
+            raise _no_weights(files) from None
+    else:
         if not isinstance(index, dict) or not all(isinstance(n, str) for n in index.values()):
             raise ConfigError(
-                f"{folder / INDEX} has no weight_map from tensors to files; save the model again"
+                f"{files.name}/{INDEX} has no weight_map from tensors to files; save the model "
+                "again"
             )
         for name in sorted(set(index.values())):
-            found = _header(folder, name)
+            try:
+                found = _header(files, name)
+            except FileNotFoundError:
+                raise NotACheckpointError(
+                    f"{files.name}/{printable(name)} is missing, and {INDEX} names it; download "
+                    "it, or the model again"
+                ) from None
             wrong = {t for t, file in index.items() if file == name} ^ found.keys()
             if wrong:
                 raise TensorError(
-                    f"{folder / INDEX} and {name} do not agree on these tensors:"
+                    f"{files.name}/{INDEX} and {name} do not agree on these tensors:"
                     f"{listing(sorted(wrong))}\nthe download is incomplete, or of two models"
                 )
             tensors |= found
-    elif is_file(folder, SINGLE):
-        tensors = _header(folder, SINGLE)
-    else:
-        raise _no_weights(folder)
     if not tensors:
-        raise NotACheckpointError(f"{folder} has no tensor in its safetensors files")
-    return HfModel(folder, config, tensors)
+        raise NotACheckpointError(f"{files.name} has no tensor in its safetensors files")
+    return HfModel(files, config, tensors)
 
 
-def _object(folder: Path, name: str) -> dict[str, Any]:
+def _object(files: Files, name: str) -> dict[str, Any]:
+    where = f"{files.name}/{name}"
     try:
-        content = strict_json.loads(read_inside(folder, name, limit=_JSON_LIMIT), unique=True)
-    except FileNotFoundError:
-        raise NotACheckpointError(f"{folder} has no {name}, so it is no model") from None
-    except OSError as error:
-        raise ConfigError(f"{folder / name} cannot be read: {error.strerror or error}") from None
+        content = strict_json.loads(files.read(name, _JSON_LIMIT), unique=True)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{folder / name} is no JSON: {error}; save the model again") from None
+        raise ConfigError(f"{where} is no JSON: {error}; download it, or save it, again") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{folder / name} should be a JSON object")
+        raise ConfigError(f"{where} should be a JSON object")
     return content
 
 
-def _header(folder: Path, name: str) -> dict[str, Stored]:
-    try:
-        path = inside(folder, name)
-    except FileNotFoundError:
-        path = None
-    except OSError as error:
-        raise TensorError(f"{folder / name} cannot be read: {error.strerror or error}") from None
-    if path is None or not path.exists():
-        raise NotACheckpointError(
-            f"{folder / name} is missing, and {INDEX} names it; download it, or the model again"
+def _header(files: Files, name: str) -> dict[str, Stored]:
+    return {t: Stored(spec, name, offset) for t, (spec, offset) in files.header(name).items()}
+
+
+def _no_weights(files: Files) -> NotACheckpointError:
+    names = sorted(files.sizes())
+    for name in names:
+        for suffix, why in _OTHERS.items():
+            if name.endswith(suffix):
+                return NotACheckpointError(f"{files.name}/{name} {why}")
+    if loose := [name for name in names if name.endswith(".safetensors")]:
+        return NotACheckpointError(
+            f"{files.name} has {loose[0]}, but neither {SINGLE} nor {INDEX}, which says where "
+            "each tensor is; download the index"
         )
-    return {t: Stored(spec, path, offset) for t, (spec, offset) in read_header(path).items()}
-
-
-def _no_weights(folder: Path) -> NotACheckpointError:
-    with suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            if (why := _OTHERS.get(path.suffix)) is not None:
-                return NotACheckpointError(f"{path} {why}")
-        loose = sorted(folder.glob("*.safetensors"))
-        if loose:
-            return NotACheckpointError(
-                f"{folder} has {loose[0].name}, but neither {SINGLE} nor {INDEX}, which says where "
-                "each tensor is; download the index"
-            )
     return NotACheckpointError(
-        f"{folder} has a config.json but no weights ({SINGLE}, or {INDEX} and its files); download "
-        "them"
+        f"{files.name} has a config.json but no weights ({SINGLE}, or {INDEX} and its files); "
+        "download them"
     )
 
 
@@ -194,37 +216,13 @@ class Tensors:
         size = int(np.prod(view.chunk)) * STORED[dtype].itemsize
         return ArrayInfo((name,), view.shape, dtype, view.chunk, "none", size)
 
-    def reader(self, name: str, chunks: int = 1) -> "Reader":
+    def reader(self, name: str, chunks: int = 1) -> Reader:
         """Opens an array."""
         view = self.views[name]
         stored = self.model.tensors[view.tensor]
         dtype = STORED[stored.spec.dtype]
-        try:
-            values = np.memmap(
-                stored.file,
-                dtype,
-                mode="r",
-                offset=stored.offset + view.base * dtype.itemsize,
-                shape=view.shape,
-            )
-        except (OSError, ValueError) as error:
-            raise TensorError(f"{stored.file} was cut or removed: {error}") from None
-        return Reader(values)
-
-
-class Reader:
-    """Cuts boxes from one array."""
-
-    def __init__(self, values: Array) -> None:
-        self._values = values
-
-    def read(self, box: Box) -> Array:
-        """Reads a box; the result is C-contiguous and owns its memory."""
-        return np.array(self._values[box], order="C", subok=False)
-
-    def decode(self, box: Any) -> bool:
-        """Nothing is compressed."""
-        return True
+        offset = stored.offset + view.base * dtype.itemsize
+        return self.model.files.reader(stored.file, dtype, offset, view.shape)
 
 
 @dataclass(frozen=True)
@@ -259,6 +257,6 @@ def refuse_quantised(model: HfModel) -> None:
     if isinstance(quantised, dict):
         method = quantised.get("quant_method", "a method without a name")
         raise UnsupportedError(
-            f"{model.folder / CONFIG} says that the weights are quantised by {method}; convert the "
+            f"{model.name}/{CONFIG} says that the weights are quantised by {method}; convert the "
             "model in bfloat16"
         )

@@ -12,7 +12,7 @@ in memory, and writes the memory order of a transposed numpy array as if it were
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,20 +75,41 @@ def lay_out(tensors: Sequence[TensorSpec]) -> FileLayout:
     return FileLayout(header, offsets, len(header) + position)
 
 
-def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
-    """Reads a file's header: every tensor with the absolute offset of its first byte.
+# Every tensor of a file, with the absolute offset of its first byte.
+Header = dict[str, tuple[TensorSpec, int]]
+
+
+def read_header(path: Path) -> Header:
+    """Reads a file's header.
+
+    Raises:
+        TensorError: As `parse_header`, or the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return parse_header(path, path.stat().st_size, file.read)
+    except OSError as error:
+        raise TensorError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+def parse_header(where: object, size: int, read: Callable[[int], bytes]) -> Header:
+    """Reads a file's header.
+
+    Args:
+        where: The file, for people.
+        size: Its bytes.
+        read: Gives as many bytes as asked for, from the file's first on.
 
     Raises:
         TensorError: It is not a safetensors file, holds a dtype that moeconv does not write, or its
             tensors do not fill the payload exactly.
+        OSError: From `read`.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > min(size, 100_000_000):
-                raise ValueError("the header is longer than the file")
-            table = loads(file.read(length), unique=True)
+        length = int.from_bytes(read(8), "little")
+        if length > min(size, 100_000_000):
+            raise ValueError("the header is longer than the file")
+        table = loads(read(length), unique=True)
         if not isinstance(table, dict):
             raise ValueError("its header is no JSON object")
         names = {code: name for name, code in _CODES.items()}
@@ -108,6 +129,6 @@ def read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
             position = stop
         if position != size:
             raise ValueError(f"it has {size} bytes where its header says {position}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise TensorError(f"{path} is not a whole safetensors file: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TensorError(f"{where} is not a whole safetensors file: {error}") from None
     return found

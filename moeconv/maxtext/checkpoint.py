@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -107,6 +107,10 @@ class StoredCheckpoint:
         step = (items.parent if items.name == "items" else items).resolve()
         steps = [step.parent] if step.parent.name == "checkpoints" else []
         return (step, items.resolve(), *steps)
+
+    def connected(self) -> AbstractContextManager[None]:
+        """It is read while this is open; tensorstore holds its connections itself."""
+        return nullcontext()
 
     @cached_property
     def metadata(self) -> dict[str, str]:

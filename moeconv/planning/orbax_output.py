@@ -187,3 +187,26 @@ def source_chunk(form: Form, chunk: Sequence[int], shape: Sequence[int]) -> tupl
     return tuple(
         min(size, steps.get(axis, size)) for axis, size in zip(form.axes, shape, strict=True)
     )
+
+
+def in_a_row(chunk: Sequence[int], shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """A chunk whose bytes follow each other: beyond the first axis of several entries it is whole.
+
+    Along that axis it has as many entries, of whole chunks where it can, as make `CHUNK_BYTES`.
+
+    Args:
+        chunk: Its shape.
+        shape: That of the array.
+        itemsize: Bytes of a value.
+    """
+    lead = next((n for n, step in enumerate(chunk) if step > 1), 0)
+    while True:
+        step, behind = chunk[lead], tuple(shape[lead + 1 :])
+        most = max(1, CHUNK_BYTES // max(1, math.prod(behind) * itemsize))
+        if step <= most:
+            step = min(shape[lead], most // step * step)
+        elif tuple(chunk[lead + 1 :]) != behind:
+            step = most
+        if step < shape[lead] or lead == 0:
+            return (*chunk[:lead], step, *behind)
+        lead -= 1  # all of it fits: several of these

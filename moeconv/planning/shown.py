@@ -35,6 +35,8 @@ def plan_parts(plan: "Plan") -> "Iterator[RenderableType]":
         yield f"{name}  {format_size(size)}"
     estimate = plan.estimate
     scratch = f" (scratch {format_size(estimate.scratch_bytes)})" if estimate.scratch_bytes else ""
+    if plan.source.path.startswith("hf://"):
+        yield f"downloads {format_size(estimate.read_bytes)} of {plan.source.path}"
     yield (
         f"reads {format_size(estimate.read_bytes)} in {len(plan.units)} units, writes "
         f"{format_size(estimate.write_bytes)}; disk {format_size(estimate.disk_bytes)}{scratch}"

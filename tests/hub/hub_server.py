@@ -1,4 +1,4 @@
-"""A small Hub on loopback, over real HTTP, with named faults: what push is tested against.
+"""A small Hub on loopback, over real HTTP, with named faults, for push and for reading from it.
 
 `python tests/hub/hub_server.py FOLDER` serves one for trying things out by hand.
 """
@@ -44,7 +44,8 @@ class Fault:
         skip: Requests that go well before.
         status: Answer with it.
         headers: Of that answer.
-        drop: Break the connection: `mid` the body, or `after` the work is done.
+        drop: Break the connection: `mid` the body, `after` the work is done, or `half` way through
+            the answer.
         before: Called before the request is handled as ever.
         part: Only this part of an upload.
         where: Only addresses that hold this.
@@ -72,6 +73,7 @@ class Seen:
     body: int
     ended: str
     token: str | None
+    sent: int = 0
 
 
 ROUTES = [
@@ -89,6 +91,7 @@ ROUTES = [
     ("POST", "lfs_batch", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
     ("PUT", "put", r"/storage/(?P<upload>\w+)/(?P<oid>\w+)/(?P<part>\d+)"),
     ("POST", "complete", r"/storage/(?P<upload>\w+)/(?P<oid>\w+)/complete"),
+    ("GET", "stored", r"/stored/(?P<oid>\w+)"),
     ("GET", "resolve", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<rev>[^/]+)/(?P<path>.+)"),
 ]
 
@@ -99,6 +102,7 @@ class Hub:
     Attributes:
         part_size: Files above it are uploaded in parts.
         page: Files on one page of a listing.
+        elsewhere: The address that large files are read from, if not this one.
     """
 
     def __init__(self, folder: Path, port: int = 0) -> None:
@@ -107,6 +111,7 @@ class Hub:
         self.seen: list[Seen] = []
         self.part_size = 1 << 30
         self.page = 1000
+        self.elsewhere: str | None = None
         self.lock = threading.RLock()
         self.uploads = 0
         hub = self
@@ -202,7 +207,8 @@ class _Handler(Routes, BaseHTTPRequestHandler):
         if fault is not None and fault.drop == "after":
             return self._break(half=False)
         status, content, headers = answer if isinstance(answer, tuple) else (200, answer, {})
-        self._answer(status, content, headers)
+        half = fault is not None and fault.drop == "half"
+        self._answer(status, content, headers, half=half)
 
     do_GET = do_POST = do_PUT = do_HEAD = _handle  # noqa: N815
 
@@ -237,10 +243,17 @@ class _Handler(Routes, BaseHTTPRequestHandler):
         self.close_connection = True
         self.connection.shutdown(socket.SHUT_RDWR)
 
-    def _answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
+    def _answer(
+        self,
+        status: int,
+        content: Any,
+        headers: dict[str, str] | None = None,
+        *,
+        half: bool = False,
+    ) -> None:
         raw = content if isinstance(content, bytes) else json.dumps(content).encode()
         if hasattr(self, "record"):
-            self.record.ended = str(status)
+            self.record.ended, self.record.sent = str(status), len(raw)
         self.send_response(status)
         for name, value in (headers or {}).items():
             self.send_header(name, value)
@@ -249,12 +262,15 @@ class _Handler(Routes, BaseHTTPRequestHandler):
             self.send_header("Content-Type", "application/json")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(raw)
+            self.wfile.write(raw[: len(raw) // 2] if half else raw)
+        if half:
+            self.wfile.flush()
+            self._break(half=False)
 
     # Who may do what -------------------------------------------------------------------------
 
     def _user(self, token: str | None) -> dict[str, Any] | None:
-        if token is None or self.record.route in ("put", "complete"):
+        if token is None or self.record.route in ("put", "complete", "stored"):
             return None  # storage is reached by signed addresses, never with a token
         if token not in TOKENS:
             raise RefusedError(401, "Invalid credentials in Authorization header")

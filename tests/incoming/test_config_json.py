@@ -1,7 +1,6 @@
 """A config.json is read whole: what MaxText does not compute, and what nobody knows, is refused."""
 
 import json
-from pathlib import Path
 
 import pytest
 import synthetic
@@ -14,7 +13,7 @@ from moeconv.hf.config import model_config
 from moeconv.mapping.reading import ROPE_KEYS
 from moeconv.mapping.rules import Options
 
-_WHERE = Path("config.json")
+_WHERE = "config.json"
 # Of published models, as their config.json says it.
 PUBLISHED = {
     "mixtral-8x7b": {

@@ -7,7 +7,7 @@ MaxText itself builds from config.yml, as shapes only.
 import importlib.util
 from collections.abc import Callable, Mapping
 
-from moeconv.arch.config_sources import TOKEN_IDS
+from moeconv.arch.defaults import TOKEN_IDS
 from moeconv.arch.yaml_file import read_yaml
 from moeconv.conversion.run_files import CONFIG_NAME
 from moeconv.maxtext.checkpoint import find_sidecar
