@@ -7,7 +7,7 @@ written, as if it were read, and each edge is turned round.
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from moeconv.arch.arrange import arranged
 from moeconv.arch.model_keys import demanded_keys, semantic_keys, size_keys
-from moeconv.conversion.described import Described, describe
+from moeconv.conversion.described import Described, describe, text_model
 from moeconv.conversion.options import ConvertOptions, Prepared
 from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
 from moeconv.hf.model import (
@@ -26,16 +26,18 @@ from moeconv.hf.model import (
     View,
     is_model,
     open_model,
-    refuse_quantised,
+    with_quantised,
 )
 from moeconv.hf.tokenizer import TokenizerFiles, check_fits, read_tokenizer
 from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.reading import MULTIMODAL
 from moeconv.mapping.reverse import Origin, reverse
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.orbax.inventory import fingerprints
 from moeconv.planning.orbax_output import MESH, OrbaxOutput, orbax_output, source_chunk
 from moeconv.planning.plan import PlannedSource, PlannedTokenizer, build_plan
+from moeconv.tensor.dtypes import DTYPES
 from moeconv.tensor.stored import Source
 from moeconv.untrusted.files import is_address, read_inside
 from moeconv.untrusted.text import listing
@@ -78,21 +80,22 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
     """
     unchanged = Unchanged()
     unchanged.watch(partial(fingerprints, folder))
-    hf = open_model(folder)
-    refuse_quantised(hf)
+    hf, beside = _text_model(open_model(folder))
+    hf = with_quantised(hf)
     found = describe(hf.config, folder / CONFIG, block=options.block, accept=options.accept)
-    page, model = found.page, found.model
+    page, model = found.page.spelled_as(hf.tensors), found.model
     layout = arranged(
         found.block, model, scan_layers=options.scan_layers, scan_axis=options.scan_axis
     )
     tokenizer, warnings = _tokenizer(folder, options, found)
     forward = expand(page, model, layout, {a.name: "float32" for a in layout.arrays})
-    dropped = _demand_tensors(hf, forward, found)
+    dropped = _demand_tensors(hf, forward, found, beside)
     _demand_fills(hf, forward)
     dtypes = _dtypes(hf, forward, options)
     forward = expand(page, model, layout, dtypes)
     stored = {name: tensor.spec.dtype for name, tensor in hf.tensors.items()}
-    edges, origins = reverse(forward, page, layout, stored)
+    scales = {name: t.scales for name, t in hf.tensors.items() if t.scales is not None}
+    edges, origins = reverse(forward, page, layout, stored, scales)
     settings = {
         **demanded_keys(found.block),
         **size_keys(model, layout),
@@ -157,8 +160,29 @@ def _left_out(dropped: Mapping[str, str]) -> list[str]:
     ]
 
 
-def _demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> dict[str, str]:
+def _text_model(hf: HfModel) -> tuple[HfModel, Mapping[str, str]]:
+    """The text model of a multimodal one, and what else that has, as `Reading.left_out`."""
+    config, whole = text_model(hf.config, hf.folder / CONFIG)
+    if whole is None:
+        return hf, {}
+    tensors = {}
+    for name, stored in hf.tensors.items():
+        begins = next((text for text in MULTIMODAL if name.startswith(text)), None)
+        own = name if begins is None else MULTIMODAL[begins] + name.removeprefix(begins)
+        tensors[own] = replace(stored, spec=replace(stored.spec, name=own))
+    return replace(hf, config=config, tensors=tensors), whole.left_out
+
+
+def _demand_tensors(
+    hf: HfModel, forward: tuple[Edge, ...], found: Described, beside: Mapping[str, str]
+) -> dict[str, str]:
     """Compares the tensors of a model with those of its page; those left out, with the reason.
+
+    Args:
+        hf: The model.
+        forward: How the page's tensors are made.
+        found: What config.json says.
+        beside: What a multimodal model has besides, as `Reading.left_out`.
 
     Raises:
         TensorError: One is missing, unknown, or of another shape.
@@ -169,7 +193,8 @@ def _demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) ->
     dropped: dict[str, str] = {}
     unknown = []
     for name in sorted(hf.tensors.keys() - wanted.keys()):
-        reasons = (why for text, why in reading.left_out.items() if re.match(text, name))
+        left_out = {**beside, **reading.left_out}
+        reasons = (why for text, why in left_out.items() if re.match(text, name))
         if name == "lm_head.weight" and found.model.tie_word_embeddings:
             dropped[name] = "tie_word_embeddings is true, and transformers ties it to the embedding"
         elif _BUFFERS.fullmatch(name):
@@ -195,7 +220,12 @@ def _demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) ->
             f"leaving them out would change the model:{listing(unknown)}"
         )
     for name, edge in wanted.items():
-        shape = hf.tensors[name].spec.shape
+        shape, dtype = hf.tensors[name].spec.shape, hf.tensors[name].spec.dtype
+        if dtype not in DTYPES and hf.tensors[name].scales is None:
+            raise UnsupportedError(
+                f"{hf.tensors[name].file}: {name} is stored as {dtype}, and {CONFIG} does not say "
+                f"how it is quantised; moeconv reads {', '.join(DTYPES)}"
+            )
         if shape != edge.shape:
             raise TensorError(
                 f"{hf.tensors[name].file}: {name} has shape {list(shape)}, but {CONFIG} makes it "
@@ -222,12 +252,17 @@ def _demand_fills(hf: HfModel, forward: tuple[Edge, ...]) -> None:
 
 
 def _dtypes(hf: HfModel, forward: tuple[Edge, ...], options: ConvertOptions) -> dict[str, str]:
-    """The dtype of each array: that of its tensors, float32 where a factor is folded into it."""
+    """The dtype of each array: that of its tensors, float32 where a factor is folded into it.
+
+    A quantised tensor has the dtype of its numbers.
+    """
     stored: dict[str, set[str]] = {}
     folded: set[str] = set()
     for edge in forward:
         for part in edge.parts:
-            stored.setdefault(part.source, set()).add(hf.tensors[edge.target].spec.dtype)
+            tensor = hf.tensors[edge.target]
+            dtype = tensor.spec.dtype if tensor.scales is None else tensor.scales.through[-1]
+            stored.setdefault(part.source, set()).add(dtype)
             if part.form.value.fold is not None:
                 folded.add(part.source)
     if options.dtype != "keep":
@@ -264,6 +299,11 @@ def _views(
             if (seen := views.get(origin.name)) is not None:
                 chunk = tuple(max(a, b) for a, b in zip(chunk, seen.chunk, strict=True))
             views[origin.name] = View(origin.tensor, origin.base, origin.shape, chunk)
+            for other in part.form.value.companions:
+                scales = origins[other.source]
+                # Of stacked experts those of one.
+                once = (1,) * max(0, len(scales.shape) - 2) + scales.shape[-2:]
+                views[scales.name] = View(scales.tensor, scales.base, scales.shape, once)
     return views
 
 

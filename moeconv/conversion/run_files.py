@@ -69,10 +69,8 @@ def _derived(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _narrowed(plan: Plan) -> dict[str, str]:
     """The dtype of the tensors of each array that is wider, for a factor that is folded into it."""
-    info = plan.source.arrays
     return {
         name: found.pop()
         for name, edge in plan.edges.items()
-        if len(found := {info[source].dtype for source in edge.sources}) == 1
-        and found != {edge.dtype}
+        if len(found := {value.number for value in edge.values}) == 1 and found != {edge.dtype}
     }

@@ -145,6 +145,14 @@ RULES = (
     Rule("GptOssMlp.wo_bias", f"{PLACE}.mlp.experts.down_proj_bias", "E D -> E D",
          layers=MOE_LAYERS),
 )
+# MXFP4, as it is published: the weights of each expert are transposed (transformers
+# integrations/mxfp4.py `convert_moe_packed_tensors`).
+SPELLED = (
+    Rule(("GptOssMlp.wi_0", "GptOssMlp.wi_1"), f"{PLACE}.mlp.experts.gate_up_proj_blocks",
+         "E D M -> E (M g) D", layers=MOE_LAYERS),
+    Rule("GptOssMlp.wo", f"{PLACE}.mlp.experts.down_proj_blocks", "E M D -> E D M",
+         layers=MOE_LAYERS),
+)
 # fmt: on
 
 
@@ -186,6 +194,7 @@ TARGET = Target(
         ignored=frozenset({"initial_context_length", "experts_per_token"}),
     ),
     rules=(*TRUNK, *attention("GptOssAttention"), *RULES),
+    spelled=SPELLED,
     probe=Probe(router="router"),
     caveats=_caveats,
     config=(

@@ -4,19 +4,22 @@ Nothing in it is executed, and no file outside of it is read. Tensors are read b
 files' headers say; the weights are never looked at before that.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moeconv.errors import ConfigError, NotACheckpointError, TensorError, UnsupportedError
+from moeconv.errors import ConfigError, NotACheckpointError, TensorError
+from moeconv.hf.quantised import quantised
 from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.tensor.axes import Array, Box
 from moeconv.tensor.dtypes import STORED
+from moeconv.tensor.quantised import Scales
 from moeconv.tensor.stored import ArrayInfo
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.files import inside, is_file, read_inside
@@ -42,11 +45,21 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor: its shape and dtype, its file, and the byte at which it begins there."""
+    """A tensor: its shape and dtype, its file, and the byte at which it begins there.
+
+    Attributes:
+        spec: Its name, shape and dtype.
+        file: Its file.
+        offset: Of its first byte.
+        scales: Where it is quantised, its scales.
+        nibbles: Two values of 4 bits are in a byte, the first in its lower half.
+    """
 
     spec: TensorSpec
     file: Path
     offset: int
+    scales: Scales | None = None
+    nibbles: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,12 +69,14 @@ class HfModel:
     Attributes:
         folder: Where it is.
         config: Content of config.json.
-        tensors: Every tensor, by name.
+        tensors: Every tensor, by name; a quantised weight is one.
+        scales: The scales of quantised weights, by name.
     """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    scales: Mapping[str, Stored] = field(default_factory=dict)
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -136,7 +151,31 @@ def _header(folder: Path, name: str) -> dict[str, Stored]:
         raise NotACheckpointError(
             f"{folder / name} is missing, and {INDEX} names it; download it, or the model again"
         )
-    return {t: Stored(spec, path, offset) for t, (spec, offset) in read_header(path).items()}
+    header = read_header(path, foreign=True)
+    return {t: Stored(spec, path, offset) for t, (spec, offset) in header.items()}
+
+
+def with_quantised(model: HfModel) -> HfModel:
+    """A model whose quantised weights are one tensor each, with their scales apart.
+
+    Raises:
+        UnsupportedError: It is quantised by a method, or in a variant, that is not read.
+        TensorError: A weight lacks its scales, or a tensor holds no numbers.
+    """
+    specs = {name: stored.spec for name, stored in model.tensors.items()}
+    found, parts = quantised(model.config, specs, str(model.folder / CONFIG))
+    weights = {
+        name: replace(
+            model.tensors[weight.values],
+            spec=weight.spec,
+            scales=weight.scales,
+            nibbles=weight.spec.shape != specs[weight.values].shape,
+        )
+        for name, weight in found.items()
+    }
+    plain = {name: stored for name, stored in model.tensors.items() if name not in parts}
+    scales = {weight.scales.name: model.tensors[weight.scales.name] for weight in found.values()}
+    return replace(model, tensors={**plain, **weights}, scales=scales)
 
 
 def _no_weights(folder: Path) -> NotACheckpointError:
@@ -190,25 +229,32 @@ class Tensors:
         self.info = {name: self._describe(name, view) for name, view in self.views.items()}
 
     def _describe(self, name: str, view: View) -> ArrayInfo:
-        dtype = self.model.tensors[view.tensor].spec.dtype
+        dtype = self._stored(view).spec.dtype
         size = int(np.prod(view.chunk)) * STORED[dtype].itemsize
         return ArrayInfo((name,), view.shape, dtype, view.chunk, "none", size)
 
-    def reader(self, name: str, chunks: int = 1) -> "Reader":
+    def _stored(self, view: View) -> Stored:
+        return self.model.scales.get(view.tensor) or self.model.tensors[view.tensor]
+
+    def reader(self, name: str, chunks: int = 1) -> "Reader | NibbleReader":
         """Opens an array."""
         view = self.views[name]
-        stored = self.model.tensors[view.tensor]
-        dtype = STORED[stored.spec.dtype]
+        stored = self._stored(view)
+        dtype, shape, base = STORED[stored.spec.dtype], view.shape, view.base
+        if stored.nibbles:
+            dtype, shape, base = np.dtype(np.uint8), (math.prod(shape) // 2,), base // 2
         try:
             values = np.memmap(
                 stored.file,
                 dtype,
                 mode="r",
-                offset=stored.offset + view.base * dtype.itemsize,
-                shape=view.shape,
+                offset=stored.offset + base * dtype.itemsize,
+                shape=shape,
             )
         except (OSError, ValueError) as error:
             raise TensorError(f"{stored.file} was cut or removed: {error}") from None
+        if stored.nibbles:
+            return NibbleReader(values, view.shape, stored.spec.dtype)
         return Reader(values)
 
 
@@ -227,16 +273,36 @@ class Reader:
         return True
 
 
-def refuse_quantised(model: HfModel) -> None:
-    """Refuses weights that are stored as anything but numbers.
+class NibbleReader:
+    """Cuts boxes from an array of 4-bit values, two in a byte, the first in its lower half.
 
-    Raises:
-        UnsupportedError: Names the method.
+    int4 has 8 added (compressed_tensors `pack_to_int32`), e2m1 is as it is.
     """
-    quantised = model.config.get("quantization_config")
-    if isinstance(quantised, dict):
-        method = quantised.get("quant_method", "a method without a name")
-        raise UnsupportedError(
-            f"{model.folder / CONFIG} says that the weights are quantised by {method}; convert the "
-            "model in bfloat16"
+
+    def __init__(self, values: Array, shape: tuple[int, ...], dtype: str) -> None:
+        # The innermost axes of which a row is whole bytes.
+        self._inner = next(
+            n for n in range(len(shape) - 1, -1, -1) if math.prod(shape[n:]) % 2 == 0
         )
+        self._shape = shape
+        self._values = values.reshape(*shape[: self._inner], -1)
+        self._dtype, self._flip = STORED[dtype], 8 if dtype == "int4" else 0
+
+    def read(self, box: Box) -> Array:
+        """Reads a box; the result is C-contiguous and owns its memory."""
+        box = (*box, *[slice(None)] * (len(self._shape) - len(box)))
+        outer, inner = box[: self._inner], box[self._inner :]
+        whole, first = self._shape[self._inner :], inner[0]
+        if len(inner) == 1 and isinstance(first, slice):  # no more than the bytes of the box
+            start, stop, _ = first.indices(whole[0])
+            begin, end = start // 2, -(-stop // 2)
+            outer = (*outer, slice(begin, end))
+            inner, whole = (slice(start - 2 * begin, stop - 2 * begin),), (2 * (end - begin),)
+        found = np.array(self._values[outer], order="C", subok=False)
+        apart = np.stack([found & 0xF, found >> 4], axis=-1) ^ np.uint8(self._flip)
+        apart = apart.view(self._dtype).reshape(*found.shape[:-1], *whole)
+        return np.ascontiguousarray(apart[(..., *inner)])
+
+    def decode(self, box: Any) -> bool:
+        """Nothing is compressed."""
+        return True

@@ -11,6 +11,43 @@ Config = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Multimodal:
+    """A class of transformers that holds an architecture's model beside others.
+
+    Its config has the model's as `text_config`; its tensors, the model's below `language_model`.
+
+    Attributes:
+        architecture: The class.
+        left_out: What else it has, by the expression that the beginning of its tensors' names
+            matches.
+    """
+
+    architecture: str
+    left_out: Mapping[str, str]
+
+
+# Beginnings of the model's tensors in a multimodal one, and what they are in its own: before
+# transformers 4.52 and after.
+MULTIMODAL = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+# Keys that the whole has, and that are the model's.
+_SHARED_KEYS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+
+
+def text_config(config: Config, architecture: str) -> dict[str, Any]:
+    """The config of the text model in a multimodal one, as if it were alone.
+
+    Raises:
+        KeyError: There is none.
+    """
+    shared = {key: config[key] for key in _SHARED_KEYS if config.get(key) is not None}
+    return {**config["text_config"], **shared, "architectures": [architecture]}
+
+
+@dataclass(frozen=True)
 class Reading:
     """How a config.json of an architecture becomes a model's description.
 
@@ -28,6 +65,7 @@ class Reading:
             architecture's does.
         left_out: Why tensors whose names match are left out, by the expression that the beginning
             of the name matches.
+        multimodal: Classes that hold this model and others, of which it alone is read.
     """
 
     derived: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
@@ -36,6 +74,7 @@ class Reading:
     ropes: Callable[[Config], Any] = lambda config: rope_of(config)
     ignored: frozenset[str] = frozenset()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    multimodal: tuple[Multimodal, ...] = ()
 
 
 # Keys of all spellings of RoPE, which `Reading.ropes` makes one of.
