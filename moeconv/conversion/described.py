@@ -107,7 +107,7 @@ def text_model(
         if whole.architecture in config["architectures"]:
             if not isinstance(config.get("text_config"), Mapping):
                 raise ConfigError(f"{where}: a {whole.architecture} has a text_config")
-            return text_config(config, page.architecture), whole
+            return text_config(config, whole, page.architecture), whole
     return config, None
 
 

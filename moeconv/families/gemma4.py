@@ -17,7 +17,7 @@ from moeconv.arch.parameters import LayerKind, Layers
 from moeconv.errors import UnsupportedError
 from moeconv.families._gemma4 import LAYERS, PATTERN, ROUTED, RULES, STACKINGS
 from moeconv.families._shared import CONFIG, DROPS_TOKENS, IDLE, QUANTISES, setting
-from moeconv.mapping.reading import Config, Reading, ropes_of, typed
+from moeconv.mapping.reading import Config, Reading, multimodal, ropes_of, typed
 from moeconv.mapping.rules import ConfigKey, Probe, Target, constant, from_field
 
 
@@ -237,6 +237,17 @@ TARGET = Target(
         _reading_fields,
         _reading_settings,
         _read_ropes,
+        multimodal=(
+            multimodal(
+                "Gemma4ForConditionalGeneration",
+                ("vision_tower", "vision tower"),
+                ("audio_tower", "audio tower"),
+                ("embed_vision", "projector of images"),
+                ("embed_audio", "projector of sound"),
+                # modeling_gemma4.py `create_causal_mask_mapping`: of the tokens of an image.
+                unread={"use_bidirectional_attention": "vision"},
+            ),
+        ),
         # Without layers that have inputs of their own; the sizes are read (`_global_sizes`).
         ignored=frozenset(
             {

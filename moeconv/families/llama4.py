@@ -32,7 +32,7 @@ from moeconv.families._shared import (
     shared_experts,
     shared_parameters,
 )
-from moeconv.mapping.reading import Config, Reading
+from moeconv.mapping.reading import Config, Reading, multimodal
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
     MOE_LAYERS,
@@ -206,6 +206,13 @@ TARGET = Target(
         },
         _reading_fields,
         _reading_settings,
+        multimodal=(
+            multimodal(
+                "Llama4ForConditionalGeneration",
+                ("vision_model", "vision model"),
+                ("multi_modal_projector", "projector of images"),
+            ),
+        ),
         ignored=frozenset({"cache_implementation", "for_llm_compressor", "no_rope_layer_interval"}),
     ),
     rules=(*TRUNK, *ATTENTION, *RULES),

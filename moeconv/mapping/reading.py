@@ -20,10 +20,27 @@ class Multimodal:
         architecture: The class.
         left_out: What else it has, by the expression that the beginning of its tensors' names
             matches.
+        unread: Keys of the text model's config, with the value that is about what is left out.
     """
 
     architecture: str
     left_out: Mapping[str, str]
+    unread: Config = field(default_factory=dict)
+
+
+def multimodal(
+    architecture: str, *others: tuple[str, str], unread: Config | None = None
+) -> Multimodal:
+    """A multimodal class.
+
+    Args:
+        architecture: The class.
+        others: Of each part beside the text model: its name in the class, and in words.
+        unread: See `Multimodal`.
+    """
+    why = "only the text model of a multimodal one is converted, without its {}"
+    left_out = {rf"(model\.)?{name}\.": why.format(words) for name, words in others}
+    return Multimodal(architecture, left_out, unread or {})
 
 
 # Beginnings of the model's tensors in a multimodal one, and what they are in its own: before
@@ -37,14 +54,22 @@ MULTIMODAL = {
 _SHARED_KEYS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
 
 
-def text_config(config: Config, architecture: str) -> dict[str, Any]:
+def text_config(config: Config, whole: Multimodal, architecture: str) -> dict[str, Any]:
     """The config of the text model in a multimodal one, as if it were alone.
 
-    Raises:
-        KeyError: There is none.
+    Args:
+        config: Of the multimodal one, with a `text_config`.
+        whole: Its class.
+        architecture: The text model's.
     """
     shared = {key: config[key] for key in _SHARED_KEYS if config.get(key) is not None}
-    return {**config["text_config"], **shared, "architectures": [architecture]}
+    given: Config = config["text_config"]
+    own = {
+        key: value
+        for key, value in given.items()
+        if key not in whole.unread or value != whole.unread[key]
+    }
+    return {**own, **shared, "architectures": [architecture]}
 
 
 @dataclass(frozen=True)
