@@ -30,7 +30,14 @@ from moeconv.families._deepseek import (
     routes_so_since,
     stacking,
 )
-from moeconv.families._shared import DROPS_TOKENS, IDLE, IDLE_MOE, QUANTISES, shared_experts
+from moeconv.families._shared import (
+    DROPS_TOKENS,
+    IDLE,
+    IDLE_MOE,
+    QUANTISES,
+    fused_experts,
+    shared_experts,
+)
 from moeconv.mapping.reading import multimodal
 from moeconv.mapping.rules import Options, Probe, Rule, Target
 
@@ -147,6 +154,7 @@ TARGET = Target(
     requires=_requires,
     since="4.51.0",
     caveats=_caveats,
+    spelled=fused_experts(ROUTED),
     rules=(*RULES, *BIAS),
     probe=Probe(
         scores=lambda mlp, output: output[0].sigmoid() + mlp.gate.e_score_correction_bias,

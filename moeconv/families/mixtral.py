@@ -22,6 +22,7 @@ from moeconv.families._shared import (
     READING,
     TRUNK,
     experts,
+    fused_experts,
     has_scaled_rope,
     moe_parameters,
     rope_reading,
@@ -29,6 +30,7 @@ from moeconv.families._shared import (
 )
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
+    MOE_LAYERS,
     ConfigKey,
     Options,
     Probe,
@@ -131,6 +133,15 @@ TARGET = Target(
             "layer_kinds": [MOE] * c["num_hidden_layers"],
             "moe_intermediate_size": c["intermediate_size"],
         },
+    ),
+    spelled=(
+        *fused_experts("MoeBlock_0"),
+        Rule(
+            "MoeBlock_0.gate.kernel",
+            "model.layers.{L}.mlp.gate.weight",
+            "D E -> E D",
+            layers=MOE_LAYERS,
+        ),
     ),
     rules=(
         *TRUNK,

@@ -20,6 +20,7 @@ from moeconv.families._shared import (
     READING,
     TRUNK,
     experts,
+    fused_experts,
     moe_parameters,
     untied_by_sglang,
 )
@@ -55,6 +56,7 @@ TARGET = Target(
     caveats=untied_by_sglang,
     # No layer is dense.
     reading=replace(READING, ignored=frozenset({"intermediate_size"})),
+    spelled=fused_experts("moe_block"),
     rules=(
         *TRUNK,
         *ATTENTION,
