@@ -3,6 +3,8 @@ SHELL := bash
 VENV := .venv
 PY := $(VENV)/bin/python
 CUDA_PLUGIN := $(VENV)/cuda-plugin
+# Bytecode is kept, whatever the environment says: to compile an import takes longer than to run it.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv cuda-plugin demo test test-slow prove fuzz lint format docs docs-check bench pins clean

@@ -3,8 +3,10 @@
 import gc
 import hashlib
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 # A job in the background ignores Ctrl-C, and so would every process that the tests start.
@@ -35,11 +37,20 @@ import pytest  # noqa: E402
 
 pytest_plugins = ["proof_plugin"]
 
+_MEMORY = Path("/dev/shm")
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The default suite compiles much and computes little: XLA for CPU need not optimise."""
-    if config.option.markexpr == "not slow":
-        os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    """The default suite compiles much and computes little: XLA for CPU need not optimise.
+
+    It also writes many small files, each of which is synced: in memory, where the system has room.
+    """
+    if config.option.markexpr != "not slow":
+        return
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+    room = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 2**33
+    if room and "TMPDIR" not in os.environ:
+        tempfile.tempdir = os.environ["TMPDIR"] = str(_MEMORY)
 
 
 @pytest.fixture(scope="session")

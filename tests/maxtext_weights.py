@@ -22,10 +22,10 @@ class Weights:
         self._layers = config.num_decoder_layers
         self._dense = config.first_num_dense_layers
         # Whose norms are kept as what is added to 1 (layers/normalizations.py `Qwen3NextRMSNorm`).
-        self._centred = config.decoder_block.value in ("qwen3_next", "qwen3_5")
+        self._centred = config.decoder_block.value in ("qwen3_next", "qwen3_5", "gpt3")
         # Its router sees 1/sqrt(width) of what others see (models/gemma4.py `Gemma4MoE`), and its
         # norms, but for these, make scores of sqrt(head_dim) and layers that drown the ones before.
-        gemma4 = config.decoder_block.value == "gemma4"
+        gemma4 = config.decoder_block.value in ("gemma4", "gemma4_small")
         gated = 1.0 if gemma4 else 1.0 / np.sqrt(config.emb_dim)
         self._halved = (
             ("query_norm.scale", "post_self_attention_norm.scale", "post_ffw_norm.scale")
@@ -38,6 +38,10 @@ class Weights:
         folded = blocks()[config.decoder_block.value].query_scale_in_kernel
         normalized = config.normalize_embedding_logits or not config.logits_via_embedding
         self._scale = {
+            "embed_tokens_per_layer": 1.0 / np.sqrt(config.hidden_size_per_layer_input or 1),
+            "per_layer_model_projection.kernel": 1.0,
+            "per_layer_input_gate.kernel": 1.5 / np.sqrt(width),
+            "per_layer_projection.kernel": 1.0,
             "query.kernel": 1.5 / np.sqrt(width) / (np.sqrt(head) if folded else 1.0),
             "key.kernel": 1.5 / np.sqrt(width),
             "value.kernel": 1.0 / np.sqrt(width),
@@ -45,6 +49,8 @@ class Weights:
             "gate.kernel": 2.0 * gated,
             "wq_a.kernel": 1.0 / np.sqrt(width),
             "wq_b.kernel": 1.5 / np.sqrt(config.q_lora_rank or 1),
+            "indexer.wk.kernel": 1.5 / np.sqrt(width),
+            "weights_proj.kernel": 1.0 / np.sqrt(width),
             "wkv_a.kernel": 1.5 / np.sqrt(width),
             "wkv_b.kernel": 1.5 / np.sqrt(config.kv_lora_rank),
             "in_proj_qkvz.kernel": 1.5 / np.sqrt(width),
@@ -58,6 +64,9 @@ class Weights:
             "wi_0.kernel": 1.5 / np.sqrt(width),
             "wi_1.kernel": 1.5 / np.sqrt(width),
             "wo.kernel": 1.0 / np.sqrt(config.mlp_dim),
+            "qkv_proj.kernel": 1.5 / np.sqrt(width),
+            "mlp.wi.kernel": 1.5 / np.sqrt(width),
+            "position_embedder.embedding": 0.7 if normalized else 0.7 / np.sqrt(width),
             "logits_dense.kernel": 1.0 / np.sqrt(width),
             "token_embedder.embedding": 1.0 if normalized else 1.0 / np.sqrt(width),
         }

@@ -56,7 +56,9 @@ def write(
     leaves = {rename(path): array for path, array in arrays.items()}
     shapes = {rename(path): chunk for path, chunk in (chunks or {}).items()}
     leaves.update(beside or {})
-    transaction = ts.Transaction()
+    # Of one context, so that a store is one database, which commits all arrays at once. Otherwise
+    # each opening has one of its own, which writes the whole tree anew: thousands of files.
+    context, transaction = ts.Context(), ts.Transaction()
     writes = []
     for path, array in leaves.items():
         name = ".".join(path)
@@ -71,11 +73,11 @@ def write(
             "metadata": _zarr3(array, chunk) if zarr3 else _zarr2(array, chunk),
             "store_data_equal_to_fill_value": zeros,
         }
+        where = {"transaction": transaction if ocdbt else None, "context": context}
         if parts:
-            _write_parts(items, name, spec, array, chunk, parts)
+            writes += _write_parts(items, name, spec, array, chunk, parts, where)
             continue
-        where = transaction if ocdbt else None
-        store = ts.open(spec, create=True, open=True, transaction=where).result()
+        store = ts.open(spec, create=True, open=True, **where).result()
         writes.append(store.write(array))
     for written in writes:
         written.result()
@@ -109,20 +111,23 @@ def _write_parts(
     array: np.ndarray,
     chunk: list[int],
     parts: int,
-) -> None:
+    where: Mapping[str, Any],
+) -> list[ts.WriteFutures]:
     """Chunk N of an array goes to the store of process N modulo their number."""
+    writes = []
     grid = [-(-n // c) for n, c in zip(array.shape, chunk, strict=True)]
     for part in range(parts):
         base = {"driver": "file", "path": f"{items}/ocdbt.process_{part}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/", "config": _OCDBT}
-        store = ts.open({**spec, "kvstore": kvstore}, create=True, open=True).result()
+        store = ts.open({**spec, "kvstore": kvstore}, create=True, open=True, **where).result()
         for number, index in enumerate(np.ndindex(*grid)):
             if number % parts == part:
                 box = tuple(
                     slice(i * c, min((i + 1) * c, n))
                     for i, c, n in zip(index, chunk, array.shape, strict=True)
                 )
-                store[box].write(array[box]).result()
+                writes.append(store[box].write(array[box]))
+    return writes
 
 
 def _entry(path: KeyPath, array: np.ndarray) -> dict[str, object]:

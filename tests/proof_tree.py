@@ -26,13 +26,14 @@ class _Source:
 
 
 class Tree:
-    """A checkout, each of whose files is read once."""
+    """A checkout, each of whose files is read once, and followed once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
         self._paths = [root / p for p in settings["tool"]["pytest"]["ini_options"]["pythonpath"]]
         self.source = functools.cache(_source)
+        self.needed = functools.cache(lambda path: frozenset(self._needed(path)))
 
     def digest(self, inputs: Sequence[str], without: Sequence[str] = ()) -> str:
         """The SHA-256 of the files that these need.
@@ -61,7 +62,7 @@ class Tree:
             if path not in found and path not in left:
                 found.add(path)
                 if path.suffix == ".py":
-                    waiting += self._needed(path)
+                    waiting += self.needed(path)
         return found
 
     def _fitting(self, glob: str) -> list[Path]:

@@ -24,8 +24,10 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 SIZES: Mapping[str, int] = {
     "L": 4, "V": 64, "D": 16, "F": 24, "M": 24, "E": 4, "H": 4, "K": 2, "h": 4,
     "S": 48, "n": 16, "m": 8, "q": 11, "c": 10, "v": 5, "r": 10 + 4, "k": 6 + 4, "b": 6 + 5,
+    "I": 3, "i": 6,
     "O": 4 * 4, "Q": 2 * 4, "u": 1, "w": 4, "d": 3, "W": 12, "t": 3, "y": 8,
     "C": 2 * 10 + 12, "Z": 2 * 10 + 2 * 12, "J": 1, "j": 6,
+    "P": 72, "x": 3, "f": 48, "p": 7, "A": 10 * 7, "U": 67,
 }  # fmt: skip
 
 # What shapes cannot tell, as in a user's YAML.
@@ -39,6 +41,8 @@ _ROWS = {row.block: row for row in ROWS.values() if row.told is not None}
 BLOCKS: Mapping[str, Settings] = {block: row.told or {} for block, row in _ROWS.items()}
 ONE_WIDTH = frozenset(block for block, row in _ROWS.items() if row.one_width)
 WHOLE_SHARES = frozenset(block for block, row in _ROWS.items() if row.whole_shares)
+ONE_KV = frozenset(block for block, row in _ROWS.items() if row.one_kv)
+FULL_HEADS = frozenset(block for block, row in _ROWS.items() if row.full_heads)
 FOLLOWING: Mapping[str, tuple[str, str]] = {
     block: row.following for block, row in _ROWS.items() if row.following
 }
@@ -73,7 +77,7 @@ class Synthetic:
 
 
 def cycle_of(block: str, layers: int) -> list[LayerKind]:
-    """The layers of a block that is repeated: one of each kind, or the first kind alone."""
+    """The layers of a block that is repeated: one of each kind of MLP, or the first kind alone."""
     page = blocks()[block]
     if block in FOLLOWING:
         first, other = map(LayerKind, FOLLOWING[block])
@@ -83,13 +87,21 @@ def cycle_of(block: str, layers: int) -> list[LayerKind]:
     if block in LAST:
         other, last = map(LayerKind, LAST[block])
         return [other, other, last] if keeps_rest(block) else [other, last]
-    return list(page.layers) if CYCLED in page.stackings else list(page.layers)[:1]
+    kinds = list(page.layers)
+    if CYCLED in page.stackings:
+        return [kind for kind in kinds if kind.attention == kinds[0].attention]
+    return kinds[:1]
+
+
+def can_scan(block: str) -> bool:
+    """True if MaxText can stack the block's layers."""
+    return any(way.scanned for way in blocks()[block].stackings)
 
 
 def keeps_rest(block: str) -> bool:
     """True if layers that do not fill a block have a stack of their own."""
     ways = (way for way in blocks()[block].stackings if way.scanned)
-    return next(ways).segments[-1].optional
+    return can_scan(block) and next(ways).segments[-1].optional
 
 
 def layout_of(
@@ -107,12 +119,18 @@ def layout_of(
     Of a pattern there are as many more as fill it.
     """
     page = blocks()[block]
+    scanned = scanned and can_scan(block)
     kinds = cycle_of(block, layers) if kinds is None else list(kinds)
     if block in PATTERNS:
         layers += -layers % len(kinds)
     depth = layers // len(kinds)
     ways = [way for way in page.stackings if way.scanned == scanned]
-    way = ways[0] if not scanned or len(kinds) > 1 or len(ways) == 1 else ways[-1]
+    way = ways[0] if len(kinds) > 1 or len(ways) == 1 else ways[-1]
+    if not scanned:  # several differ in where a kind of attention may be
+        way = next(w for w in ways if all(
+            module.may_have(kind, number)
+            for kind, (number, module) in zip(kinds, w.modules(kinds), strict=False)
+        ))  # fmt: skip
     rest = layers % len(kinds) if keeps_rest(block) else 0
     shape = [(len(kinds), depth) if scanned else (depth * len(kinds) + rest, 1)]
     kinds = kinds * depth + kinds[:rest]
@@ -155,7 +173,7 @@ def write(
         block: `decoder_block`.
         sizes: Over `SIZES`.
         tied: No output head of its own.
-        scanned: Layers stacked on axis 1.
+        scanned: Layers stacked on axis 1, where MaxText can.
         split: Number of chunks along an axis, by its letter; one by default.
         dtype: Of all arrays.
         seed: Chooses the values.
@@ -164,8 +182,11 @@ def write(
         storage: See `orbax_writer.write`.
     """
     sizes = {**SIZES, **(sizes or {})}
+    scanned = scanned and can_scan(block)
     if block in ONE_WIDTH:
         sizes["S"] = sizes["M"]
+    if block in ONE_KV:
+        sizes["J"] = sizes["K"]
     layout = layout_of(block, layers=sizes["L"], tied=tied, scanned=scanned, sizes=sizes)
     apart = {array.name: array.axes for array in layout.arrays}
     axes = {name: "".join(each) for name, each in apart.items()}

@@ -185,7 +185,7 @@ def converts_table() -> str:
                 + (f", `--target {goal.name}`)" if number else ")")
                 for number, goal in enumerate(row.targets)
             ),
-            row.hf_to_maxtext,
+            ", ".join(f"`{name}`" for name in row.hf_to_maxtext) or "not built",
         ]
         for row in _table.families().rows
         if row.status == "converts"

@@ -64,8 +64,10 @@ def extract(folders: list[Path], versions: list[str]) -> dict[str, Any]:
     keys = sorted({*TOLD_KEYS, *functions})
     base: dict[str, Any] = {}
     models: dict[str, dict[str, Any]] = {}
+    always = set(keys)
     for folder in folders:
         content = load(folder / "base.yml")
+        always &= content.keys()
         for key in keys:
             if key in content:
                 differs = key in base and base[key] != content[key]
@@ -79,7 +81,12 @@ def extract(folders: list[Path], versions: list[str]) -> dict[str, Any]:
             model = load(path)
             if model.get("decoder_block", "llama2") in {*blocks(), *refused()}:
                 models[path.stem] = {k: model[k] for k in keys if k in model}
-    return {"maxtext_versions": versions, "base": dict(sorted(base.items())), "models": models}
+    return {
+        "maxtext_versions": versions,
+        "base": dict(sorted(base.items())),
+        "always": sorted(always),  # in each release, so in every resolved config
+        "models": models,
+    }
 
 
 def main() -> None:

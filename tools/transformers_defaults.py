@@ -1,4 +1,4 @@
-"""Writes moeconv/mapping/data/transformers_defaults.json: what a config.json that leaves a key out means.
+"""Writes mapping/data/transformers_defaults.json: what a config.json that leaves a key out means.
 
 For each architecture of a page: the defaults of its config class in the installed transformers, and
 the other names that it has for its keys. A test compares the file with the installed release.

@@ -68,7 +68,10 @@ def model_size(config: Mapping[str, Any]) -> ModelSize | None:
         "num_experts": experts,
     }
     sizes = {axis: int(lengths[name]) for axis, name in AXES.items() if name in lengths}
-    embedding, norm, head = (math.prod(sizes[a] for a in p.axes) for p in block.outer)
+    if {axis for each in block.outer for axis in each.axes} - sizes.keys():
+        return None
+    embedding, *norms, head = (math.prod(sizes[a] for a in p.axes) for p in block.outer)
+    norm = sum(norms)
     # The table is looked up, which multiplies nothing, and is the head if that is tied.
     total = embedding + norm + (0 if config["logits_via_embedding"] else head)
     active = norm + head

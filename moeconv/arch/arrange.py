@@ -12,6 +12,7 @@ from moeconv.errors import UnsupportedError
 
 # Longer than any pattern of layers, so that a period of it is one of them all.
 _HORIZON = 240
+_OTHER_ORDER = "their kinds of attention take turns otherwise than MaxText's"
 
 
 def arranged(
@@ -67,17 +68,31 @@ def _fill(
     if rest and all(each.modules[0].kinds != EVERY for each in (first, *rest)):
         counts = [sum(kind in each.modules[0].kinds for kind in kinds) for each in (first, *rest)]
         return [(1, n) if stacking.scanned else (n, 1) for n in counts]
+    types = settings.get("layer_types") or ()
+
+    def matches(cycle: int) -> bool:
+        """True if all layers are repetitions of the first ones, as MaxText numbers them."""
+        if any(kind != kinds[n % cycle] for n, kind in enumerate(kinds)):
+            return False
+        turn = block.layer_types
+        return turn is None or all(turn(n % cycle, settings) == t for n, t in enumerate(types))
+
     if not stacking.scanned:
-        return [(count, 1)]
+        return [(count, 1)] if matches(count) else _OTHER_ORDER
     if stacking.paired > 1:
-        if count % stacking.paired:
+        if count % stacking.paired or not matches(stacking.paired):
             return f"{count} layers are no whole number of pairs"
         return [(stacking.paired, count // stacking.paired)]
-    cycle = _cycle(block, kinds, settings)
     if rest:
-        if rest[0].stacked:  # the rest is stacked by itself
-            return [(cycle, count // cycle), (1, count % cycle)]
-        return [(cycle, count // cycle), (count % cycle, 1)]
+        # MaxText has one cycle for the block, also of a model that does not fill one.
+        cycle = _pattern(block, settings) or next(c for c in range(1, count + 1) if matches(c))
+        if not matches(cycle) and not matches(count):
+            return _OTHER_ORDER
+        whole, left = divmod(count, cycle)
+        return [(cycle, whole), (1, left) if rest[0].stacked else (left, 1)]
+    cycle = next((c for c in range(1, count + 1) if matches(c)), 0)
+    if not cycle:
+        return _OTHER_ORDER
     if not first.modules[0].numbered:
         return [(1, count)] if cycle == 1 else f"they differ, in blocks of {cycle}"
     if count % cycle:
@@ -88,18 +103,11 @@ def _fill(
     return [(cycle, count // cycle)]
 
 
-def _cycle(block: Block, kinds: Sequence[LayerKind], settings: Mapping[str, Any]) -> int:
-    """The smallest number of layers of which all others are repetitions."""
-
-    def kind(number: int) -> str:
-        return block.layer_types(number, settings) if block.layer_types else ""
-
-    for cycle in range(1, len(kinds) + 1):
-        if all(kind(n) == kind(n % cycle) for n in range(_HORIZON)) and all(
-            each == kinds[n % cycle] for n, each in enumerate(kinds)
-        ):
-            return cycle
-    pattern = (
-        c for c in range(1, _HORIZON) if all(kind(n) == kind(n % c) for n in range(_HORIZON))
+def _pattern(block: Block, settings: Mapping[str, Any]) -> int:
+    """The layers after which a block's kinds of attention begin anew; 0 where it has one."""
+    if block.layer_types is None:
+        return 0
+    types = [block.layer_types(n, settings) for n in range(_HORIZON)]
+    return next(
+        c for c in range(1, _HORIZON) if all(t == types[n % c] for n, t in enumerate(types))
     )
-    return next(pattern, len(kinds))

@@ -24,6 +24,8 @@ class Taps:
             first of what it returns are the values by which experts are ranked: logits, or what a
             score function and a bias make of them (layers/moe.py `GateLogit`).
         router_in_layer: `router` is an attribute of the layer itself.
+        further: The attribute of MaxText's decoder that makes further inputs of the layers,
+            [B, T, L, p], of tokens and their embeddings; empty where they have none.
         eligible: The experts among which the `num_experts_per_tok` highest scores are taken:
             `(scores [..., E], model) -> mask [..., E]`. Without it all are, as in layers/moe.py
             `get_topk`; a model that first chooses groups of experts masks those of the others
@@ -34,6 +36,7 @@ class Taps:
     mlp: Mapping[str, str] = field(default_factory=lambda: {"dense": "mlp"})
     router: str = "gate"
     router_in_layer: bool = False
+    further: str = ""
     eligible: Callable[[NDArray[Any], ModelDescription], NDArray[Any]] | None = None
 
     def router_of(self, kind: LayerKind) -> str:
@@ -55,7 +58,8 @@ class Block:
         note: One line for `moeconv inspect` and docs/mapping.md.
         layers: The parameters of each kind of layer that it has.
         targets: Names of the targets that hold it; `auto` takes the first that holds the model.
-        outer: The parameters outside the layers; the output head is absent in tied models.
+        outer: The parameters outside the layers; the output head, the last, is absent in
+            tied models.
         stackings: The ways in which MaxText keeps its layers.
         query_scale_in_kernel: True when 1/sqrt(head_dim) is folded into the query kernel, so that
             the exported projection must be multiplied by sqrt(head_dim). False when the block
@@ -83,6 +87,7 @@ class Block:
         config: MaxText settings that follow from the model and the number of layers in a repeated
             block, for building it.
         taps: For verify.
+        norm: What its norms are called.
     """
 
     name: str
@@ -112,6 +117,7 @@ class Block:
     since: str | None = None
     config: Callable[[ModelDescription, int], dict[str, Any]] = lambda model, cycle: {}
     taps: Taps = Taps()
+    norm: str = "RMSNorm"
 
     def parameters(self) -> dict[str, Parameter]:
         """Every parameter by its name."""

@@ -7,61 +7,47 @@ then those of configs/base.yml.
 """
 
 import difflib
-import json
+import itertools
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from moeconv.arch.config_file import ConfigFile, load_config_file
+from moeconv.arch.defaults import SCALED_KEYS, TOKEN_IDS, known_keys, maxtext_defaults
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.keys import keys, unknown_keys
+from moeconv.arch.values import disagreement, plain
 from moeconv.arch.yaml_file import read_yaml, short
 from moeconv.errors import ConfigError
-
-# Enums of MaxText (common/common_types.py, configs/types.py) are printed so, by their member.
-_ENUM = re.compile(r"[A-Z]\w*[a-z]\w*\.([A-Z0-9_]+)\Z", re.ASCII)
 
 # A further pair within what may be one value.
 _INNER = re.compile(r"[\s;,&|]([A-Za-z_][\w.]*)\s*=(?!=)", re.ASCII)
 _PAIR = re.compile(r"[A-Za-z_][\w.]*\s*=", re.ASCII)
-
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# One of the environment; MaxText takes a setting from M_ and its name (configs/pyconfig.py).
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*=")
 
 # How alike two names must be for one to be the other misspelt; no key of MaxText 0.1.0 to 0.2.5 is.
 _MISSPELT = 0.85
 # Keys that no supported MaxText has: what other releases and forks have are dozens.
 _FOREIGN_LIMIT = 1000
 
-# A resolved config holds derived keys too; `emb_dim` is `base_emb_dim` times a power of two.
-SCALED_KEYS = {
-    "emb_dim": "base_emb_dim",
-    "num_query_heads": "base_num_query_heads",
-    "num_kv_heads": "base_num_kv_heads",
-    "mlp_dim": "base_mlp_dim",
-    "moe_mlp_dim": "base_moe_mlp_dim",
-    "num_decoder_layers": "base_num_decoder_layers",
-}
-
-
-# Defaults of base.yml that once were others: the value, and until when. A checkpoint of that time
-# can be read as well, and shapes do not show it (AI-Hypercomputer/maxtext#414, the only one whose
-# value decides a conversion; between 0.1.0 and 0.2.5 tools/maxtext_defaults.py finds none).
-CHANGED: Mapping[str, tuple[Any, str]] = {
-    "normalization_layer_epsilon": (1e-6, "February 2024"),
-}
-
 
 @dataclass(frozen=True)
 class ConfigEntry:
-    """One value of a config and its source."""
+    """One value of a config and its source.
+
+    Attributes:
+        value: As MaxText understands it.
+        provenance: Its source.
+        unread: What it is where MaxText did not read the model's file that gives it.
+    """
 
     value: Any
     provenance: Provenance
+    unread: "ConfigEntry | None" = None
 
     @property
     def explicit(self) -> bool:
@@ -121,14 +107,6 @@ class ResolvedConfig(Mapping[str, ConfigEntry]):
         return self._values[key].value if key in self._values else default
 
 
-@cache
-def maxtext_defaults() -> dict[str, Any]:
-    """The packaged extract of MaxText's YAML files, made by tools/maxtext_defaults.py."""
-    path = resources.files("moeconv.arch") / "data" / "maxtext_defaults.json"
-    data: dict[str, Any] = json.loads(path.read_text())
-    return data
-
-
 def from_flags(sets: Sequence[str]) -> ResolvedConfig:
     """Reads `--set key=value`; values are YAML scalars, as on MaxText's command line.
 
@@ -155,7 +133,7 @@ def from_flags(sets: Sequence[str]) -> ResolvedConfig:
             ignored.append(key)
             continue
         try:
-            value = _plain(read_yaml(text))
+            value = plain(read_yaml(text))
         except ValueError as error:
             raise ConfigError(
                 f"--set {key}: {short(repr(text))} is not a YAML value ({error})"
@@ -187,6 +165,13 @@ def _pairs(text: str, ignored: list[str]) -> list[str]:
         words = shlex.split(text)
     except ValueError:  # a quote that is a value's
         words = []
+    variables = list(itertools.takewhile(_VARIABLE.match, words))
+    given = [_of_variable(word) for word in variables]
+    command = words[len(variables) :]
+    if variables and (not _PAIR.match(command[0]) if command else all(given)):
+        ignored.extend(w for w, pair in zip(variables, given, strict=True) if pair is None)
+        more = _pairs(shlex.join(command), ignored) if command else []
+        return [pair for pair in given if pair] + more
     first = next((n for n, word in enumerate(words) if _PAIR.match(word)), len(words))
     if (len(words) - first > 1 and all(_PAIR.match(word) for word in words[first:])) or first > 0:
         for word in words[:first]:
@@ -208,6 +193,13 @@ def _pairs(text: str, ignored: list[str]) -> list[str]:
             "leave out what is not key=value"
         )
     return [text]
+
+
+def _of_variable(word: str) -> str | None:
+    """The pair that MaxText reads from a variable of the environment; None where it reads none."""
+    name, _, value = word.partition("=")
+    key = name.removeprefix("M_").lower()
+    return f"{key}={value}" if name.startswith("M_") and key in keys() else None
 
 
 def resolve_config(
@@ -241,13 +233,6 @@ def resolve_config(
         ignored=flags.ignored,
         accepted=accepted,
     )
-
-
-@cache
-def known_keys() -> frozenset[str]:
-    """Config keys that decide a conversion."""
-    deciding = {name for name, key in keys().items() if key.kind in ("function", "size", "derived")}
-    return frozenset({*deciding, *maxtext_defaults()["base"], *SCALED_KEYS, *TOKEN_IDS})
 
 
 def check_spelling(content: Mapping[Any, Any], where: str, accept: Collection[str] = ()) -> None:
@@ -300,6 +285,12 @@ def from_mapping(
     """
     check_spelling(content, provenance.detail, accept)
     if unknown := unknown_keys({str(key) for key in content} - set(TOKEN_IDS), accept):
+        if isinstance(content, ConfigFile) and len(unknown) == len(content):
+            raise ConfigError(
+                f"{provenance.detail} has no setting of MaxText (it has "
+                f"{', '.join(short(key) for key in unknown[:5])}), so it is no config of MaxText; "
+                "give the run's YAML or log"
+            )
         listed = ", ".join(short(key) for key in unknown[:20])
         raise ConfigError(
             f"{provenance.detail}: moeconv does not know {listed}"
@@ -310,23 +301,34 @@ def from_mapping(
     where = content.where if isinstance(content, ConfigFile) else {}
     said = {
         str(key): ConfigEntry(
-            _plain(value), Provenance(provenance.origin, where.get(key, provenance.detail))
+            plain(value), Provenance(provenance.origin, where.get(key, provenance.detail))
         )
         for key, value in content.items()
         if key in known_keys()
     }
-    if isinstance(content, ConfigFile):
-        for key in content.twice.keys() & known_keys():
-            one, other = content.twice[key]
+    for key, entry in said.items():
+        if isinstance(entry.value, str) and "${" in entry.value:
             raise ConfigError(
-                f"{key} has two values, at {one} and at {other}, as in a log of two runs; give the "
-                "part of the run that is converted"
+                f"{key}={short(entry.value)} ({entry.provenance}) refers to another value, which "
+                "MaxText fills in at its start; write the value itself"
             )
+    if isinstance(content, ConfigFile):
+        for key in content.twice:
+            if conflict := disagreement(key, *content.twice[key]):
+                raise ConfigError(
+                    f"{conflict}, as in a log of two runs; give the part of the run that is "
+                    "converted"
+                )
         if not content.whole:
             return said
     if any(key in content for key in SCALED_KEYS):
-        return _defaults() | said
-    return _defaults() | said | _model(content.get("model_name"), provenance.detail)
+        # Not what every release has: where such a setting is missing, a line was lost.
+        lost = isinstance(content, ConfigFile) and content.resolved
+        left = maxtext_defaults()["always"] if lost else ()
+        return {k: entry for k, entry in _defaults().items() if k not in left} | said
+    below = _defaults() | said
+    model = _model(content.get("model_name"), provenance.detail)
+    return below | {key: replace(entry, unread=below.get(key)) for key, entry in model.items()}
 
 
 def _defaults() -> dict[str, ConfigEntry]:
@@ -355,22 +357,3 @@ def _model(name: Any, where: str) -> dict[str, ConfigEntry]:
         )
     provenance = Provenance(Origin.MODEL, f"configs/models/{name}.yml")
     return {key: ConfigEntry(value, provenance) for key, value in models[name].items()}
-
-
-def _plain(value: Any) -> Any:
-    """A config value as MaxText understands it.
-
-    YAML 1.1 reads `1e-5` as text, MaxText's loader as a number; "none" is None (configs/pyconfig.py
-    `_prepare_for_pydantic`); logs of a resolved config print enums as `RopeType.LLAMA3_1`.
-    """
-    if not isinstance(value, str):
-        return value
-    if value.lower() == "none":
-        return None
-    if match := _ENUM.match(value):
-        member = match[1].lower()
-        return {"llama3_1": "llama3.1", "none": None, "empty": ""}.get(member, member)
-    try:
-        return float(value)
-    except ValueError:
-        return value

@@ -45,13 +45,18 @@ class ModelDescription:
 
     Sizes are counts, None for what the model does not have. Of multi-head latent attention
     `head_dim` is the size of a query and key head, of which the last `qk_rope_head_dim` entries are
-    rotated. `shared_intermediate_size` is the width of all shared experts together;
+    rotated; `index_n_heads` and `index_head_dim` are of the indexer that chooses keys for it.
+    `shared_intermediate_size` is the width of all shared experts together;
     `query_norm_size` and `key_norm_size` are entries of norms over all heads; `linear_key_size` is
     that of all key heads of linear attention together; `global_head_dim` and
     `num_global_key_value_heads` are of layers with global attention, where these have sizes of
-    their own. `rope_theta` and `rms_norm_eps` are plain numbers; token ids are None where none is
-    known, and several where more
-    than one ends a text. `settings` has what only some models have, YaRN's numbers and the settings
+    their own; `num_positions` counts learned positions; `reuse_intermediate_size` is the width of
+    the MLP in layers that reuse the keys and values of earlier ones. Where each layer has an input
+    of its own, that is `hidden_size_per_layer_input` wide, `all_layers_input_size` those of all
+    layers, and their table has `vocab_size_per_layer_input` rows. `rope_theta` and `rms_norm_eps`
+    are plain numbers; token ids are None where none is known, and several where more than one ends
+    a text.
+    `settings` has what only some models have, YaRN's numbers and the settings
     of their decoder block (`arch.fields.YARN`, `Block.settings`), by name. `sources` says for every
     field and every setting where its value came from.
     """
@@ -79,6 +84,8 @@ class ModelDescription:
     qk_nope_head_dim: Count | None = None
     qk_rope_head_dim: Count | None = None
     v_head_dim: Count | None = None
+    index_n_heads: Count | None = None
+    index_head_dim: Count | None = None
     shared_intermediate_size: Count | None = None
     query_norm_size: Count | None = None
     key_norm_size: Count | None = None
@@ -88,6 +95,11 @@ class ModelDescription:
     linear_conv_kernel_dim: Count | None = None
     num_global_key_value_heads: Count | None = None
     global_head_dim: Count | None = None
+    num_positions: Count | None = None
+    reuse_intermediate_size: Count | None = None
+    hidden_size_per_layer_input: Count | None = None
+    all_layers_input_size: Count | None = None
+    vocab_size_per_layer_input: Count | None = None
     bos_token_id: TokenId | None = None
     eos_token_id: TokenId | tuple[TokenId, ...] | None = None
     pad_token_id: TokenId | None = None

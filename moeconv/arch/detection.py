@@ -6,7 +6,7 @@ from typing import Any
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.layout import Layout, StoredParameter, ordered, stored_parameter
-from moeconv.arch.parameters import EMBEDDING, FINAL_NORM, LayerKind, Parameter
+from moeconv.arch.parameters import FINAL_NORM, LayerKind, Parameter
 from moeconv.arch.stacks import (
     NESTED,
     STACKED,
@@ -100,6 +100,17 @@ class _Slot:
     kind: LayerKind
 
 
+def _agree(arrays: Sequence[StoredParameter]) -> bool:
+    """True if every axis of a model is as long in all its arrays."""
+    sizes: dict[str, int] = {}
+    return all(
+        sizes.setdefault(axis, size) == size
+        for array in arrays
+        for axis, size in zip(array.axes, array.shape, strict=True)
+        if axis not in (STACKED, NESTED)
+    )
+
+
 class _Detection:
     """The layout of one checkpoint, as one block would have it."""
 
@@ -120,11 +131,17 @@ class _Detection:
                 "the checkpoint holds parameters that no supported decoder block has, so "
                 f"converting it would drop them:{listing(unknown)}"
             )
-        for needed in (EMBEDDING, FINAL_NORM):
+        for needed in self._block.outer[:-1]:  # but the head, which a tied model has not
             if tuple(needed.name.split(".")) not in self._shapes:
                 raise TensorError(f"the checkpoint lacks {needed.name}")
-        self._stacking = self._find_stacking()
-        self._places = self._placed(self._stacking)
+        layouts = (self._layout(way, scan_axis) for way in self._stackings())
+        first = next(layouts)
+        if _agree(first.arrays):
+            return first
+        return next((layout for layout in layouts if _agree(layout.arrays)), first)
+
+    def _layout(self, stacking: Stacking, scan_axis: int | None) -> Layout:
+        self._stacking, self._places = stacking, self._placed(stacking)
         slots = [self._slots(number) for number, _ in enumerate(self._stacking.segments)]
         axis, lengths = self._scan_axis(scan_axis, slots)
         kinds, arrays, first, cycle = [], self._outer_arrays(), 0, 1
@@ -157,8 +174,8 @@ class _Detection:
     def _inner(self) -> Iterator[KeyPath]:
         return (path for path in sorted(self._shapes) if path not in self._outer)
 
-    def _find_stacking(self) -> Stacking:
-        """The way in which all layers are kept."""
+    def _stackings(self) -> list[Stacking]:
+        """The ways in which all layers may be kept: of several the sizes must decide."""
         ways: dict[str, tuple[Stacking, KeyPath]] = {}
         possible = list(self._block.stackings)
         for path in self._inner():
@@ -175,7 +192,7 @@ class _Detection:
             possible = fits
         if not ways:
             raise TensorError("the checkpoint holds no decoder layers below params.params.decoder")
-        return possible[0]
+        return possible
 
     def _place(self, stacking: Stacking, path: KeyPath) -> Place | None:
         place = stacking.place(path)

@@ -8,11 +8,15 @@ every layer, however the checkpoint stacks it (see `stacks`). Axis names, used e
     S width of the shared experts together    n, m norms of all query and of all key heads
     O all query heads together    Q a query head and its gate    u 1, an axis of no meaning
     J, j what K and h are in layers of global attention, where they have sizes of their own
+    P learned positions    x 3: queries, keys and values
+    f MLP width of layers that reuse the keys and values of others    p further input of a layer
+    A further inputs of all layers together    U vocabulary of their table
 
 and of multi-head latent attention (MLA):
 
     q rank of queries    c rank of keys and values    v size of a value head
     r c and the rotated part of a key    k both parts of a query head    b c expanded: key and value
+    I heads of the indexer that chooses keys    i size of one
 
 and of linear attention:
 
@@ -49,12 +53,20 @@ AXES: Mapping[str, str] = {
     "u": "1",
     "J": "num_global_key_value_heads",
     "j": "global_head_dim",
+    "P": "num_positions",
+    "x": "3",
+    "f": "reuse_intermediate_size",
+    "p": "hidden_size_per_layer_input",
+    "A": "all_layers_input_size",
+    "U": "vocab_size_per_layer_input",
     "q": "q_lora_rank",
     "c": "kv_lora_rank",
     "v": "v_head_dim",
     "r": "kv_lora_rank + qk_rope_head_dim",
     "k": "qk_nope_head_dim + qk_rope_head_dim",
     "b": "qk_nope_head_dim + v_head_dim",
+    "I": "index_n_heads",
+    "i": "index_head_dim",
     "w": "linear_num_value_heads",
     "d": "linear_value_head_dim",
     "W": "linear_num_value_heads * linear_value_head_dim",

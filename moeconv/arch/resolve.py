@@ -1,18 +1,23 @@
 """From shapes and config to the description of a model, or to what is still missing."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from moeconv.arch.blocks import Block, settings_of
-from moeconv.arch.config_sources import CHANGED, TOKEN_IDS, ResolvedConfig, maxtext_defaults
+from moeconv.arch.config_sources import ConfigEntry, ResolvedConfig
+from moeconv.arch.defaults import CHANGED, TOKEN_IDS, maxtext_defaults
 from moeconv.arch.description import ModelDescription, Origin, Provenance
 from moeconv.arch.fields import FIELDS, YARN, ConfigField
 from moeconv.arch.keys import verdicts
 from moeconv.arch.layout import Layout
 from moeconv.arch.shapes import check_against_shapes, dropped_layers, from_shapes, is_whole
+from moeconv.arch.values import as_recorded
 from moeconv.arch.yaml_file import short
 from moeconv.errors import ConfigError, UnsupportedError
+
+_NUMBERS = re.compile(r"[\[(]?\s*\d{1,18}(?:[\s,;]+\d{1,18})*\s*,?\s*[\])]?\Z", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,7 @@ class Resolution:
         known: Values of description fields.
         sources: The source of each of them.
         missing: Config keys that neither shapes nor config give.
+        doubts: Of those, the ones that a model's file gives which may not have been read: why.
         refusals: ConfigEntry semantics that no target can hold, one sentence each.
         warnings: Things to know, one sentence each.
     """
@@ -32,6 +38,7 @@ class Resolution:
     missing: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    doubts: Mapping[str, str] = field(default_factory=dict)
 
     def model(self) -> ModelDescription:
         """The description.
@@ -45,18 +52,27 @@ class Resolution:
                 "this model cannot be converted exactly: " + "; ".join(self.refusals)
             )
         if self.missing:
-            raise ConfigError(missing_message(self.missing))
+            raise ConfigError(missing_message(self.missing, self.doubts))
         return ModelDescription(**self.known, sources=self.sources)
 
 
-def missing_message(missing: Sequence[str]) -> str:
+def missing_message(missing: Sequence[str], doubts: Mapping[str, str]) -> str:
     """Names the keys, MaxText's default for each, and the three ways to give them."""
+    if missing and doubts.keys() >= set(missing):
+        return (
+            "MaxText 0.2.0 and 0.2.1 did not read a model's file where the YAML was outside their "
+            "configs/, and this checkpoint may be theirs:"
+            + "".join(f"\n  {key}: {doubts[key]}" for key in missing)
+            + "\nIf they did not read it, take model_name out of the YAML; else give the values of "
+            "the file, each with --set KEY=VALUE."
+        )
     base = maxtext_defaults()["base"]
     own = {"decoder_block", *(f.key for f in (*FIELDS, *YARN))}
     defaults = {key: f"MaxText's default: {base[key]}" for key in missing if key in base}
     for key in defaults.keys() & CHANGED:
         value, until = CHANGED[key]
         defaults[key] += f", but {value} until {until}, and nothing dates this checkpoint"
+    defaults |= doubts
     lines = [
         f"\n  {key}" + (f"  ({defaults[key]})" if key in defaults else "")
         for key in missing
@@ -78,7 +94,12 @@ def missing_message(missing: Sequence[str]) -> str:
 
 
 def resolve(
-    layout: Layout, resolved: ResolvedConfig, *, scan_layers: bool | None = None, dated: bool = True
+    layout: Layout,
+    resolved: ResolvedConfig,
+    *,
+    scan_layers: bool | None = None,
+    dated: bool = True,
+    unread: bool = False,
 ) -> Resolution:
     """Puts together what shapes and config say.
 
@@ -88,6 +109,8 @@ def resolve(
         scan_layers: `custom_metadata.scan_layers` of the checkpoint, if it has any.
         dated: True if the save is younger than the changes in `CHANGED`; else such a default could
             be either, and is missing.
+        unread: True if MaxText may not have read the model's file. What that file gives is then
+            missing, unless shapes show that it was read.
 
     Raises:
         TensorError: Shapes contradict each other.
@@ -97,6 +120,8 @@ def resolve(
     missing: list[str] = []
     block = _block(layout, resolved, known, sources, missing)
     check_against_shapes(layout, resolved, known, sources, block, scan_layers)
+    others = _unread(layout, resolved, known, sources) if unread else {}
+    resolved = resolved.without(lambda key: key in others)
     for spec in FIELDS:
         if spec.needed(known):
             _read(spec, resolved, known, sources, missing, dated=dated)
@@ -137,7 +162,42 @@ def resolve(
             f"--accept-key: whether {', '.join(resolved.accepted)} changes the model is not known "
             "to moeconv; it is taken not to"
         )
-    return Resolution(known, sources, tuple(missing + open_keys), tuple(refusals), tuple(warnings))
+    asked = (*missing, *open_keys)
+    doubts = {key: others[key] for key in asked if key in others}
+    return Resolution(known, sources, asked, tuple(refusals), tuple(warnings), doubts)
+
+
+def _unread(
+    layout: Layout,
+    resolved: ResolvedConfig,
+    known: dict[str, Any],
+    sources: dict[str, Provenance],
+) -> dict[str, str]:
+    """Settings that differ where MaxText did not read the model's file, with both values.
+
+    Source: MaxText 0.2.0 and 0.2.1 configs/pyconfig.py `initialize_pydantic` looks for
+    `models/NAME.yml` beside the YAML, beside its folder, and at last in `configs/configs/`, which
+    there is not; then it warns, and goes on without. 0.1.0 and 0.2.2 find it in `configs/`.
+
+    Returns:
+        None of them where the shapes are not those of the model that the YAML then describes.
+    """
+    told = {key: entry.unread for key, entry in resolved.items() if entry.unread is not None}
+    block = told.get("decoder_block")
+    if block is not None and block.value != layout.block.name:
+        return {}
+    explicit = {k: ConfigEntry(e.value, Provenance(Origin.CONFIG, "")) for k, e in told.items()}
+    try:
+        config = ResolvedConfig(resolved, explicit)
+        check_against_shapes(layout, config, known, sources, layout.block, None)
+    except ConfigError:
+        return {}
+    return {
+        key: f"{short(resolved[key].value)} by {resolved[key].provenance.detail}, "
+        f"{short(entry.value)} without it ({entry.provenance.detail})"
+        for key, entry in told.items()
+        if as_recorded(entry.value) != as_recorded(resolved[key].value)
+    }
 
 
 def _read(
@@ -203,6 +263,15 @@ def _block(
     return layout.block
 
 
+def _numbers(value: Any) -> list[Any]:
+    """The numbers of one token or of several, also as a text: `1,2`, `"[1, 2]"`."""
+    if isinstance(value, str) and _NUMBERS.match(value):
+        value = [int(number) for number in re.findall(r"\d+", value)]
+    if isinstance(value, list | tuple):
+        return [int(v) if isinstance(v, str) and v.isdecimal() else v for v in value]
+    return [value]
+
+
 def _token_ids(
     resolved: ResolvedConfig, known: dict[str, Any], sources: dict[str, Provenance]
 ) -> None:
@@ -210,8 +279,13 @@ def _token_ids(
         entry = resolved.get(name)
         if entry is None or entry.value is None:
             continue
-        several = isinstance(entry.value, list) and name == "eos_token_id"
-        tokens = entry.value if several else [entry.value]
+        several = name == "eos_token_id"
+        tokens = _numbers(entry.value) if several else [entry.value]
+        if any(isinstance(token, str | list) for token in tokens):
+            raise ConfigError(
+                f"{name}={short(entry.value)} ({entry.provenance}) should be a token's number"
+                + (", or several as [1, 2]" if several else "")
+            )
         if not tokens or any(not is_whole(t) or not 0 <= t < known["vocab_size"] for t in tokens):
             raise ConfigError(
                 f"{name}={short(entry.value)} ({entry.provenance}) is no row of the embedding, "

@@ -33,9 +33,10 @@ def from_shapes(layout: Layout) -> tuple[dict[str, Any], dict[str, Provenance]]:
                 )
     names = {array.parameter.name for array in layout.arrays}
     known, sources = _solved({a: found for a, found in sizes.items() if not is_blocked(a)})
-    if "K" not in sizes:  # MLA has as many (layers/attention_mla.py `MLA._init_projections`)
+    if "K" not in sizes:  # layers/attention_mla.py `MLA._init_projections`, models/gpt3.py
         known["num_key_value_heads"] = known["num_attention_heads"]
         sources["num_key_value_heads"] = sources["num_attention_heads"]
+    if "h" not in sizes:
         known["head_dim"] = sizes["k"][0]
         sources["head_dim"] = sources["qk_nope_head_dim"]
     if known["num_attention_heads"] % known["num_key_value_heads"]:

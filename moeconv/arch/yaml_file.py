@@ -40,6 +40,8 @@ class _Loader(_Base):  # type: ignore[misc]
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)
+# As `yaml.dump` writes MaxText's own tuples.
+_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _Loader.construct_yaml_seq)
 
 
 def read_yaml(text: str) -> Any:
@@ -62,10 +64,18 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"{short(why, 200)}{where}") from None
 
 
-def key_lines(text: str) -> dict[str, int]:
-    """The line of every key at the top of a YAML that `read_yaml` has read, counted from 1."""
-    root = yaml.compose(text, Loader=_Base)
-    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+def key_lines(text: str, *path: str) -> dict[str, int]:
+    """The line of every key of a mapping in a YAML that `read_yaml` has read, counted from 1.
+
+    Args:
+        text: The YAML.
+        path: The keys that lead to the mapping; none for that at the top.
+    """
+    found = yaml.compose(text, Loader=_Base)
+    for name in path:
+        pairs = found.value if isinstance(found, yaml.MappingNode) else []
+        found = next((value for key, value in pairs if key.value == name), None)
+    pairs = found.value if isinstance(found, yaml.MappingNode) else []
     return {str(key.value): key.start_mark.line + 1 for key, _ in pairs}
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from moeconv.hf.config import to_json
 from moeconv.mapping.lora import Targeted
+from moeconv.maxtext.lora import Strength
 from moeconv.planning.adapter import CONFIG_NAME, WEIGHTS_NAME, PlannedAdapter
 from moeconv.planning.plan import Plan
 
@@ -13,22 +14,24 @@ CARD_NAME = "README.md"
 def adapter_files(plan: Plan, adapter: PlannedAdapter, targeted: Targeted) -> dict[str, bytes]:
     """Every file but the tensors and the manifest, by name."""
     return {
-        CONFIG_NAME: to_json(_config(adapter, targeted)),
+        CONFIG_NAME: to_json(adapter_config(adapter.strength, adapter.base_model, targeted)),
         CARD_NAME: _card(plan, adapter, targeted).encode(),
     }
 
 
-def _config(adapter: PlannedAdapter, targeted: Targeted) -> dict[str, Any]:
+def adapter_config(
+    strength: Strength, base_model: str | None, targeted: Targeted
+) -> dict[str, Any]:
     """The keys of `LoraConfig` (peft `tuners/lora/config.py`) that decide what is computed.
 
     PEFT scales by `lora_alpha / r` (`tuners/lora/layer.py` `update_layer`), as MaxText does.
     """
-    alpha = adapter.strength.alpha
+    alpha = strength.alpha
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base_model,
-        "r": adapter.strength.rank,
+        "base_model_name_or_path": base_model,
+        "r": strength.rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
         "target_modules": list(targeted.modules) or None,
         **({"target_parameters": list(targeted.parameters)} if targeted.parameters else {}),

@@ -3,8 +3,9 @@
 What is read is written again by the page, and compared: nothing of a config is passed over.
 """
 
+import itertools
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib import resources
@@ -19,7 +20,7 @@ from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
 from moeconv.mapping.edges import cannot_hold
-from moeconv.mapping.reading import ROPE_KEYS, Multimodal, Reading, text_config
+from moeconv.mapping.reading import ROPE_KEYS, Multimodal, Peek, Reading, text_config
 from moeconv.mapping.rules import Options, Target
 from moeconv.planning.model_values import model_of
 
@@ -117,6 +118,7 @@ def describe(
     *,
     block: str | None = None,
     accept: Collection[str] = (),
+    peek: Peek | None = None,
 ) -> Described:
     """Understands a config.json.
 
@@ -125,6 +127,7 @@ def describe(
         where: Where it is.
         block: MaxText's decoder block; None for the first that holds the model.
         accept: Keys that nobody knows, and that the user says decide nothing.
+        peek: Looks at the model's tensors, where it has any.
 
     Raises:
         ConfigError: A key is missing, or has no sensible value.
@@ -138,7 +141,13 @@ def describe(
     try:
         whole = _completed(given, own["defaults"], reading)
         values, settings = _read(page, whole)
-        chosen = _block(page, values, whole["num_hidden_layers"], block)
+        if reading.kinds is not None and peek is not None:
+            seen = reading.kinds(whole, peek)
+        else:
+            seen = None
+        chosen = _block(page, values, whole["num_hidden_layers"], block, seen)
+        if seen is not None and any(kind.mlp == "dense" for kind in values["layer_kinds"]):
+            values["intermediate_size"] = whole["intermediate_size"]
         model = _model(values, settings, chosen, where)
         if (reason := cannot_hold(page, model)) is not None:
             raise UnsupportedError(reason)
@@ -198,19 +207,32 @@ def _read(page: Target, whole: Mapping[str, Any]) -> tuple[dict[str, Any], dict[
     return values, {**settings, **page.reading.settings(whole)}
 
 
-def _block(page: Target, values: dict[str, Any], layers: int, wanted: str | None) -> Block:
+def _block(
+    page: Target,
+    values: dict[str, Any],
+    layers: int,
+    wanted: str | None,
+    seen: Sequence[str] | None,
+) -> Block:
     """The decoder block, and in `values` the kinds of its layers."""
-    possible = [block for block in blocks().values() if page.name in block.targets]
+    unmade = page.reading.unmade if page.reading is not None else ()
+    possible = [
+        block
+        for block in blocks().values()
+        if page.name in block.targets and block.name not in unmade
+    ]
     possible.sort(key=lambda b: (b.name != page.name, b.targets.index(page.name)))
     if wanted is not None and wanted not in {block.name for block in possible}:
         raise UnsupportedError(
             f"--block {wanted} has no {page.architecture}; give one of "
             f"{', '.join(block.name for block in possible)}"
         )
-    for block in possible:
+    choices: list[Sequence[str] | None] = [
+        each for each in (seen, values.get("layer_kinds")) if each is not None
+    ] or [None]
+    for kinds, block in itertools.product(choices, possible):
         if wanted not in (None, block.name):
             continue
-        kinds = values.get("layer_kinds")
         if kinds is None:
             held = [kind for kind in block.layers if kind in page.kinds]
             kinds = held * layers if len(held) == 1 else []

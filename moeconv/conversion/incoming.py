@@ -10,19 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from moeconv.arch.arrange import arranged
+from moeconv.arch.description import ModelDescription
 from moeconv.arch.model_keys import demanded_keys, semantic_keys, size_keys
 from moeconv.conversion.described import Described, describe, text_model
 from moeconv.conversion.options import ConvertOptions, Prepared
 from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
+from moeconv.families import blocks
+from moeconv.families._shared import QUERY_SCALE
 from moeconv.hf.model import (
     CONFIG,
     INDEX,
     HfModel,
     Tensors,
+    Values,
     View,
     is_model,
     open_model,
@@ -82,7 +87,7 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
     unchanged.watch(partial(fingerprints, folder))
     hf, beside = _text_model(open_model(folder))
     hf = with_quantised(hf)
-    found = describe(hf.config, folder / CONFIG, block=options.block, accept=options.accept)
+    found = _described(hf, options)
     page, model = found.page.spelled_as(hf.tensors), found.model
     layout = arranged(
         found.block, model, scan_layers=options.scan_layers, scan_axis=options.scan_axis
@@ -112,6 +117,7 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
         zarr3=options.zarr3,
         ocdbt=options.ocdbt,
     )
+    _demand_steps(model, settings)
     source = Tensors(hf, _views(edges, origins, output))
     digest = _files_digest(hf)
     plan = build_plan(
@@ -145,6 +151,46 @@ def plan_incoming(folder: Path, options: ConvertOptions) -> Prepared:
     )
     _ = plan.memory_budget  # or it raises: the limit is too low
     return Prepared(plan, HfInput(hf, source, digest, unchanged), tokenizer, options)
+
+
+def _described(hf: HfModel, options: ConvertOptions) -> Described:
+    """What the model is, in a decoder block that holds it exactly where there is one.
+
+    A factor that a block folds into weights rounds those of 32 bits; one that scales queries itself
+    folds none.
+    """
+    read = partial(describe, hf.config, hf.folder / CONFIG, accept=options.accept, peek=Values(hf))
+    found = read(block=options.block)
+    wide = any(tensor.spec.dtype == "float32" for tensor in hf.tensors.values())
+    if options.block is not None or not (wide and found.block.query_scale_in_kernel):
+        return found
+    for block in blocks().values():
+        if block.targets[0] == found.page.name and not block.query_scale_in_kernel:
+            other = read(block=block.name)
+            why = (
+                f"decoder_block={block.name} is written, which holds weights of 32 bits as they "
+                f"are; {found.block.name} would fold {QUERY_SCALE.text} into them, and round: give "
+                f"--block {found.block.name} if it has to be that"
+            )
+            return replace(other, notes=(*other.notes, why))
+    return found
+
+
+def _demand_steps(model: ModelDescription, settings: Mapping[str, Any]) -> None:
+    """Experts must be where MaxText builds them.
+
+    Raises:
+        UnsupportedError: They are not in every n-th layer (models/envy.py, models/llama4.py
+            `determine_is_moe_layer`).
+    """
+    step = settings.get("interleave_moe_layer_step", 1)
+    built = tuple(n for n in range(model.num_hidden_layers) if step and (n + 1) % step == 0)
+    if "interleave_moe_layer_step" in settings and model.moe_layers != built:
+        listed = ", ".join(str(n + 1) for n in model.moe_layers)
+        raise UnsupportedError(
+            f"it has experts in layers {listed}, and MaxText's {model.decoder_block} in every "
+            f"{step}th"
+        )
 
 
 def _left_out(dropped: Mapping[str, str]) -> list[str]:

@@ -26,9 +26,9 @@ from moeconv.maxtext.checkpoint import (
     find_sidecar,
     open_checkpoint,
     open_stored,
-    run_tokenizer,
 )
 from moeconv.maxtext.run_record import RunRecord, read_run
+from moeconv.maxtext.tokenizer import run_tokenizer
 from moeconv.maxtext.whole import Part
 from moeconv.orbax.inventory import fingerprints
 from moeconv.planning.output import safetensors_output

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from moeconv import __version__
-from moeconv.arch.config_sources import SCALED_KEYS, TOKEN_IDS
+from moeconv.arch.defaults import SCALED_KEYS, TOKEN_IDS
 from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.planning.orbax_output import OrbaxOutput

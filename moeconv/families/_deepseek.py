@@ -1,4 +1,4 @@
-"""What DeepSeek-V2 and V3 share: latent attention (MLA), two kinds of layers, routing, the config.
+"""What DeepSeek-V2, V3 and V3.2 share: latent attention, two kinds of layers, routing, the config.
 
 How MaxText chooses and weighs experts hangs on the name of the model (layers/moe.py `GateLogit`,
 `RoutedMoE.get_topk`: `startswith`). Under `NAMES` it does as the published DeepSeek-V3: it chooses
@@ -11,9 +11,18 @@ from collections.abc import Callable
 from typing import Any
 
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.fields import ROUTING, ConfigField, Known, has_moe, not_negative, truth
+from moeconv.arch.fields import (
+    ROUTING,
+    ConfigField,
+    Known,
+    has_moe,
+    not_negative,
+    positive_int,
+    truth,
+)
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import Module, Segment, Stacking
+from moeconv.errors import UnsupportedError
 from moeconv.families._shared import (
     CONFIG,
     MLP,
@@ -42,17 +51,27 @@ from moeconv.mapping.rules import (
 
 ROUTED = "DeepSeekMoeBlock_0.MoeBlock_0"
 _SHARED = "DeepSeekMoeBlock_0.shared_experts"
-# layers/attention_mla.py `MLA._init_projections`: queries directly, or through a narrow layer.
-_DIRECT, _NARROW = Layers(attention="mla"), Layers(attention="mla_lora")
+# layers/attention_mla.py `MLA._init_projections`: queries directly, or through a narrow layer,
+# which an indexer reads too (`Indexer`).
+_DIRECT, NARROW, INDEXED = (Layers(attention=kind) for kind in ("mla", "mla_lora", "mla_index"))
 
 # --- MaxText's layers -----------------------------------------------------------------------------
 
 # fmt: off
+_LORA = (
+    Parameter.of("self_attention.wq_a.kernel",  "D q"),
+    Parameter.of("self_attention.q_norm.scale", "q"),
+    Parameter.of("self_attention.wq_b.kernel",  "q H k"),
+)
 _QUERY = {
-    "mla":      (Parameter.of("self_attention.query.kernel", "D H k"),),
-    "mla_lora": (Parameter.of("self_attention.wq_a.kernel",  "D q"),
-                 Parameter.of("self_attention.q_norm.scale", "q"),
-                 Parameter.of("self_attention.wq_b.kernel",  "q H k")),
+    "mla":       (Parameter.of("self_attention.query.kernel", "D H k"),),
+    "mla_lora":  _LORA,
+    "mla_index": (*_LORA,
+                  Parameter.of("self_attention.indexer.wq_b.kernel",         "q I i"),
+                  Parameter.of("self_attention.indexer.wk.kernel",           "D i"),
+                  Parameter.of("self_attention.indexer.k_norm.scale",        "i"),
+                  Parameter.of("self_attention.indexer.k_norm.bias",         "i"),
+                  Parameter.of("self_attention.indexer.weights_proj.kernel", "D I")),
 }
 _KEY_VALUE = (
     Parameter.of("self_attention.wkv_a.kernel",  "D r"),
@@ -117,6 +136,13 @@ SETTINGS = (
     ),
     ConfigField("routed_bias", "routed_bias", truth, "true or false", has_moe),
     ConfigField("mscale", "mscale", not_negative, "a number ≥ 0"),
+    ConfigField(
+        "index_topk",
+        "indexer_topk",
+        positive_int,
+        "a whole number ≥ 1",
+        lambda known: known["index_n_heads"] is not None,
+    ),
 )
 
 
@@ -152,11 +178,11 @@ RULES = (
     Rule("self_attention.query.kernel",  "model.layers.{L}.self_attn.q_proj.weight",
          "D H k -> (H k) D", layers=_DIRECT),
     Rule("self_attention.wq_a.kernel",   "model.layers.{L}.self_attn.q_a_proj.weight",
-         "D q -> q D", layers=_NARROW),
+         "D q -> q D", layers=NARROW),
     Rule("self_attention.q_norm.scale",  "model.layers.{L}.self_attn.q_a_layernorm.weight",
-         "q -> q", layers=_NARROW),
+         "q -> q", layers=NARROW),
     Rule("self_attention.wq_b.kernel",   "model.layers.{L}.self_attn.q_b_proj.weight",
-         "q H k -> (H k) q", layers=_NARROW),
+         "q H k -> (H k) q", layers=NARROW),
     Rule("self_attention.wkv_a.kernel",  "model.layers.{L}.self_attn.kv_a_proj_with_mqa.weight",
          "D r -> r D", layers=EVERY_LAYER),
     Rule("self_attention.kv_norm.scale", "model.layers.{L}.self_attn.kv_a_layernorm.weight",
@@ -177,8 +203,19 @@ RULES = (
 _INNER_EPSILON = 1e-6
 
 
-def refusal(model: ModelDescription) -> str | None:
-    """Why neither DeepSeek-V2 nor V3 holds a model."""
+def refusal(model: ModelDescription, *, indexed: bool = False) -> str | None:
+    """Why no DeepSeek holds a model.
+
+    Args:
+        model: The model.
+        indexed: True for the one whose indexer chooses keys, False for those without.
+    """
+    if indexed != (model.index_n_heads is not None):
+        return (
+            "it has no indexer that chooses keys (use_indexer)"
+            if indexed
+            else "an indexer chooses the keys that it attends to (use_indexer)"
+        )
     expert, shared = model.moe_intermediate_size or 0, model.shared_intermediate_size or 0
     if not model.moe_layers:
         return "it has no Mixture-of-Experts layer"
@@ -292,6 +329,11 @@ def reading(*, biased: bool, **own: Any) -> Reading:
     def fields(config: Config) -> dict[str, Any]:
         attention = "mla_lora" if config["q_lora_rank"] else "mla"
         routed = f"{attention} moe+bias" if biased else f"{attention} moe"
+        if config.get("head_dim") not in (None, config["qk_rope_head_dim"]):
+            raise UnsupportedError(
+                f"head_dim is {config['head_dim']}, by which transformers rotates, and "
+                f"qk_rope_head_dim {config['qk_rope_head_dim']}"
+            )
         layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
         return {
             **rope_fields(rope_of(config)),

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import Module, Segment, Stacking, nested
-from moeconv.families._shared import MLP, MLP_PARAMETERS, TRUNK, mlp, moe_parameters
-from moeconv.mapping.rules import EVERY_LAYER, MOE_LAYERS, Factor, Rule
+from moeconv.families._shared import MLP_PARAMETERS, TRUNK, mlp, moe_parameters
+from moeconv.mapping.rules import EVERY_LAYER, MOE_LAYERS, Factor, Rule, When
 
 # models/gemma4.py `GEMMA4_ATTENTION_PATTERN`: a scanned block is one of it.
 PATTERN = (*("sliding_attention",) * 5, "full_attention")
@@ -85,23 +85,50 @@ PLACE, ATTN = "model.layers.{L}", "model.layers.{L}.self_attn"
 # fmt: off
 def _attention_rules(kind: str, k: str, h: str) -> tuple[Rule, ...]:
     kinds, kv = Layers(attention=kind), f"D {k} {h} -> ({k} {h}) D"
-    value = Rule("self_attention.value.kernel", f"{ATTN}.v_proj.weight", kv, layers=kinds)
+    own = Layers(attention=kind, variant="")  # keys and values
+    value = Rule("self_attention.value.kernel", f"{ATTN}.v_proj.weight", kv, layers=own)
     return (
         Rule("self_attention.query.kernel", f"{ATTN}.q_proj.weight", f"D H {h} -> (H {h}) D",
              layers=kinds),
-        Rule("self_attention.key.kernel",   f"{ATTN}.k_proj.weight", kv, layers=kinds),
+        Rule("self_attention.key.kernel",   f"{ATTN}.k_proj.weight", kv, layers=own),
         *([] if kind == "shared" else [value]),
         Rule("self_attention.out.kernel",   f"{ATTN}.o_proj.weight", f"H {h} D -> D (H {h})",
              layers=kinds),
         Rule("self_attention.query_norm.scale", f"{ATTN}.q_norm.weight", f"{h} -> {h}",
              layers=kinds),
         Rule("self_attention.key_norm.scale",   f"{ATTN}.k_norm.weight", f"{h} -> {h}",
-             layers=kinds),
+             layers=own),
     )
 
 
 def _kept(source: str, target: str, axis: str = "D", layers: Layers = EVERY_LAYER) -> Rule:
     return Rule(source, f"{PLACE}.{target}", f"{axis} -> {axis}", layers=layers)
+
+
+# What makes of a token, and of its embedding, an input of each layer.
+FURTHER = (
+    Parameter.of("decoder.per_layer_embedder.embed_tokens_per_layer",            "U A"),
+    Parameter.of("decoder.per_layer_embedder.per_layer_model_projection.kernel", "D A"),
+    Parameter.of("decoder.per_layer_embedder.per_layer_projection_norm.scale",   "p"),
+)
+INPUT = (
+    Parameter.of("per_layer_input_gate.kernel",     "D p"),
+    Parameter.of("per_layer_projection.kernel",     "p D"),
+    Parameter.of("post_per_layer_input_norm.scale", "D"),
+)
+_HAS = When("layers have inputs of their own", lambda m, o: bool(m.hidden_size_per_layer_input))
+_TABLE_OF_ALL, _PROJECTION, _NORM_OF_ALL = (each.name for each in FURTHER)
+FURTHER_RULES = (
+    Rule(_TABLE_OF_ALL, "model.embed_tokens_per_layer.weight",     "U A -> U A", when=_HAS),
+    Rule(_PROJECTION,   "model.per_layer_model_projection.weight", "D A -> A D", when=_HAS),
+    Rule(_NORM_OF_ALL,  "model.per_layer_projection_norm.weight",  "p -> p",     when=_HAS),
+    Rule("per_layer_input_gate.kernel", f"{PLACE}.per_layer_input_gate.weight", "D p -> p D",
+         layers=EVERY_LAYER, when=_HAS),
+    Rule("per_layer_projection.kernel", f"{PLACE}.per_layer_projection.weight", "p D -> D p",
+         layers=EVERY_LAYER, when=_HAS),
+    Rule("post_per_layer_input_norm.scale", f"{PLACE}.post_per_layer_input_norm.weight", "D -> D",
+         layers=EVERY_LAYER, when=_HAS),
+)
 
 
 _TABLE, _NORM, _HEAD, _UNTIED = TRUNK
@@ -116,7 +143,9 @@ RULES = (
     _kept("pre_ffw_norm.scale",             "pre_feedforward_layernorm.weight"),
     _kept("post_ffw_norm.scale",            "post_feedforward_layernorm.weight"),
     _kept("layer_scalar",                   "layer_scalar", "u"),
-    *MLP,
+    *mlp("mlp", f"{PLACE}.mlp", "F", Layers(mlp="dense", variant="")),
+    *mlp("mlp", f"{PLACE}.mlp", "f", Layers(mlp="dense", variant="reuse")),
+    *FURTHER_RULES,
     *mlp(BESIDE, f"{PLACE}.mlp", "F", MOE_LAYERS),
     Rule(f"{ROUTED}.gate.kernel", f"{PLACE}.router.proj.weight", "D E -> E D", layers=MOE_LAYERS),
     _kept("mlp.pre_forward_scale_2",    "router.scale",            "D", MOE_LAYERS),

@@ -10,9 +10,6 @@ from moeconv.printing import Printable
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# The way from Hugging Face to MaxText, of every row: nothing here reads a Hugging Face model yet.
-_BACK = "not built"
-
 
 @dataclass(frozen=True)
 class Goal:
@@ -42,7 +39,7 @@ class Row:
         status: `converts` or `refused`.
         reason: Why it is refused; None where it converts.
         targets: What it becomes, the default first; none where it is refused.
-        hf_to_maxtext: The way back.
+        hf_to_maxtext: The architectures that become it.
     """
 
     decoder_block: str
@@ -52,7 +49,7 @@ class Row:
     status: str
     reason: str | None
     targets: tuple[Goal, ...]
-    hf_to_maxtext: str = _BACK
+    hf_to_maxtext: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,17 @@ class Families(Printable):
         from rich.table import Table
 
         table = Table(title="converts", title_justify="left", box=None, pad_edge=False)
-        for heading in ("decoder_block", "MaxText", "becomes", "transformers", "layers"):
+        for heading in ("decoder_block", "MaxText", "becomes", "transformers", "back", "layers"):
             table.add_column(heading, overflow="fold")
         for row in self.rows:
             if row.status == "converts":
                 becomes = "\n".join(goal.architecture for goal in row.targets)
                 since = "\n".join(f"≥ {goal.transformers}" for goal in row.targets)
                 release = f"≥ {row.maxtext}" if row.maxtext else ""
-                table.add_row(row.decoder_block, release, becomes, since, row.layers)
+                back = "\n".join(
+                    "✓" if goal.architecture in row.hf_to_maxtext else "—" for goal in row.targets
+                )
+                table.add_row(row.decoder_block, release, becomes, since, back, row.layers)
         yield table
         yield ""
         table = Table(title="refused", title_justify="left", box=None, pad_edge=False)
@@ -89,7 +89,7 @@ class Families(Printable):
                 table.add_row(name, row.reason)
         yield table
         yield ""
-        yield "from Hugging Face to MaxText: not built, for none of them"
+        yield "back: from Hugging Face to MaxText, which `moeconv convert` does as well"
 
 
 def families() -> Families:
@@ -109,6 +109,11 @@ def families() -> Families:
             None,
             tuple(
                 Goal(name, known[name].architecture, known[name].since) for name in block.targets
+            ),
+            tuple(
+                known[name].architecture
+                for name in block.targets
+                if (reading := known[name].reading) is not None and block.name not in reading.unmade
             ),
         )
         for block in blocks().values()

@@ -58,7 +58,7 @@ BLOCK = Block(
     since="0.1.0",
     note="latent attention; dense layers first, then experts beside shared ones",
     layers=LAYERS,
-    targets=("deepseek_v3", "deepseek_v2"),
+    targets=("deepseek_v3", "deepseek_v2", "deepseek_v32"),
     stackings=(
         stacking("unscanned", "layers_{}", stacked=False),
         stacking("prefixed", "layers", stacked=True),
@@ -74,9 +74,14 @@ BLOCK = Block(
         "qk_nope_head_dim": lambda m: m["qk_nope_head_dim"],
         "qk_rope_head_dim": lambda m: m["qk_rope_head_dim"],
         "v_head_dim": lambda m: m["v_head_dim"],
+        "indexer_n_heads": lambda m: m["index_n_heads"],
+        "indexer_head_dim": lambda m: m["index_head_dim"],
     },
+    shown={"use_indexer": "mla_index"},
     # Before 0.2.4 the block normalised behind the scaling where it was asked to (`get_topk`).
     demands={"attention_type": ("mla",), "norm_topk_prob": (False,)},
+    # It changes the indexer's loss alone (layers/attention_mla.py `calculate_indexer_loss`).
+    honours={"indexer_sparse_training": (True,)},
     config=lambda model, cycle: {"attention_type": "mla"},
     taps=Taps(
         mlp={"dense": "mlp", "moe": "DeepSeekMoeBlock_0"},
@@ -86,8 +91,6 @@ BLOCK = Block(
     idle=IDLE | IDLE_MOE - {"norm_topk_prob"},
     warns={**DROPS_TOKENS, **QUANTISES},
     refuses={
-        "use_indexer": "attends to keys that an indexer chooses (DeepSeek-V3.2), and moeconv has "
-        "no page for DeepseekV32ForCausalLM",
         "engram_layers": "adds engram layers (layers/engram.py), and no stock architecture has any",
         "mhc_expansion_rate": "widens the residual stream (hyper-connections, layers/mhc.py), and "
         "moeconv has no page for a stock architecture that does",
@@ -103,9 +106,8 @@ BIAS = (
 # fmt: on
 
 
-def _requires(model: ModelDescription) -> str | None:
-    if (reason := refusal(model)) is not None:
-        return reason
+def routing_refusal(model: ModelDescription) -> str | None:
+    """Why a router of DeepSeek-V3's kind does not hold a model."""
     if (score := model.settings["routed_score_func"]) != "sigmoid":
         return f"routed_score_func={score!r}; it scores experts by sigmoid"
     if biased(vars(model)) and not routes_as_v3(model):
@@ -121,6 +123,22 @@ def _requires(model: ModelDescription) -> str | None:
     return None
 
 
+def late_name(model: ModelDescription) -> list[str]:
+    """What is said of a model whose name decides its routing only since MaxText 0.2.5."""
+    if not (biased(vars(model)) and routes_so_since(model)):
+        return []
+    return [
+        "MaxText before 0.2.5 weighed the experts of models named kimi-k2 with the router's "
+        "bias, which no stock architecture does; if it trained this one, the output computes "
+        "something else"
+    ]
+
+
+def scores(mlp: Any, output: Any) -> Any:
+    """The values by which a DeepSeek-V3 ranks experts, as MaxText's gate gives them."""
+    return output[0].sigmoid() + mlp.gate.e_score_correction_bias
+
+
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
     lines = caveats(model, options)
     if groups(model)[1] < groups(model)[0] and biased(vars(model)):
@@ -129,13 +147,7 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
             "score 0 instead of none, so that one is chosen where the bias makes better scores "
             "negative"
         )
-    if biased(vars(model)) and routes_so_since(model):
-        lines.append(
-            "MaxText before 0.2.5 weighed the experts of models named kimi-k2 with the router's "
-            "bias, which no stock architecture does; if it trained this one, the output computes "
-            "something else"
-        )
-    return lines
+    return [*lines, *late_name(model)]
 
 
 OWN: dict[str, Any] = {
@@ -151,15 +163,12 @@ TARGET = Target(
     architecture="DeepseekV3ForCausalLM",
     summary="For models of MaxText's deepseek block with a sigmoid router: DeepSeek-V3, Kimi-K2.",
     kinds=Layers(),
-    requires=_requires,
+    requires=lambda model: refusal(model) or routing_refusal(model),
     since="4.51.0",
     caveats=_caveats,
     spelled=fused_experts(ROUTED),
     rules=(*RULES, *BIAS),
-    probe=Probe(
-        scores=lambda mlp, output: output[0].sigmoid() + mlp.gate.e_score_correction_bias,
-        alone=alone,
-    ),
+    probe=Probe(scores=scores, alone=alone),
     config=config("deepseek_v3", "DeepseekV3ForCausalLM", **OWN),
     reading=replace(
         reading(biased=True, **OWN),

@@ -7,6 +7,7 @@ models/gemma/modeling_gemma.py), of any size. No name of a model changes it.
 from moeconv.arch.blocks import Block
 from moeconv.arch.parameters import DENSE, Layers
 from moeconv.families import _gemma as gemma
+from moeconv.families._consumers import dropped_of_gemma
 from moeconv.families._shared import IDLE, QUANTISES
 from moeconv.mapping.reading import Reading
 from moeconv.mapping.rules import Target, constant
@@ -39,7 +40,10 @@ TARGET = Target(
         ignored=frozenset({"hidden_act"}),
     ),
     rules=gemma.TWO_NORMS,
-    caveats=gemma.caveats,
+    caveats=lambda model, options: [
+        *gemma.caveats(model, options),
+        *dropped_of_gemma(model),
+    ],
     config=(
         constant("architectures", ["GemmaForCausalLM"]),
         constant("model_type", "gemma"),

@@ -14,9 +14,10 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import LayerKind, Layers
 from moeconv.arch.stacks import Module, Segment, Stacking
 from moeconv.families import _gemma as gemma
+from moeconv.families._consumers import dropped_of_gemma, scores_of_gemma
 from moeconv.families._shared import IDLE, QUANTISES, setting
 from moeconv.mapping.reading import Reading, typed
-from moeconv.mapping.rules import ConfigKey, Target, constant, from_field
+from moeconv.mapping.rules import ConfigKey, Options, Target, constant, from_field
 
 PATTERN = ("sliding_attention", "full_attention")
 
@@ -53,6 +54,18 @@ BLOCK = Block(
     config=_config,
 )
 
+
+def _caveats(model: ModelDescription, options: Options) -> list[str]:
+    lines = [
+        *gemma.caveats(model, options),
+        *dropped_of_gemma(model),
+        *scores_of_gemma(model, model.head_dim, layers=46),
+    ]
+    if not (model.settings["attn_logits_soft_cap"] and gemma.final_cap(model)):
+        lines.append("llama.cpp converts a Gemma 2 only with both soft caps")
+    return lines
+
+
 TARGET = Target(
     name="gemma2",
     architecture="Gemma2ForCausalLM",
@@ -69,7 +82,7 @@ TARGET = Target(
         ignored=frozenset({"hidden_act", "cache_implementation"}),
     ),
     rules=gemma.FOUR_NORMS,
-    caveats=gemma.caveats,
+    caveats=_caveats,
     config=(
         constant("architectures", ["Gemma2ForCausalLM"]),
         constant("model_type", "gemma2"),

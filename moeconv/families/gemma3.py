@@ -17,6 +17,7 @@ from moeconv.arch.fields import ConfigField, positive_float, positive_int
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import UNSCANNED, Module, Segment, Stacking
 from moeconv.families import _gemma as gemma
+from moeconv.families._consumers import scores_of_gemma
 from moeconv.families._shared import IDLE, QUANTISES, setting
 from moeconv.mapping.reading import (
     Config,
@@ -187,7 +188,10 @@ TARGET = Target(
         gemma.norm("self_attention.query_norm.scale", "self_attn.q_norm.weight", "h"),
         gemma.norm("self_attention.key_norm.scale", "self_attn.k_norm.weight", "h"),
     ),
-    caveats=gemma.caveats,
+    caveats=lambda model, options: [
+        *gemma.caveats(model, options),
+        *scores_of_gemma(model, _scalar(model), layers=62),
+    ],
     config=(
         constant("architectures", ["Gemma3ForCausalLM"]),
         constant("model_type", "gemma3_text"),

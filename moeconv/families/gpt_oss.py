@@ -14,6 +14,7 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import ConfigField, positive_float, positive_int
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import CYCLED, UNSCANNED
+from moeconv.families._consumers import fixed_of_gpt_oss
 from moeconv.families._shared import (
     CONFIG,
     DERIVED,
@@ -160,6 +161,7 @@ def _caveats(model: ModelDescription, options: Options) -> list[str]:
     lines = [
         "mlx-lm and mistral.rs take the experts of a GPT-OSS in MXFP4 only, and refuse this one",
         *untied_by_sglang(model, options),
+        *fixed_of_gpt_oss(model),
     ]
     limit, types = model.settings["mlp_activations_limit"], model.settings["layer_types"]
     if limit != 7:

@@ -15,6 +15,7 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import ConfigField, positive_int, truth
 from moeconv.arch.parameters import DENSE, MOE, Layers
 from moeconv.arch.stacks import CYCLED, UNSCANNED
+from moeconv.families._consumers import fixed_of_llama4
 from moeconv.families._shared import (
     ATTENTION,
     ATTENTION_PARAMETERS,
@@ -140,14 +141,9 @@ def _step(model: ModelDescription) -> int:
 
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
-    lines = ["mlx-lm and mistral.rs refuse a Llama 4 without its vision part"]
-    step = _step(model)
-    if model.moe_layers == tuple(range(step - 1, model.num_hidden_layers, step)):
-        return lines
     return [
-        *lines,
-        f"its experts are not in every layer whose number is a multiple of {step}; what does not "
-        "read moe_layers, such as vLLM, places them there",
+        "mlx-lm and mistral.rs refuse a Llama 4 without its vision part",
+        *fixed_of_llama4(model, _step(model)),
     ]
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from moeconv.arch.blocks import Block, Taps
 from moeconv.arch.description import ModelDescription
-from moeconv.arch.parameters import MOE, Layers
+from moeconv.arch.parameters import DENSE, MOE, Layers
 from moeconv.families._shared import (
     ATTENTION,
     ATTENTION_PARAMETERS,
@@ -28,6 +28,7 @@ from moeconv.families._shared import (
     rope_reading,
     untied_by_sglang,
 )
+from moeconv.mapping.reading import Config, Peek
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
     MOE_LAYERS,
@@ -115,6 +116,20 @@ def _card(model: ModelDescription) -> list[str]:
     ]
 
 
+def _kinds(config: Config, peek: Peek) -> list[str]:
+    """A layer of equal experts behind a router of zeros is the dense one that it was made of."""
+    kinds: list[str] = []
+    experts = range(config["num_local_experts"])
+    for layer in range(config["num_hidden_layers"]):
+        place = f"model.layers.{layer}.block_sparse_moe"
+        dense = peek.is_zero(f"{place}.gate.weight") and all(
+            peek.are_equal([f"{place}.experts.{n}.{name}.weight" for n in experts])
+            for name in ("w1", "w2", "w3")
+        )
+        kinds.append(DENSE if dense else MOE)
+    return kinds if MOE in kinds else [MOE] * len(kinds)
+
+
 TARGET = Target(
     name="mixtral",
     architecture="MixtralForCausalLM",
@@ -128,10 +143,12 @@ TARGET = Target(
     # models/mixtral/modeling_mixtral.py `MixtralBlockSparseTop2MLP`).
     reading=replace(
         READING,
+        kinds=_kinds,
         fields=lambda c: {
             **rope_reading(c),
             "layer_kinds": [MOE] * c["num_hidden_layers"],
             "moe_intermediate_size": c["intermediate_size"],
+            "intermediate_size": None,
         },
     ),
     spelled=(

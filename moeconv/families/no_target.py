@@ -23,25 +23,12 @@ SIMPLE_MLP = Refused(
     "`SimpleMlpDecoderLayer`), and no stock architecture is that",
     since="0.1.0",
 )
-GPT3 = Refused(
-    "gpt3",
-    "it has learned positions, and LayerNorm with 1 + scale and a bias (MaxText models/gpt3.py), "
-    "and moeconv has no page for GPT2LMHeadModel, the stock architecture that is nearest",
-    since="0.1.0",
-)
 DEEPSEEK4 = Refused(
     "deepseek4",
     "it attends to compressed keys, routes its first layers by the token's id, and has "
     "hyper-connections (MaxText models/deepseek4.py), and moeconv has no page for "
     "DeepseekV4ForCausalLM",
     since="0.2.4",
-)
-GEMMA4_SMALL = Refused(
-    "gemma4_small",
-    "its layers have embeddings of their own and share keys and values (MaxText "
-    "models/gemma4_small.py), and moeconv has no page that holds them; "
-    "Gemma4ForCausalLM is the stock architecture that does",
-    since="0.2.3",
 )
 QWEN3_CUSTOM_MOE = Refused(
     "qwen3_custom_moe",

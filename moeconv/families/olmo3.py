@@ -15,6 +15,7 @@ from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import ConfigField, positive_int
 from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import CYCLED, UNSCANNED
+from moeconv.families._consumers import wanted_of_olmo3
 from moeconv.families._shared import (
     CONFIG,
     DERIVED,
@@ -125,12 +126,14 @@ def _ropes(model: ModelDescription) -> dict[str, Any]:
 
 
 def _caveats(model: ModelDescription, options: Options) -> list[str]:
-    if model.rope_type != "yarn":
-        return []
-    return [
-        "MaxText rotates layers with a window by YaRN too; transformers from 5.0 does so, "
-        "transformers 4, vLLM and mlx-lm do not, and compute something else without a word"
-    ]
+    lines = wanted_of_olmo3(model, options)
+    if model.rope_type == "yarn":
+        lines.append(
+            "MaxText rotates layers with a window by YaRN too; transformers from 5.0 does so, "
+            "transformers 4, vLLM, llama.cpp and mlx-lm do not, and compute something else without "
+            "a word"
+        )
+    return lines
 
 
 def _read_ropes(config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ files' headers say; the weights are never looked at before that.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -271,6 +271,28 @@ class Reader:
     def decode(self, box: Any) -> bool:
         """Nothing is compressed."""
         return True
+
+
+@dataclass(frozen=True)
+class Values:
+    """Looks at the values of a model's tensors, of which some may not be there (`Peek`)."""
+
+    model: HfModel
+
+    def is_zero(self, name: str) -> bool:
+        """True if a tensor is all zeros."""
+        return name in self.model.tensors and not np.any(self._read(name))
+
+    def are_equal(self, names: Sequence[str]) -> bool:
+        """True if all these tensors have the same bits."""
+        if not all(name in self.model.tensors for name in names):
+            return False
+        first, *others = (self._read(name).view("u1") for name in names)
+        return all(np.array_equal(first, other) for other in others)
+
+    def _read(self, name: str) -> Array:
+        shape = self.model.tensors[name].spec.shape
+        return Tensors(self.model, {name: View(name, 0, shape, shape)}).reader(name).read(())
 
 
 class NibbleReader:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from moeconv.arch.counts import count
+from moeconv.arch.description import ModelDescription
 from moeconv.artifact.names import LOSS_PLOT
 from moeconv.families import blocks, targets
 from moeconv.hub.gate import Judgement
@@ -147,13 +148,19 @@ def _architecture(given: CardInput) -> list[str]:
     rows += [
         ("vocabulary", f"{model.vocab_size:,}"),
         ("context", f"{model.max_position_embeddings:,} tokens"),
-        ("RoPE", f"θ = {model.rope_theta:,.0f}" + (", scaled" if model.rope_use_scale else "")),
-        ("norm", f"RMSNorm, ε = {model.rms_norm_eps:g}"),
+        _positions(model),
+        ("norm", f"{blocks()[model.decoder_block].norm}, ε = {model.rms_norm_eps:g}"),
         ("output head", "tied to the embedding" if model.tie_word_embeddings else "its own"),
         ("dtype of the files", plain(output.manifest.dtype)),
     ]
     parts = [table(("", ""), rows)]
     return [*parts, *targets()[output.manifest.target].card(model)]
+
+
+def _positions(model: ModelDescription) -> tuple[str, str]:
+    if model.num_positions:
+        return "learned positions", f"{model.num_positions:,}"
+    return "RoPE", f"θ = {model.rope_theta:,.0f}" + (", scaled" if model.rope_use_scale else "")
 
 
 def _layers(output: Output) -> str:

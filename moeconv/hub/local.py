@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from moeconv.arch.description import ModelDescription
 from moeconv.artifact.manifest import Manifest, manifest_name
 from moeconv.artifact.names import is_output_name
-from moeconv.errors import NotACheckpointError, OutputError
+from moeconv.errors import NotACheckpointError, OutputError, UnsupportedError
 from moeconv.families import targets
 from moeconv.hub.weights import Weights
 from moeconv.mapping.edges import cannot_hold
@@ -111,6 +111,7 @@ class Output:
 
         Raises:
             NotACheckpointError: It is no output of `convert`.
+            UnsupportedError: It is an adapter.
             OutputError: The manifest is damaged, or names what convert never writes.
         """
         name = manifest_name(folder)
@@ -142,6 +143,11 @@ class Output:
             raise OutputError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
+        if manifest.kind == "peft":
+            raise UnsupportedError(
+                f"{folder} is a LoRA adapter for PEFT, and push sends whole models; send it with "
+                "hf upload REPO FOLDER, or convert its base with --merge-lora and push that"
+            )
         if foreign := sorted(name for name in manifest.files if not is_output_name(name)):
             raise OutputError(
                 f"{path} names {printable(', '.join(foreign))[:200]}, which moeconv convert never "

@@ -287,7 +287,9 @@ class _Expander:
         factor = rule.scale.value(self._model) if rule.scale is not None else None
         fold = None
         if rule.scale is not None and factor is not None:
-            fold = Fold(factor, rule.scale.text, rule.scale.offset, rule.scale.reason)
+            offset = rule.scale.offset
+            added = offset(self._model) if callable(offset) else offset
+            fold = Fold(factor, rule.scale.text, added, rule.scale.reason)
         if rule.scales:
             scales = self._find(rule.scales[number], layer)
             return self._dequantised(source, scales, fold, layer, expert)

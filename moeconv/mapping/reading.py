@@ -1,13 +1,23 @@
 """How a page reads a config.json, for the way from Hugging Face to MaxText."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from moeconv.errors import UnsupportedError
 
 # The content of a config.json, with transformers' defaults for what it leaves out.
 Config = Mapping[str, Any]
+
+
+class Peek(Protocol):
+    """What looks at the values of a model's tensors."""
+
+    def is_zero(self, name: str) -> bool:
+        """True if a tensor is all zeros."""
+
+    def are_equal(self, names: Sequence[str]) -> bool:
+        """True if all these tensors have the same bits."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,10 @@ class Reading:
         left_out: Why tensors whose names match are left out, by the expression that the beginning
             of the name matches.
         multimodal: Classes that hold this model and others, of which it alone is read.
+        kinds: The kinds of layers that tensors show, where a config does not: of the config and of
+            what looks at tensors. A decoder block that does not have them all gets those of
+            `fields`.
+        unmade: Decoder blocks that have the architecture as a target and are not made of it.
     """
 
     derived: Mapping[str, Callable[[Config], Any]] = field(default_factory=dict)
@@ -100,6 +114,8 @@ class Reading:
     ignored: frozenset[str] = frozenset()
     left_out: Mapping[str, str] = field(default_factory=dict)
     multimodal: tuple[Multimodal, ...] = ()
+    kinds: Callable[[Config, Peek], Sequence[str]] | None = None
+    unmade: frozenset[str] = frozenset()
 
 
 # Keys of all spellings of RoPE, which `Reading.ropes` makes one of.

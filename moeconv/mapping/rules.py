@@ -5,7 +5,7 @@ the per-layer comparison and docs/mapping.md.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -36,13 +36,14 @@ class Factor:
             expression, e.g. `x - 1`.
         reason: Why it is there, for docs and the manifest.
         value: The number for one model; None where the model needs neither factor nor offset.
-        offset: What is added to the product, before it is rounded.
+        offset: What is added to the product, before it is rounded; where it follows from the
+            model, a function of it.
     """
 
     text: str
     reason: str
     value: Callable[[ModelDescription], float | None]
-    offset: float = 0.0
+    offset: float | Callable[[ModelDescription], float] = 0.0
 
     @property
     def words(self) -> str:
@@ -175,6 +176,8 @@ class Probe:
     Attributes:
         layers: The decoder layers, below the model.
         embedding: The token embedding, below the model.
+        positions: The table of learned positions, below the model, that is added to what is given
+            for the embedding; empty where there is none.
         norm: The final norm, below the model.
         head: The output head, below the model.
         attention: Names below a layer of which the first that it has is its attention.
@@ -183,12 +186,21 @@ class Probe:
         scores: The values by which the experts are ranked, [..., E], in the form in which
             MaxText's router gives them (`Taps.router`): `(feed-forward half, what its router
             returned)`. By default what it returned first or alone.
+        parts: Tensors outside the layers that make further inputs of the layers, and the axis of
+            each that has the parts of the layers one behind the other; None where all layers have
+            all of it.
+        beside: The arguments of the model of one layer, beside its hidden states: `(model, ids,
+            embedded, what the run of the layer before returned)`. It may change the model, which
+            is used once.
+        cut: Changes a config that was cut to layer `n`, or to no layer, `None`, where that takes
+            more than their number and `layer_types`: `(config, the whole one, n)`.
         alone: Changes a config of one layer so that this layer is of the kind that layer `n` of
             the whole model is: `(config, n, is_moe)`. `layer_types` is cut already.
     """
 
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
+    positions: str = ""
     norm: str = "model.norm"
     head: str = "lm_head"
     attention: tuple[str, ...] = ("self_attn",)
@@ -197,6 +209,9 @@ class Probe:
     scores: Callable[[Any, Any], Any] = lambda mlp, output: (
         output[0] if isinstance(output, tuple) else output
     )
+    parts: Mapping[str, int | None] = field(default_factory=dict)
+    beside: Callable[[Any, Any, Any, Any], dict[str, Any]] = lambda model, ids, embedded, last: {}
+    cut: Callable[[Any, Any, int | None], None] = lambda config, whole, n: None
     alone: Callable[[Any, int, bool], None] = lambda config, n, is_moe: None
 
 

@@ -9,29 +9,29 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-
 from moeconv.arch.blocks import Block
+from moeconv.arch.config_file import ConfigFile
 from moeconv.arch.config_sources import ResolvedConfig, resolve_config
 from moeconv.arch.detection import detect_layout
 from moeconv.arch.keys import refusals_of
 from moeconv.arch.layout import Layout
 from moeconv.arch.resolve import Resolution, resolve
 from moeconv.arch.stacks import KeyPath
-from moeconv.arch.yaml_file import short
 from moeconv.errors import (
     ConfigError,
     NotACheckpointError,
     TensorError,
-    TokenizerError,
     UnsupportedError,
 )
 from moeconv.families import block_of, blocks
-from moeconv.hf.tokenizer import TokenizerFiles, left_out, read_files, tokenizer_of
+from moeconv.hf.tokenizer import TokenizerFiles
 from moeconv.maxtext import inspection
+from moeconv.maxtext.facts import is_unmarked
 from moeconv.maxtext.fused import demand_order, take_apart
 from moeconv.maxtext.run_config import run_config, said_of
 from moeconv.maxtext.sidecar import OLD_SIDECAR_NAME, SIDECAR_NAMES, FoundSidecar, RunSidecar
+from moeconv.maxtext.sidecar import first_fault as _first_fault
+from moeconv.maxtext.tokenizer import run_tokenizer
 from moeconv.maxtext.unchanged import Unchanged
 from moeconv.maxtext.whole import Part, demand_whole, part_of, refuse_older, refuse_unclaimed
 from moeconv.orbax.arrays import Arrays
@@ -225,12 +225,16 @@ def open_checkpoint(
     dropped |= {leaf.stored_name: SUPERSEDED for leaf in tree.superseded}
     layout = _layout(used, resolved, tree.collections)
     if sidecar is not None:
-        refuse_older(sidecar, layout.block)
+        refuse_older(sidecar.path, sidecar.content.maxtext_version, layout.block)
+    if isinstance(content, ConfigFile):
+        refuse_older(provenance.detail, content.release, layout.block)
     unused = [name for module in UNUSED for name in _SETTINGS_OF[module] if _has(arrays, module)]
     deciding = resolved.without(lambda key: key in stored.fused or key.startswith(tuple(unused)))
     if beside_adapter:
         deciding = deciding.neutral(LORA)
-    resolution = resolve(layout, deciding, scan_layers=step.scan_layers, dated=step.dated)
+    resolution = resolve(
+        layout, deciding, scan_layers=step.scan_layers, dated=step.dated, unread=is_unmarked(step)
+    )
     resolution = replace(resolution, warnings=(*unread, *resolution.warnings))
     return Checkpoint(
         step,
@@ -336,41 +340,6 @@ def _scan_axis(resolved: ResolvedConfig) -> int | None:
             f"param_scan_axis={axis.value} ({axis.provenance}) should be a whole number from 0"
         )
     return int(axis.value)
-
-
-def run_tokenizer(sidecar: FoundSidecar, *, model_max_length: int | None) -> TokenizerFiles:
-    """The tokenizer that a run's sidecar names, which is in the run, here or at its address.
-
-    Raises:
-        TokenizerError: It is outside, cannot be read, or cannot be used.
-    """
-    name, run = sidecar.content.tokenizer, sidecar.folder
-    assert name is not None
-    source = str(run / name)
-    try:
-        files = read_files(
-            lambda each, limit: read_beside(run, f"{name}/{each}", limit=limit), source
-        )
-    except NotACheckpointError as error:
-        raise TokenizerError(
-            f"{error} ({sidecar.path} names it); give the tokenizer with --tokenizer"
-        ) from None
-    if not files:
-        raise TokenizerError(
-            f"{source}: no such file or directory with a tokenizer, but {sidecar.path} names "
-            "it; give the tokenizer with --tokenizer"
-        )
-    found = tokenizer_of(files, source, "directory", model_max_length=model_max_length)
-    more = left_out(run.local / name) if run.local else []
-    return replace(found, notes=(*found.notes, *more))
-
-
-def _first_fault(error: ValueError) -> str:
-    """What is wrong with a sidecar, in short."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    fault = error.errors(include_url=False, include_input=False)[0]
-    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"
 
 
 class _DamagedError(Exception):

@@ -19,6 +19,7 @@ _TREES = {
 }
 # What only releases from then on write (their common/checkpointing.py, common/train_state_nnx.py).
 _V1 = "0.2.4"
+_V1_HANDLER = "experimental.v1"  # in the name of the handler in a step's metadata
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,17 @@ def facts_of(checkpoint: "Checkpoint") -> Facts:
     )
 
 
+def is_unmarked(step: Step) -> bool:
+    """True if its metadata have nothing that only 0.2.4 and later record."""
+    return step.scan_layers is None and _V1_HANDLER not in step.handler
+
+
 def _releases(step: Step, tree: Tree, checkpoint: "Checkpoint") -> str:
     sidecar = checkpoint.sidecar.content if checkpoint.sidecar else None
     if sidecar is not None and sidecar.maxtext_version:
         return f"{sidecar.maxtext_version} (the run's sidecar says so)"
     signs = {
-        "Orbax v1": "experimental.v1" in step.handler,
+        "Orbax v1": _V1_HANDLER in step.handler,
         "scan_layers is recorded": step.scan_layers is not None,
         "nnx_aux": any(leaf[0] == AUX for leaf in tree.leaves),
         "DiLoCo's inner_state": any(leaf[0] == "inner_state" for leaf in tree.leaves),

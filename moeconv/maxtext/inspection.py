@@ -5,9 +5,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from moeconv.arch.resolve import Resolution, missing_message
+from moeconv.errors import TensorError, UnsupportedError
+from moeconv.families import target_for
+from moeconv.mapping.edges import expand
 from moeconv.maxtext.facts import facts_of
 from moeconv.printing import fold
 from moeconv.sizes import format_size
+from moeconv.tensor.dtypes import DTYPES
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -35,7 +39,7 @@ def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:
         "bytes": sum(info.nbytes for info in infos),
         "fields": _fields(resolution),
         "missing": list(resolution.missing),
-        "refusals": list(resolution.refusals),
+        "refusals": _refusals(checkpoint),
         "warnings": list(resolution.warnings),
         "dropped": dict(checkpoint.dropped),
         "parameters": [
@@ -51,6 +55,22 @@ def as_dict(checkpoint: "Checkpoint") -> dict[str, Any]:
             for info in infos
         ],
     }
+
+
+def _refusals(checkpoint: "Checkpoint") -> list[str]:
+    """Why it cannot be converted, also where all settings are known."""
+    resolution = checkpoint.resolution
+    if resolution.refusals or resolution.missing:
+        return list(resolution.refusals)
+    dtypes = {name: info.dtype for name, info in checkpoint.arrays.info.items()}
+    try:
+        model = resolution.model()
+        target = target_for(model)
+        if not DTYPES.keys() >= {*dtypes.values()}:  # quantised: whether with scales, rules know
+            expand(target, model, checkpoint.layout, dtypes)
+    except (UnsupportedError, TensorError) as error:
+        return [str(error)]
+    return []
 
 
 def _fields(resolution: Resolution) -> dict[str, dict[str, Any]]:
@@ -110,7 +130,7 @@ def parts(checkpoint: "Checkpoint") -> "Iterator[RenderableType]":
     if report["refusals"]:
         yield "cannot be converted exactly: " + "; ".join(report["refusals"])
     if report["missing"]:
-        yield missing_message(report["missing"])
+        yield missing_message(report["missing"], checkpoint.resolution.doubts)
     if count := report["adapter_matrices"]:
         yield (
             f"it holds a LoRA adapter as well ({count} matrices); for the merged model convert "

@@ -6,8 +6,9 @@ config and the place of the tokenizer, relative to itself.
 
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moeconv.arch.yaml_file import short
 from moeconv.orbax.store import Folder
 
 SIDECAR_NAME = "moeconv_run.json"
@@ -87,3 +88,11 @@ class MetricsLine(BaseModel):
     skipped_steps: int | None = Field(default=None, description="left out so far, for overflow")
     seconds: float | None = Field(default=None, description="of the step, or the evaluation")
     tokens_per_second: float | None = None
+
+
+def first_fault(error: ValueError) -> str:
+    """What is wrong with a sidecar, in short."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_input=False)[0]
+    return f"{short('.'.join(map(str, fault['loc'])) or 'it')}: {short(fault['msg'])}"

@@ -9,8 +9,8 @@ from moeconv.arch.detection import may_hold
 from moeconv.arch.yaml_file import short
 from moeconv.errors import NotACheckpointError, TensorError, UnsupportedError
 from moeconv.families import blocks
-from moeconv.maxtext.sidecar import FoundSidecar
 from moeconv.orbax.arrays import Arrays
+from moeconv.orbax.database import gaps
 from moeconv.orbax.locate import Step
 from moeconv.orbax.metadata import Tree, outside
 from moeconv.orbax.store import Folder
@@ -35,6 +35,8 @@ def demand_whole(step: Step, arrays: Arrays) -> list[str]:
         count = len(arrays.unmerged)
         many = "1 process" if count == 1 else f"{count} processes"
         why.append(f"Orbax never merged what {many} wrote, or the index of that is lost")
+        if missing := gaps(arrays.unmerged):
+            why.append(missing)
     if not why:
         return []
     if arrays.missing and not arrays.may_lack:
@@ -101,8 +103,15 @@ def refuse_unclaimed(items: Folder, tree: Tree, *, unused: Collection[str]) -> N
 
     Raises:
         TensorError: There are some; names them.
-        UnsupportedError: Among them are biases of a router.
+        UnsupportedError: Among them are biases of a router; or layers are stages of a pipeline.
     """
+    # layers/nnx_decoders.py `NNXDecoder.__init__`; stages are axes of their own, or repeated.
+    if any("pipeline_module" in leaf.path for leaf in tree.model):
+        raise UnsupportedError(
+            f"{items} keeps its layers as stages of pipeline parallelism "
+            "(decoder.pipeline_module), which are not converted: restore it with the run's own "
+            "settings, and save its parameters as decoder.layers"
+        )
     names = [
         leaf.stored_name
         for leaf in tree.model
@@ -122,19 +131,23 @@ def refuse_unclaimed(items: Folder, tree: Tree, *, unused: Collection[str]) -> N
         raise outside(items, tree.root, names)
 
 
-def refuse_older(sidecar: FoundSidecar, block: Block) -> None:
+def refuse_older(where: str, version: str | None, block: Block) -> None:
     """Refuses a run of a release that had no such block, or kept it otherwise.
 
     Only the run's sidecar names its release. What `facts.py` finds by the absence of signs is no
     ground to refuse: a checkpoint that a converter wrote has none of them either.
 
+    Args:
+        where: The sidecar.
+        version: The release that it names, if any.
+        block: The checkpoint's.
+
     Raises:
-        UnsupportedError: The release that the sidecar names is older than the block's.
+        UnsupportedError: The release is older than the block's.
     """
-    version = sidecar.content.maxtext_version
     if version and block.since and () < release(version) < release(block.since):
         raise UnsupportedError(
-            f"{sidecar.path}: maxtext_version={short(version)}, but decoder_block={block.name} is "
+            f"{where}: maxtext_version={short(version)}, but decoder_block={block.name} is "
             f"converted since MaxText {block.since}, the first release that has it; put the "
             "record of the run that trained this checkpoint there"
         )

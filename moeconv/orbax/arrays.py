@@ -15,7 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from moeconv.errors import NotACheckpointError, StorageError, TensorError, UnsupportedError
-from moeconv.orbax.database import Database, array_of, is_chunk
+from moeconv.orbax.database import Database, array_of, gaps, is_chunk
 from moeconv.orbax.inventory import ARRAY_LIMIT, inventory
 from moeconv.orbax.metadata import Tree
 from moeconv.orbax.store import Folder, context, reason
@@ -217,9 +217,11 @@ class Arrays:
     def _unopened(self, path: KeyPath, error: Exception) -> NotACheckpointError:
         name = ".".join(path)
         self.check_store(error, f"{self.items}: parameter {name}")
+        missing = gaps(self.unmerged)
+        lost = f"; {missing}" if missing else ""
         return NotACheckpointError(
             f"{self.items}: parameter {name} cannot be opened, so the save is incomplete or "
-            f"damaged: {reason(error)}"
+            f"damaged: {reason(error)}{lost}"
         )
 
     def check_store(self, error: Exception, what: str) -> None:

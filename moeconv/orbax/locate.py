@@ -2,6 +2,7 @@
 
     <run>/checkpoints/<step>/<item>/_METADATA
     <run>/checkpoints/<step>/_CHECKPOINT_METADATA, commit_success.txt
+    <run>/checkpoints/actor/<step>/<item>/_METADATA       of RL
     <parameters only>/<item>/_METADATA, or <parameters only>/_METADATA
 
 MaxText calls the item `items`; its emergency managers `state`; its training engine, which
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moeconv.errors import NotACheckpointError
+from moeconv.orbax.foreign import checkpoints_below, what_is
 from moeconv.orbax.inventory import inventory
 from moeconv.orbax.store import DeniedError, Folder
 from moeconv.untrusted import strict_json
@@ -31,6 +33,9 @@ from moeconv.untrusted import strict_json
 _STEP = re.compile(r"[0-9]{1,18}\Z")
 _COMMIT = "commit_success.txt"
 METADATA = "_CHECKPOINT_METADATA"
+# Where Tunix's RL keeps the steps of the policy, beside the critic's (tunix `rl/rl_cluster.py`,
+# `_init_cluster`; MaxText trainers/post_train/rl/train_rl.py gives it the run's `checkpoints/`).
+_ACTOR = "actor"
 # Names of the item that holds the model: common/checkpointing.py, common/emergency_checkpointing.py
 # `save`, training_engine/checkpointing.py; orbax-checkpoint's own defaults; what people choose.
 ITEMS = ("items", "state", "default", "model_params", "pytree", "model", "params")
@@ -91,7 +96,9 @@ def locate(spec: str) -> Step:
     """
     folder = Folder.open(spec)
     if not folder.exists():
-        what = "is a file" if folder.local and folder.local.is_file() else "does not exist"
+        is_file = folder.local is not None and folder.local.is_file()
+        kind = what_is([folder.name]) if is_file else ""
+        what = f"is a file{f' ({kind})' if kind else ''}" if is_file else "does not exist"
         raise NotACheckpointError(f"{folder} {what}; give a MaxText run, step or items directory")
     if folder.has("_METADATA"):
         return _step(folder)
@@ -106,6 +113,13 @@ def locate(spec: str) -> Step:
                 raise _ambiguous(folder / name, folder / "checkpoints")
         folder = folder / "checkpoints"
         names = list(folder.children())
+    if _ACTOR in names:
+        policy = folder / _ACTOR
+        inside = list(policy.children()) if policy.exists() else []
+        if steps := _steps(inside):
+            if own := _steps(names):
+                raise _ambiguous(folder / own[0], policy / steps[0])
+            folder, names = policy, inside
     return _newest(folder, names)
 
 
@@ -149,15 +163,26 @@ def _newest(folder: Folder, names: list[str]) -> Step:
             f"{folder} is a step that cannot be read: {_without_item(folder)}; a step holds an "
             "item, such as items/, with the _METADATA that Orbax writes"
         )
-    rest = [n for n in names if re.search(r"\d", n)]
-    more = (
-        f" (no step's name, and passed over: {', '.join(rest[:5])}{', …' if rest[5:] else ''}; "
-        "a step is called by its number alone, and any folder that holds one can be given itself)"
-    )
     raise NotACheckpointError(
         f"{folder} is no MaxText checkpoint: it has no _METADATA, no items/, and no numbered steps "
-        f"below it or below checkpoints/{more if rest else ''}"
+        f"below it or below checkpoints/{_instead(folder, names)}"
     )
+
+
+def _instead(folder: Folder, names: list[str]) -> str:
+    """What a folder holds that has no step."""
+    if kind := what_is(names):
+        return f"; it holds {kind}"
+    said = ""
+    if rest := [n for n in names if re.search(r"\d", n)]:
+        said = (
+            f" (no step's name, and passed over: {', '.join(rest[:5])}"
+            f"{', …' if rest[5:] else ''}; a step is called by its number alone, and any folder "
+            "that holds one can be given itself)"
+        )
+    if found := checkpoints_below(folder, names):
+        said += f"; {' or '.join(str(folder / name) for name in found)} may be what is meant"
+    return said
 
 
 def _item(step: Folder) -> Folder | None:
@@ -181,6 +206,9 @@ def _item(step: Folder) -> Folder | None:
 def _without_item(step: Folder) -> str:
     """What a step holds instead."""
     names = list(step.children()) if step.local is not None else []
+    for name in ITEMS:
+        if name in names and (kind := what_is((step / name).children())):
+            return f"{name}/ has no _METADATA, and holds {kind}"
     listed = f"; it holds {', '.join(names[:6])}{', …' if names[6:] else ''}" if names else ""
     return f"no _METADATA{listed}"
 
@@ -277,9 +305,11 @@ def _step(item: Folder, step: Folder | None = None, skipped: tuple[str, ...] = (
     # Above any other folder there may be a sidecar of something else.
     if _STEP.match(step.name):
         number = int(step.name)
-        beside.append(step.parent)
-        if step.parent.name == "checkpoints":
-            beside.append(step.parent.parent)
+        beside.append(above := step.parent)
+        if above.name == _ACTOR and above.parent.name == "checkpoints":
+            beside.append(above := above.parent)
+        if above.name == "checkpoints":
+            beside.append(above.parent)
     return Step(
         items,
         step,

@@ -8,7 +8,16 @@ from typing import Any
 from moeconv.errors import NotACheckpointError, TensorError
 from moeconv.orbax.database import MANIFEST, parts_of
 from moeconv.orbax.store import Folder
-from moeconv.orbax.trees import PARAMS, KeyPath, Leaf, is_adapter, is_of_training, leaf_of, root_of
+from moeconv.orbax.trees import (
+    PARAMS,
+    KeyPath,
+    Leaf,
+    is_adapter,
+    is_of_training,
+    leaf_of,
+    root_of,
+    roots_elsewhere,
+)
 from moeconv.untrusted import strict_json
 
 # Runs write some thousand.
@@ -116,6 +125,12 @@ def read_tree(items: Folder) -> Tree:
     if use_ocdbt is None:
         use_ocdbt = items.has(MANIFEST) or any(True for _ in parts_of(items))
     root = root_of(leaves)
+    if others := roots_elsewhere(leaves, root):
+        listed = " and ".join(".".join(each) for each in others[:3])
+        raise NotACheckpointError(
+            f"{items} holds a model below {listed}, where no MaxText saves one; save it anew with "
+            "its tree at params.params"
+        )
     if root is None:
         found = ", ".join(sorted({leaf[0] for leaf in leaves})[:20]) or "nothing"
         raise NotACheckpointError(

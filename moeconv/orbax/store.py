@@ -36,6 +36,8 @@ _FIRST_DELAYS = (0.3, 1.0)
 # How tensorstore begins a message about an answer that will be the same when asked again.
 _DENIED = ("PERMISSION_DENIED", "UNAUTHENTICATED")
 _TRANSIENT = ("ABORTED", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # ... and that may be another
+# An address's, which may be in capitals (RFC 3986, 3.1).
+_SCHEME = re.compile(r"(?i)(?:gs|s3|https?|file):(?=/)")
 # What of a message is not for people.
 _STATUS = re.compile(r"(?:ABORTED: All \d+ retry attempts failed: |[A-Z_]+: )?(?:CURL error )?")
 _WHERE = re.compile(r" \[(?:source locations|tensorstore_spec|curl_code)")
@@ -94,12 +96,21 @@ class Folder:
         Raises:
             NotACheckpointError: It can be no path, or is an address of another kind.
         """
-        text = str(spec)
+        text = _SCHEME.sub(lambda found: found[0].lower(), str(spec), count=1)
+        if text.startswith("file:/") and not text.startswith("file://"):
+            text = f"file://{text.removeprefix('file:')}"
         if text.startswith(SCHEMES) and not text.startswith("file://"):
+            if not re.match(r"[a-z0-9]+://[^/?#]", text):
+                what = "server" if text.startswith("http") else "bucket"
+                raise NotACheckpointError(f"{text} names no {what}; give the whole address")
             return cls(text.rstrip("/"))
         try:
             if text.startswith("file://"):
                 path = Path(unquote(text.removeprefix("file://").removeprefix("localhost")))
+                if not path.is_absolute():
+                    raise NotACheckpointError(
+                        f"{text} names no file of this machine; give file:///PATH, or the path"
+                    )
             elif is_address(text) and not Path(text).exists():
                 raise NotACheckpointError(
                     f"{without_access(text)} is an address that moeconv cannot read; it "

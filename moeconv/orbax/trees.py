@@ -76,6 +76,23 @@ def root_of(leaves: Sequence[KeyPath]) -> KeyPath | None:
     return None
 
 
+def roots_elsewhere(leaves: Sequence[KeyPath], root: KeyPath | None) -> list[KeyPath]:
+    """Where a tree with both of `_MODULES` begins, if nothing of a model is at the root.
+
+    Args:
+        leaves: Those of the checkpoint.
+        root: From `root_of`.
+    """
+    found: dict[KeyPath, set[str]] = {}
+    for leaf in leaves:
+        place = next((n for n, key in enumerate(leaf[:-1]) if key in _MODULES), None)
+        if place is not None and not is_of_training(leaf):
+            found.setdefault(leaf[:place], set()).add(leaf[place])
+    if root in found:
+        return []
+    return [each for each, keys in sorted(found.items()) if len(keys) == len(_MODULES)]
+
+
 def leaf_of(stored: KeyPath, root: KeyPath) -> Leaf | None:
     """The array of the model at a key path; None if nothing of the model is stored there.
 

@@ -11,7 +11,7 @@ from moeconv.mapping.edges import Edge
 from moeconv.mapping.lora import LowRank, merged_edges, update
 from moeconv.maxtext.whole import part_of
 from moeconv.orbax.arrays import Arrays
-from moeconv.orbax.locate import locate
+from moeconv.orbax.locate import Step, locate
 from moeconv.orbax.metadata import read_tree
 from moeconv.orbax.store import Folder
 from moeconv.planning.adapter import changes_of
@@ -20,6 +20,29 @@ from moeconv.tensor.axes import Array
 
 class SourceGoneError(NotACheckpointError):
     """A checkpoint that the manifest names is not there, and the user named no other."""
+
+
+def other_checkpoint(record: AdapterRecord, manifest: Path, what: str) -> Step:
+    """The checkpoint that was read beside the source.
+
+    Args:
+        record: Of the manifest.
+        manifest: The manifest's file.
+        what: What the checkpoint is, for people.
+
+    Raises:
+        SourceGoneError: It is not on this machine.
+    """
+    named = f"the {what} {record.checkpoint}, which {manifest} names,"
+    if Folder.open(record.checkpoint).local is None:
+        raise SourceGoneError(
+            f"{named} is at an address; an address that only OUT names is not contacted: copy "
+            "it to this machine, and convert again"
+        )
+    try:
+        return locate(record.checkpoint)
+    except NotACheckpointError as error:
+        raise SourceGoneError(f"{named} is not there: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -42,16 +65,7 @@ class MergedAdapter:
             SourceGoneError: It is not on this machine.
             NotACheckpointError: There is no adapter in the checkpoint.
         """
-        named = f"the adapter {record.checkpoint}, which {manifest} names,"
-        if Folder.open(record.checkpoint).local is None:
-            raise SourceGoneError(
-                f"{named} is at an address; an address that only OUT names is not contacted: copy "
-                "it to this machine, and convert again"
-            )
-        try:
-            step = locate(record.checkpoint)
-        except NotACheckpointError as error:
-            raise SourceGoneError(f"{named} is not there: {error}") from None
+        step = other_checkpoint(record, manifest, "adapter")
         tree = part_of(step, read_tree(step.items), "adapter")
         return cls(Arrays(step.items, tree), record.alpha / record.rank)
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moeconv.arch.blocks import Block
 from moeconv.arch.description import ModelDescription
@@ -59,6 +59,10 @@ class Stored:
     offset: int
 
 
+class OtherKindError(UnsupportedError):
+    """OUT is an output of another kind than its class is for."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """An output directory under verification.
@@ -77,12 +81,15 @@ class Candidate:
     fingerprints: Mapping[str, Fingerprint | None]
     manifest_path: Path
 
+    kind: ClassVar[str] = "huggingface"
+
     @classmethod
     def open(cls, out: Path, *, source: str | None = None) -> "Candidate":
         """Reads the manifest.
 
         Raises:
             NotACheckpointError: OUT is no output of `moeconv convert`.
+            OtherKindError: It is one of another kind.
             ConfigError: The manifest is damaged.
         """
         name = manifest_name(out)
@@ -101,25 +108,34 @@ class Candidate:
             raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
         try:
             manifest = Manifest.model_validate(loads(raw))
-            if manifest.kind == "peft":
-                raise UnsupportedError(
-                    f"{out} is a LoRA adapter for PEFT, and verify compares whole models; merge it "
-                    "with convert --merge-lora, and verify that"
-                )
-            names = filter(is_output_name, manifest.files)
+            if manifest.kind != cls.kind:
+                raise OtherKindError(f"{out} is of kind {manifest.kind}, not {cls.kind}")
+            names = filter(cls.may_hold, manifest.files)
             fingerprints = {name: first, **{n: fingerprint(out / n) for n in names}}
             candidate = cls(out, manifest, source, fingerprints, path)
-            # Computed once here, so that what does not describe a model is a damaged manifest.
-            if reason := cannot_hold(candidate.family, candidate.model):
-                raise ValueError(reason)
-            _ = candidate.count, candidate.wanted_config
+            candidate.demand_description()
         except Exception as error:  # rules and config keys of a page meet any values
-            if isinstance(error, MemoryError | UnsupportedError):
+            if isinstance(error, MemoryError | OtherKindError):
                 raise
             raise ConfigError(
                 f"{path} is not a manifest that this moeconv can read; convert again"
             ) from None
         return candidate
+
+    @staticmethod
+    def may_hold(name: str) -> bool:
+        """Returns True if convert writes a file of this name into such an output."""
+        return is_output_name(name)
+
+    def demand_description(self) -> None:
+        """Computes what the manifest describes: what describes no model is a damaged manifest.
+
+        Raises:
+            Exception: Of any kind; it does not.
+        """
+        if reason := cannot_hold(self.family, self.model):
+            raise ValueError(reason)
+        _ = self.count, self.wanted_config
 
     def demand_unchanged(self) -> None:
         """What was looked at is still there.
@@ -230,17 +246,19 @@ class Candidate:
     @cached_property
     def layout(self) -> Layout:
         """How the source keeps them."""
-        used = {i.path: i.shape for i in self.arrays.info.values() if i.path[0] not in UNUSED}
-        block = [self.block]
+        return self.layout_of(self.arrays)
+
+    def layout_of(self, arrays: Arrays) -> Layout:
+        """How a checkpoint of the described model keeps its layers."""
+        used = {i.path: i.shape for i in arrays.info.values() if i.path[0] not in UNUSED}
+        block, collections = [self.block], arrays.tree.collections
         try:
-            return detect_layout(used, block, collections=self.arrays.tree.collections)
+            return detect_layout(used, block, collections=collections)
         except ConfigError:
             # The shapes leave the scan axis open; the manifest describes the one that was taken.
             for axis in range(max(map(len, used.values()))):
                 with suppress(ConfigError, TensorError):
-                    found = detect_layout(
-                        used, block, scan_axis=axis, collections=self.arrays.tree.collections
-                    )
+                    found = detect_layout(used, block, scan_axis=axis, collections=collections)
                     if found.describe() == self.manifest.source.layout:
                         return found
             raise

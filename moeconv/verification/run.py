@@ -7,11 +7,11 @@ from pathlib import Path
 from moeconv.errors import MissingPackageError, MoeconvError, UnsupportedError, to_install
 from moeconv.untrusted.files import is_address
 from moeconv.verification.adapter import SourceGoneError
-from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status, worst
 from moeconv.verification.context import Verification
 from moeconv.verification.levels import LEVELS, Level, runner
 from moeconv.verification.levels.structure import demand_loadable
+from moeconv.verification.peft import PeftCandidate, check_adapter, open_candidate
 from moeconv.verification.report.report import Report, make_report
 from moeconv.verification.settings import Meter, Note, ParityOptions, VerifyOptions, unseen
 
@@ -37,7 +37,7 @@ def verify(
         MoeconvError: Something needed is missing or cannot be read, and nothing has failed before:
             there is no verdict. What is wrong with the output itself is a failed check instead.
     """
-    candidate = Candidate.open(out, source=source)
+    candidate = open_candidate(out, source)
     run = Verification(candidate, options, note, meter)
     checks: list[Check] = []
     for level, spec in LEVELS.items():
@@ -47,6 +47,9 @@ def verify(
         note(f"level {level}" + (f", reading {candidate.source}" if reads else ""))
         of = CheckFactory(level)
         try:
+            if isinstance(candidate, PeftCandidate):
+                checks += check_adapter(candidate, level, run)
+                continue
             _require(level, options.parity)
             if spec.runs_models:
                 demand_loadable(candidate)

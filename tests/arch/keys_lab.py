@@ -58,7 +58,12 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
     "qwen2": {"attention_bias": True},
     "qwen3": {"use_qk_norm": True},
     "mixtral": _MOE,
-    "envy": {**_MOE, "interleave_moe_layer_step": 2, "inhomogeneous_layer_cycle_interval": 2},
+    "envy": {
+        **_MOE,
+        "use_qk_norm": True,
+        "interleave_moe_layer_step": 2,
+        "inhomogeneous_layer_cycle_interval": 2,
+    },
     "qwen3_moe": {**_MOE, "use_qk_norm": True, "norm_topk_prob": True},
     "gpt_oss": {
         **_MOE,
@@ -103,6 +108,26 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "mlp_activations": ["gelu", "linear"],
         "sliding_window_size": 4,
     },
+    "gemma4_small": {
+        **_GELU,
+        "model_name": "gemma4-e2b",
+        "base_num_decoder_layers": 10,
+        "base_num_kv_heads": 1,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 4,
+        "vocab_size_per_layer_input": 64,
+        "num_kv_shared_layers": 5,
+        "use_double_wide_mlp": True,
+        "v_norm_with_scale": False,
+        "sliding_window_size": 4,
+    },
+    "gpt3": {
+        "base_num_kv_heads": 4,
+        "head_dim": 4,
+        "mlp_activations": ["gelu"],
+        "trainable_position_size": 32,
+        "fused_qkv": True,
+    },
     "gemma": _GELU,
     "gemma2": {**_GELU, **_FOUR_NORMS},
     "gemma3": {**_GELU, **_FOUR_NORMS, "model_name": "gemma3-4b", "base_num_decoder_layers": 7},
@@ -123,6 +148,10 @@ BLOCKS: Mapping[str, Mapping[str, object]] = {
         "routed_bias": True,
         "n_routing_groups": 2,
         "topk_routing_group": 1,
+        "use_indexer": True,
+        "indexer_n_heads": 2,
+        "indexer_head_dim": 4,
+        "indexer_topk": 8,
     },
     "qwen3_next": {
         **_MOE,
@@ -229,7 +258,10 @@ def _read(block: str, variant: Mapping[str, object]) -> set[str]:
     from flax.core.spmd import logical_axis_rules
     from maxtext.utils import maxtext_utils, model_creation_utils
 
-    config = resolved(**{**BLOCKS[block], **variant}, decoder_block=block)
+    given = {**BLOCKS[block], **variant, "decoder_block": block}
+    if not any(way.scanned for way in blocks()[block].stackings):
+        given["scan_layers"] = False
+    config = resolved(**given)
     devices = jax.devices("cpu")[: config.ici_expert_parallelism]
     mesh = maxtext_utils.get_mesh_from_config(config, devices)
     read: set[str] = set()

@@ -7,19 +7,18 @@ import pytest
 import yaml
 from moeconv_train import recipe
 
-from moeconv.arch import config_sources
 from moeconv.arch.config_sources import (
     ResolvedConfig,
     from_config_file,
     from_flags,
     from_mapping,
-    known_keys,
-    maxtext_defaults,
     resolve_config,
 )
+from moeconv.arch.defaults import known_keys, maxtext_defaults
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import TOLD_KEYS
 from moeconv.arch.keys import function_keys, keys
+from moeconv.arch.values import plain
 from moeconv.errors import ConfigError
 
 HERE = Provenance(Origin.CONFIG, "here")
@@ -264,7 +263,7 @@ def test_a_neutral_value_is_neutral_as_it_is_read():
     """A resolved config has the word none, which MaxText and we read as nothing."""
     for name, key in function_keys().items():
         for value in key.neutral:
-            assert key.is_neutral(config_sources._plain(value)), name
+            assert key.is_neutral(plain(value)), name
 
 
 @pytest.mark.parametrize(

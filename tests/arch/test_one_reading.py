@@ -9,7 +9,7 @@ import synthetic
 import yaml
 from cli_runner import moeconv
 
-from moeconv.arch.config_sources import CHANGED, known_keys, maxtext_defaults
+from moeconv.arch.defaults import CHANGED, known_keys, maxtext_defaults
 from moeconv.arch.keys import keys
 from moeconv.conversion.api import ConvertOptions, convert, plan_conversion
 from moeconv.errors import ConfigError

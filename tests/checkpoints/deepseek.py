@@ -1,4 +1,4 @@
-"""DeepSeek V3 and V2, and Kimi-K2, which is a V3: compressed attention, groups of experts, YaRN."""
+"""DeepSeek V3, V2 and V3.2, and Kimi-K2, which is a V3: compressed attention, groups, YaRN."""
 
 from checkpoints.mistakes import ZERO, key, rope, rule
 from checkpoints.row import TIED, UNSCANNED, Row, Settings
@@ -138,4 +138,53 @@ V2 = Row(
     },
     lost=("model.layers.1.self_attn.q_proj.weight",),
     told_wrong=("routed_scaling_factor=1", "num_experts_per_tok=2"),
+)  # fmt: skip
+
+# Each token sees 24 of up to 64 keys.
+DEEPSEEK_V32: Settings = {
+    **DEEPSEEK_V3,
+    "use_indexer": True,
+    "indexer_n_heads": 8,
+    "indexer_head_dim": 12,
+    "indexer_topk": 24,
+}
+
+V32 = Row(
+    name="deepseek_v32",
+    architecture="DeepseekV32ForCausalLM",
+    model_type="deepseek_v32",
+    model=DEEPSEEK_V32,
+    cases={
+        "unscanned-tied-without-dense-layers-or-groups": (
+            UNSCANNED,
+            TIED,
+            {"first_num_dense_layers": 0, "base_mlp_dim": 20, "n_routing_groups": -1},
+            {"indexer_head_dim": 8, "indexer_topk": 9},
+        ),
+        "own-name-without-bias-every-key": (
+            {"model_name": "default", "routed_bias": False, "indexer_topk": 64},
+        ),
+    },
+    proof="mistakes of DeepSeek",
+    mistaken_model={"base_num_decoder_layers": 2},
+    mistakes={
+        "more keys": (key("index_topk", lambda n: n + 1), "layer 0 attention"),
+        "all keys": (key("index_topk", lambda n: 64), "layer 0 attention"),
+        "no scale of the norm of index keys": (
+            rule("indexer.k_norm.weight", scale=ZERO), "layer 0 attention"),
+        "no bias of the norm of index keys": (
+            rule("indexer.k_norm.bias", scale=ZERO), "layer 0 attention"),
+        "weights of index heads": (
+            rule("indexer.weights_proj.weight", scale=ZERO), "layer 0 attention"),
+        "entries of index queries first": (
+            rule("indexer.wq_b.weight", place="q I i -> (i I) q"), "layer 0 attention"),
+        "no correction of scores": (
+            rule("e_score_correction_bias", scale=ZERO), "layer 1 router"),
+    },
+    lost=(
+        "model.layers.0.self_attn.indexer.k_norm.bias",
+        "model.layers.1.self_attn.indexer.wk.weight",
+        "model.layers.1.self_attn.indexer.weights_proj.weight",
+    ),
+    told_wrong=("indexer_topk=23",),
 )  # fmt: skip

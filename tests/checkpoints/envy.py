@@ -1,5 +1,6 @@
-"""The reference model: dense layers among those with experts, written as a Mixtral."""
+"""The reference model: dense layers among those with experts; with QK norm too."""
 
+from checkpoints.mistakes import ZERO, key, rule
 from checkpoints.row import LLAMA31, TIED, UNSCANNED, Row, Settings
 
 ENVY: Settings = {
@@ -52,3 +53,24 @@ ROW = Row(
         "llama3.1-rope": (LLAMA31,),
     },
 )
+
+QK_NORM = Row(
+    name="envy_qk_norm",
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    model={**ENVY, "use_qk_norm": True, "base_moe_mlp_dim": 64},
+    cases={
+        "unscanned-tied-llama3.1-rope": (UNSCANNED, TIED, LLAMA31),
+        "step-3-axis0": (STEP3, {"param_scan_axis": 0}),
+    },
+    mistaken_model={"base_num_decoder_layers": 2},
+    mistakes={
+        "no norm of queries": (rule("q_norm.weight", scale=ZERO), "layer 0 attention"),
+        "no norm of keys": (rule("k_norm.weight", scale=ZERO), "layer 0 attention"),
+        "weights of experts not normalised": (
+            key("norm_topk_prob", lambda yes: False), "layer 1 experts"),
+        "with fewer experts": (key("num_experts_per_tok", lambda n: 1), "layer 1 experts"),
+    },
+    lost=("model.layers.1.self_attn.k_norm.weight", "model.layers.0.mlp.up_proj.weight"),
+    told_wrong=("num_experts_per_tok=1",),
+)  # fmt: skip

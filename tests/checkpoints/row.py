@@ -56,12 +56,14 @@ class Row:
         last: Where the last layer of each block is of another kind: that of the others, and its.
         one_width: The target has one width for shared and for routed experts.
         whole_shares: The target wants a width that is a multiple of the number of heads.
+        one_kv: The target wants as many key heads in layers of global attention as in others.
+        full_heads: The target wants heads that are together as wide as the model.
         mistaken_model: What differs from `model` in the tests of mistakes, so that they are fast.
         mistakes: Mistakes in the target's page, by name, with the first place that level layers
             must name.
         lost: Tensors that level weights must miss if they are zeros.
         told_wrong: Values of `--set` that level layers must find wrong.
-        proof: The proof that the mistakes belong to.
+        proof: The proof that the mistakes belong to, if rows share one; else "mistakes of NAME".
     """
 
     name: str
@@ -77,11 +79,13 @@ class Row:
     last: tuple[str, str] | None = None
     one_width: bool = False
     whole_shares: bool = False
+    full_heads: bool = False
+    one_kv: bool = False
     mistaken_model: Settings = field(default_factory=dict)
     mistakes: Mapping[str, tuple[Mistaken, str]] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     told_wrong: tuple[str, ...] = ()
-    proof: str = "mistakes of families"
+    proof: str = ""
 
     @property
     def block(self) -> str:

@@ -133,7 +133,7 @@ def test_metrics_that_cannot_be_read(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize(
     ("config", "error"),
-    [({}, 0), ({"decoder_block": "gpt3"}, UnsupportedError), ({"num_experts": 8}, ConfigError),
+    [({}, 0), ({"decoder_block": "simple"}, UnsupportedError), ({"num_experts": 8}, ConfigError),
      ({"rope_max_timescale": "x"}, ConfigError), ({"model_name": 5}, ConfigError),
      ({"use_qk_norm": True, "decoder_block": "envy"}, UnsupportedError)],
 )  # fmt: skip

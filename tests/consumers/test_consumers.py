@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import synthetic
-from checkpoints.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, KIMI_K2
+from checkpoints.deepseek import DEEPSEEK_V2, DEEPSEEK_V3, DEEPSEEK_V32, KIMI_K2
 from checkpoints.envy import ENVY
 from checkpoints.gpt_oss import GPT_OSS
 from checkpoints.llama import LLAMA2
@@ -78,6 +78,7 @@ MODELS: dict[str, tuple[tuple[dict, ...], dict[str, Any]]] = {
     "deepseek_v2": ((DEEPSEEK_V2,), {}),
     "deepseek_v3": ((DEEPSEEK_V3,), {}),
     "deepseek_v3-without-groups": ((KIMI_K2,), {}),
+    "deepseek_v32": ((DEEPSEEK_V32,), {}),
     "llama4": ((LLAMA4,), {}),
     "olmo3": ((OLMO3,), {}),
 }
@@ -108,6 +109,9 @@ UNKNOWN = {
     ("transformers-4.46", "deepseek_v2"): NEW,
     ("transformers-4.46", "deepseek_v3"): NEW,
     ("transformers-4.46", "deepseek_v3-without-groups"): NEW,
+    ("transformers-4.46", "deepseek_v32"): NEW,
+    ("transformers-4.57", "deepseek_v32"): NEW,
+    ("mistral.rs", "deepseek_v32"): "model class `DeepseekV32ForCausalLM`",
     ("transformers-4.46", "llama4"): NEW,
     ("transformers-4.46", "olmo3"): NEW,
     ("mistral.rs", "olmo3"): "model class `Olmo3ForCausalLM`",
@@ -119,6 +123,7 @@ MISREAD = [
     ("transformers-4.57", "deepseek_v2"),
     ("transformers-4.57", "deepseek_v3"),
     ("mlx-lm", "deepseek_v3"),
+    ("mlx-lm", "deepseek_v32"),
     ("transformers-4.57", "olmo3"),
     ("mlx-lm", "olmo3"),
 ]

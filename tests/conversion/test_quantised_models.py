@@ -31,6 +31,7 @@ QWEN3_MOE = {
 }
 DEEPSEEK = {
     "num_key_value_heads": 4,
+    "head_dim": 4,
     "q_lora_rank": 12,
     "kv_lora_rank": 10,
     "qk_nope_head_dim": 6,

@@ -48,8 +48,10 @@ def watch(die: int | tuple[str, int] | None, log: int) -> None:
 
 def serve() -> None:
     from moeconv.cli.main import main
+    from moeconv.families import blocks, targets
 
     for name in (
+        "api.convert",
         "cli.convert",
         "conversion.api",
         "execution.engine",
@@ -57,7 +59,9 @@ def serve() -> None:
         "hf.tokenizer",
     ):
         importlib.import_module(f"moeconv.{name}")
-    importlib.import_module("huggingface_hub.serialization")
+    for name in ("huggingface_hub.serialization", "rich.console", "rich.themes"):
+        importlib.import_module(name)
+    blocks(), targets()  # which imports the pages
     for line in sys.stdin:
         request = json.loads(line)
         read, write = os.pipe()

@@ -19,6 +19,20 @@ def run_of(root):
     return synthetic.write(root / "deepseek", "deepseek")
 
 
+def indexed(arrays):
+    """As with `use_indexer`: three heads of six."""
+    for name in [name for name in arrays if name.endswith("wq_b.kernel")]:
+        place, stacked = name.removesuffix("wq_b.kernel") + "indexer.", arrays[name].shape[1]
+        for part, shape in (
+            ("wq_b.kernel", (11, stacked, 3, 6)),
+            ("wk.kernel", (16, stacked, 6)),
+            ("k_norm.scale", (6, stacked)),
+            ("k_norm.bias", (6, stacked)),
+            ("weights_proj.kernel", (16, stacked, 3)),
+        ):
+            arrays[place + part] = np.full(shape, 0.5, np.float32)
+
+
 def planned(tmp_path, *, change=None, **changes):
     if change is None:
         made = run_of(tmp_path.parent)
@@ -59,7 +73,6 @@ PLAIN = {"routed_bias": False, "model_name": "default"}
         ({"rope_type": "llama3.1"}, "rope_type=llama3.1 .* not known of this decoder block"),
         ({"norm_topk_prob": True}, "norm_topk_prob=true should be false"),
         ({"attention_type": "global"}, "attention_type=global should be mla"),
-        ({"use_indexer": True}, "use_indexer=true attends to keys that an indexer chooses"),
         ({"engram_layers": [1]}, "engram_layers"),
         ({"mhc_expansion_rate": 4}, "hyper-connections"),
         ({"mlp_activations_limit": 7.0}, "mlp_activations_limit"),
@@ -86,7 +99,7 @@ def test_a_bias_that_was_left_out_is_never_zeros(tmp_path, told):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("first_num_dense_layers", 2), ("shared_experts", 1),
+    [("first_num_dense_layers", 2), ("shared_experts", 1), ("use_indexer", True),
      ("q_lora_rank", 0), ("kv_lora_rank", 9), ("qk_rope_head_dim", 2), ("qk_nope_head_dim", 10),
      ("v_head_dim", 4), ("num_kv_heads", 2)],
 )  # fmt: skip
@@ -179,3 +192,43 @@ def test_groups_are_ranked_by_their_two_best_scores(tmp_path):
     assert eligible(scores, model).tolist() == [[False, False, True, True]] * 2
     model = replace(model, settings={**model.settings, "topk_routing_group": 2})
     assert eligible(scores, model).all()
+
+
+INDEXER = {"use_indexer": True, "indexer_topk": 7}
+
+
+def test_an_indexer_makes_it_a_deepseek_v32(tmp_path):
+    prepared = planned(tmp_path, change=indexed, **INDEXER, indexer_sparse_training=True)
+    convert(prepared, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["DeepseekV32ForCausalLM"]
+    assert [config[f"index_{key}"] for key in ("n_heads", "head_dim", "topk")] == [3, 6, 7]
+    assert not any("indexer" in text for text in prepared.plan.warnings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_name": "default"}, "deepseek_v32: MaxText weighs the chosen experts with the rou"),
+        ({"indexer_mask_exact_topk": False}, "indexer_mask_exact_topk=False may attend to more"),
+        ({"indexer_use_approx_top_k": True}, "indexer_use_approx_top_k=True chooses keys approxi"),
+    ],
+)
+def test_what_a_deepseek_v32_is_not_is_refused(tmp_path, changes, words):
+    with pytest.raises(UnsupportedError, match=words):
+        planned(tmp_path, change=indexed, **{**INDEXER, **changes})
+
+
+def test_index_heads_smaller_than_what_is_rotated(tmp_path):
+    def narrow(arrays):
+        indexed(arrays)
+        for name in [name for name in arrays if "indexer" in name and "weights" not in name]:
+            arrays[name] = arrays[name].take(range(3), 0 if "k_norm" in name else -1)
+
+    with pytest.raises(UnsupportedError, match="index heads have 3 entries, fewer than the 4"):
+        planned(tmp_path, change=narrow, **INDEXER)
+
+
+def test_a_wrong_number_of_index_heads_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"indexer_n_heads=64.*contradicts the checkpoint"):
+        planned(tmp_path, change=indexed, **INDEXER, indexer_n_heads=64)

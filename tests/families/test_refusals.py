@@ -58,8 +58,22 @@ def plan(folder, block, *, change=lambda arrays: None, sizes=None, scanned=True,
         ("gemma4", {"shared_experts": 2}, ConfigError, "shared_experts is 1"),
         ("gemma4", {"attn_logits_soft_cap": 50.0}, UnsupportedError, "attn_logits_soft_cap=50"),
         ("gemma4", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
-        ("gemma4", {"decoder_block": "gemma4_small", "model_name": "default"}, UnsupportedError,
-         "decoder_block=gemma4_small .* is not converted: "),
+        ("gemma4_small", {"v_norm_with_scale": None}, UnsupportedError, "v_norm_with_scale=True"),
+        ("gemma4_small", {"model_name": "gemma4-e4b"}, UnsupportedError,
+         "10 layers, no multiple of six"),
+        ("gemma4_small", {"num_kv_shared_layers": 2}, ConfigError, "num_kv_shared_layers is 3"),
+        ("gemma4_small", {"use_double_wide_mlp": False}, ConfigError,
+         "use_double_wide_mlp is true"),
+        ("gemma4_small", {"hidden_size_per_layer_input": 8}, ConfigError,
+         "hidden_size_per_layer_input is 7"),
+        ("gemma4_small", {"normalization_layer_epsilon": 1e-5}, UnsupportedError, "1e-6 for the"),
+        ("gpt3", {"mlp_activations": None}, UnsupportedError, "should be .'gelu'"),
+        ("gpt3", {"max_target_length": 73}, UnsupportedError, "only 72 positions are learned"),
+        ("gpt3", {"trainable_position_size": 64}, ConfigError, "num_positions is 72|trainable_po"),
+        ("gpt3", {"fused_qkv": False}, ConfigError, "fused_qkv is true"),
+        ("gpt3", {"use_untrainable_positional_embedding": True}, UnsupportedError,
+         "use_untrainable_positional_embedding=True"),
+        ("gpt3", {"rope_type": "llama3.1"}, UnsupportedError, "rope_type=llama3.1"),
         ("qwen3_next", {"use_qk_norm": True}, UnsupportedError, "use_qk_norm=True should be False"),
         ("qwen3_next", {"use_qk_norm_in_gdn": False}, UnsupportedError, "use_qk_norm_in_gdn=Fal"),
         ("qwen3_next", {"gdn_num_key_heads": 4}, UnsupportedError,
@@ -114,6 +128,41 @@ def test_a_gemma4_whose_last_layer_has_a_window(tmp_path, scanned):
 
     with pytest.raises(UnsupportedError, match="8 layers, no multiple of six"):
         plan(tmp_path, "gemma4", change=two_more, scanned=scanned)
+
+
+def test_a_gpt3_without_learned_positions(tmp_path):
+    with pytest.raises(TensorError, match=r"lacks decoder\.position_embedder"):
+        plan(tmp_path, "gpt3", change=without("position_embedder"))
+
+
+def test_a_gpt3_whose_heads_are_wider_than_the_model(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"4 heads of 6 are 24 wide together.* 16"):
+        plan(tmp_path, "gpt3", sizes={"h": 6})
+
+
+def test_a_small_gemma4_whose_tokens_have_no_input(tmp_path):
+    with pytest.raises(UnsupportedError, match="is 60, so that tokens from there to 64 have no"):
+        plan(tmp_path, "gemma4_small", sizes={"U": 60})
+
+
+def test_a_small_gemma4_with_inputs_of_another_number_of_layers(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"of its 10 layers are 77 wide.*not 10 times 7"):
+        plan(tmp_path, "gemma4_small", sizes={"A": 77})
+
+
+def test_a_small_gemma4_whose_windows_are_not_where_its_name_has_them(tmp_path, monkeypatch):
+    """Twelve layers, of which a global one is the sixth; the name puts the fifth there."""
+    kinds = (*("sliding dense",) * 5, "global dense") * 5
+    monkeypatch.setitem(synthetic.PATTERNS, "gemma4_small", kinds)
+    with pytest.raises(UnsupportedError, match=r"window are not where .* model_name=gemma4-e2b"):
+        plan(tmp_path, "gemma4_small", sizes={"A": 210})
+
+
+def test_a_small_gemma4_that_reuses_the_keys_of_no_layer(tmp_path, monkeypatch):
+    kinds = (*("sliding dense",) * 4, "global dense+reuse")
+    monkeypatch.setitem(synthetic.PATTERNS, "gemma4_small", kinds)
+    with pytest.raises(UnsupportedError, match="are not its last, behind one of each attention"):
+        plan(tmp_path, "gemma4_small", sizes={"A": 35})
 
 
 def per_head(arrays):

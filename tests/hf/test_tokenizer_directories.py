@@ -221,7 +221,7 @@ def test_a_directory_that_may_not_be_read(saved: Path, monkeypatch: pytest.Monke
         (
             "tokenizer_config.json",
             '{"additional_special_tokens": 4}',
-            "additional_special_tokens is 4, not a token",
+            "additional_special_tokens is 4, not a list of tokens",
         ),
         ("tokenizer_config.json", '{"auto_map": {}}', "auto_map asks for Python code"),
         ("special_tokens_map.json", "[]", "special_tokens_map.json is not a JSON object"),

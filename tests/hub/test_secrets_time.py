@@ -9,7 +9,7 @@ from moeconv.hub.kinds import unlike
 from moeconv.hub.public import shorten
 from moeconv.hub.secrets import _RULES, _found, _places, find_secret, redact
 
-SIZE = 200_000
+SIZE = 100_000
 FILLERS = (b"", b"a", b"A-", b" ", b"=", b"--a=", b": 'a", b" login a", b".eyJ", b":1:a:")
 
 

@@ -99,6 +99,54 @@ def test_parts_at_an_address(tmp_path, address, usual):
     assert tensors == usual
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_part_that_is_missing_between_others(tmp_path, address, lost):
+    """Behind the gap parts are still found, also where a web server lists nothing."""
+    made = synthetic.write(tmp_path / "run", split=SPLIT, parts=3)
+    shutil.rmtree(made.items / f"ocdbt.process_{lost}")
+    said = rf"process_{lost} is not there, while number 2 is, and of \S+ \d of \d chunks"
+    for spec in (made.run, f"{address}/run/checkpoints/0"):
+        with pytest.raises(TensorError, match=said):
+            open_checkpoint(str(spec))
+
+
+def test_a_missing_part_with_the_metadata_of_arrays(tmp_path, address):
+    made = synthetic.write(tmp_path / "run", parts=1)
+    shutil.copytree(made.items / "ocdbt.process_0", made.items / "ocdbt.process_1")
+    other = synthetic.write(tmp_path / "other", change=lambda a: a.pop(min(a)), parts=1)
+    shutil.rmtree(made.items / "ocdbt.process_0")
+    shutil.rmtree(made.items / "ocdbt.process_1")
+    shutil.copytree(other.items / "ocdbt.process_0", made.items / "ocdbt.process_1")
+    for spec in (made.run, f"{address}/run/checkpoints/0"):
+        with pytest.raises(NotACheckpointError, match=r"process_0 is not there, while number 1 is"):
+            open_checkpoint(str(spec))
+
+
+@pytest.mark.parametrize(
+    "names", [("2", "5"), ("replica_0", "0"), ("pwcontroller", "0"), ("pwcontroller", "replica_1")]
+)
+def test_parts_of_any_name(tmp_path, address, usual, names):
+    """A process that wrote nothing leaves no part; replicas and Pathways have other names."""
+    made = synthetic.write(tmp_path / "run", split=SPLIT, parts=2)
+    for number in (0, 1):
+        (made.items / f"ocdbt.process_{number}").rename(made.items / f"part{number}")
+    for number, name in enumerate(names):
+        (made.items / f"part{number}").rename(made.items / f"ocdbt.process_{name}")
+    for number, spec in enumerate((made.run, f"{address}/run/checkpoints/0")):
+        tensors, opened = converted(made, tmp_path / f"out{number}", spec)
+        assert tensors == usual
+        [said] = [w for w in warnings(opened) if "never merged" in w]
+        assert ("not there" in said) == (names == ("2", "5") or "replica_1" in names)
+
+
+def test_a_part_that_is_all_there_is_of_a_save(tmp_path, address):
+    made = synthetic.write(tmp_path / "run", parts=1)
+    shutil.rmtree(made.items / "ocdbt.process_0")
+    for spec in (made.run, f"{address}/run/checkpoints/0"):
+        with pytest.raises(NotACheckpointError, match=r"no manifest.ocdbt and no ocdbt.process_"):
+            open_checkpoint(str(spec))
+
+
 def test_parts_of_two_saves_are_not_mixed(tmp_path):
     one = synthetic.write(tmp_path / "one", parts=1)
     other = synthetic.write(tmp_path / "other", parts=1, seed=1)

@@ -99,7 +99,7 @@ def test_a_finished_step_without_any_item_is_not_called_unfinished(tmp_path):
     made = synthetic.write(tmp_path / "run", step=12)
     (made.items / "_METADATA").unlink()
     for spec in (made.run, made.step_dir):
-        with pytest.raises(NotACheckpointError, match=r"_METADATA.*it holds .*items") as caught:
+        with pytest.raises(NotACheckpointError, match=r"items/ has no _METADATA.*copy") as caught:
             locate(str(spec))
         assert "unfinished" not in str(caught.value)
 

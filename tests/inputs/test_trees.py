@@ -8,6 +8,7 @@ import yaml
 from checkpoints.envy import ENVY
 from checkpoints.mixtral import MIXTRAL
 from checkpoints.row import TIED
+from cli_runner import moeconv
 from engine_lab import tensors
 from inputs_lab import as_leaf, converted
 
@@ -118,9 +119,10 @@ def test_one_parameter_under_two_names(tmp_path):
 
 def test_something_else_s_tree(tmp_path):
     made = synthetic.write(tmp_path / "run", rename=lambda path: ("actor", *path))
-    with pytest.raises(
-        NotACheckpointError, match=r"no parameters of a MaxText model \(it holds act"
-    ):
+    with pytest.raises(NotACheckpointError, match=r"a model below actor, where no MaxText saves"):
+        open_checkpoint(str(made.run))
+    made = synthetic.write(tmp_path / "other", rename=lambda path: ("x", *path[1:]))
+    with pytest.raises(NotACheckpointError, match=r"no parameters of a MaxText model \(it holds x"):
         open_checkpoint(str(made.run))
 
 
@@ -143,6 +145,28 @@ def test_what_the_text_model_does_not_use_is_left_out_by_name(tmp_path, usual, m
         [(name, why)] = opened.dropped.items()
         assert name == ".".join(path)
         assert "MaxText" in why
+
+
+def test_stages_of_a_pipeline_are_named(tmp_path):
+    def rename(path):
+        return ("params", "params", *(("decoder", "pipeline_module") if path[1] == "layers" else
+                                      path[:1]), *path[1:])  # fmt: skip
+
+    made = synthetic.write(tmp_path / "run", rename=rename)
+    with pytest.raises(UnsupportedError, match=r"as stages of pipeline parallelism"):
+        open_checkpoint(str(made.run), config=made.config_file())
+
+
+def test_inspect_says_that_integers_without_scales_are_not_converted(tmp_path):
+    def change(arrays):
+        name = "decoder.layers.MoeBlock_0.wi_0"
+        arrays[name] = arrays[name].astype(np.int8)
+
+    made = synthetic.write(tmp_path / "run", change=change)
+    ran = moeconv("inspect", made.run, "--config", made.config_file())
+    assert ran.code == 0
+    assert "wi_0 is stored as int8" in ran.out
+    assert "nothing is missing" not in ran.out
 
 
 @pytest.mark.parametrize("overrides", [{}, {"scan_layers": False}], ids=["scanned", "unscanned"])

@@ -15,9 +15,6 @@ from moeconv.arch.stacks import stacked_axes
 RANK, ALPHA = 3, 4.5
 CUSTOM = {"lora": {"enable_lora": True, "lora_rank": RANK, "lora_alpha": ALPHA}}
 _LINEAR = ("query", "key", "value", "out", "wq_a", "wq_b", "wkv_a", "wkv_b", "wi_0", "wi_1", "wo")
-# Axes that a kernel contracts, by the others that it has: those of any other are its first.
-_IN = {"H h D": "H h", "H v D": "H v"}
-
 KeyPath = tuple[str, ...]
 Factors = Mapping[KeyPath, np.ndarray]
 
@@ -65,9 +62,9 @@ def _pair(keys: KeyPath, base: synthetic.Synthetic, form: str) -> list[tuple[Key
     axes = base.axes[".".join(keys)]
     stacked, own = "L" in axes, [axis for axis in axes if axis != "L"]
     sizes = dict(zip(axes, base.arrays[".".join(keys)].shape, strict=True))
-    batch = own[:1] if own[0] == "E" else []
+    batch = own[:1] if own[0] == "E" and len(own) > 1 else []
     plain = own[len(batch) :]
-    inner = _IN.get(" ".join(plain), plain[0]).split()
+    inner = plain[:-1] if keys[-2] == "out" and len(plain) > 2 else plain[:1]
     outer = plain[len(inner) :]
     sides = []
     for groups in ([*inner, "rank"], ["rank", *batch, *outer]):
@@ -126,7 +123,8 @@ def merged_tensors(
 
     made = synthetic.write(tmp_path / "added", block, change=change, **layout)
     converted(made, tmp_path / "added-out")
-    return {name: value for name, value in values(tmp_path / "added-out").items() if np.any(value)}
+    found = values(tmp_path / "added-out")  # of a norm, Gemma's are the scale less one
+    return {name: x for name, x in found.items() if np.any(x) and not name.endswith("norm.weight")}
 
 
 def values(out: Path) -> dict[str, np.ndarray]:

@@ -43,7 +43,8 @@ def deltas(out):
 @pytest.mark.parametrize(
     ("block", "scanned", "form"),
     [("llama2", True, "fused"), ("qwen3", False, "fused"), ("olmo3", True, "apart"),
-     ("llama2", True, "server"), ("deepseek", True, "fused")],
+     ("llama2", True, "server"), ("deepseek", True, "fused"), ("gemma3", True, "fused"),
+     ("gemma3", False, "fused"), ("qwen3_next", False, "fused")],
 )  # fmt: skip
 def test_what_peft_adds_is_what_was_trained(tmp_path, block, scanned, form):
     base = synthetic.write(tmp_path / "base", block, scanned=scanned)
@@ -58,13 +59,15 @@ def test_what_peft_adds_is_what_was_trained(tmp_path, block, scanned, form):
     config = json.loads((out / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "me/base"
     assert (config["r"], config["lora_alpha"]) == (RANK, ALPHA)
-    if block != "deepseek":
+    if block not in ("deepseek", "qwen3_next"):
         assert config["target_modules"] == TARGETS
         return
     # For such a name alone PEFT takes the experts.
     assert not {"gate_proj", "up_proj", "down_proj"} & set(config["target_modules"])
-    assert "model.layers.0.mlp.down_proj.weight" in config["target_parameters"]
-    assert "model.layers.1.mlp.shared_experts.up_proj.weight" in config["target_parameters"]
+    shared = "shared_expert" if block == "qwen3_next" else "shared_experts"
+    assert f"model.layers.1.mlp.{shared}.up_proj.weight" in config["target_parameters"]
+    if block == "deepseek":
+        assert "model.layers.0.mlp.down_proj.weight" in config["target_parameters"]
 
 
 def test_the_folder(tmp_path):

@@ -6,10 +6,12 @@ The adapter is made by MaxText and qwix (`lora_lab`): `apply_lora_to_model`, `sa
 import numpy as np
 import pytest
 from checkpoints.deepseek import DEEPSEEK_V3
+from checkpoints.gemma import GEMMA3
 from checkpoints.gpt_oss import GPT_OSS
 from checkpoints.llama import LLAMA2
 from checkpoints.mixtral import MIXTRAL
 from checkpoints.qwen3 import QWEN3
+from checkpoints.qwen3_next import QWEN3_NEXT
 from checkpoints.row import TIED, UNSCANNED
 from helpers import PARITY, assert_same_logits, config_file, run
 from lora_lab import ALPHA, write
@@ -26,6 +28,8 @@ CASES = {
     "mixtral": MIXTRAL,
     "deepseek": DEEPSEEK_V3,
     "gpt_oss": GPT_OSS,
+    "gemma3": GEMMA3,
+    "qwen3_next unscanned": {**QWEN3_NEXT, **UNSCANNED},
 }
 EVERYTHING = "decoder/.*"
 

@@ -39,21 +39,24 @@ def samples(
     """Any block, layout, scan axis, sharing of heads, widths, rotary order and dtype."""
     block = draw(st.sampled_from(sorted(synthetic.BLOCKS)))
     page = blocks()[block]
-    scanned = draw(st.booleans())
+    scanned = draw(st.booleans()) and synthetic.can_scan(block)
     axis = draw(st.sampled_from([0, 1, 2]))
     cycled = CYCLED in page.stackings
     cycle = draw(st.integers(1, 3)) if cycled else 1
     depth = draw(st.integers(1, 3))
-    kinds = draw(st.lists(st.sampled_from(list(page.layers)), min_size=cycle, max_size=cycle))
+    first = draw(st.sampled_from(list(page.layers)))
+    alike = [kind for kind in page.layers if kind.attention == first.attention]
+    kinds = draw(st.lists(st.sampled_from(alike), min_size=cycle, max_size=cycle))
     if block in synthetic.FOLLOWING:  # dense layers, then such with experts, more or less of both
         moe = draw(st.sampled_from([kind for kind in page.layers if kind.mlp == "moe"]))
         dense = next(k for k in page.layers if k.mlp == "dense" and k.attention == moe.attention)
         kinds = [dense] * draw(st.integers(0, 2)) + [moe] * draw(st.sampled_from([1, 3]))
         cycle, depth = len(kinds), 1
     if block in synthetic.PATTERNS:
-        half = draw(st.sampled_from(["dense", "moe"]))
+        halves = {kind.mlp for kind in page.layers}
+        half = draw(st.sampled_from(sorted(halves)))
         kinds = [LayerKind(kind.replace("moe", half)) for kind in synthetic.PATTERNS[block]]
-        cycle, depth = len(kinds), draw(st.integers(1, 2))
+        cycle, depth = len(kinds), draw(st.integers(1, 2)) if synthetic.can_scan(block) else 1
     rest = 0
     if block in synthetic.LAST:  # layers of one kind, the last of another, and some of the first
         local = draw(st.sampled_from([kind for kind in page.layers if kind.attention == "linear"]))
@@ -76,12 +79,16 @@ def samples(
         "M": width,
         "F": width if same else width + 3,
         "S": width if block in synthetic.ONE_WIDTH else 2 * width,
-        **{axis: synthetic.SIZES[axis] for axis in "qcvrkbuwdWtyCZJj"},
+        **{axis: synthetic.SIZES[axis] for axis in "qcvrkbuwdWtyCZJjPxfpAUIi"},
     }
     sizes |= {"n": sizes["H"] * sizes["h"], "m": kv * sizes["h"]}
     sizes |= {"O": sizes["n"], "Q": 2 * sizes["h"]}
     if block in synthetic.WHOLE_SHARES:
         sizes["D"] = sizes["H"] * draw(st.sampled_from([3, 8]))
+    if block in synthetic.ONE_KV:
+        sizes["J"] = sizes["K"]
+    if block in synthetic.FULL_HEADS:
+        sizes["D"] = sizes["n"]
     tied = draw(st.booleans())
     dtype = draw(st.sampled_from(dtypes))
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
@@ -105,6 +112,7 @@ def samples(
         "rope_use_scale": draw(st.booleans()),
         "normalize_embedding_logits": draw(st.booleans()),
         "param_scan_axis": axis,
+        "max_target_length": 64,  # of which there may be learned positions
         **{
             k: v for k, v in synthetic.BLOCKS[block].items() if k not in {*page.shown, *page.shapes}
         },

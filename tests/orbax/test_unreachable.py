@@ -126,7 +126,7 @@ def test_what_fails_beside_a_step_is_no_absence(tmp_path, serve):
     assert "moeconv_run.json: Internal Server Error" in ran.error
 
 
-@pytest.mark.parametrize("address", ["ftp://host/run", "GS://bucket/run", "hf:user/model"])
+@pytest.mark.parametrize("address", ["ftp://host/run", "gcs://bucket/run", "hf:user/model"])
 def test_an_address_of_another_kind(address):
     with pytest.raises(NotACheckpointError, match=r"cannot read; it reads .*gs://"):
         Folder.open(address)

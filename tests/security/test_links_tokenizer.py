@@ -16,8 +16,8 @@ from cli_runner import Ran, moeconv
 
 from moeconv.errors import TokenizerError
 from moeconv.hf.tokenizer import TOKENIZER_FILES, read_tokenizer
-from moeconv.maxtext.checkpoint import run_tokenizer
 from moeconv.maxtext.sidecar import FoundSidecar, RunSidecar
+from moeconv.maxtext.tokenizer import run_tokenizer
 from moeconv.orbax.locate import locate
 from moeconv.orbax.store import Folder
 from moeconv.verification.checks import Status

@@ -130,7 +130,7 @@ def folder(tmp_path_factory):
 
 
 @given(st.lists(st.integers(2, 40), min_size=1, max_size=30))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_packed_stories_are_targets_once_and_never_meet(config, folder, lengths):
     # From 0: MaxText would take that id for padding.
     stories = numbered(lengths)

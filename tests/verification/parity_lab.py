@@ -10,6 +10,7 @@ from moeconv.verification.checks import CandidateError, CheckFactory
 from moeconv.verification.context import Verification
 from moeconv.verification.levels import Level, runner
 from moeconv.verification.measure.tokens import RANDOM, Rows
+from moeconv.verification.models.maxtext_beside import Beside
 from moeconv.verification.models.maxtext_layers import MaxTextLayers
 from moeconv.verification.settings import ParityOptions, VerifyOptions, unseen
 
@@ -44,7 +45,11 @@ class Compiled(MaxTextLayers):
         if key not in self._made:
             super().__init__(config, read, layout, dtype=dtype)
             self._made[key] = self
-        self.__dict__ |= self._made[key].__dict__ | {"_read": read, "_globals": None}
+        self.__dict__ |= self._made[key].__dict__ | {
+            "_read": read,
+            "_globals": None,
+            "_beside": Beside(),
+        }
 
 
 def edit(**changes):

@@ -6,7 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moeconv.errors import TokenizerError
+from moeconv.hf.tokenizer.config_fields import (
+    ADDITIONAL,
+    EXTRA,
+    NAMED,
+    TOKENIZER_CONFIG,
+    checked,
+    more_tokens,
+)
 from moeconv.hf.tokenizer.generation import GENERATION_CONFIG, TOKEN_IDS, read_generation
+from moeconv.hf.tokenizer.templates import put_into
 from moeconv.untrusted import strict_json
 
 # All that transformers reads a tokenizer from; nothing else is ever copied.
@@ -23,17 +32,6 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 
-# In the order in which transformers gives ids to those that the vocabulary lacks.
-_NAMED = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-_ADDITIONAL = "additional_special_tokens"
 # JSON that is written as it was read, and not looked at otherwise.
 _COPIED = ("special_tokens_map.json", "added_tokens.json", "chat_template.json", "vocab.json")
 
@@ -143,18 +141,21 @@ def described(
     generation, left = read_generation(given, source)
     for name in _COPIED:
         json_object(files, name, source)
-    config = json_object(files, "tokenizer_config.json", source)
-    given_config = config
-    config, notes = _mended_config(given_config, source, model_max_length)
+    given_config = json_object(files, TOKENIZER_CONFIG, source)
+    config, left_fields = checked(given_config, source)
+    config, notes = _mended_config(config, source, model_max_length)
+    config, moved = put_into(config, files, source)
+    notes += [*left_fields, *moved]
     ids = _ids(files, config, source)
     size = 1 + max(ids.values())
     # transformers reads the map only where the config does not define its added tokens.
     names = dict(config)
     if "added_tokens_decoder" not in config:
         names |= json_object(files, "special_tokens_map.json", source)
-    said = [(name, names.get(name)) for name in _NAMED]
-    more = names.get(_ADDITIONAL) or []
-    said += [(_ADDITIONAL, token) for token in (more if isinstance(more, list) else [more])]
+    said = [(name, names.get(name)) for name in NAMED]
+    more = names.get(ADDITIONAL) or []
+    said += [(ADDITIONAL, token) for token in (more if isinstance(more, list) else [more])]
+    said += more_tokens(config)
     special: dict[str, int] = {}
     for name, token in said:
         if token is None:
@@ -176,7 +177,7 @@ def described(
                 "lengths can be generated in one batch"
             )
     if config != given_config:
-        files["tokenizer_config.json"] = strict_json.dumps(config)
+        files[TOKENIZER_CONFIG] = strict_json.dumps(config)
     return TokenizerFiles(
         files=files,
         source=source,
@@ -191,14 +192,9 @@ def described(
 
 
 def _mended_config(
-    config: dict[str, Any], source: str, model_max_length: int | None
+    config: Mapping[str, Any], source: str, model_max_length: int | None
 ) -> tuple[dict[str, Any], list[str]]:
     """The config that loads in transformers 4 and 5, and a note for each change."""
-    if "auto_map" in config:
-        raise TokenizerError(
-            f"{source}: tokenizer_config.json: auto_map asks for Python code of the tokenizer's "
-            "own, which is not copied; save the tokenizer as a PreTrainedTokenizerFast"
-        )
     mended, notes = dict(config), []
     where = f"{source}: tokenizer_config.json:"
     if config.get("tokenizer_class") in (None, "TokenizersBackend"):
@@ -209,14 +205,13 @@ def _mended_config(
         )
         mended["tokenizer_class"] = "PreTrainedTokenizerFast"
         notes.append(f"{where} tokenizer_class {why}; PreTrainedTokenizerFast written instead")
-    if isinstance(config.get("extra_special_tokens"), list):
-        extra = mended.pop("extra_special_tokens")
-        more = config.get(_ADDITIONAL)
+    if isinstance(config.get(EXTRA), list):
+        extra = mended.pop(EXTRA)
+        more = config.get(ADDITIONAL)
         also = more if isinstance(more, list) else []
-        mended[_ADDITIONAL] = extra + [token for token in also if token not in extra]
+        mended[ADDITIONAL] = extra + [token for token in also if token not in extra]
         notes.append(
-            f"{where} extra_special_tokens is a list, which transformers 4 cannot load; "
-            f"renamed to {_ADDITIONAL}"
+            f"{where} {EXTRA} is a list, which transformers 4 cannot load; renamed to {ADDITIONAL}"
         )
     if config.get("padding_side") is None:
         mended["padding_side"] = "left"

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,20 +19,19 @@ from moeconv.hf.tokenizer.files import (
 from moeconv.hf.tokenizer.generation import GENERATION_CONFIG
 from moeconv.hf.tokenizer.sentencepiece import is_sentencepiece, read_model
 from moeconv.hf.tokenizer.special_sets import SpecialTokens, asked_set, choose
+from moeconv.hf.tokenizer.templates import FOLDER, names_in, read_templates
 from moeconv.untrusted.files import (
-    inside,
     is_address,
     open_regular,
     read_inside,
     read_whole,
     without_access,
 )
-from moeconv.untrusted.text import printable
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 # Of all files together; the largest that people publish have 40 MB.
 _LIMIT = 64 * 2**20
-_TEMPLATES = "additional_chat_templates"
+_TEMPLATES_LIMIT = 4 * 2**20
 _READ = (*TOKENIZER_FILES, GENERATION_CONFIG)
 # What ranks are called here, whatever their file is.
 _RANKS = "ranks"
@@ -58,14 +57,13 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
     try:
         path = Path(place).expanduser()
         if path.is_dir():
-            found = tokenizer_of(
+            return tokenizer_of(
                 _directory(path, spec),
                 spec,
                 "directory",
                 model_max_length=model_max_length,
                 special=special,
             )
-            return replace(found, notes=(*found.notes, *left_out(path)))
         if path.exists():
             return _from_file(path, spec, model_max_length, special)
     except (OSError, RuntimeError, ValueError) as error:  # ~name of no user, a NUL
@@ -92,19 +90,6 @@ def read_tokenizer(spec: str, *, model_max_length: int | None) -> TokenizerFiles
     return tokenizer_of(files, spec, "hub", model_max_length=model_max_length)
 
 
-def left_out(folder: Path) -> list[str]:
-    """A note where a tokenizer's folder has further chat templates, which are not copied."""
-    with contextlib.suppress(OSError):
-        names = sorted(path.name for path in inside(folder, _TEMPLATES).glob("*.jinja"))
-        if names:
-            more = ", …" if names[5:] else ""
-            return [
-                f"{folder}: not copied: {printable(', '.join(names[:5]))}{more} of {_TEMPLATES}; "
-                "copy them into the converted model where they are needed"
-            ]
-    return []
-
-
 def _from_file(
     path: Path, source: str, model_max_length: int | None, special: SpecialTokens | None
 ) -> TokenizerFiles:
@@ -125,12 +110,15 @@ def _from_file(
     )
 
 
-def read_files(read: Callable[[str, int], bytes | None], source: str) -> dict[str, bytes]:
-    """Those of `TOKENIZER_FILES` that are there, and generation_config.json.
+def read_files(
+    read: Callable[[str, int], bytes | None], source: str, templates: Iterable[str] = ()
+) -> dict[str, bytes]:
+    """Those of `TOKENIZER_FILES` that are there, generation_config.json, and further templates.
 
     Args:
         read: Gets a name and the most bytes; gives the content, None where there is none.
         source: Where they are, for people.
+        templates: Names of the files with further chat templates.
 
     Raises:
         TokenizerError: They are too large together.
@@ -144,7 +132,7 @@ def read_files(read: Callable[[str, int], bytes | None], source: str) -> dict[st
                 f"{source}: its files up to {name} have more than {_LIMIT // 2**20} MiB, so they "
                 "are no tokenizer's; give the tokenizer that the model was trained with"
             )
-    return files
+    return files | read_templates(templates, read, source, limit=_TEMPLATES_LIMIT)
 
 
 def _directory(folder: Path, source: str) -> dict[str, bytes]:
@@ -155,7 +143,7 @@ def _directory(folder: Path, source: str) -> dict[str, bytes]:
             return read_inside(folder, name, limit=limit)
         return None
 
-    return read_files(read, source)
+    return read_files(read, source, names_in(folder))
 
 
 def tokenizer_of(
@@ -218,7 +206,7 @@ def _download(repo_id: str) -> Path:
         with hub_client(address):
             found = within(
                 # Whole: what is downloaded through Xet has no limit of ours besides.
-                lambda: snapshot_download(repo_id, allow_patterns=list(_READ)),
+                lambda: snapshot_download(repo_id, allow_patterns=[*_READ, f"{FOLDER}/*.jinja"]),
                 DOWNLOAD,
                 address.host,
             )

@@ -6,7 +6,7 @@ length of the context. Where the run's config is there, they are compared and no
 
 from typing import Any
 
-from moeconv.arch.config_sources import TOKEN_IDS
+from moeconv.arch.defaults import TOKEN_IDS
 from moeconv.arch.description import Origin, Provenance
 from moeconv.arch.fields import FIELDS, YARN
 from moeconv.verification.candidate import Candidate

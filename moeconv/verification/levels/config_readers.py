@@ -27,8 +27,11 @@ def as_transformers_4(config: Config) -> dict[str, Any]:
     `rope_theta`, `rope_scaling` and `partial_rotary_factor` at the top level
     (models/*/configuration_*.py and modeling_rope_utils.py `_compute_*` of 4.x), the dtype as
     `torch_dtype` (configuration_utils.py). Where there is a `rope_local_base_freq`, layers with a
-    window have it and no scaling (models/gemma3/modeling_gemma3.py of 4.x).
+    window have it and no scaling (models/gemma3/modeling_gemma3.py of 4.x). An architecture without
+    RoPE has none of these keys.
     """
+    if not config.keys() & {"rope_theta", "rope_scaling"}:
+        return {"rope": {}, "dtype": config.get("torch_dtype")}
     scaling = dict(config.get("rope_scaling") or {})
     kind = scaling.pop("rope_type", scaling.pop("type", "default"))
     if "partial_rotary_factor" in config:

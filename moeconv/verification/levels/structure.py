@@ -53,7 +53,7 @@ def check_structure(candidate: Candidate) -> list[Check]:
     return checks
 
 
-def _files(candidate: Candidate) -> Check:
+def check_files(candidate: Candidate) -> Check:
     """Size and SHA-256 of every file against the manifest, and no file that it does not name."""
     foreign = sorted(set(candidate.manifest.files) - set(candidate.names))
     if foreign:  # they are not opened: a name may lead anywhere
@@ -151,7 +151,7 @@ def _tying(candidate: Candidate) -> Check:
     return _OF.passed("tying", "tied" if tied else "untied, with its own head")
 
 
-def _finite(candidate: Candidate) -> Check:
+def check_finite(candidate: Candidate) -> Check:
     """No NaN or Inf."""
     files = {stored.file for stored in candidate.tensors.values()}
     data = {file: np.memmap(file, np.uint8, "r") for file in files}
@@ -252,12 +252,12 @@ def _architecture(candidate: Candidate) -> dict[str, tuple[int, ...]]:
 
 
 _CHECKS: Mapping[str, Callable[[Candidate], Check]] = {
-    "files": _files,
+    "files": check_files,
     "tensors": _tensors,
     "dtypes": _dtypes,
     "index": _index,
     "tying": _tying,
-    "finite": _finite,
+    "finite": check_finite,
     "config": _config,
     "readers": check_config_readers,
     "transformers": _transformers,

@@ -7,7 +7,8 @@ from typing import Any
 
 from moeconv.errors import StorageError, TokenizerError
 from moeconv.hf.tokenizer import check_fits, read_tokenizer
-from moeconv.maxtext.checkpoint import find_sidecar, run_tokenizer
+from moeconv.maxtext.checkpoint import find_sidecar
+from moeconv.maxtext.tokenizer import run_tokenizer
 from moeconv.untrusted import strict_json
 from moeconv.verification.boundary import blaming
 from moeconv.verification.candidate import Candidate

@@ -22,6 +22,7 @@ from moeconv.tensor.axes import Array
 from moeconv.verification.models.expert_groups import Groups
 from moeconv.verification.models.layerwise import LayerTrace
 from moeconv.verification.models.maxtext import abstract_model, dotted, running, zeros
+from moeconv.verification.models.maxtext_beside import Beside
 from moeconv.verification.models.maxtext_config import build_config, quiet
 from moeconv.verification.models.maxtext_experts import GroupedLayer, expert_parameters
 from moeconv.verification.models.maxtext_head import Head, unrounded_head
@@ -84,6 +85,7 @@ class MaxTextLayers:
         self._jitted: dict[str, Any] = {}
         self._traced: list[tuple[Any, Any]] = []
         self._globals: Any = None
+        self._beside = Beside()
         self.num_layers: int = self.config.num_decoder_layers * unscanned.paired
 
     @property
@@ -99,7 +101,13 @@ class MaxTextLayers:
             decoder = model.decoder
             return decoder._apply_embedding(model.token_embedder, ids, positions(ids), True, MODE)
 
-        return self._outer("embed", embed, jnp.asarray(tokens, jnp.int32))
+        def further(model: Any, given: tuple[Any, Any]) -> Any:
+            return getattr(model.decoder, place)(*given)
+
+        ids, place = jnp.asarray(tokens, jnp.int32), self._block.taps.further
+        embedded = self._outer("embed", embed, ids)
+        self._beside.start(self._outer("further", further, (ids, embedded)) if place else None)
+        return embedded
 
     def norm(self, hidden: Array) -> Array:
         """See `LayerwiseModel`."""
@@ -180,7 +188,10 @@ class MaxTextLayers:
         if groups:
             found = traced(self._run, state, lambda part: self._fill(experts, place, part), inputs)
         else:
-            found = self._run(traced, state, inputs)
+            layer = getattr(self._model.decoder, name)
+            given = self._beside.given(layer, number, len(hidden))
+            found = self._run(traced, state, inputs, given)
+            self._beside.keep(layer, found)
         jax.tree.map(lambda leaf: leaf.delete(), state)
         arrays = {name: np.asarray(value, np.float32) for name, value in found.items()}
         return LayerTrace(

@@ -1,10 +1,11 @@
 """Running one of MaxText's layers within jit, with taps on its parts."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from moeconv.arch.blocks import Taps
 from moeconv.arch.parameters import LayerKind
+from moeconv.verification.models.maxtext_beside import KEY, VALUE, with_own_keys
 
 MODE = "train"  # maxtext.common.common_types.MODEL_MODE_TRAIN
 
@@ -37,19 +38,21 @@ class Tap:
         return type(self._part)
 
 
-def run_layer(layer: Any, hidden: Any) -> Any:
-    """Hidden states [B, T, D] after a layer: one segment, no dropout."""
+def run_layer(layer: Any, hidden: Any, given: Mapping[str, Any] | None = None) -> Any:
+    """Hidden states [B, T, D] after a layer: one segment, no dropout, further inputs."""
     import jax.numpy as jnp
 
     segments = jnp.ones(hidden.shape[:2], jnp.int32)
-    result = layer(hidden, segments, positions(hidden), True, MODE)
+    result = layer(hidden, segments, positions(hidden), True, MODE, **(given or {}))
     return result[0] if isinstance(result, tuple) else result
 
 
 def traced_layer(
     graph: Any, taps: Taps, kind: LayerKind, suffix: str = "", others: Collection[str] = ()
-) -> Callable[[Any, Any], dict[str, Any]]:
+) -> Callable[[Any, Any, Mapping[str, Any]], dict[str, Any]]:
     """The function to jit: a layer with taps on attention, router and experts.
+
+    It takes the layer's state, hidden states and further inputs (`Beside.given`).
 
     Args:
         graph: Of its module.
@@ -66,7 +69,7 @@ def traced_layer(
     if kind.mlp == "moe":
         places["router"] = taps.router_of(kind)
 
-    def run(state: Any, hidden: Any) -> dict[str, Any]:
+    def run(state: Any, hidden: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         layer = nnx.merge(graph, state)
         kept: dict[str, Any] = {}
         owners = {name: owner_of(layer, place) for name, place in places.items()}
@@ -79,8 +82,9 @@ def traced_layer(
             silent[mlp] = lambda h, *_, **__: jnp.zeros_like(h)
             for name, part in silent.items():
                 object.__setattr__(layer, name + other, part)
-        kept["output"] = run_layer(layer, hidden)
-        return kept
+        given = with_own_keys(layer, hidden, positions(hidden), given)
+        kept["output"] = run_layer(layer, hidden, given)
+        return kept | {name: given[name] for name in (KEY, VALUE) if name in given}
 
     return run
 

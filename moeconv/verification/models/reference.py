@@ -10,14 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from moeconv.arch.config_sources import (
-    CHANGED,
-    SCALED_KEYS,
-    ConfigEntry,
-    ResolvedConfig,
-    known_keys,
-    resolve_config,
-)
+from moeconv.arch.config_sources import ConfigEntry, ResolvedConfig, resolve_config
+from moeconv.arch.defaults import CHANGED, SCALED_KEYS, known_keys
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.fields import FIELDS
 from moeconv.arch.layout import Layout

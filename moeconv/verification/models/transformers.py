@@ -7,7 +7,6 @@ Both ways load through `from_pretrained`, so that transformers' own conversion o
 import contextlib
 import copy
 import gc
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,20 @@ from typing import Any
 import numpy as np
 
 from moeconv.errors import (
-    ConfigError,
-    MissingPackageError,
     MoeconvError,
     TensorError,
     UsageError,
-    to_install,
 )
 from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import SIGNIFICAND_BITS
 from moeconv.tensor.values import Cast
 from moeconv.verification.boundary import blaming
-from moeconv.verification.files import demand_loadable_files
 from moeconv.verification.measure.rounding import Rounding
 from moeconv.verification.models.expert_groups import Groups
 from moeconv.verification.models.layerwise import LayerTrace
 from moeconv.verification.models.maxtext_head import Head
+from moeconv.verification.models.transformers_beside import Beside
 from moeconv.verification.models.transformers_experts import (
     grouped_block,
     grouped_experts,
@@ -41,6 +37,8 @@ from moeconv.verification.models.transformers_experts import (
 )
 from moeconv.verification.models.transformers_load import (
     build_empty,
+    check_folder,
+    check_whole,
     load_config,
     load_model,
     load_tensors,
@@ -54,6 +52,7 @@ from moeconv.verification.models.transformers_parts import (
     part_at,
     probe_of,
     router_of,
+    silent,
     tap,
     tap_router,
     to_numpy,
@@ -98,7 +97,7 @@ class HfModel:
             import torch
 
             model, report = load_model(folder, dtype=getattr(torch, dtype))
-            _check_whole(folder, report)
+            check_whole(folder, report)
             return cls(model.to(device).eval(), folder, blame)
 
     def _running(self) -> contextlib.AbstractContextManager[None]:
@@ -178,6 +177,7 @@ class HfLayers:
             self._stored = StoredTensors(self._folder, rounding)
         self._dtype = getattr(torch, dtype)
         self.num_layers: int = self._config.num_hidden_layers
+        self._beside = Beside(self._probe, self._stored, self.num_layers)
         self._outer: Any = None
 
     def _running(self) -> contextlib.AbstractContextManager[None]:
@@ -189,7 +189,12 @@ class HfLayers:
 
         ids = torch.from_numpy(np.asarray(tokens, np.int64))
         with torch.inference_mode(), self._running():
-            return to_numpy(part_at(self._globals(), self._probe.embedding)(ids))
+            model, probe = self._globals(), self._probe
+            found = part_at(model, probe.embedding)(ids)
+            if probe.positions:
+                found = found + part_at(model, probe.positions)(torch.arange(ids.shape[1]))
+            self._beside.start(ids, found)
+            return to_numpy(found)
 
     def norm(self, hidden: Array) -> Array:
         """See `LayerwiseModel`."""
@@ -211,7 +216,8 @@ class HfLayers:
 
                 setattr(owner, name, torch.nn.Identity())
                 try:
-                    return model(inputs_embeds=values, use_cache=False).logits
+                    with silent(model, self._probe.positions):
+                        return model(inputs_embeds=values, use_cache=False).logits
                 finally:
                     setattr(owner, name, norm)
 
@@ -238,7 +244,8 @@ class HfLayers:
             stack.enter_context(tap(layer, kept, "output"))
             stack.enter_context(tap_router(layer, self._probe, kept, "router"))
             inputs = torch.from_numpy(np.array(hidden)).to(self._dtype)
-            model(inputs_embeds=inputs, use_cache=False)
+            further = self._beside.inputs(model, len(hidden))
+            self._beside.keep(model(inputs_embeds=inputs, use_cache=False, **further))
             shape = hidden.shape[:2]
             found = {name: to_numpy(value).reshape(*shape, -1) for name, value in kept.items()}
         return LayerTrace(
@@ -255,8 +262,11 @@ class HfLayers:
     def _globals(self) -> Any:
         """The model of no layers."""
         if self._outer is None:
-            config = self._cut(slice(0, 0))
-            names = {n: n for n in self._stored if not n.startswith(f"{self._probe.layers}.")}
+            config, probe = self._cut(slice(0, 0)), self._probe
+            probe.cut(config, self._config, None)
+            within = f"{probe.layers}."
+            outside = [name for name in self._stored if not name.startswith(within)]
+            names = {name: name for name in outside if name not in self._beside.names}
             self._outer = self._build(config, _whole(self._stored.readers(names)))
         return self._outer
 
@@ -267,6 +277,7 @@ class HfLayers:
         config.bos_token_id = config.eos_token_id = config.pad_token_id = None
         whole = part_at(self._meta, probe.layers)[number]
         wanted = type(feed_forward(whole, probe))
+        probe.cut(config, self._config, number)
         probe.alone(config, number, router_of(whole, probe) is not None)
         prefix = f"{probe.layers}.{number}."
         names = {
@@ -276,7 +287,7 @@ class HfLayers:
         }
         groups = groups_of(feed_forward(whole, probe))
         model = (
-            self._filled(config, _whole(self._stored.readers(names)))
+            self._filled(config, _whole(self._stored.readers(names)) | self._beside.tensors(number))
             if groups is None
             else self._in_groups(config, feed_forward(whole, probe), names, groups)
         )
@@ -294,7 +305,11 @@ class HfLayers:
 
         width, probe = self._config.hidden_size, self._probe
         tensors[f"{probe.embedding}.weight"] = torch.zeros(1, width)
-        tensors[f"{probe.norm}.weight"] = torch.ones(width)
+        for name, each in part_at(self._meta, probe.norm).named_parameters():
+            tensors[f"{probe.norm}.{name}"] = torch.ones(each.shape)
+        if probe.positions:
+            rows = part_at(self._meta, probe.positions).num_embeddings
+            tensors[f"{probe.positions}.weight"] = torch.zeros(rows, width)
         if not config.tie_word_embeddings:
             tensors[f"{probe.head}.weight"] = torch.zeros(1, width)
         return self._build(config, tensors)
@@ -333,22 +348,8 @@ class HfLayers:
     def _build(self, config: Any, tensors: dict[str, Any]) -> Any:
         with quiet():
             model, report = load_tensors(type(self._meta), config, tensors, dtype=self._dtype)
-        _check_whole(self._folder, report)
+        check_whole(self._folder, report)
         return model.eval()
-
-
-def check_folder(folder: str | Path) -> Path:
-    """A folder with a config and weights, and the packages to load them."""
-    folder = Path(folder)
-    if folder.is_dir():
-        demand_loadable_files(folder)
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"{folder} is not a Hugging Face model: it has no config.json.")
-    if not any(folder.glob("*.safetensors")):
-        raise TensorError(f"{folder} is not a Hugging Face model: it has no *.safetensors.")
-    if not all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
-        raise MissingPackageError(f"transformers is not installed; {to_install('verify')}")
-    return folder
 
 
 def rounding_between(one: Path, other: Path) -> Rounding | None:
@@ -389,11 +390,3 @@ def hf_logits(
 
 def _whole(stored: Mapping[str, ReadTensor]) -> dict[str, Any]:
     return {name: read(None) for name, read in stored.items()}
-
-
-def _check_whole(folder: Path, report: Mapping[str, Any]) -> None:
-    if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
-        raise TensorError(
-            f"transformers does not load {folder} whole: "
-            + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
-        )

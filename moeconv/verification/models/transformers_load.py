@@ -8,13 +8,15 @@ such a call.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moeconv.errors import TensorError
+from moeconv.errors import ConfigError, MissingPackageError, TensorError, to_install
 from moeconv.untrusted.files import read_inside
 from moeconv.untrusted.strict_json import loads
+from moeconv.verification.files import demand_loadable_files
 
 _PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 # Of config.json and tokenizer_config.json: code beside the model or on the Hub, kernels fetched by
@@ -97,6 +99,33 @@ def load_tensors(
         output_loading_info=True,
         **_PLAIN,
     )
+
+
+def check_folder(folder: str | Path) -> Path:
+    """A folder with a config and weights, and the packages to load them."""
+    folder = Path(folder)
+    if folder.is_dir():
+        demand_loadable_files(folder)
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} is not a Hugging Face model: it has no config.json.")
+    if not any(folder.glob("*.safetensors")):
+        raise TensorError(f"{folder} is not a Hugging Face model: it has no *.safetensors.")
+    if not all(importlib.util.find_spec(package) for package in ("torch", "transformers")):
+        raise MissingPackageError(f"transformers is not installed; {to_install('verify')}")
+    return folder
+
+
+def check_whole(folder: Path, report: Mapping[str, Any]) -> None:
+    """Refuses what transformers says of missing and unexpected tensors (`load_model`).
+
+    Raises:
+        TensorError: There are any.
+    """
+    if wrong := {kind: sorted(map(str, names)) for kind, names in report.items() if names}:
+        raise TensorError(
+            f"transformers does not load {folder} whole: "
+            + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in wrong.items())
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:

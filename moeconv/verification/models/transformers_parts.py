@@ -105,6 +105,19 @@ def tap(
         handle.remove()
 
 
+@contextlib.contextmanager
+def silent(model: Any, path: str) -> Iterator[None]:
+    """A module below the model gives zeros; nothing happens where the path is empty."""
+    if not path:
+        yield
+        return
+    handle = part_at(model, path).register_forward_hook(lambda _module, _inputs, output: 0 * output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def to_numpy(tensor: Any) -> Array:
     """A tensor in float32."""
     array: Array = tensor.float().cpu().numpy()

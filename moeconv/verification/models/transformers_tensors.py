@@ -8,8 +8,10 @@ from moeconv.errors import TensorError
 from moeconv.verification.measure.rounding import Rounding
 from moeconv.verification.models.transformers_parts import to_numpy
 
-# Gives a stored tensor: whole, or these entries of its first axis.
-ReadTensor = Callable[[slice | None], Any]
+# Entries of the first axes of a tensor.
+Entries = slice | tuple[slice, ...]
+# Gives a stored tensor: whole, or these entries of it.
+ReadTensor = Callable[[Entries | None], Any]
 
 
 class StoredTensors:
@@ -39,6 +41,14 @@ class StoredTensors:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor."""
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], "pt") as opened:
+            found: list[int] = opened.get_slice(name).get_shape()
+        return found
+
     def readers(self, names: Mapping[str, str]) -> dict[str, ReadTensor]:
         """What gives each of these tensors, by its new name; nothing is read yet."""
         from safetensors import safe_open
@@ -46,7 +56,7 @@ class StoredTensors:
         opened = {file: safe_open(file, "pt") for file in {self._files[name] for name in names}}
 
         def reader(name: str) -> ReadTensor:
-            def read(entries: slice | None) -> Any:
+            def read(entries: Entries | None) -> Any:
                 file: Any = opened[self._files[name]]
                 tensor = file.get_slice(name)[entries] if entries else file.get_tensor(name)
                 return tensor if self._rounding is None else _moved(self._rounding, tensor)

@@ -94,7 +94,7 @@ DAMAGED = {
     "width a text": (field("intermediate_size", "x"), 2, "is not a manifest"),
     "no experts": (field("num_experts", None), 2, "is not a manifest"),
     "no layers": (field("layer_kinds", []), 2, "is not a manifest"),
-    "foreign block": (field("decoder_block", "gpt3"), 2, "is not a manifest"),
+    "foreign block": (field("decoder_block", "simple"), 2, "is not a manifest"),
     "manifest deep": (lambda o: (o / MANIFEST_NAME).write_text(DEEP), 2, "is not a manifest"),
     "config no object": (lambda o: (o / "config.json").write_text("[]"), 1, "is no JSON object"),
     "config no UTF-8": (lambda o: (o / "config.json").write_bytes(b"\xff{}"), 1, "cannot be read"),

@@ -13,8 +13,8 @@ from moeconv.families import blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.maxtext]
 DEEPSEEK = pytest.mark.proof("DeepSeek by all levels")
-HYBRIDS = ("gemma", "gemma2", "gemma3", "gemma4", "qwen3_next", "qwen3_5")
-DENSE = ("llama2", "mistral", "qwen2", "qwen3", "olmo3")
+HYBRIDS = ("gemma", "gemma2", "gemma3", "gemma4", "gemma4_small", "qwen3_next", "qwen3_5")
+DENSE = ("llama2", "mistral", "qwen2", "qwen3", "olmo3", "gpt3")
 PROOFS = {
     "deepseek": DEEPSEEK,
     **dict.fromkeys(HYBRIDS, pytest.mark.proof("Gemma and Qwen3-Next by all levels")),

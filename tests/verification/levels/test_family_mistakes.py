@@ -34,7 +34,7 @@ def made(lab, family):
 def each(attribute):
     """Every family with every entry of an attribute of its row, in the proof of the row."""
     return [
-        pytest.param(family, entry, marks=pytest.mark.proof(row.proof))
+        pytest.param(family, entry, marks=pytest.mark.proof(row.proof or f"mistakes of {family}"))
         for family, row in FAMILIES.items()
         for entry in getattr(row, attribute)
     ]
