@@ -19,7 +19,7 @@ from moeconv.errors import ConfigError, UnsupportedError
 from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
 from moeconv.mapping.edges import cannot_hold
-from moeconv.mapping.reading import ROPE_KEYS, Peek, Reading
+from moeconv.mapping.reading import ROPE_KEYS, Multimodal, Peek, Reading, text_config
 from moeconv.mapping.rules import Options, Target
 from moeconv.planning.model_values import model_of
 
@@ -77,7 +77,8 @@ def page_of(config: Mapping[str, Any], where: str) -> Target:
             f"{where}: architectures should name one class of transformers, and is {short(named)}"
         )
     for page in targets().values():
-        if page.architecture == named[0]:
+        whole = () if page.reading is None else page.reading.multimodal
+        if named[0] in (page.architecture, *(each.architecture for each in whole)):
             if page.reading is None:
                 raise UnsupportedError(
                     f"{where}: {named[0]} converts from MaxText only; {_readable()}"
@@ -89,6 +90,25 @@ def page_of(config: Mapping[str, Any], where: str) -> Target:
 def _readable() -> str:
     names = sorted(page.architecture for page in targets().values() if page.reading is not None)
     return f"moeconv reads {', '.join(names)}"
+
+
+def text_model(
+    config: Mapping[str, Any], where: str
+) -> tuple[Mapping[str, Any], Multimodal | None]:
+    """The config of the text model, and the multimodal class that holds it, if one does.
+
+    Raises:
+        ConfigError: There is no text_config.
+        UnsupportedError: As `page_of`.
+    """
+    page = page_of(config, where)
+    assert page.reading is not None
+    for whole in page.reading.multimodal:
+        if whole.architecture in config["architectures"]:
+            if not isinstance(config.get("text_config"), Mapping):
+                raise ConfigError(f"{where}: a {whole.architecture} has a text_config")
+            return text_config(config, whole, page.architecture), whole
+    return config, None
 
 
 def describe(

@@ -18,7 +18,7 @@ import numpy as np
 from moeconv.arch.arrange import arranged
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.model_keys import run_keys
-from moeconv.conversion.described import Described, describe
+from moeconv.conversion.described import Described, describe, text_model
 from moeconv.conversion.options import ConvertOptions, Prepared
 from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
 from moeconv.families import blocks
@@ -33,7 +33,7 @@ from moeconv.hf.model import (
     View,
     is_model,
     open_model,
-    refuse_quantised,
+    with_quantised,
 )
 from moeconv.hf.tokenizer import (
     TokenizerFiles,
@@ -43,6 +43,7 @@ from moeconv.hf.tokenizer import (
     tokenizer_of,
 )
 from moeconv.mapping.edges import Edge, expand
+from moeconv.mapping.reading import MULTIMODAL
 from moeconv.mapping.reverse import Origin, reverse
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.unchanged import Unchanged
@@ -50,6 +51,7 @@ from moeconv.orbax.inventory import fingerprints
 from moeconv.orbax.writer import WrittenArray
 from moeconv.planning.orbax_output import MESH, in_a_row, orbax_output, source_chunk
 from moeconv.planning.plan import PlannedSource, PlannedTokenizer, build_plan
+from moeconv.tensor.dtypes import DTYPES
 from moeconv.tensor.stored import ArrayInfo, Source
 from moeconv.untrusted.files import is_address
 from moeconv.untrusted.text import listing, printable
@@ -118,21 +120,22 @@ def _plan(files: Files, options: ConvertOptions, hf: HfModel | None) -> Prepared
     unchanged = Unchanged()
     if isinstance(files, LocalFiles):
         unchanged.watch(partial(fingerprints, files.folder))
-    hf = hf or open_model(files)
-    refuse_quantised(hf)
+    hf, beside = as_text(hf or open_model(files))
+    hf = with_quantised(hf)
     found = _described(hf, options)
-    page, model = found.page, found.model
+    page, model = found.page.spelled_as(hf.tensors), found.model
     layout = arranged(
         found.block, model, scan_layers=options.scan_layers, scan_axis=options.scan_axis
     )
     tokenizer, warnings = _tokenizer(files, options, found)
     forward = expand(page, model, layout, {a.name: "float32" for a in layout.arrays})
-    dropped = demand_tensors(hf, forward, found)
+    dropped = demand_tensors(hf, forward, found, beside)
     _demand_fills(hf, forward)
     dtypes = _dtypes(hf, forward, options)
     forward = expand(page, model, layout, dtypes)
     stored = {name: tensor.spec.dtype for name, tensor in hf.tensors.items()}
-    edges, origins = reverse(forward, page, layout, stored)
+    scales = {name: t.scales for name, t in hf.tensors.items() if t.scales is not None}
+    edges, origins = reverse(forward, page, layout, stored, scales)
     settings = run_keys(model, layout)
     output = orbax_output(
         edges,
@@ -235,8 +238,29 @@ def _left_out(dropped: Mapping[str, str]) -> list[str]:
     ]
 
 
-def demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> dict[str, str]:
+def as_text(hf: HfModel) -> tuple[HfModel, Mapping[str, str]]:
+    """The text model of a multimodal one, and what else that has, as `Reading.left_out`."""
+    config, whole = text_model(hf.config, f"{hf.name}/{CONFIG}")
+    if whole is None:
+        return hf, {}
+    tensors = {}
+    for name, stored in hf.tensors.items():
+        begins = next((text for text in MULTIMODAL if name.startswith(text)), None)
+        own = name if begins is None else MULTIMODAL[begins] + name.removeprefix(begins)
+        tensors[own] = replace(stored, spec=replace(stored.spec, name=own))
+    return replace(hf, config=config, tensors=tensors), whole.left_out
+
+
+def demand_tensors(
+    hf: HfModel, forward: tuple[Edge, ...], found: Described, beside: Mapping[str, str]
+) -> dict[str, str]:
     """Compares the tensors of a model with those of its page; those left out, with the reason.
+
+    Args:
+        hf: The model.
+        forward: How the page's tensors are made.
+        found: What config.json says.
+        beside: What a multimodal model has besides, as `Reading.left_out`.
 
     Raises:
         TensorError: One is missing, unknown, or of another shape.
@@ -247,7 +271,8 @@ def demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> 
     dropped: dict[str, str] = {}
     unknown = []
     for name in sorted(hf.tensors.keys() - wanted.keys()):
-        reasons = (why for text, why in reading.left_out.items() if re.match(text, name))
+        left_out = {**beside, **reading.left_out}
+        reasons = (why for text, why in left_out.items() if re.match(text, name))
         if name == "lm_head.weight" and found.model.tie_word_embeddings:
             dropped[name] = "tie_word_embeddings is true, and transformers ties it to the embedding"
         elif _BUFFERS.fullmatch(name):
@@ -273,7 +298,12 @@ def demand_tensors(hf: HfModel, forward: tuple[Edge, ...], found: Described) -> 
             f"leaving them out would change the model:{listing(unknown)}"
         )
     for name, edge in wanted.items():
-        shape = hf.tensors[name].spec.shape
+        shape, dtype = hf.tensors[name].spec.shape, hf.tensors[name].spec.dtype
+        if dtype not in DTYPES and hf.tensors[name].scales is None:
+            raise UnsupportedError(
+                f"{hf.tensors[name].file}: {name} is stored as {dtype}, and {CONFIG} does not say "
+                f"how it is quantised; moeconv reads {', '.join(DTYPES)}"
+            )
         if shape != edge.shape:
             raise TensorError(
                 f"{hf.name}/{hf.tensors[name].file}: {name} has shape {list(shape)}, but {CONFIG} "
@@ -300,12 +330,17 @@ def _demand_fills(hf: HfModel, forward: tuple[Edge, ...]) -> None:
 
 
 def _dtypes(hf: HfModel, forward: tuple[Edge, ...], options: ConvertOptions) -> dict[str, str]:
-    """The dtype of each array: that of its tensors, float32 where a factor is folded into it."""
+    """The dtype of each array: that of its tensors, float32 where a factor is folded into it.
+
+    A quantised tensor has the dtype of its numbers.
+    """
     stored: dict[str, set[str]] = {}
     folded: set[str] = set()
     for edge in forward:
         for part in edge.parts:
-            stored.setdefault(part.source, set()).add(hf.tensors[edge.target].spec.dtype)
+            tensor = hf.tensors[edge.target]
+            dtype = tensor.spec.dtype if tensor.scales is None else tensor.scales.through[-1]
+            stored.setdefault(part.source, set()).add(dtype)
             if part.form.value.fold is not None:
                 folded.add(part.source)
     if options.dtype != "keep":
@@ -356,6 +391,11 @@ def views_of(
             if (seen := views.get(origin.name)) is not None:
                 chunk = tuple(max(a, b) for a, b in zip(chunk, seen.chunk, strict=True))
             views[origin.name] = View(origin.tensor, origin.base, origin.shape, chunk)
+            for other in part.form.value.companions:
+                scales = origins[other.source]
+                # Of stacked experts those of one.
+                once = (1,) * max(0, len(scales.shape) - 2) + scales.shape[-2:]
+                views[scales.name] = View(scales.tensor, scales.base, scales.shape, once)
     return views
 
 

@@ -70,10 +70,9 @@ def _derived(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _narrowed(plan: Plan) -> dict[str, str]:
     """The dtype of the tensors of each array that is wider, for a factor that is folded into it."""
-    info = plan.source.arrays
     return {
         name: found.pop()
         for name, edge in plan.edges.items()
-        if len(found := {info[source].dtype for source in edge.sources}) == 1
+        if len(found := {value.number for value in edge.values}) == 1
         and all(SIGNIFICAND_BITS[each] < SIGNIFICAND_BITS[edge.dtype] for each in found)
     }

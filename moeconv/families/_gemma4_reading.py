@@ -4,7 +4,7 @@ from typing import Any
 
 from moeconv.errors import UnsupportedError
 from moeconv.families._gemma4 import PATTERN
-from moeconv.mapping.reading import Config, Reading, ropes_of, typed
+from moeconv.mapping.reading import Config, Reading, multimodal, ropes_of, typed
 
 
 def _read_ropes(config: Config) -> dict[str, Any]:
@@ -86,6 +86,17 @@ READING = Reading(
     _reading_fields,
     _reading_settings,
     _read_ropes,
+    multimodal=(
+        multimodal(
+            "Gemma4ForConditionalGeneration",
+            ("vision_tower", "vision tower"),
+            ("audio_tower", "audio tower"),
+            ("embed_vision", "projector of images"),
+            ("embed_audio", "projector of sound"),
+            # modeling_gemma4.py `create_causal_mask_mapping`: of the tokens of an image.
+            unread={"use_bidirectional_attention": "vision"},
+        ),
+    ),
     # Without layers that have inputs of their own; the sizes are read (`_global_sizes`).
     ignored=frozenset(
         {

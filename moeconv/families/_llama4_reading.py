@@ -4,7 +4,7 @@ from typing import Any
 
 from moeconv.arch.parameters import DENSE, MOE
 from moeconv.families._shared import DERIVED, rope_reading
-from moeconv.mapping.reading import Config, Reading
+from moeconv.mapping.reading import Config, Reading, multimodal
 
 FULL, CHUNKED = "full_attention", "chunked_attention"
 
@@ -51,5 +51,12 @@ READING = Reading(
     },
     _reading_fields,
     _reading_settings,
+    multimodal=(
+        multimodal(
+            "Llama4ForConditionalGeneration",
+            ("vision_model", "vision model"),
+            ("multi_modal_projector", "projector of images"),
+        ),
+    ),
     ignored=frozenset({"cache_implementation", "for_llm_compressor", "no_rope_layer_interval"}),
 )

@@ -180,6 +180,23 @@ def mlp(module: str, place: str, width: str, layers: Layers) -> tuple[Rule, ...]
 MLP = mlp("mlp", "model.layers.{L}.mlp", "F", DENSE_LAYERS)
 
 
+def fused_experts(module: str) -> tuple[Rule, ...]:
+    """Experts as modules of transformers 5 hold them, and save them unless it undoes that.
+
+    Source: transformers core_model_loading.py `revert_weight_conversion`, modeling_mixtral.py
+    `MixtralExperts`.
+
+    Args:
+        module: MaxText's, of `moe_parameters`.
+    """
+    place = "model.layers.{L}.mlp.experts"
+    return (
+        Rule((f"{module}.wi_0", f"{module}.wi_1"), f"{place}.gate_up_proj",
+             "E D M -> E (g M) D", layers=MOE_LAYERS),
+        Rule(f"{module}.wo", f"{place}.down_proj", "E M D -> E D M", layers=MOE_LAYERS),
+    )
+
+
 def experts(module: str, block: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
     """Router and experts.
 

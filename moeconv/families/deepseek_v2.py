@@ -9,6 +9,7 @@ from typing import Any
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.parameters import Layers
 from moeconv.families._deepseek import (
+    ROUTED,
     RULES,
     alone,
     biased,
@@ -19,6 +20,7 @@ from moeconv.families._deepseek import (
     refusal,
 )
 from moeconv.families._deepseek_reading import reading
+from moeconv.families._shared import fused_experts
 from moeconv.mapping.rules import Options, Probe, Target
 
 
@@ -61,6 +63,7 @@ TARGET = Target(
     requires=_requires,
     since="5.15.0",
     caveats=_caveats,
+    spelled=fused_experts(ROUTED),
     rules=RULES,
     probe=Probe(scores=lambda mlp, output: output[0].softmax(dim=-1), alone=alone),
     config=config("deepseek_v2", "DeepseekV2ForCausalLM", **OWN),

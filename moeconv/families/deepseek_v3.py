@@ -4,6 +4,7 @@ MaxText's configs of both (deepseek3-671b, kimi-k2-1t) have no groups unless `n_
 given; the published DeepSeek-V3 chooses in 4 of 8. What was trained is what is written.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,15 @@ from moeconv.families._deepseek import (
     stacking,
 )
 from moeconv.families._deepseek_reading import reading
-from moeconv.families._shared import DROPS_TOKENS, IDLE, IDLE_MOE, QUANTISES, shared_experts
+from moeconv.families._shared import (
+    DROPS_TOKENS,
+    IDLE,
+    IDLE_MOE,
+    QUANTISES,
+    fused_experts,
+    shared_experts,
+)
+from moeconv.mapping.reading import multimodal
 from moeconv.mapping.rules import Options, Probe, Rule, Target
 
 
@@ -157,8 +166,20 @@ TARGET = Target(
     requires=lambda model: refusal(model) or routing_refusal(model),
     since="4.51.0",
     caveats=_caveats,
+    spelled=fused_experts(ROUTED),
     rules=(*RULES, *BIAS),
     probe=Probe(scores=scores, alone=alone),
     config=config("deepseek_v3", "DeepseekV3ForCausalLM", **OWN),
-    reading=reading(biased=True, **OWN),
+    reading=replace(
+        reading(biased=True, **OWN),
+        # The first in the release's own code, the second in transformers.
+        multimodal=tuple(
+            multimodal(
+                name,
+                ("vision_tower", "vision tower"),
+                ("mm_projector", "projector of images"),
+            )
+            for name in ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration")
+        ),
+    ),
 )

@@ -19,7 +19,14 @@ from moeconv.arch.stacks import UNSCANNED, Module, Segment, Stacking
 from moeconv.families import _gemma as gemma
 from moeconv.families._consumers import scores_of_gemma
 from moeconv.families._shared import IDLE, QUANTISES, setting
-from moeconv.mapping.reading import Config, Reading, rope_fields, ropes_of, typed
+from moeconv.mapping.reading import (
+    Config,
+    Reading,
+    multimodal,
+    rope_fields,
+    ropes_of,
+    typed,
+)
 from moeconv.mapping.rules import ConfigKey, Target, constant
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -167,6 +174,13 @@ TARGET = Target(
         _reading_fields,
         _reading_settings,
         lambda c: ropes_of(c, FULL, SLIDING),
+        multimodal=(
+            multimodal(
+                "Gemma3ForConditionalGeneration",
+                ("vision_tower", "vision tower"),
+                ("multi_modal_projector", "projector of images"),
+            ),
+        ),
         ignored=frozenset({"_sliding_window_pattern", "cache_implementation", "hidden_act"}),
     ),
     rules=(

@@ -129,6 +129,14 @@ RULES = (
     Rule("GptOssMlp.wo_bias", f"{PLACE}.mlp.experts.down_proj_bias", "E D -> E D",
          layers=MOE_LAYERS),
 )
+# MXFP4, as it is published: the weights of each expert are transposed (transformers
+# integrations/mxfp4.py `convert_moe_packed_tensors`).
+SPELLED = (
+    Rule(("GptOssMlp.wi_0", "GptOssMlp.wi_1"), f"{PLACE}.mlp.experts.gate_up_proj_blocks",
+         "E D M -> E (M g) D", layers=MOE_LAYERS),
+    Rule("GptOssMlp.wo", f"{PLACE}.mlp.experts.down_proj_blocks", "E M D -> E D M",
+         layers=MOE_LAYERS),
+)
 # fmt: on
 
 
@@ -160,6 +168,7 @@ TARGET = Target(
     since="4.55.0",
     reading=READING,
     rules=(*TRUNK, *attention("GptOssAttention"), *RULES),
+    spelled=SPELLED,
     probe=Probe(router="router"),
     caveats=_caveats,
     config=(

@@ -22,6 +22,7 @@ from moeconv.families._shared import (
     READING,
     TRUNK,
     experts,
+    fused_experts,
     has_scaled_rope,
     moe_parameters,
     rope_reading,
@@ -30,6 +31,7 @@ from moeconv.families._shared import (
 from moeconv.mapping.reading import Config, Peek
 from moeconv.mapping.rules import (
     DENSE_LAYERS,
+    MOE_LAYERS,
     ConfigKey,
     Options,
     Probe,
@@ -148,6 +150,15 @@ TARGET = Target(
             "moe_intermediate_size": c["intermediate_size"],
             "intermediate_size": None,
         },
+    ),
+    spelled=(
+        *fused_experts("MoeBlock_0"),
+        Rule(
+            "MoeBlock_0.gate.kernel",
+            "model.layers.{L}.mlp.gate.weight",
+            "D E -> E D",
+            layers=MOE_LAYERS,
+        ),
     ),
     rules=(
         *TRUNK,

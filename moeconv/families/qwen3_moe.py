@@ -25,6 +25,7 @@ from moeconv.families._shared import (
     QUANTISES,
     TRUNK,
     experts,
+    fused_experts,
     moe_parameters,
     rope_reading,
     untied_by_sglang,
@@ -115,6 +116,7 @@ TARGET = Target(
         yarn_reading,
         ignored=frozenset({"decoder_sparse_step", "intermediate_size"}),
     ),
+    spelled=fused_experts("moe_block"),
     rules=(
         *TRUNK,
         *ATTENTION,

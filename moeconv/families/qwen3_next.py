@@ -30,6 +30,7 @@ from moeconv.families._shared import (
     IDLE,
     IDLE_MOE,
     QUANTISES,
+    fused_experts,
     rope_parameters,
     rope_reading,
     setting,
@@ -133,6 +134,7 @@ TARGET = Target(
         # No layer is dense; which layers have attention, their types say.
         ignored=frozenset({"intermediate_size", "full_attention_interval"}),
     ),
+    spelled=fused_experts("mlp.routed_experts"),
     rules=RULES,
     caveats=_caveats,
     probe=Probe(attention=("linear_attn", "self_attn")),

@@ -114,7 +114,7 @@ class LocalFiles:
         path = self._path(name)
         if not path.exists():
             raise FileNotFoundError(name)
-        return read_header(path)
+        return read_header(path, foreign=True)
 
     def reader(self, name: str, dtype: Dtype, offset: int, shape: tuple[int, ...]) -> Reader:
         """See `Files`."""

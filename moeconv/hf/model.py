@@ -4,10 +4,11 @@ Nothing in it is executed, and no file outside of it is read. Tensors are read b
 files' headers say; the weights are never looked at before that.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,12 +19,13 @@ from moeconv.errors import (
     MoeconvError,
     NotACheckpointError,
     TensorError,
-    UnsupportedError,
 )
 from moeconv.hf.files import Files
+from moeconv.hf.quantised import quantised
 from moeconv.hf.safetensors import TensorSpec
-from moeconv.tensor.axes import Array
+from moeconv.tensor.axes import Array, Box
 from moeconv.tensor.dtypes import STORED
+from moeconv.tensor.quantised import Scales
 from moeconv.tensor.stored import ArrayInfo, Reader
 from moeconv.untrusted import strict_json
 from moeconv.untrusted.text import listing, printable
@@ -51,11 +53,21 @@ ADAPTER = "adapter_config.json"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor: its shape and dtype, its file's name, and the byte at which it begins there."""
+    """A tensor: its shape and dtype, its file, and where it begins there.
+
+    Attributes:
+        spec: Its name, shape and dtype.
+        file: Its file's name.
+        offset: Of its first byte.
+        scales: Where it is quantised, its scales.
+        nibbles: Two values of 4 bits are in a byte, the first in its lower half.
+    """
 
     spec: TensorSpec
     file: str
     offset: int
+    scales: Scales | None = None
+    nibbles: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,12 +77,14 @@ class HfModel:
     Attributes:
         files: Where it is.
         config: Content of config.json.
-        tensors: Every tensor, by name.
+        tensors: Every tensor, by name; a quantised weight is one.
+        scales: The scales of quantised weights, by name.
     """
 
     files: Files
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
+    scales: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -178,6 +192,29 @@ def _no_weights(files: Files) -> NotACheckpointError:
     )
 
 
+def with_quantised(model: HfModel) -> HfModel:
+    """A model whose quantised weights are one tensor each, with their scales apart.
+
+    Raises:
+        UnsupportedError: It is quantised by a method, or in a variant, that is not read.
+        TensorError: A weight lacks its scales, or a tensor holds no numbers.
+    """
+    specs = {name: stored.spec for name, stored in model.tensors.items()}
+    found, parts = quantised(model.config, specs, f"{model.name}/{CONFIG}")
+    weights = {
+        name: replace(
+            model.tensors[weight.values],
+            spec=weight.spec,
+            scales=weight.scales,
+            nibbles=weight.spec.shape != specs[weight.values].shape,
+        )
+        for name, weight in found.items()
+    }
+    plain = {name: stored for name, stored in model.tensors.items() if name not in parts}
+    scales = {weight.scales.name: model.tensors[weight.scales.name] for weight in found.values()}
+    return replace(model, tensors={**plain, **weights}, scales=scales)
+
+
 @dataclass(frozen=True)
 class View:
     """Values of a tensor that follow each other, as an array of its own.
@@ -212,17 +249,26 @@ class Tensors:
         self.info = {name: self._describe(name, view) for name, view in self.views.items()}
 
     def _describe(self, name: str, view: View) -> ArrayInfo:
-        dtype = self.model.tensors[view.tensor].spec.dtype
+        dtype = self._stored(view).spec.dtype
         size = int(np.prod(view.chunk)) * STORED[dtype].itemsize
         return ArrayInfo((name,), view.shape, dtype, view.chunk, "none", size)
+
+    def _stored(self, view: View) -> Stored:
+        return self.model.scales.get(view.tensor) or self.model.tensors[view.tensor]
 
     def reader(self, name: str, chunks: int = 1) -> Reader:
         """Opens an array."""
         view = self.views[name]
-        stored = self.model.tensors[view.tensor]
+        stored, files = self._stored(view), self.model.files
         dtype = STORED[stored.spec.dtype]
+        if stored.nibbles:
+            inner = whole_bytes(view.shape)
+            rows = (*view.shape[:inner], math.prod(view.shape[inner:]) // 2)
+            offset = stored.offset + view.base // 2
+            packed = files.reader(stored.file, np.dtype(np.uint8), offset, rows)
+            return NibbleReader(packed, view.shape, stored.spec.dtype)
         offset = stored.offset + view.base * dtype.itemsize
-        return self.model.files.reader(stored.file, dtype, offset, view.shape)
+        return files.reader(stored.file, dtype, offset, view.shape)
 
 
 @dataclass(frozen=True)
@@ -247,16 +293,47 @@ class Values:
         return Tensors(self.model, {name: View(name, 0, shape, shape)}).reader(name).read(())
 
 
-def refuse_quantised(model: HfModel) -> None:
-    """Refuses weights that are stored as anything but numbers.
+def whole_bytes(shape: tuple[int, ...]) -> int:
+    """The innermost axes, by the first of them, of which a row of 4-bit values is whole bytes."""
+    return next(n for n in range(len(shape) - 1, -1, -1) if math.prod(shape[n:]) % 2 == 0)
 
-    Raises:
-        UnsupportedError: Names the method.
+
+class NibbleReader:
+    """Cuts boxes from an array of 4-bit values, two in a byte, the first in its lower half.
+
+    int4 has 8 added (compressed_tensors `pack_to_int32`), e2m1 is as it is.
     """
-    quantised = model.config.get("quantization_config")
-    if isinstance(quantised, dict):
-        method = quantised.get("quant_method", "a method without a name")
-        raise UnsupportedError(
-            f"{model.name}/{CONFIG} says that the weights are quantised by {method}; convert the "
-            "model in bfloat16"
-        )
+
+    def __init__(self, packed: Reader, shape: tuple[int, ...], dtype: str) -> None:
+        """Takes it apart.
+
+        Args:
+            packed: Of the bytes: the axes before `whole_bytes`, and one of those behind.
+            shape: Of the values.
+            dtype: Theirs.
+        """
+        self._packed, self._shape, self._inner = packed, shape, whole_bytes(shape)
+        self._dtype, self._flip = STORED[dtype], 8 if dtype == "int4" else 0
+
+    def read(self, box: Box) -> Array:
+        """Reads a box; the result is C-contiguous and owns its memory."""
+        box = (*box, *[slice(None)] * (len(self._shape) - len(box)))
+        outer, inner = box[: self._inner], box[self._inner :]
+        whole, first = self._shape[self._inner :], inner[0]
+        bytes_of = slice(0, math.prod(whole) // 2)
+        if len(inner) == 1 and isinstance(first, slice):  # no more than the bytes of the box
+            start, stop, _ = first.indices(whole[0])
+            begin, end = start // 2, -(-stop // 2)
+            bytes_of = slice(begin, end)
+            inner, whole = (slice(start - 2 * begin, stop - 2 * begin),), (2 * (end - begin),)
+        found = self._packed.read((*outer, bytes_of))
+        apart = np.stack([found & 0xF, found >> 4], axis=-1) ^ np.uint8(self._flip)
+        apart = apart.view(self._dtype).reshape(*found.shape[:-1], *whole)
+        return np.ascontiguousarray(apart[(..., *inner)])
+
+    def decode(self, box: Sequence[tuple[int, int]]) -> bool:
+        """Fetches the bytes of a box."""
+        outer, inner = box[: self._inner], box[self._inner :]
+        size = math.prod(self._shape[self._inner :])
+        begin, end = (inner[0][0], inner[0][1]) if len(inner) == 1 else (0, size)
+        return self._packed.decode((*outer, (begin // 2, -(-end // 2))))

@@ -23,11 +23,29 @@ from moeconv.untrusted.strict_json import loads
 # Of a shape that is multiplied out: the format itself sets no limit.
 _MOST_AXES, _LONGEST_AXIS = 32, 2**63
 _CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# What only models that moeconv did not write have, and the bytes of a value; the names are numpy's
+# and those of ml_dtypes.
+_FOREIGN = {
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "I16": ("int16", 2),
+    "I32": ("int32", 4),
+    "I64": ("int64", 8),
+    "F64": ("float64", 8),
+}
+_ITEMSIZE = {
+    **{name: dtype.itemsize for name, dtype in DTYPES.items()},
+    **dict(_FOREIGN.values()),
+}
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor to be written: its name, dtype (a key of `ops.DTYPES`) and shape."""
+    """A tensor: its name, dtype (a key of `DTYPES`, if it is to be written) and shape."""
 
     name: str
     dtype: str
@@ -36,7 +54,7 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of its data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _ITEMSIZE[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -79,30 +97,37 @@ def lay_out(tensors: Sequence[TensorSpec]) -> FileLayout:
 Header = dict[str, tuple[TensorSpec, int]]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, *, foreign: bool = False) -> Header:
     """Reads a file's header.
+
+    Args:
+        path: The file.
+        foreign: As in `parse_header`.
 
     Raises:
         TensorError: As `parse_header`, or the file cannot be read.
     """
     try:
         with path.open("rb") as file:
-            return parse_header(path, path.stat().st_size, file.read)
+            return parse_header(path, path.stat().st_size, file.read, foreign=foreign)
     except OSError as error:
         raise TensorError(f"{path} is not a whole safetensors file: {error}") from None
 
 
-def parse_header(where: object, size: int, read: Callable[[int], bytes]) -> Header:
+def parse_header(
+    where: object, size: int, read: Callable[[int], bytes], *, foreign: bool = False
+) -> Header:
     """Reads a file's header.
 
     Args:
         where: The file, for people.
         size: Its bytes.
         read: Gives as many bytes as asked for, from the file's first on.
+        foreign: It may hold dtypes that moeconv does not write, such as those of quantised weights.
 
     Raises:
-        TensorError: It is not a safetensors file, holds a dtype that moeconv does not write, or its
-            tensors do not fill the payload exactly.
+        TensorError: It is not a safetensors file, holds another dtype than it may, or its tensors
+            do not fill the payload exactly.
         OSError: From `read`.
     """
     try:
@@ -113,6 +138,8 @@ def parse_header(where: object, size: int, read: Callable[[int], bytes]) -> Head
         if not isinstance(table, dict):
             raise ValueError("its header is no JSON object")
         names = {code: name for name, code in _CODES.items()}
+        if foreign:
+            names |= {code: name for code, (name, _) in _FOREIGN.items()}
         found = {}
         position = 8 + length
         entries = [(n, e) for n, e in table.items() if n != "__metadata__"]

@@ -21,6 +21,68 @@ class Peek(Protocol):
 
 
 @dataclass(frozen=True)
+class Multimodal:
+    """A class of transformers that holds an architecture's model beside others.
+
+    Its config has the model's as `text_config`; its tensors, the model's below `language_model`.
+
+    Attributes:
+        architecture: The class.
+        left_out: What else it has, by the expression that the beginning of its tensors' names
+            matches.
+        unread: Keys of the text model's config, with the value that is about what is left out.
+    """
+
+    architecture: str
+    left_out: Mapping[str, str]
+    unread: Config = field(default_factory=dict)
+
+
+def multimodal(
+    architecture: str, *others: tuple[str, str], unread: Config | None = None
+) -> Multimodal:
+    """A multimodal class.
+
+    Args:
+        architecture: The class.
+        others: Of each part beside the text model: its name in the class, and in words.
+        unread: See `Multimodal`.
+    """
+    why = "only the text model of a multimodal one is converted, without its {}"
+    left_out = {rf"(model\.)?{name}\.": why.format(words) for name, words in others}
+    return Multimodal(architecture, left_out, unread or {})
+
+
+# Beginnings of the model's tensors in a multimodal one, and what they are in its own: before
+# transformers 4.52 and after.
+MULTIMODAL = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+# Keys that the whole has, and that are the model's.
+_SHARED_KEYS = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config")
+
+
+def text_config(config: Config, whole: Multimodal, architecture: str) -> dict[str, Any]:
+    """The config of the text model in a multimodal one, as if it were alone.
+
+    Args:
+        config: Of the multimodal one, with a `text_config`.
+        whole: Its class.
+        architecture: The text model's.
+    """
+    shared = {key: config[key] for key in _SHARED_KEYS if config.get(key) is not None}
+    given: Config = config["text_config"]
+    own = {
+        key: value
+        for key, value in given.items()
+        if key not in whole.unread or value != whole.unread[key]
+    }
+    return {**own, **shared, "architectures": [architecture]}
+
+
+@dataclass(frozen=True)
 class Reading:
     """How a config.json of an architecture becomes a model's description.
 
@@ -38,6 +100,7 @@ class Reading:
             architecture's does.
         left_out: Why tensors whose names match are left out, by the expression that the beginning
             of the name matches.
+        multimodal: Classes that hold this model and others, of which it alone is read.
         kinds: The kinds of layers that tensors show, where a config does not: of the config and of
             what looks at tensors. A decoder block that does not have them all gets those of
             `fields`.
@@ -50,6 +113,7 @@ class Reading:
     ropes: Callable[[Config], Any] = lambda config: rope_of(config)
     ignored: frozenset[str] = frozenset()
     left_out: Mapping[str, str] = field(default_factory=dict)
+    multimodal: tuple[Multimodal, ...] = ()
     kinds: Callable[[Config, Peek], Sequence[str]] | None = None
     unmade: frozenset[str] = frozenset()
 

@@ -1,7 +1,8 @@
 """The way back: a checkpoint's arrays from the converted tensors, by undoing the same forms.
 
 The mapping is not written a second time: `restore` walks the very edges that `expand` made, and
-`reverse` turns them round, for a conversion from Hugging Face to MaxText. It is exact wherever the
+`reverse` turns them round, for a conversion from Hugging Face to MaxText: a released tensor that is
+quantised becomes numbers on the way, with its scales as a companion. It is exact wherever the
 edges are; where a factor rounds, the way back is within one unit of the last place. Companions,
 such as scales, are not in the tensors: they are given, and what was stored with them comes back
 exactly.
@@ -9,16 +10,19 @@ exactly.
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moeconv.arch.layout import Layout
-from moeconv.errors import TensorError
+from moeconv.errors import TensorError, UnsupportedError
 from moeconv.mapping.edges import Edge, Part, is_covered
 from moeconv.mapping.rules import Target
 from moeconv.tensor.axes import Array
+from moeconv.tensor.companion import Companion
 from moeconv.tensor.dtypes import bits
+from moeconv.tensor.form import Form
+from moeconv.tensor.quantised import Dequantise, Scales
 from moeconv.tensor.values import ValueOp
 from moeconv.untrusted.text import listing
 
@@ -45,7 +49,11 @@ class Origin:
 
 
 def reverse(
-    edges: Iterable[Edge], family: Target, layout: Layout, stored: Mapping[str, str]
+    edges: Iterable[Edge],
+    family: Target,
+    layout: Layout,
+    stored: Mapping[str, str],
+    scales: Mapping[str, Scales] | None = None,
 ) -> tuple[tuple[Edge, ...], dict[str, Origin]]:
     """The edges back: one for each array of a checkpoint, made of the tensors that it becomes.
 
@@ -57,12 +65,14 @@ def reverse(
         family: The page that they are of.
         layout: The checkpoint's.
         stored: Dtype of every tensor.
+        scales: Of those that are quantised; they are read beside the tensor, as its companion.
 
     Returns:
         The edges, in the order of the layout, and what their parts read, by name.
 
     Raises:
-        TensorError: An array would not be made of them, or not wholly.
+        TensorError: An array would not be made of them, or not wholly, or scales do not fit.
+        UnsupportedError: A quantised tensor is scaled, or joined within a block.
         ValueError: A value op has no way back.
     """
     parts: dict[str, list[Part]] = {}
@@ -73,6 +83,10 @@ def reverse(
             continue
         for part in edge.parts:
             form = part.form.inverse(stored[edge.target])
+            if (beside := (scales or {}).get(edge.target)) is not None:
+                value, other = _dequantised(edge, part.form, form, stored[edge.target], beside)
+                form = replace(form, value=value)
+                origins[other.name] = other
             origin = Origin(edge.target, part.form.base, part.form.target_shape)
             origins[origin.name] = origin
             parts.setdefault(part.source, []).append(Part(origin.name, form))
@@ -93,6 +107,57 @@ def reverse(
     if lost := [array.name for array in layout.arrays if array.name not in made]:
         raise TensorError(f"no tensor becomes all of these parameters:{listing(lost)}")
     return tuple(back), origins
+
+
+def _dequantised(
+    edge: Edge, there: Form, back: Form, stored: str, scales: Scales
+) -> tuple[Dequantise, Origin]:
+    """What makes numbers of a part of a quantised tensor, and the scales that it reads.
+
+    Args:
+        edge: How the tensor is made.
+        there: The part's form.
+        back: Its inverse.
+        stored: Dtype of the tensor.
+        scales: The tensor's.
+    """
+    if there.value.fold is not None:
+        raise UnsupportedError(
+            f"{edge.target} is quantised, and {there.value.fold.why} is folded into its parameter, "
+            "which would round its numbers twice; give another --block"
+        )
+    if len(scales.shape) != len(edge.shape) or len(scales.blocks) != len(edge.shape):
+        raise TensorError(
+            f"{scales.name} {list(scales.shape)} does not hold the scales of {edge.target} "
+            f"{list(edge.shape)}"
+        )
+    before = there.base // math.prod(edge.shape[1:])
+    first, *behind = scales.blocks
+    if before % first:
+        raise UnsupportedError(
+            f"{edge.target} is made of parts that do not end with a block of {first}"
+        )
+    rows = -(-there.shape[0] // first) if there.shape != edge.shape else scales.shape[0]
+    shape = (rows, *scales.shape[1:])
+    origin = Origin(scales.name, before // first * math.prod(scales.shape[1:]), shape)
+    axes = tuple(
+        " ".join(group) + (f"/{block}" if block > 1 else "")
+        for group, block in zip(there.rearrange.right, (first, *behind), strict=True)
+    )
+    sizes = {axis: back.sizes[axis] for axis in back.axes}
+    other = Companion(origin.name, axes, sizes, back.take)
+    if misfit := other.misfit(shape):
+        raise TensorError(
+            f"{scales.name} {list(scales.shape)} does not hold the scales of {edge.target} "
+            f"{list(edge.shape)}: it has {misfit}"
+        )
+    try:
+        value = Dequantise(
+            stored, there.value.source, back.free, other, scales.dtype, through=scales.through
+        )
+    except ValueError as error:
+        raise UnsupportedError(f"{edge.target} cannot be dequantised: {error}") from None
+    return value, origin
 
 
 def _lacking(name: str) -> Array:

@@ -4,8 +4,9 @@ Everything else is derived from them: the plan, the conversion, the way back, th
 the per-layer comparison and docs/mapping.md.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moeconv.arch.description import ModelDescription
@@ -109,6 +110,14 @@ class Rule:
         if self.source is None:
             return ()
         return (self.source,) if isinstance(self.source, str) else self.source
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """What the names of its tensors match."""
+        text = re.escape(self.target)
+        for letter in ("L", "E"):
+            text = text.replace(re.escape(f"{{{letter}}}"), r"\d+")
+        return re.compile(text)
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -223,6 +232,8 @@ class Target:
             architecture none is named.
         reading: How a config.json of it is read, for the way from Hugging Face to MaxText; None
             where that way is not built.
+        spelled: Rules for tensors of other names or orders that a model to be read may have
+            instead of those of `rules`, for the same parameters.
         pads_width: Dense and expert MLPs share one width, the narrower is padded with zeros.
         caveats: Sentences for people about this model on this target.
         card: More sentences for the model card.
@@ -239,7 +250,17 @@ class Target:
     requires: Callable[[ModelDescription], str | None] = lambda m: None
     since: str = "4.46.0"
     reading: Reading | None = None
+    spelled: tuple[Rule, ...] = ()
     pads_width: bool = False
     caveats: Callable[[ModelDescription, Options], list[str]] = lambda m, o: []
     card: Callable[[ModelDescription], list[str]] = lambda m: []
     probe: Probe = field(default_factory=Probe)
+
+    def spelled_as(self, names: Collection[str]) -> "Target":
+        """The page with the rules of `spelled` that a model's tensors match."""
+        found = [rule for rule in self.spelled if any(map(rule.pattern.fullmatch, names))]
+        if not found:
+            return self
+        instead = {source for rule in found for source in rule.sources}
+        kept = [rule for rule in self.rules if instead.isdisjoint(rule.sources)]
+        return replace(self, rules=(*kept, *found))

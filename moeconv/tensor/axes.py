@@ -31,7 +31,7 @@ ROTARY_LAYOUTS = {"half": "(rotary pair)", "interleaved": "(pair rotary)"}
 
 
 def blocked(axis: str) -> tuple[str, int]:
-    """The axis that an axis like `D/128` counts the blocks of, and the size of a block.
+    """The axis, or the fused axes, that an axis like `D/128` counts the blocks of, and their size.
 
     Returns:
         `("D", 128)`; of `D/*`, one block as long as the axis, `("D", 0)`; of `D` itself

@@ -15,9 +15,12 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
 }
 
-# Dtypes of quantised tensors and of their scales, which are read and never written.
+# Dtypes of quantised tensors and of their scales, which are read and never written. In memory each
+# number of 4 bits has a byte of its own, as ml_dtypes keeps them; files have two in a byte.
 QUANTISED: dict[str, np.dtype[Any]] = {
+    "int4": np.dtype(ml_dtypes.int4),
     "int8": np.dtype(np.int8),
+    "float4_e2m1fn": np.dtype(ml_dtypes.float4_e2m1fn),
     "uint8": np.dtype(np.uint8),
     "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
     "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),

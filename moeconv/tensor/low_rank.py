@@ -52,6 +52,11 @@ class LowRankUpdate:
             raise ValueError("an offset is no factor of a low-rank update")
 
     @property
+    def number(self) -> str:
+        """The source's."""
+        return self.source
+
+    @property
     def companions(self) -> tuple[Companion, ...]:
         """A and B."""
         return (self.first, self.second)

@@ -1,11 +1,10 @@
 """A quantised array with the scales of its blocks becomes one array of numbers.
 
 In each form that is read a number is the stored value times its scale: FP8 in blocks of 128 x 128
-(`weight_scale_inv`, transformers integrations/finegrained_fp8.py `Fp8Dequantize`), int8 with a
-scale for each channel or group, and MXFP4, pairs of e2m1 numbers in a byte with an exponent for
-each 32 of them (`_blocks` and `_scales`, transformers integrations/mxfp4.py
-`convert_moe_packed_tensors`). Another packing, such as eight int4 in an int32, is some lines in
-`_numbers` and `_stored`.
+(`weight_scale_inv`, transformers integrations/finegrained_fp8.py `Fp8Dequantize`), int8 and int4
+with a scale for each channel or group (compressed-tensors `pack-quantized`), and MXFP4, e2m1
+numbers with an exponent for each 32 of them (`_blocks` and `_scales`, transformers
+integrations/mxfp4.py `convert_moe_packed_tensors`).
 """
 
 from collections.abc import Sequence
@@ -21,11 +20,37 @@ from moeconv.tensor.values import Affine, Cast, Fold, ValueOp, not_rounded
 
 # Dtypes of stored values, and the significand bits of the longest number of each. A byte holds two
 # numbers of e2m1, the first in its lower half; they lie along the array's last axis.
-MAIN_BITS = {"int8": 7, "float8_e4m3fn": 4, "float8_e5m2": 3, "uint8": 2}
+MAIN_BITS = {
+    "int8": 7,
+    "int4": 3,
+    "float8_e4m3fn": 4,
+    "float8_e5m2": 3,
+    "float4_e2m1fn": 2,
+    "uint8": 2,
+}
 # How much longer a product is. A byte holds an exponent, as e8m0 does: a power of two adds no bit.
 SCALE_BITS = {**SIGNIFICAND_BITS, "float8_e8m0fnu": 0, "uint8": 0}
 
 _E2M1 = np.dtype(ml_dtypes.float4_e2m1fn)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales that are stored beside a tensor, and what those do with them that load it.
+
+    Attributes:
+        name: Of the tensor that holds them.
+        dtype: Its dtype, a key of `SCALE_BITS`.
+        shape: Its shape.
+        blocks: Values along each axis of the quantised tensor that have one scale.
+        through: See `Dequantise`; the last is the dtype of the numbers.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    blocks: tuple[int, ...]
+    through: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -34,9 +59,11 @@ class Dequantise:
 
     It is exact where the product has no more significand bits than the target (but for overflow,
     which the engine refuses, and underflow to subnormals); otherwise each value is within half a
-    unit in the last place of the target. With the scales, `undo` gives the stored values again, as
-    far as the numbers are normal in the target and no scale is zero. Numbers alone do not
-    determine the scales: without them, the way back is the dequantised array.
+    unit in the last place of the target. Where a released model is read, a number is what
+    transformers makes of it, which may round the product to float32 first (`through`). With the
+    scales, `undo` gives the stored values again, as far as the numbers are normal in the target and
+    no scale is zero. Numbers alone do not determine the scales: without them, the way back is the
+    dequantised array.
 
     Attributes:
         source: Dtype of the stored values, a key of `MAIN_BITS`.
@@ -45,6 +72,7 @@ class Dequantise:
         scales: The scales, a positive number for each block; their axes are in the same order.
         scale_dtype: Their dtype, a key of `SCALE_BITS`.
         fold: A factor that the mapping moves into the weights.
+        through: Dtypes to which the product is rounded first, one after the other.
 
     Raises:
         ValueError: A dtype that is no quantised value's or no scale's, an offset in the fold, or
@@ -57,6 +85,7 @@ class Dequantise:
     scales: Companion
     scale_dtype: str
     fold: Fold | None = None
+    through: tuple[str, ...] = ()
     changes: bool = field(default=True, init=False)
     scratch: int = field(default=16, init=False)  # a float64, and a scale for each value
 
@@ -72,6 +101,11 @@ class Dequantise:
             )
 
     @property
+    def number(self) -> str:
+        """What the product is rounded to before its dtype is changed."""
+        return self.through[-1] if self.through else self.target
+
+    @property
     def companions(self) -> tuple[Companion, ...]:
         """The scales."""
         return (self.scales,)
@@ -80,7 +114,8 @@ class Dequantise:
         """The scales with their axes, the factor, and the dtypes."""
         factor = f" × {self.fold.why}" if self.fold is not None else ""
         axes = " ".join(axis for axis in self.scales.axes if axis not in self.scales.take)
-        return f"× {self.scales.source} [{axes}]{factor}, {self.source} -> {self.target}"
+        steps = " -> ".join(dict.fromkeys([self.source, *self.through, self.target]))
+        return f"× {self.scales.source} [{axes}]{factor}, {steps}"
 
     def run(self, values: Array, others: Sequence[Array] = ()) -> Array:
         """Computed in float64, rounded once."""
@@ -96,11 +131,16 @@ class Dequantise:
         return _stored(wide, self.source)
 
     def bound(self) -> float:
-        """Half a unit in the last place of the target, where the product may not fit."""
+        """Half a unit in the last place of each dtype to which the product may not fit."""
         product = MAIN_BITS[self.source] + SCALE_BITS[self.scale_dtype]
         power = self.fold is None or Affine(self.fold, "float32", "float32").bound() == 0.0
-        exact = power and product <= SIGNIFICAND_BITS[self.target]
-        return 0.0 if exact else 2.0 ** -SIGNIFICAND_BITS[self.target]
+        bound = 0.0
+        for dtype in (*self.through, self.target):
+            bits = SIGNIFICAND_BITS[dtype]
+            if product > bits or (dtype == self.target and not power):
+                bound = (1.0 + bound) * (1.0 + 2.0**-bits) - 1.0
+                product = bits
+        return bound
 
     def undo_bound(self, largest: float) -> float:
         """Neighbouring stored values are further apart than rounding moves a product."""
@@ -129,6 +169,8 @@ class Dequantise:
     def _exact(self, values: Array, others: Sequence[Array]) -> Array:
         exact = _numbers(values)
         exact *= self._scales(others)
+        for dtype in self.through:
+            exact = round_once(exact, dtype).astype(np.float64)
         if self.fold is not None:
             exact *= self.fold.factor
         return exact
@@ -155,8 +197,8 @@ def _numbers(stored: Array) -> Array:
 
 def _stored(numbers: Array, dtype: str) -> Array:
     """The nearest stored values."""
-    if dtype == "int8":
-        return np.rint(numbers).astype(np.int8)
+    if dtype.startswith("int"):
+        return np.rint(numbers).astype(QUANTISED[dtype])
     if dtype != "uint8":
         return numbers.astype(QUANTISED[dtype])
     codes = numbers.astype(_E2M1).view(np.uint8)

@@ -55,6 +55,10 @@ class ValueOp(Protocol):
         """Dtype of what comes out."""
 
     @property
+    def number(self) -> str:
+        """Dtype of the numbers that go in: `source`, unless what goes in is quantised."""
+
+    @property
     def scratch(self) -> int:
         """Bytes of one value while it is computed."""
 
@@ -112,6 +116,11 @@ class Cast:
     target: str
     fold: Fold | None = field(default=None, init=False)
     companions: tuple[Companion, ...] = field(default=(), init=False)
+
+    @property
+    def number(self) -> str:
+        """The source's."""
+        return self.source
 
     @property
     def changes(self) -> bool:
@@ -172,6 +181,11 @@ class Affine:
     source: str
     target: str
     companions: tuple[Companion, ...] = field(default=(), init=False)
+
+    @property
+    def number(self) -> str:
+        """The source's."""
+        return self.source
 
     @property
     def changes(self) -> bool:
@@ -255,6 +269,11 @@ class Unfold:
     source: str
     target: str
     companions: tuple[Companion, ...] = field(default=(), init=False)
+
+    @property
+    def number(self) -> str:
+        """The source's."""
+        return self.source
 
     @property
     def changes(self) -> bool:

@@ -27,8 +27,7 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
-from moeconv.hf.model import Stored
-from moeconv.hf.safetensors import read_header
+from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.checkpoint import UNUSED
@@ -51,6 +50,15 @@ from moeconv.verification.measure.routing import Choice
 
 # Tensors that a small model may lack, and which are still listed one by one.
 _FEW = 1000
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor: how its bytes are laid out, its file, and the byte at which it begins there."""
+
+    spec: TensorSpec
+    file: Path
+    offset: int
 
 
 class OtherKindError(UnsupportedError):

@@ -16,11 +16,12 @@ from moeconv.arch.model_keys import run_keys
 from moeconv.arch.yaml_file import read_yaml
 from moeconv.artifact.names import KNOWN, WRITING
 from moeconv.conversion.described import Described, describe
-from moeconv.conversion.incoming import demand_tensors
+from moeconv.conversion.incoming import as_text, demand_tensors
 from moeconv.conversion.run_files import CONFIG_NAME, TOKENIZER
-from moeconv.errors import MoeconvError, NotACheckpointError
+from moeconv.errors import MoeconvError, NotACheckpointError, UnsupportedError
 from moeconv.execution.orbax_sink import STEP
-from moeconv.hf.model import CONFIG, HfModel, Stored, Values, open_model, refuse_quantised
+from moeconv.hf.files import LocalFiles
+from moeconv.hf.model import CONFIG, HfModel, Values, open_model
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.maxtext.sidecar import SIDECAR_NAME
 from moeconv.maxtext.whole import part_of
@@ -34,7 +35,7 @@ from moeconv.tensor.stored import Source
 from moeconv.untrusted.files import is_address, read_inside
 from moeconv.verification.adapter import SourceGoneError
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate
+from moeconv.verification.candidate import Candidate, Stored
 from moeconv.verification.checks import CandidateError
 
 _FOLDERS = ("checkpoints", TOKENIZER, "models")
@@ -200,7 +201,7 @@ class IncomingCandidate(Candidate):
                 "with --source"
             )
         try:
-            found = open_model(Path(self.source).expanduser())
+            found, _ = as_text(open_model(LocalFiles(self.folder)))
         except NotACheckpointError as error:
             if self.given is not None:
                 raise
@@ -208,8 +209,24 @@ class IncomingCandidate(Candidate):
                 f"{error} (the model that {named}; --source gives another, and level structure "
                 "needs none)"
             ) from None
-        refuse_quantised(found)
+        if (quantised := found.config.get("quantization_config")) is not None:
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise UnsupportedError(
+                f"{self.source} is quantised by {method}, and only level structure judges what was "
+                "made of such a model; convert OUT back, and compare that with the model that "
+                "transformers dequantises"
+            )
         return found
+
+    @cached_property
+    def beside(self) -> Mapping[str, str]:
+        """What a multimodal source has beside its text model."""
+        return as_text(open_model(LocalFiles(self.folder)))[1]
+
+    @property
+    def folder(self) -> Path:
+        """Where the source is."""
+        return Path(self.source).expanduser()
 
     @cached_property
     def described(self) -> Described:
@@ -220,7 +237,7 @@ class IncomingCandidate(Candidate):
         """
         return describe(
             self.hf.config,
-            self.hf.folder / CONFIG,
+            f"{self.hf.name}/{CONFIG}",
             block=self.model.decoder_block,
             accept=self.manifest.accepted_keys,
             peek=Values(self.hf),
@@ -230,7 +247,11 @@ class IncomingCandidate(Candidate):
     def tensors(self) -> Mapping[str, Stored]:
         """The source's tensors that are not left out."""
         left_out = self.manifest.dropped
-        return {name: one for name, one in self.hf.tensors.items() if name not in left_out}
+        return {
+            name: Stored(one.spec, self.folder / one.file, one.offset)
+            for name, one in self.hf.tensors.items()
+            if name not in left_out
+        }
 
     @cached_property
     def forward(self) -> tuple[Edge, ...]:
@@ -253,7 +274,7 @@ class IncomingCandidate(Candidate):
         what = f"{self.source} is not the model that {self.manifest_path} describes"
         with blaming(what, check="tensors"):
             try:
-                dropped = demand_tensors(hf, self.forward, described)
+                dropped = demand_tensors(hf, self.forward, described, self.beside)
             except MoeconvError as error:
                 raise CandidateError(f"{what}: {error}", "tensors") from None
             if dropped.keys() != self.manifest.dropped.keys():

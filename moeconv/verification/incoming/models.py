@@ -66,7 +66,7 @@ def _rounding(candidate: IncomingCandidate) -> Rounding | None:
 
 
 def _exact_layers(candidate: IncomingCandidate, rounding: Rounding | None) -> HfLayers:
-    return HfLayers(candidate.hf.folder, rounding=rounding)
+    return HfLayers(candidate.folder, rounding=rounding)
 
 
 def check_logits(candidate: IncomingCandidate, run: Verification) -> list[Check]:
@@ -76,7 +76,7 @@ def check_logits(candidate: IncomingCandidate, run: Verification) -> list[Check]
         CandidateError: MaxText cannot load or run OUT.
         UnsupportedError: transformers cannot load the source.
     """
-    of, rows, folder = CheckFactory(Level.LOGITS), run.rows, candidate.hf.folder
+    of, rows, folder = CheckFactory(Level.LOGITS), run.rows, candidate.folder
     rounding = _rounding(candidate)
     run.note(f"transformers: {folder}, forward over {rows.tokens.size} positions")
     each = [rows.tokens[row : row + 1] for row in range(len(rows.tokens))]
@@ -169,7 +169,7 @@ def check_layers(candidate: IncomingCandidate, run: Verification) -> list[Check]
         CandidateError: MaxText cannot build or run OUT.
         UnsupportedError: transformers cannot load the source.
     """
-    of, rows, folder = CheckFactory(Level.LAYERS), run.rows, candidate.hf.folder
+    of, rows, folder = CheckFactory(Level.LAYERS), run.rows, candidate.folder
     checks, scratch = [_reference(of, folder)], run.options.parity.scratch
     name = f"transformers on {folder}"
     with LayerReader(candidate.arrays, candidate.layout, scratch=scratch) as stored:

@@ -118,7 +118,7 @@ def _tokenizer(candidate: IncomingCandidate) -> list[Check]:
     """The tokenizer is the source's own, if it has one."""
     length = candidate.model.max_position_embeddings
     try:
-        own = read_tokenizer(str(candidate.hf.folder), model_max_length=length)
+        own = read_tokenizer(str(candidate.folder), model_max_length=length)
     except TokenizerError:
         return []
     return [same_tokenizer(candidate, own)]

@@ -12,11 +12,10 @@ import numpy as np
 
 from moeconv.artifact.manifest import MANIFEST_NAMES
 from moeconv.artifact.names import KNOWN
-from moeconv.hf.model import Stored
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate
+from moeconv.verification.candidate import Candidate, Stored
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status
 from moeconv.verification.context import Verification
 from moeconv.verification.files import INDEX_NAME, read_object, sha256

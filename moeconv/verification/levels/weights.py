@@ -18,7 +18,6 @@ import numpy as np
 from moeconv.errors import MemoryLimitError
 from moeconv.execution.digest import array_digest, chunk_digests
 from moeconv.execution.memory import Budget
-from moeconv.hf.model import Stored
 from moeconv.mapping.edges import Edge
 from moeconv.planning.estimate import unit_cost
 from moeconv.planning.slabs import MIB
@@ -38,7 +37,7 @@ from moeconv.tensor.dtypes import DTYPES, bits
 from moeconv.tensor.form import Form
 from moeconv.tensor.stored import Reader
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate
+from moeconv.verification.candidate import Candidate, Stored
 from moeconv.verification.checks import Check, CheckFactory
 from moeconv.verification.context import Verification
 from moeconv.verification.levels import Level
