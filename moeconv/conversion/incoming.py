@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moeconv.arch.arrange import arranged
 from moeconv.arch.description import ModelDescription
 from moeconv.arch.model_keys import run_keys
-from moeconv.conversion.described import Described, describe, text_model
+from moeconv.conversion.described import Described, describe
+from moeconv.conversion.incoming_tensors import as_text, demand_fills, demand_tensors, left_out
 from moeconv.conversion.options import ConvertOptions, Prepared
-from moeconv.errors import TensorError, TokenizerError, UnsupportedError, UsageError
+from moeconv.errors import TokenizerError, UnsupportedError, UsageError
 from moeconv.families import blocks
 from moeconv.families._shared import QUERY_SCALE
 from moeconv.hf.files import Files, LocalFiles
@@ -43,7 +42,6 @@ from moeconv.hf.tokenizer import (
     tokenizer_of,
 )
 from moeconv.mapping.edges import Edge, expand
-from moeconv.mapping.reading import MULTIMODAL
 from moeconv.mapping.reverse import Origin, reverse
 from moeconv.mapping.rules import Options
 from moeconv.maxtext.unchanged import Unchanged
@@ -51,13 +49,10 @@ from moeconv.orbax.inventory import fingerprints
 from moeconv.orbax.writer import WrittenArray
 from moeconv.planning.orbax_output import MESH, in_a_row, orbax_output, source_chunk
 from moeconv.planning.plan import PlannedSource, PlannedTokenizer, build_plan
-from moeconv.tensor.dtypes import DTYPES
 from moeconv.tensor.stored import ArrayInfo, Source
 from moeconv.untrusted.files import is_address
-from moeconv.untrusted.text import listing, printable
+from moeconv.untrusted.text import printable
 
-# Buffers that older transformers saved, and computes anew.
-_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq|.*\.self_attn\.(bias|masked_bias)")
 # Of a tokenizer that is a program (transformers/dynamic_module_utils.py).
 _CODE = re.compile(r"token[a-z]*_.+\.py")
 
@@ -130,7 +125,7 @@ def _plan(files: Files, options: ConvertOptions, hf: HfModel | None) -> Prepared
     tokenizer, warnings = _tokenizer(files, options, found)
     forward = expand(page, model, layout, {a.name: "float32" for a in layout.arrays})
     dropped = demand_tensors(hf, forward, found, beside)
-    _demand_fills(hf, forward)
+    demand_fills(hf, forward)
     dtypes = _dtypes(hf, forward, options)
     forward = expand(page, model, layout, dtypes)
     stored = {name: tensor.spec.dtype for name, tensor in hf.tensors.items()}
@@ -173,7 +168,7 @@ def _plan(files: Files, options: ConvertOptions, hf: HfModel | None) -> Prepared
         lay_out=lambda edges, made, limit: output,
         chunks=output.blocks,
         max_shard_bytes=options.max_shard_bytes,
-        warnings=(*found.notes, *warnings, *_left_out(dropped)),
+        warnings=(*found.notes, *warnings, *left_out(dropped)),
         dropped=dropped,
         tokenizer=tokenizer and PlannedTokenizer.of(tokenizer, options.tokenizer),
         accepted_keys=tuple(options.accept),
@@ -223,110 +218,6 @@ def _demand_steps(model: ModelDescription, settings: Mapping[str, Any]) -> None:
             f"it has experts in layers {listed}, and MaxText's {model.decoder_block} in every "
             f"{step}th"
         )
-
-
-def _left_out(dropped: Mapping[str, str]) -> list[str]:
-    """A sentence for each reason."""
-    why: dict[str, list[str]] = {}
-    for name, reason in dropped.items():
-        why.setdefault(reason, []).append(name)
-    return [
-        f"{len(names)} tensors are left out, {names[0]} first: {reason}"
-        if len(names) > 1
-        else f"{names[0]} is left out: {reason}"
-        for reason, names in why.items()
-    ]
-
-
-def as_text(hf: HfModel) -> tuple[HfModel, Mapping[str, str]]:
-    """The text model of a multimodal one, and what else that has, as `Reading.left_out`."""
-    config, whole = text_model(hf.config, f"{hf.name}/{CONFIG}")
-    if whole is None:
-        return hf, {}
-    tensors = {}
-    for name, stored in hf.tensors.items():
-        begins = next((text for text in MULTIMODAL if name.startswith(text)), None)
-        own = name if begins is None else MULTIMODAL[begins] + name.removeprefix(begins)
-        tensors[own] = replace(stored, spec=replace(stored.spec, name=own))
-    return replace(hf, config=config, tensors=tensors), whole.left_out
-
-
-def demand_tensors(
-    hf: HfModel, forward: tuple[Edge, ...], found: Described, beside: Mapping[str, str]
-) -> dict[str, str]:
-    """Compares the tensors of a model with those of its page; those left out, with the reason.
-
-    Args:
-        hf: The model.
-        forward: How the page's tensors are made.
-        found: What config.json says.
-        beside: What a multimodal model has besides, as `Reading.left_out`.
-
-    Raises:
-        TensorError: One is missing, unknown, or of another shape.
-    """
-    reading = found.page.reading
-    assert reading is not None
-    wanted = {edge.target: edge for edge in forward}
-    dropped: dict[str, str] = {}
-    unknown = []
-    for name in sorted(hf.tensors.keys() - wanted.keys()):
-        left_out = {**beside, **reading.left_out}
-        reasons = (why for text, why in left_out.items() if re.match(text, name))
-        if name == "lm_head.weight" and found.model.tie_word_embeddings:
-            dropped[name] = "tie_word_embeddings is true, and transformers ties it to the embedding"
-        elif _BUFFERS.fullmatch(name):
-            dropped[name] = "transformers computes it anew"
-        elif (layer := re.match(r"model\.layers\.(\d+)\.", name)) and int(
-            layer[1]
-        ) >= found.model.num_hidden_layers:
-            dropped[name] = (
-                "it is of a layer behind the last, which predicts further tokens; the main logits "
-                "do not use it"
-            )
-        elif (reason := next(reasons, None)) is not None:
-            dropped[name] = reason
-        else:
-            unknown.append(name)
-    if lost := [name for name in wanted if name not in hf.tensors]:
-        raise TensorError(
-            f"{hf.name} lacks these tensors of a {found.page.architecture}:{listing(lost)}"
-        )
-    if unknown:
-        raise TensorError(
-            f"{hf.name} has tensors that a {found.page.architecture} does not have, so that "
-            f"leaving them out would change the model:{listing(unknown)}"
-        )
-    for name, edge in wanted.items():
-        shape, dtype = hf.tensors[name].spec.shape, hf.tensors[name].spec.dtype
-        if dtype not in DTYPES and hf.tensors[name].scales is None:
-            raise UnsupportedError(
-                f"{hf.tensors[name].file}: {name} is stored as {dtype}, and {CONFIG} does not say "
-                f"how it is quantised; moeconv reads {', '.join(DTYPES)}"
-            )
-        if shape != edge.shape:
-            raise TensorError(
-                f"{hf.name}/{hf.tensors[name].file}: {name} has shape {list(shape)}, but {CONFIG} "
-                f"makes it {list(edge.shape)}"
-            )
-    return dropped
-
-
-def _demand_fills(hf: HfModel, forward: tuple[Edge, ...]) -> None:
-    """Tensors that MaxText has no parameter for must have the one value that its code stands for.
-
-    Raises:
-        UnsupportedError: One has another.
-    """
-    fills = {edge.target: edge for edge in forward if not edge.parts}
-    views = {name: View(name, 0, edge.shape, edge.shape) for name, edge in fills.items()}
-    source = Tensors(hf, views)
-    for name, edge in fills.items():
-        values = source.reader(name).read(())
-        if not np.array_equal(values, np.full_like(values, edge.fill)):
-            raise UnsupportedError(
-                f"{name} is not all {edge.fill:g}, and MaxText's decoder block has nothing like it"
-            )
 
 
 def _dtypes(hf: HfModel, forward: tuple[Edge, ...], options: ConvertOptions) -> dict[str, str]:

@@ -27,7 +27,6 @@ from moeconv.errors import (
 )
 from moeconv.families import blocks, targets
 from moeconv.hf.config import model_config
-from moeconv.hf.safetensors import TensorSpec, read_header
 from moeconv.mapping.edges import Edge, cannot_hold, expand
 from moeconv.mapping.rules import Options, Target
 from moeconv.maxtext.checkpoint import UNUSED
@@ -47,18 +46,10 @@ from moeconv.verification.boundary import blaming
 from moeconv.verification.checks import CandidateError
 from moeconv.verification.files import demand_loadable_files, read_object
 from moeconv.verification.measure.routing import Choice
+from moeconv.verification.stored import Stored, stored_tensors
 
 # Tensors that a small model may lack, and which are still listed one by one.
 _FEW = 1000
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor: how its bytes are laid out, its file, and the byte at which it begins there."""
-
-    spec: TensorSpec
-    file: Path
-    offset: int
 
 
 class OtherKindError(UnsupportedError):
@@ -393,13 +384,7 @@ class Candidate:
         Raises:
             CandidateError: A header cannot be read.
         """
-        found = {}
-        for file in sorted(self.out.glob("*.safetensors")):
-            with blaming(f"{file} cannot be read", check="tensors"):
-                header = read_header(file)
-            for name, (spec, offset) in header.items():
-                found[name] = Stored(spec, file, offset)
-        return found
+        return stored_tensors(self.out)
 
 
 def _same(one: Any, other: Any) -> bool:

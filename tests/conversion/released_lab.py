@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from moeconv.conversion.api import ConvertOptions, convert
 from moeconv.conversion.incoming import plan_incoming
 from moeconv.conversion.prepare import plan_conversion
+from moeconv.hf.files import LocalFiles
 
 Tensors = dict[str, torch.Tensor]
 
@@ -164,7 +165,7 @@ def int4(folder: Path, tensors: Tensors, pattern: str, group: int = 16) -> Tenso
 
 def there_and_back(folder: Path, work: Path, **options: Any) -> tuple[Tensors, Any]:
     """Converts a model to MaxText and back; its tensors then, and the plan of the way there."""
-    prepared = plan_incoming(folder, ConvertOptions(**options))
+    prepared = plan_incoming(LocalFiles(folder), ConvertOptions(**options))
     convert(prepared, work / "maxtext")
     convert(plan_conversion(str(work / "maxtext"), ConvertOptions()), work / "back")
     return load_file(work / "back" / "model.safetensors"), prepared.plan

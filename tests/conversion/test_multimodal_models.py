@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from moeconv.conversion.incoming import plan_incoming
 from moeconv.conversion.options import ConvertOptions
 from moeconv.errors import ConfigError, TensorError
+from moeconv.hf.files import LocalFiles
 from moeconv.mapping.reading import MULTIMODAL
 
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
@@ -144,7 +145,7 @@ def test_what_is_not_known_is_not_left_out(tmp_path: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     rewrite(folder, {**stored, "language_model.model.adapter.weight": torch.ones(3)})
     with pytest.raises(TensorError, match=r"model\.adapter\.weight"):
-        plan_incoming(folder, ConvertOptions())
+        plan_incoming(LocalFiles(folder), ConvertOptions())
     rewrite(folder, stored, text_config=None)
     with pytest.raises(ConfigError, match="has a text_config"):
-        plan_incoming(folder, ConvertOptions())
+        plan_incoming(LocalFiles(folder), ConvertOptions())

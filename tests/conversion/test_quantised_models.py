@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from moeconv.conversion.incoming import plan_incoming
 from moeconv.conversion.options import ConvertOptions
 from moeconv.errors import MoeconvError, TensorError, UnsupportedError
+from moeconv.hf.files import LocalFiles
 
 QWEN3_MOE = {
     "num_experts": 4,
@@ -152,7 +153,7 @@ def test_numbers_are_the_same_in_a_wider_array(tmp_path: Path) -> None:
 
 def refusal(folder: Path, kind: type[MoeconvError]) -> str:
     with pytest.raises(kind) as caught:
-        plan_incoming(folder, ConvertOptions())
+        plan_incoming(LocalFiles(folder), ConvertOptions())
     return str(caught.value)
 
 

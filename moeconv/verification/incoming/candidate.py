@@ -16,7 +16,7 @@ from moeconv.arch.model_keys import run_keys
 from moeconv.arch.yaml_file import read_yaml
 from moeconv.artifact.names import KNOWN, WRITING
 from moeconv.conversion.described import Described, describe
-from moeconv.conversion.incoming import as_text, demand_tensors
+from moeconv.conversion.incoming_tensors import as_text, demand_tensors
 from moeconv.conversion.run_files import CONFIG_NAME, TOKENIZER
 from moeconv.errors import MoeconvError, NotACheckpointError, UnsupportedError
 from moeconv.execution.orbax_sink import STEP
@@ -35,8 +35,9 @@ from moeconv.tensor.stored import Source
 from moeconv.untrusted.files import is_address, read_inside
 from moeconv.verification.adapter import SourceGoneError
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError
+from moeconv.verification.stored import Stored
 
 _FOLDERS = ("checkpoints", TOKENIZER, "models")
 

@@ -15,7 +15,7 @@ from moeconv.artifact.names import KNOWN
 from moeconv.tensor.axes import Array
 from moeconv.tensor.dtypes import DTYPES
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import CandidateError, Check, CheckFactory, Status
 from moeconv.verification.context import Verification
 from moeconv.verification.files import INDEX_NAME, read_object, sha256
@@ -23,6 +23,7 @@ from moeconv.verification.levels import Level
 from moeconv.verification.levels.config_readers import check_config_readers
 from moeconv.verification.levels.tokenizers import check_tokenizer
 from moeconv.verification.models.transformers_load import build_empty, load_config, quiet
+from moeconv.verification.stored import Stored
 
 _OF = CheckFactory(Level.STRUCTURE)
 _SCAN_BLOCK = 1 << 22

@@ -37,12 +37,13 @@ from moeconv.tensor.dtypes import DTYPES, bits
 from moeconv.tensor.form import Form
 from moeconv.tensor.stored import Reader
 from moeconv.verification.boundary import blaming
-from moeconv.verification.candidate import Candidate, Stored
+from moeconv.verification.candidate import Candidate
 from moeconv.verification.checks import Check, CheckFactory
 from moeconv.verification.context import Verification
 from moeconv.verification.levels import Level
 from moeconv.verification.levels.tokenizers import check_own_tokenizer
 from moeconv.verification.settings import Progress
+from moeconv.verification.stored import Stored
 
 _OF = CheckFactory(Level.WEIGHTS)
 
