@@ -38,6 +38,7 @@ class ConfigFile(Mapping[str, Any]):
         twice: Settings that it has with two values: both, each with its place.
         notes: What the user should know of how it was read, a sentence each.
         release: The MaxText that it says has trained.
+        model: What the file of its model says, where that is beside it and not MaxText's own.
     """
 
     settings: Mapping[str, Any]
@@ -47,6 +48,7 @@ class ConfigFile(Mapping[str, Any]):
     twice: Mapping[str, tuple[Value, Value]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     release: str | None = None
+    model: Mapping[str, Any] | None = None
 
     def __getitem__(self, key: str) -> Any:
         return self.settings[key]
@@ -69,7 +71,28 @@ def load_config_file(path: Path) -> ConfigFile:
     Raises:
         ConfigError: A file cannot be read, or is none of these.
     """
-    return _load(path, lambda: open_regular(path), ())
+    found = _load(path, lambda: open_regular(path), ())
+    if found.kind != "YAML" or found.resolved:
+        return found
+    return replace(found, model=_model_beside(path, found.get("model_name")))
+
+
+def _model_beside(path: Path, model: Any) -> dict[str, Any] | None:
+    """The file of a model that MaxText finds before its own: `models/NAME.yml` beside the YAML.
+
+    Source: MaxText configs/pyconfig.py `_initialize_pydantic`; 0.1.0 to 0.2.5 do so.
+    """
+    name = f"models/{str(model or 'default').replace('-Instruct', '')}.yml"
+    try:
+        with open_inside(path.parent, name) as file:
+            content = read_yaml(decoded(file, SIZE_LIMIT))
+        if not isinstance(content or {}, dict):
+            raise ValueError("it should have `key: value` lines")
+        return dict(content or {})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path.parent / name}: {error}") from None
 
 
 def read_found(folder: Path, name: str) -> ConfigFile | None:

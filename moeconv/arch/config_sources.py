@@ -327,6 +327,11 @@ def from_mapping(
         left = maxtext_defaults()["always"] if lost else ()
         return {k: entry for k, entry in _defaults().items() if k not in left} | said
     below = _defaults() | said
+    if isinstance(content, ConfigFile) and content.model is not None:
+        check_spelling(content.model, provenance.detail, accept)
+        place = Provenance(Origin.MODEL, f"the models/ beside {provenance.detail}")
+        own = {key: ConfigEntry(plain(value), place) for key, value in content.model.items()}
+        return below | {key: entry for key, entry in own.items() if key in known_keys()}
     model = _model(content.get("model_name"), provenance.detail)
     return below | {key: replace(entry, unread=below.get(key)) for key, entry in model.items()}
 

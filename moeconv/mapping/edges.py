@@ -103,7 +103,8 @@ class Edge:
         flat = np.zeros(math.prod(self.shape), DTYPES[self.dtype])
         for part in self.parts:
             form = part.form
-            index = tuple(form.take.get(axis, slice(None)) for axis in form.axes)
+            held = {axis: slice(*ends) for axis, ends in form.whole.items()}
+            index = tuple(form.take.get(a, held.get(a, slice(None))) for a in form.axes)
             others = form.others(form.whole, lambda name, box: read(name)[box])
             piece = form.run(np.ascontiguousarray(read(part.source)[index]), form.whole, others)
             span = flat[form.base : form.base + math.prod(form.target_shape)]

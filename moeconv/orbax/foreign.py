@@ -13,7 +13,8 @@ from moeconv.untrusted.text import printable
 _KINDS = {
     r"adapter_config\.json": "a LoRA adapter for PEFT, which verify takes if convert wrote it",
     r"moeconv_manifest\.json": "an output of moeconv convert, which verify and push take",
-    r".+\.safetensors(\.index\.json)?": "a Hugging Face model whose config.json is not beside it; give the folder that has both",
+    r".+\.safetensors(\.index\.json)?": "weights of Hugging Face without their config.json; give a "
+    "folder with both",
     r"(pytorch_)?model.*\.bin|.+\.(pt|pth)": "weights of PyTorch",
     r".+\.gguf": "a model of llama.cpp",
     r".+\.(index|data-\d+-of-\d+)": "a checkpoint of TensorFlow",

@@ -252,6 +252,11 @@ def load_plan(path: Path) -> Plan:
     """
     try:
         content = strict_json.loads(read_regular(path, limit=_LIMIT), unique=True)
+        if isinstance(content, dict) and content.get("output") == "maxtext":
+            raise ConfigError(
+                f"{path} plans the way from Hugging Face to MaxText, which is not carried out from "
+                "a file; convert the model itself, with the same options"
+            )
         plan = _plan_of(_PlanFile.model_validate(content), path)
         if content != strict_json.loads(strict_json.dumps(to_json(plan))):
             raise _changed(path)  # what people read of it, say

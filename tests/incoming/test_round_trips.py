@@ -67,3 +67,13 @@ def test_a_checkpoint_comes_back_bit_for_bit(tmp_path, block):
     for name in (name for name in found if name.endswith("MoeBlock_0.gate.bias")):
         found[name] = found[name].T  # in a collection of its own, and so stacked on axis 0
     assert same(found, ckpt.arrays)
+
+
+@pytest.mark.parametrize("block", ["deepseek", "gemma3", "olmo3"])
+def test_the_config_alone_says_what_the_sidecar_does(models, tmp_path, block):
+    """Also where the model needs a name, whose own file in MaxText says otherwise."""
+    run = converted(models(block), tmp_path / "run")
+    (run / "moeconv_run.json").unlink()
+    flags = ("--config", run / "config.yml", "--dtype", "bfloat16")
+    back = converted(run, tmp_path / "back", *flags)
+    assert same(tensors(models(block)), tensors(back))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moeconv.tensor.axes import Rearrangement
 from moeconv.tensor.dtypes import DTYPES, bits
 from moeconv.tensor.form import Form
-from moeconv.tensor.values import Affine, Cast, Fold
+from moeconv.tensor.values import Affine, Cast, Fold, Unfold
 
 SIZES = {"L": 3, "E": 2, "D": 5, "F": 7, "h": 4, "rotary": 2, "pair": 2, "g": 2}
 # Axes of the array, what is taken, the rearrangement, places, extents, and the same in numpy.
@@ -36,6 +36,8 @@ VALUES = {
     "wide": lambda stored: Cast(stored, "float32"),
     "narrow": lambda stored: Cast(stored, "bfloat16"),
     "scaled": lambda stored: Affine(Fold(3**0.5, "sqrt(3)"), stored, "float32"),
+    "divided": lambda stored: Unfold(Fold(3**0.5, "sqrt(3)"), stored, "float32"),
+    "shifted back": lambda stored: Unfold(Fold(0.5, "x / 2 - 1", -1.0), stored, stored),
     "shifted": lambda stored: Affine(Fold(0.5, "x / 2 - 1", -1.0), stored, stored),
 }
 
