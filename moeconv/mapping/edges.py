@@ -25,6 +25,9 @@ from moeconv.tensor.quantised import Dequantise
 from moeconv.tensor.values import Affine, Cast, Fold, ValueOp
 from moeconv.untrusted.text import listing
 
+# Parts from which on a line names none of them alone: no rule joins so many.
+_MANY = 4
+
 
 @dataclass(frozen=True)
 class Part:
@@ -127,8 +130,13 @@ class Edge:
         return found + ([f"copy to each of {self.copy[1]} {self.copy[2]}"] if self.copy else [])
 
     def describe(self) -> str:
-        """The steps as a line for plans, without the entries that are taken."""
-        return "; ".join(step for step in self.steps() if not step.startswith("["))
+        """The steps as a line for plans, without the entries that are taken.
+
+        Of an array that many tensors fill, each at its entry, without these entries too.
+        """
+        left_out = ("[",) if len(self.parts) < _MANY else ("[", "at ")
+        steps = [step for step in self.steps() if not step.startswith(left_out)]
+        return "; ".join(steps if len(self.parts) < _MANY else dict.fromkeys(steps))
 
 
 def expand(

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from moeconv.planning.plan import Plan
 
 
+_SHOWN = 2  # tensors of one array that are named
+
+
 def plan_parts(plan: "Plan") -> "Iterator[RenderableType]":
     """The plan for people."""
     from rich.table import Table
@@ -23,7 +26,9 @@ def plan_parts(plan: "Plan") -> "Iterator[RenderableType]":
     for edge in plan.edges.values():
         bound = edge.bound()
         exact = "yes" if bound == 0 else f"within {bound:.1g}"
-        sources = " + ".join(edge.sources) or "—"
+        few = edge.sources[:_SHOWN] if len(edge.sources) > _SHOWN + 1 else edge.sources
+        more = len(edge.sources) - len(few)
+        sources = " + ".join([*few, *([f"{more} more"] if more else [])]) or "—"
         rest = (str(list(edge.shape)), edge.dtype, sources, edge.describe())
         rows.append((edge.target, (*rest, exact)))
     for name, line, _ in fold(rows):
