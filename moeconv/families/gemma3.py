@@ -18,21 +18,9 @@ from moeconv.arch.parameters import LayerKind, Layers, Parameter
 from moeconv.arch.stacks import UNSCANNED, Module, Segment, Stacking
 from moeconv.families import _gemma as gemma
 from moeconv.families._consumers import scores_of_gemma
+from moeconv.families._gemma3_reading import BY_HEAD_DIM, BY_WIDTH, FULL, PATTERN, READING, SLIDING
 from moeconv.families._shared import IDLE, QUANTISES, setting
-from moeconv.mapping.reading import (
-    Config,
-    Reading,
-    multimodal,
-    rope_fields,
-    ropes_of,
-    typed,
-)
 from moeconv.mapping.rules import ConfigKey, Target, constant
-
-SLIDING, FULL = "sliding_attention", "full_attention"
-# models/gemma3.py `GEMMA3_ATTENTION_PATTERN`; the layers behind the scanned blocks begin it anew.
-PATTERN = (*[SLIDING] * 5, FULL)
-BY_HEAD_DIM, BY_WIDTH = ("gemma3-4b", "gemma3-12b"), "gemma3-27b"
 
 REMAINDER = Stacking(
     "remainder",
@@ -138,26 +126,6 @@ def _requires(model: ModelDescription) -> str | None:
     return gemma.requires(model)
 
 
-def _reading_fields(config: Config) -> dict[str, Any]:
-    full = ropes_of(config, FULL, SLIDING)[FULL]
-    tied = config["tie_word_embeddings"]
-    theta = {"rope_type": "default", "rope_theta": full["rope_theta"]}
-    return {**rope_fields(theta), "normalize_embedding_logits": tied}
-
-
-def _reading_settings(config: Config) -> dict[str, Any]:
-    ropes = ropes_of(config, FULL, SLIDING)
-    scaled = ropes[FULL]["rope_type"] == "linear"
-    by_head = config["query_pre_attn_scalar"] == config["head_dim"]
-    return {
-        "model_name": BY_HEAD_DIM[0] if by_head else BY_WIDTH,
-        "global_parameter_scale": 1,
-        "local_rope_max_timescale": ropes[SLIDING]["rope_theta"],
-        "rope_linear_scaling_factor": ropes[FULL]["factor"] if scaled else 1.0,
-        "final_logits_soft_cap": config["final_logit_softcapping"] or 0.0,
-    }
-
-
 TARGET = Target(
     name="gemma3",
     architecture="Gemma3ForCausalLM",
@@ -165,24 +133,7 @@ TARGET = Target(
     kinds=Layers(mlp="dense", attention="qk_norm"),
     since="4.50.0",
     requires=_requires,
-    reading=Reading(
-        {
-            "layer_types": typed(len(PATTERN), SLIDING, FULL),
-            "sliding_window_pattern": lambda c: len(PATTERN),
-            "use_bidirectional_attention": lambda c: False,
-        },
-        _reading_fields,
-        _reading_settings,
-        lambda c: ropes_of(c, FULL, SLIDING),
-        multimodal=(
-            multimodal(
-                "Gemma3ForConditionalGeneration",
-                ("vision_tower", "vision tower"),
-                ("multi_modal_projector", "projector of images"),
-            ),
-        ),
-        ignored=frozenset({"_sliding_window_pattern", "cache_implementation", "hidden_act"}),
-    ),
+    reading=READING,
     rules=(
         *gemma.FOUR_NORMS,
         gemma.norm("self_attention.query_norm.scale", "self_attn.q_norm.weight", "h"),

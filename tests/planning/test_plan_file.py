@@ -81,8 +81,8 @@ def test_the_command_prints_and_takes_it(run, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--plan", "PLAN"], "give CKPT and OUT, or --plan FILE and OUT"),
-        (["RUN"], "give CKPT and OUT, or --plan FILE and OUT"),
+        (["--plan", "PLAN"], "give SRC and OUT, or --plan FILE and OUT"),
+        (["RUN"], "give SRC and OUT, or --plan FILE and OUT"),
         (["OUT", "--plan", "PLAN", "--dtype", "float32"], "--dtype: decided by the plan"),
         (["OUT", "--plan", "PLAN", "--accept-key", "x"], "--accept-key: decided by the plan"),
         (["RUN", "OUT", "--plan", "PLAN", "--untie"], "--untie: decided by the plan"),
