@@ -95,7 +95,7 @@ def test_what_is_there_is_replaced_only_if_asked(made, config, out):
     ("arguments", "error", "words"),
     [({"jobs": 0}, UsageError, "--jobs"), ({"max_memory": "1 parsec"}, UsageError, "not a size"),
      ({"max_memory": 1000}, MemoryLimitError, "--max-memory 1 kB"),
-     ({"max_shard_size": 0}, UsageError, "above zero"), ({"target": "gpt2"}, UsageError, "gpt2")],
+     ({"max_shard_size": 0}, UsageError, "above zero"), ({"target": "gpt9"}, UsageError, "gpt9")],
 )  # fmt: skip
 def test_arguments_that_cannot_be(made, config, tmp_path, arguments, error, words):
     with pytest.raises(error, match=words):

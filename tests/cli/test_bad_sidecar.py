@@ -135,7 +135,7 @@ def test_metrics_that_cannot_be_read(checkpoint, monkeypatch):
     ("config", "error"),
     [({}, 0), ({"decoder_block": "simple"}, UnsupportedError), ({"num_experts": 8}, ConfigError),
      ({"rope_max_timescale": "x"}, ConfigError), ({"model_name": 5}, ConfigError),
-     ({"use_qk_norm": True, "decoder_block": "envy"}, UnsupportedError)],
+     ({"use_post_ffw_norm": True, "decoder_block": "envy"}, UnsupportedError)],
 )  # fmt: skip
 def test_a_sidecar_with_a_bad_config(checkpoint, config, error):
     path = sidecar(checkpoint, config={**checkpoint.config, **config})

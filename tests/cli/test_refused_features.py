@@ -10,7 +10,7 @@ from moeconv.errors import UnsupportedError
 
 @pytest.mark.parametrize(
     ("block", "key", "value"),
-    [("envy", "use_qk_norm", True), ("mixtral", "final_logits_soft_cap", 30.0),
+    [("envy", "use_post_ffw_norm", True), ("mixtral", "final_logits_soft_cap", 30.0),
      ("mixtral", "routed_score_func", "sigmoid"), ("envy", "use_random_routing", True),
      ("llama2", "attn_logits_soft_cap", 50.0), ("mixtral", "mlp_activations", ["gelu", "linear"]),
      ("mixtral", "rope_linear_scaling_factor", 4.0), ("mixtral", "moba", True),

@@ -25,18 +25,18 @@ from moeconv.orbax.store import Folder
         ),
         ({"params.pkl": b"x"}, "params.pkl: pickled objects, which are never opened"),
         ({"params.npz": b"PK"}, "params.npz: arrays in one file"),
-        ({"pytorch_model-00001-of-00002.bin": b"x"}, "weights of PyTorch"),
-        ({"config.json": b"{}", "model.safetensors": b"x"}, "model.safetensors: a Hugging Face mo"),
+        ({"pytorch_model-00001-of-00002.bin": b"x"}, "is pickled by torch"),
+        ({"config.json": b"{}", "model.safetensors": b"x"}, "model.safetensors: weights of Hugging Face"),
         (
             {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
             "a LoRA adapter for PEFT",
         ),
-        ({"moeconv_manifest.json": b"{}", "model.safetensors": b"x"}, "verify and push take"),
+        ({"moeconv_manifest.json": b"{}", "model.safetensors": b"x"}, "has no config.json"),
         ({"model.ckpt-10.index": b"x", "checkpoint": b"x"}, "a checkpoint of TensorFlow"),
         ({"run.tar.gz": b"x"}, "run.tar.gz: an archive; unpack it"),
         ({"manifest.ocdbt": b"x"}, "_METADATA is not there; copy the item whole"),
         ({"params.params.decoder.decoder_norm.scale/.zarray": b"x"}, "whose _METADATA is not the"),
-        ({"model-\x1b[31m.gguf": b"x"}, r"model-\x1b[31m.gguf: a model of llama.cpp"),
+        ({"model-\x1b[31m.gguf": b"x"}, r"model-\x1b[31m.gguf is GGUF"),
     ],
 )
 def test_something_else(tmp_path, files, said):

@@ -112,4 +112,4 @@ def test_refusals(tmp_path):
     assert merge(base, step, tmp_path / "out", "--base", base.run).code == 2
     assert not (tmp_path / "out").exists()
     ran = merge(other, step, step)
-    assert (ran.code, "inside the checkpoint" in ran.error) == (7, True)
+    assert (ran.code, "inside the source" in ran.error) == (7, True)
