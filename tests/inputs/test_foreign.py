@@ -26,7 +26,10 @@ from moeconv.orbax.store import Folder
         ({"params.pkl": b"x"}, "params.pkl: pickled objects, which are never opened"),
         ({"params.npz": b"PK"}, "params.npz: arrays in one file"),
         ({"pytorch_model-00001-of-00002.bin": b"x"}, "is pickled by torch"),
-        ({"config.json": b"{}", "model.safetensors": b"x"}, "model.safetensors: weights of Hugging Face"),
+        (
+            {"config.json": b"{}", "model.safetensors": b"x"},
+            "model.safetensors: weights of Hugging Face",
+        ),
         (
             {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"},
             "a LoRA adapter for PEFT",
