@@ -47,9 +47,12 @@ class Answers:
         answers = self
 
         class Handler(hub.server.RequestHandlerClass):  # type: ignore[misc]
-            def _answer(self, status: int, content: Any, headers: Any = None) -> None:
+            def _answer(
+                self, status: int, content: Any, headers: Any = None, *, half: bool = False
+            ) -> None:
                 route = getattr(getattr(self, "record", None), "route", "")
-                super()._answer(*answers.pass_on(route, status, content, headers or {}))
+                changed = answers.pass_on(route, status, content, headers or {})
+                super()._answer(*changed, half=half)
 
         return Handler
 
