@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import pytest
 import torch
 from released_lab import (
@@ -30,33 +31,7 @@ QWEN3_MOE = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "head_dim": 4,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 6,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 5,
-    "moe_intermediate_size": 24,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "rms_norm_eps": 1e-6,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10000.0,
-        "factor": 4.0,
-        "beta_fast": 4,
-        "beta_slow": 1,
-        "original_max_position_embeddings": 32,
-        "mscale": 1.0,
-        "mscale_all_dim": 1.0,
-    },
-}
+DEEPSEEK = {**hf_models.CONFIGS["deepseek_v3"][1], "rms_norm_eps": 1e-6}
 LINEAR = r"model\.layers\..*(proj|proj_with_mqa|q_[ab]_proj)\.weight"
 EXPERTS = r"model\.layers\..*experts\..*proj\.weight"
 
